@@ -1,0 +1,53 @@
+# `make demo` and `make test` need only Python 3.11+, make and a network.
+# TORCH=cpu takes torch's CPU build, a tenth of the download, where its channel can be reached.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= default
+TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+INSTALLED := $(VENV)/.installed-$(TORCH)
+
+.PHONY: demo test check format lock clean
+
+demo: $(INSTALLED)
+	$(BIN)/sentiment-worker demo $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/uv: requirements/uv.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	touch $@
+
+$(INSTALLED): $(BIN)/uv pyproject.toml requirements/dev.txt requirements/torch.txt
+	@echo "Installing into $(VENV) ..."
+	$(UV) --require-hashes -r requirements/dev.txt
+ifeq ($(TORCH),cpu)
+	$(UV) --torch-backend=cpu --constraint requirements/torch.txt torch==$(TORCH_VERSION) || \
+	  { echo "torch's CPU channel cannot be reached; taking the plain package"; \
+	    $(UV) --require-hashes -r requirements/torch.txt; }
+else
+	$(UV) --require-hashes -r requirements/torch.txt
+endif
+	$(UV) --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.installed-* && touch $@

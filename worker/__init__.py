@@ -1,0 +1,1 @@
+"""Moves texts through a sentiment model, from Kafka to Kafka."""
