@@ -1,0 +1,88 @@
+"""When a micro-batch closes, and how it is cut into device batches. Pure: the caller brings the time.
+
+Gathering is first in, first out within each source, and sources keep their records apart, so that those of a source that
+is gone (a revoked partition) can be dropped without touching the others.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
+
+Source = TypeVar("Source", bound=Hashable)
+Item = TypeVar("Item")
+
+
+class MicroBatcher(Generic[Source, Item]):
+    """Gathers items until ``max_items`` are there, or the oldest has waited ``linger_s`` seconds.
+
+    It never waits itself: ``closes_at`` says when the next micro-batch is due, ``take`` takes it. What has piled up while
+    its reader was busy leaves at once, up to ``max_items``: a freed device takes all that fits.
+    """
+
+    def __init__(self, max_items: int, linger_s: float) -> None:
+        self._max_items = max_items
+        self._linger_s = linger_s
+        self._chunks: deque[tuple[Source, deque[Item], float]] = deque()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, source: Source, items: Sequence[Item], now: float) -> None:
+        """Items of one source, in order, that arrived at ``now``, in seconds of any steady clock."""
+        if items:
+            self._chunks.append((source, deque(items), now))
+            self._size += len(items)
+
+    def oldest(self) -> float | None:
+        """When the oldest item arrived, on the clock of ``add``; None if there is none."""
+        return self._chunks[0][2] if self._chunks else None
+
+    def closes_at(self) -> float | None:
+        """When the next micro-batch is due; in the past if it is full; None if there is none."""
+        arrived = self.oldest()
+        if arrived is None:
+            return None
+        return arrived if self._size >= self._max_items else arrived + self._linger_s
+
+    def take(self) -> list[tuple[Source, list[Item]]]:
+        """The oldest items, at most ``max_items``, as runs of one source each, in order of arrival."""
+        room = self._max_items
+        taken: list[tuple[Source, list[Item]]] = []
+        while self._chunks and room:
+            source, items, _ = self._chunks[0]
+            run = [items.popleft() for _ in range(min(room, len(items)))]
+            room -= len(run)
+            if taken and taken[-1][0] == source:
+                taken[-1][1].extend(run)
+            else:
+                taken.append((source, run))
+            if not items:
+                self._chunks.popleft()
+        self._size -= self._max_items - room
+        return taken
+
+    def discard(self, source: Source) -> list[Item]:
+        """Takes back all that a source has waiting; answers with it."""
+        dropped = [item for owner, items, _ in self._chunks if owner == source for item in items]
+        self._chunks = deque(chunk for chunk in self._chunks if chunk[0] != source)
+        self._size -= len(dropped)
+        return dropped
+
+
+def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cuts texts into device batches, longest first, each at most ``max_tokens`` when padded to its longest.
+
+    ``lengths`` are in tokens. Answers with lists of indices into ``lengths``, each index once; a text that is longer than
+    ``max_tokens`` goes alone. Longest first, so that memory that does not suffice is found out at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    width = 0
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = max(1, lengths[index])
+    return batches

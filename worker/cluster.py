@@ -1,0 +1,215 @@
+"""The Kafka cluster: how to connect to it, which topics it has, and what they accept."""
+
+import asyncio
+import functools
+import ssl
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiokafka.admin.client
+import aiokafka.client
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.errors import (
+    AuthenticationFailedError,
+    AuthenticationMethodNotSupported,
+    IllegalSaslStateError,
+    KafkaError,
+    SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
+)
+from aiokafka.helpers import create_ssl_context
+from aiokafka.protocol.metadata import MetadataRequest
+
+from worker.health import Health
+from worker.settings import WrongSetting
+
+# aiokafka asks the broker to create each topic that it names; a worker must never do that by accident.
+_metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
+aiokafka.client.MetadataRequest = _metadata_request  # type: ignore[attr-defined,assignment,misc]
+aiokafka.admin.client.MetadataRequest = _metadata_request  # type: ignore[attr-defined,assignment,misc]
+
+FIRST_BACKOFF_S: Final = 0.25
+LONGEST_BACKOFF_S: Final = 5.0
+UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
+
+_REFUSED_LOGIN = (
+    AuthenticationFailedError,
+    AuthenticationMethodNotSupported,
+    IllegalSaslStateError,
+    SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
+)
+_TOPIC_TROUBLES = {3: "does not exist", 17: "has a name that Kafka does not allow", 29: "may not be read about (ACL)"}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How every client of this process connects. ``request_timeout_ms`` bounds one request."""
+
+    bootstrap_servers: tuple[str, ...]
+    client_id: str = "sentiment-worker"
+    request_timeout_ms: int = 30_000
+    security_protocol: str = "PLAINTEXT"
+    sasl_mechanism: str | None = None
+    sasl_username: str | None = None
+    sasl_password: str | None = field(default=None, repr=False)
+    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @property
+    def request_timeout_s(self) -> float:
+        return self.request_timeout_ms / 1000
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for aiokafka's clients."""
+        options: dict[str, Any] = {
+            "bootstrap_servers": list(self.bootstrap_servers),
+            "client_id": self.client_id,
+            "request_timeout_ms": self.request_timeout_ms,
+            "security_protocol": self.security_protocol,
+            "ssl_context": self.ssl_context,
+        }
+        if self.sasl_mechanism:
+            options |= {
+                "sasl_mechanism": self.sasl_mechanism,
+                "sasl_plain_username": self.sasl_username,
+                "sasl_plain_password": self.sasl_password,
+            }
+        return options
+
+
+@dataclass(frozen=True)
+class TopicLimits:
+    """What a topic accepts, as Kafka's settings of these names; the defaults are Kafka's own."""
+
+    max_message_bytes: int = 1_048_588
+    timestamp_before_max_ms: int = 2**63 - 1
+    timestamp_after_max_ms: int = 3_600_000
+    is_log_append_time: bool = False
+
+
+class Backoff:
+    """Waits between tries, doubling up to a bound."""
+
+    def __init__(self) -> None:
+        self._next_s = FIRST_BACKOFF_S
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self._next_s)
+        self._next_s = min(self._next_s * 2, LONGEST_BACKOFF_S)
+
+
+def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, password: str | None) -> ssl.SSLContext:
+    """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
+    try:
+        return create_ssl_context(cafile=cafile, certfile=certfile, keyfile=keyfile, password=password)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise WrongSetting(f"ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from None
+
+
+async def wait_until_usable(
+    connection: Connection, topics: Mapping[str, Iterable[str]], health: Health
+) -> dict[str, TopicLimits]:
+    """Waits for the brokers and for every topic, by its role (``{"input_topics": [...], …}``), and creates none.
+
+    Answers with the limits of each topic. What is missing is told once. Raises WrongSetting where the brokers refuse
+    login or certificate.
+    """
+    backoff = Backoff()
+    while True:
+        client = AIOKafkaAdminClient(**connection.options())
+        try:
+            async with asyncio.timeout(connection.request_timeout_s):
+                await client.start()
+                missing = await _missing_topics(client, topics)
+                health.well("kafka")
+                if not missing:
+                    names = [name for group in topics.values() for name in group]
+                    limits = await _limits(client, names)
+                    health.well("topics")
+                    return limits
+            health.trouble("topics", missing)
+        except UNREACHABLE as error:
+            await _refuse_wrong_credentials(connection)
+            health.trouble("kafka", unreachable(connection, error))
+        finally:
+            await _close(client)
+        await backoff.wait()
+
+
+def unreachable(connection: Connection, error: BaseException) -> str:
+    """Why the brokers cannot be used at the moment, for the log."""
+    return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
+
+
+async def _missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iterable[str]]) -> str:
+    roles = {name: role for role, names in topics.items() for name in names}
+    found = {topic["topic"]: topic["error_code"] for topic in await client.describe_topics(list(roles))}
+    troubles = [
+        f"{role}: topic {name} {_TOPIC_TROUBLES.get(code, f'cannot be used yet (Kafka error {code})')}"
+        for name, role in roles.items()
+        if (code := found.get(name, 3)) not in (0, 5)  # 5: a partition has no leader at the moment
+    ]
+    return "; ".join(troubles) + ("; waiting for it" if troubles else "")
+
+
+async def _limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:
+    """Limits of topics; Kafka's defaults where this user may not read them or the broker cannot tell."""
+    limits = dict.fromkeys(names, TopicLimits())
+    try:
+        answers = await client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in names])
+    except KafkaError:
+        return limits
+    for answer in answers:
+        for error_code, _, _, name, entries, *_ in answer.resources:
+            if error_code == 0:
+                limits[name] = _parsed_limits({entry[0]: entry[1] for entry in entries})
+    return limits
+
+
+def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
+    default = TopicLimits()
+
+    def number(name: str, otherwise: int) -> int:
+        return int(config.get(name) or otherwise)
+
+    return TopicLimits(
+        max_message_bytes=number("max.message.bytes", default.max_message_bytes),
+        timestamp_before_max_ms=number("message.timestamp.before.max.ms", default.timestamp_before_max_ms),
+        timestamp_after_max_ms=number("message.timestamp.after.max.ms", default.timestamp_after_max_ms),
+        is_log_append_time=config.get("message.timestamp.type") == "LogAppendTime",
+    )
+
+
+async def _refuse_wrong_credentials(connection: Connection) -> None:
+    """Raises WrongSetting if a broker can be reached and refuses who we are, or is not who it should be.
+
+    aiokafka's own start hides that behind "unable to bootstrap".
+    """
+    options = connection.options()
+    for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
+        try:
+            connected = await asyncio.wait_for(create_conn(host, port, **options), connection.request_timeout_s)
+        except _REFUSED_LOGIN as error:
+            raise WrongSetting(
+                f"the broker {host}:{port} refuses the login of sasl_username {connection.sasl_username!r} by "
+                f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"
+            ) from None
+        except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", None) or error.reason or "TLS fails"
+            raise WrongSetting(
+                f"the broker {host}:{port} cannot be talked to by TLS: {reason}; check security_protocol, ssl_cafile and "
+                "the broker's name"
+            ) from None
+        except UNREACHABLE:
+            continue
+        connected.close()
+
+
+async def _close(client: AIOKafkaAdminClient) -> None:
+    try:
+        await asyncio.wait_for(client.close(), 5)
+    except UNREACHABLE:
+        return

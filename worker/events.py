@@ -1,0 +1,303 @@
+"""Record bytes → event; event and sentiment → result bytes; what cannot be scored → dead letter. Pure.
+
+The formats are those of the README's section on records.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Final, Literal, Protocol
+
+import orjson
+
+from worker.sentiment import LABELS, Sentiment
+
+Stage = Literal["decode", "infer", "publish"]
+Reason = Literal[
+    "invalid_json",
+    "invalid_utf8",
+    "not_an_object",
+    "missing_text",
+    "text_not_string",
+    "empty_text",
+    "too_large",
+    "field_exists",
+    "inference_failed",
+    "invalid_timestamp",
+    "result_too_large",
+]
+Headers = Sequence[tuple[str, bytes | None]]
+
+CONTENT_TYPE: Final = "content-type"
+ID_HEADER: Final = "event.id"
+ENRICHED_FIELD: Final = "sentiment"
+
+
+class Record(Protocol):
+    """What is needed of a consumed record; aiokafka's ConsumerRecord fits. The timestamp is in ms, negative for none."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Headers: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A record whose text can be scored."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a record becomes a dead letter. The message never holds any of its text."""
+
+    stage: Stage
+    reason: Reason
+    message: str
+
+
+class Null(Enum):
+    """A record with a null value."""
+
+    TOMBSTONE = "forwarded as it is: it has a key"
+    SKIPPED = "skipped: a null with no key says nothing"
+
+
+Decoded = Event | Failure | Null
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A record to publish. ``timestamp`` in ms, None for now."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp: int | None
+
+
+class Decoder:
+    """Record → event, by the settings of the same names."""
+
+    def __init__(
+        self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
+        max_text_chars: int = 100_000,
+    ) -> None:  # fmt: skip
+        self._is_text = input_format == "text"
+        self._is_enriched = output_mode == "enrich"
+        self._text_path = text_field.split(".")
+        self._id_path = id_field.split(".")
+        self._max_text_chars = max_text_chars
+
+    def decode(self, record: Record) -> Decoded:
+        """Never raises, whatever the record holds."""
+        if record.value is None:
+            return Null.SKIPPED if record.key is None else Null.TOMBSTONE
+        if self._is_text:
+            return self._decode_text(record, record.value)
+        return self._decode_json(record, record.value)
+
+    def _decode_text(self, record: Record, value: bytes) -> Decoded:
+        try:
+            text = value.decode()
+        except UnicodeDecodeError as error:
+            return _failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}")
+        return self._checked(text) or Event(_id_from_record(record), text)
+
+    def _decode_json(self, record: Record, value: bytes) -> Decoded:
+        try:
+            fields = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            return _unreadable(value, error.pos)
+        if not isinstance(fields, dict):
+            return _failure("not_an_object", "the value is JSON, but not an object")
+        text = _look_up(fields, self._text_path)
+        if text is _MISSING:
+            return _failure("missing_text", f"the object has no field {'.'.join(self._text_path)}")
+        if not isinstance(text, str):
+            return _failure("text_not_string", f"the field {'.'.join(self._text_path)} is not a string")
+        failure = self._checked(text)
+        if failure:
+            return failure
+        if self._is_enriched and ENRICHED_FIELD in fields:
+            return _failure("field_exists", f"the object has a field {ENRICHED_FIELD} already")
+        return Event(self._id(record, value, fields), text)
+
+    def _checked(self, text: str) -> Failure | None:
+        if len(text) > self._max_text_chars:
+            return _failure("too_large", f"the text has {len(text)} characters, more than {self._max_text_chars}")
+        if not text or text.isspace():
+            return _failure("empty_text", "the text is empty or white space")
+        return None
+
+    def _id(self, record: Record, value: bytes, fields: dict[str, Any]) -> str:
+        found = _look_up(fields, self._id_path)
+        if isinstance(found, str):
+            return found
+        if type(found) is int:
+            return str(found)
+        if type(found) is float:
+            return self._digits(value) or _id_from_record(record)
+        return _id_from_record(record)
+
+    def _digits(self, value: bytes) -> str | None:
+        """The id's own digits where it is an integer too large for orjson, which reads those as floats."""
+        try:
+            found = _look_up(json.loads(value, parse_int=_Digits), self._id_path)
+        except (ValueError, RecursionError):
+            return None
+        return found.text if isinstance(found, _Digits) else None
+
+
+class _Digits:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Encoder:
+    """Event and sentiment → result bytes. ``model`` is the name that results carry: name@revision."""
+
+    def __init__(self, *, model: str, output_mode: str = "result") -> None:
+        self._model = model
+        self._is_enriched = output_mode == "enrich"
+
+    def encode(
+        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, processed_at: str
+    ) -> Outgoing | Failure:
+        """The result record of one event; ``processed_at`` as of ``iso_time``."""
+        try:
+            event_time = iso_time(record.timestamp) if has_timestamp(record) else None
+        except (ValueError, OverflowError):
+            return Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
+        source = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+        result = result_fields(event.id, sentiment, truncated, self._model, source, event_time, processed_at)
+        value = orjson.dumps(result)
+        if self._is_enriched:
+            value = _spliced(record.value or b"", value)
+        headers = [header for header in record.headers if header[0].lower() != CONTENT_TYPE]
+        headers.append((CONTENT_TYPE, b"application/json"))
+        return Outgoing(record.key, value, headers, record.timestamp if event_time else None)
+
+
+def result_fields(
+    id: str, sentiment: Sentiment, truncated: bool, model: str, source: dict[str, Any] | None, event_time: str | None,
+    processed_at: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The result record's fields, numbers with six decimals."""
+    negative, neutral, positive = sentiment.probabilities
+    return {
+        "id": id,
+        "label": sentiment.label,
+        "score": _six(sentiment.score),
+        "probabilities": {LABELS[0]: _six(negative), LABELS[1]: _six(neutral), LABELS[2]: _six(positive)},
+        "truncated": truncated,
+        "model": model,
+        "source": source,
+        "event_time": event_time,
+        "processed_at": processed_at,
+    }
+
+
+def tombstone(record: Record) -> Outgoing:
+    """The null of a key, to go on as it is."""
+    return Outgoing(record.key, None, record.headers, record.timestamp if has_timestamp(record) else None)
+
+
+def dead_letter(record: Record, failure: Failure, version: str) -> Outgoing:
+    """The record untouched, with the reason in its headers. Its timestamp is when it is published."""
+    return Outgoing(record.key, record.value, [*record.headers, *_error_headers(record, failure, version)], None)
+
+
+def smaller_dead_letters(record: Record, failure: Failure, version: str) -> list[Outgoing]:
+    """What to send, one after the other, where the broker refuses a dead letter for its size.
+
+    First with empty bytes for the value (a null would be a tombstone), then without the input's headers too.
+    """
+    errors = _error_headers(record, failure, version)
+    errors.append(("error.value_bytes", _ascii(len(record.value or b""))))
+    return [
+        Outgoing(record.key, b"", [*record.headers, *errors], None),
+        Outgoing(record.key, b"", errors, None),
+    ]
+
+
+def has_timestamp(record: Record) -> bool:
+    return record.timestamp is not None and record.timestamp >= 0
+
+
+def iso_time(milliseconds: float) -> str:
+    """Milliseconds since 1970 as ``2026-11-23T10:00:00.000Z``. Raises ValueError or OverflowError beyond the year 9999."""
+    whole = int(milliseconds)
+    moment = datetime.fromtimestamp(whole // 1000, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{whole % 1000:03d}Z"
+
+
+_MISSING: Final = object()
+
+
+def _look_up(fields: Any, path: list[str]) -> Any:
+    for name in path:
+        if not isinstance(fields, dict) or name not in fields:
+            return _MISSING
+        fields = fields[name]
+    return fields
+
+
+def _failure(reason: Reason, message: str) -> Failure:
+    return Failure("decode", reason, message)
+
+
+def _unreadable(value: bytes, position: int) -> Failure:
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return _failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}")
+    return _failure("invalid_json", f"the value is not JSON at character {position}")
+
+
+def _id_from_record(record: Record) -> str:
+    for name, value in record.headers:
+        if name == ID_HEADER and value:
+            return value.decode(errors="replace")
+    return f"{record.topic}-{record.partition}-{record.offset}"
+
+
+def _spliced(own: bytes, result: bytes) -> bytes:
+    end = own.rindex(b"}")
+    return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])
+
+
+def _six(number: float) -> float:
+    return round(number, 6) + 0.0  # no negative zero
+
+
+def _ascii(number: int) -> bytes:
+    return str(number).encode()
+
+
+def _error_headers(record: Record, failure: Failure, version: str) -> list[tuple[str, bytes | None]]:
+    return [
+        ("error.stage", failure.stage.encode()),
+        ("error.reason", failure.reason.encode()),
+        ("error.message", failure.message.encode()),
+        ("source.topic", record.topic.encode()),
+        ("source.partition", _ascii(record.partition)),
+        ("source.offset", _ascii(record.offset)),
+        ("source.timestamp", _ascii(record.timestamp if has_timestamp(record) else -1)),
+        ("worker.version", version.encode()),
+    ]

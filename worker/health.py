@@ -1,0 +1,59 @@
+"""What keeps the worker from being ready, told once when it begins and once when it ends. Knows no HTTP and no Kafka."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Trouble:
+    reason: str
+    since: float
+    told: set[str] = field(default_factory=set)
+
+
+class Health:
+    """The worker's troubles by the part that has them. Use it from the event loop; nothing blocks.
+
+    ``is_alive`` answers with why inference is dead, or None; it is asked at each probe.
+    """
+
+    def __init__(self, is_alive: Callable[[], str | None] = lambda: None, clock: Callable[[], float] = time.monotonic):
+        self._is_alive = is_alive
+        self._clock = clock
+        self._troubles: dict[str, _Trouble] = {}
+
+    def hold(self, part: str, reason: str) -> None:
+        """Not ready for a reason that is no trouble, such as starting. Not logged."""
+        self._troubles[part] = _Trouble(reason, self._clock())
+
+    def trouble(self, part: str, reason: str) -> None:
+        """Something is wrong with a part, and is being retried. Logged once a reason until the part is well again."""
+        known = self._troubles.get(part)
+        if known is None:
+            known = self._troubles[part] = _Trouble(reason, self._clock())
+        known.reason = reason
+        if reason not in known.told:
+            known.told.add(reason)
+            log.warning("%s", reason, extra={"part": part})
+
+    def well(self, part: str) -> None:
+        """A part works. Logged if it had a trouble."""
+        known = self._troubles.pop(part, None)
+        if known and known.told:
+            seconds = self._clock() - known.since
+            log.info("%s is well again", part, extra={"after_s": round(seconds, 1)})
+
+    def why_not_alive(self) -> str | None:
+        """For /livez. Kafka plays no part in it: a restart does not mend a broker."""
+        return self._is_alive()
+
+    def why_not_ready(self) -> str | None:
+        """For /readyz."""
+        dead = self._is_alive()
+        if dead:
+            return dead
+        return next((f"{part}: {trouble.reason}" for part, trouble in self._troubles.items()), None)

@@ -1,0 +1,358 @@
+"""The threads that own tokenizer and network, and the only door to them.
+
+One thread tokenizes, one runs the network, so that the next micro-batch is tokenized while this one is in the network.
+What fails is told apart here: a poison text, memory that does not suffice, a device that is lost, a call that hangs.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.batching import cut_by_length
+from worker.metrics import Metrics
+from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
+
+log = logging.getLogger(__name__)
+
+KNOWN_GOOD = "Хорошо, спасибо."
+WARM_UP_LENGTHS = (4, 32, 128, 512)
+
+Answer = TypeVar("Answer")
+
+
+class Tokens(Protocol):
+    ids: list[list[int]]
+    truncated: list[bool]
+
+
+class Model(Protocol):
+    """What is needed of a loaded model; SentimentModel fits. Its methods block."""
+
+    name: str
+    activation: Activation
+    max_batch_tokens: int
+    max_tokens: int
+
+    def tokenize(self, texts: Sequence[str], /) -> Any: ...
+    def logits(self, ids: Sequence[Sequence[int]], /) -> NDArray[np.float32]: ...
+    def memory_bytes(self) -> int: ...
+
+
+class InferenceLost(Exception):
+    """Inference hangs, or its device is gone; this process cannot mend it."""
+
+
+class Thread:
+    """A daemon thread that runs one call after another. A daemon, for a native call that hangs cannot be joined."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.busy_since: float | None = None
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def call(self, function: Callable[..., Answer], *arguments: Any) -> asyncio.Future[Answer]:
+        """Queues a call; answers with a future of the running event loop. Does not block."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+
+        def settle(answer: Any, error: BaseException | None) -> None:
+            if not future.done():
+                future.set_exception(error) if error else future.set_result(answer)
+
+        def run() -> None:
+            answer, error = None, None
+            try:
+                answer = function(*arguments)
+            except BaseException as raised:  # noqa: BLE001 - goes to whoever awaits
+                error = raised
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, answer, error)
+
+        self._calls.put(run)
+        return future
+
+    def restart_clock(self) -> None:
+        """From the thread itself: what is being done goes on, and has just shown that it does not hang."""
+        self.busy_since = time.monotonic()
+
+    def _run(self) -> None:
+        while True:
+            call = self._calls.get()
+            self.busy_since = time.monotonic()
+            call()
+            self.busy_since = None
+
+
+@dataclass(slots=True)
+class Job:
+    """N texts on their way through inference: tokenized once, scored once. Hits of the cache need neither.
+
+    ``answers`` has a sentiment for each text that could be scored, the reason for each that could not, in order; and
+    ``truncated`` whether the text was cut.
+    """
+
+    model: Model
+    digests: list[bytes]
+    answers: list[Sentiment | str | None]
+    truncated: list[bool]
+    ids: list[list[int]] = field(default_factory=list)  # of the distinct texts that the cache does not have
+    places: list[list[int]] = field(default_factory=list)  # where each of those stands in the job
+
+
+class Cache:
+    """The newest results by text, at most ``size``. Keyed by digest, so that its memory does not grow with the texts."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: OrderedDict[bytes, tuple[Sentiment, bool]] = OrderedDict()
+
+    def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
+        entry = self._entries.get(digest)
+        if entry is not None:
+            self._entries.move_to_end(digest)
+        return entry
+
+    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
+        if not self._size:
+            return
+        self._entries[digest] = (sentiment, truncated)
+        if len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+
+
+class Inference:
+    """Scores texts with one model. Use it from one event loop; nothing here blocks that loop.
+
+    ``timeout_s``: a call to tokenizer or network that takes longer hangs (for the network: one device batch).
+    """
+
+    def __init__(self, metrics: Metrics, *, timeout_s: float = 60, cache_size: int = 0) -> None:
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._cache_size = cache_size
+        self._tokenizer = Thread("tokenizer")
+        self._network = Thread("network")
+        self._model: Model | None = None
+        self._cache = Cache(0)
+        self._budget = 0
+        self._lost: asyncio.Future[None] | None = None
+        self._is_watched = False
+
+    @property
+    def model(self) -> Model:
+        """The loaded model. Raises RuntimeError before ``load`` has ended."""
+        if self._model is None:
+            raise RuntimeError("no model is loaded yet")
+        return self._model
+
+    async def load(self, loader: Callable[[], Model]) -> Model:
+        """Loads a model on the thread that will own it and warms it up. Raises what the loader raises.
+
+        Loading may take as long as it takes: no time limit watches over it.
+        """
+        model = await self._network.call(loader)
+        self._budget = model.max_batch_tokens
+        await self._network.call(self._warm_up, model)
+        self._model, self._cache = model, Cache(self._cache_size)
+        self._metrics.inference_succeeded(time.time(), model.memory_bytes())
+        return model
+
+    def trouble(self) -> str | None:
+        """Why inference is not alive, or None if it is. Answers at once."""
+        if self._lost and self._lost.done() and self._lost.exception():
+            return str(self._lost.exception())
+        for thread, what in ((self._tokenizer, "the tokenizer"), (self._network, "the network")):
+            since = thread.busy_since
+            if self._model is not None and since is not None and time.monotonic() - since > self._timeout_s:
+                return f"{what} has not answered for more than {self._timeout_s:g} s"
+        return None
+
+    async def watch(self) -> None:
+        """Looks after the threads until cancelled; from then on, calls that wait raise InferenceLost once one hangs."""
+        while True:
+            await asyncio.sleep(min(1.0, self._timeout_s / 4))
+            trouble = self.trouble()
+            if trouble:
+                self._lose(trouble)
+
+    async def tokenize(self, texts: Sequence[str]) -> Job:
+        """Begins a job: looks N texts up in the cache and tokenizes the others. Raises InferenceLost."""
+        job = self._looked_up(texts)
+        distinct = [texts[places[0]] for places in job.places]
+        started = time.monotonic()
+        tokens = await self._unless_lost(self._tokenizer.call(self._tokenize, job.model, distinct))
+        self._metrics.stage_seconds["tokenize"].observe(time.monotonic() - started)
+        ids, truncated, failures = tokens
+        job.ids = ids
+        for places, is_truncated, failure in zip(job.places, truncated, failures, strict=True):
+            for place in places:
+                job.truncated[place] = is_truncated
+                job.answers[place] = failure
+        return job
+
+    async def score(self, job: Job) -> Job:
+        """Ends a job: fills its answers. Raises InferenceLost where the device does not answer as it should."""
+        waiting = [index for index, places in enumerate(job.places) if job.answers[places[0]] is None]
+        started = time.monotonic()
+        answers = await self._unless_lost(
+            self._network.call(self._score, job.model, [job.ids[index] for index in waiting])
+        )
+        if waiting:
+            self._metrics.stage_seconds["forward"].observe(time.monotonic() - started)
+            self._metrics.inference_succeeded(time.time(), job.model.memory_bytes())
+        for index, answer in zip(waiting, answers, strict=True):
+            for place in job.places[index]:
+                job.answers[place] = answer
+            if isinstance(answer, Sentiment) and job.model is self._model:
+                first = job.places[index][0]
+                self._cache.put(job.digests[first], answer, job.truncated[first])
+        return job
+
+    def _looked_up(self, texts: Sequence[str]) -> Job:
+        digests = [blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
+        job = Job(self.model, digests, [None] * len(texts), [False] * len(texts))
+        places: dict[bytes, list[int]] = {}
+        hits = 0
+        for index, digest in enumerate(digests):
+            entry = self._cache.get(digest)
+            if entry:
+                job.answers[index], job.truncated[index] = entry
+                hits += 1
+            else:
+                places.setdefault(digest, []).append(index)
+        job.places = list(places.values())
+        self._metrics.cache_hits.inc(hits)
+        return job
+
+    async def _unless_lost(self, answer: asyncio.Future[Answer]) -> Answer:
+        lost = self._lost_future()
+        await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            lost.result()
+        try:
+            return answer.result()
+        except InferenceLost as error:
+            self._lose(str(error))
+            raise
+
+    def _lost_future(self) -> asyncio.Future[None]:
+        if self._lost is None:
+            self._lost = asyncio.get_running_loop().create_future()
+        return self._lost
+
+    def _lose(self, why: str) -> None:
+        future = self._lost_future()
+        if not future.done():
+            future.set_exception(InferenceLost(why))
+            future.exception()  # it may never be awaited
+
+    # Below: on the threads.
+
+    def _warm_up(self, model: Model) -> None:
+        text = (KNOWN_GOOD + " ") * max(WARM_UP_LENGTHS)
+        ids = model.tokenize([text]).ids[0]
+        for length in WARM_UP_LENGTHS:
+            self._score(model, [ids[:length]] * max(1, min(16, self._budget // length)))
+        if not self._is_well(model):
+            raise InferenceLost("the model does not answer a known-good text with finite numbers")
+
+    def _tokenize(self, model: Model, texts: list[str]) -> tuple[list[list[int]], list[bool], list[str | None]]:
+        try:
+            tokens = model.tokenize(texts)
+            return tokens.ids, tokens.truncated, [None] * len(texts)
+        except Exception as error:  # noqa: BLE001 - one text's fault must not be the others'
+            self._tokenizer.restart_clock()
+            if len(texts) > 1:
+                half = len(texts) // 2
+                first, second = self._tokenize(model, texts[:half]), self._tokenize(model, texts[half:])
+                return first[0] + second[0], first[1] + second[1], first[2] + second[2]
+            try:
+                model.tokenize([KNOWN_GOOD])
+            except Exception as worse:
+                raise InferenceLost(f"the tokenizer fails on a known-good text: {_name(worse)}") from worse
+            return [[]], [False], [f"the tokenizer failed: {_name(error)}"]
+
+    def _score(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+        """Answers for N token lists, by device batches within the budget."""
+        answers: list[Sentiment | str] = [""] * len(ids)
+        for batch in cut_by_length([len(tokens) for tokens in ids], self._budget):
+            for index, answer in zip(batch, self._score_batch(model, [ids[i] for i in batch]), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _score_batch(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+        self._network.restart_clock()
+        try:
+            logits = model.logits(ids)
+            if logits.shape != (len(ids), len(LABELS)):
+                raise ValueError(f"logits of shape {logits.shape}")  # noqa: TRY301 - one path for whatever is wrong
+            sentiments = to_sentiments(logits, model.activation)
+        except Exception as error:  # noqa: BLE001 - torch raises what it likes
+            if _is_out_of_memory(error):
+                return self._score_with_less_memory(model, ids, error)
+            return self._isolate(model, ids, f"the network failed: {_name(error)}")
+        if self._model is not None:  # not while warming up
+            self._metrics.device_batch([len(tokens) for tokens in ids])
+        answers: list[Sentiment | str] = []
+        for tokens, sentiment in zip(ids, sentiments, strict=True):
+            answers.extend([sentiment] if sentiment else self._doubt(model, tokens, alone=len(ids) == 1))
+        return answers
+
+    def _doubt(self, model: Model, tokens: list[int], *, alone: bool) -> list[Sentiment | str]:
+        """A text with a logit that is not finite: once more alone, before it is called poison."""
+        if not alone:
+            return self._score_batch(model, [tokens])
+        return self._isolate(model, [tokens], "a logit is not finite")
+
+    def _isolate(self, model: Model, ids: list[list[int]], why: str) -> list[Sentiment | str]:
+        """Halves a failed device batch until the poison text is found; a device that fails a good text too is lost."""
+        if not self._is_well(model):
+            raise InferenceLost(f"{why}, and a known-good text fails too")
+        if len(ids) == 1:
+            return [why]
+        half = len(ids) // 2
+        return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
+
+    def _score_with_less_memory(self, model: Model, ids: list[list[int]], error: Exception) -> list[Sentiment | str]:
+        _free_memory()
+        if len(ids) == 1:
+            return self._isolate(model, ids, f"out of memory: {_name(error)}")
+        longest = max(len(tokens) for tokens in ids)
+        self._budget = max(longest, len(ids) * longest // 2)
+        log.warning("out of memory: the token budget is %d from now on", self._budget)
+        half = len(ids) // 2
+        return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
+
+    def _is_well(self, model: Model) -> bool:
+        self._network.restart_clock()
+        try:
+            logits = model.logits(model.tokenize([KNOWN_GOOD]).ids)
+        except Exception:  # noqa: BLE001 - that is the answer
+            return False
+        return logits.shape == (1, len(LABELS)) and bool(np.isfinite(logits).all())
+
+
+def _name(error: BaseException) -> str:
+    """The error's kind: its words may hold the text that caused it."""
+    return type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+
+
+def _free_memory() -> None:
+    import torch  # noqa: PLC0415 - a model without torch (as in tests) has nothing to free
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,312 @@
+"""A checkpoint: tokenizer and network, texts → token ids → logits. The only module that imports transformers.
+
+Every public function here blocks, and none may be called from an event loop. Tokenizing and the network may run on two
+threads at once, each on one.
+"""
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.batching import cut_by_length
+from worker.sentiment import LABELS, Activation, Floats, to_probabilities, to_scores
+from worker.settings import DEFAULT_MODEL
+
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+log = logging.getLogger(__name__)
+
+BUILTIN = Path(__file__).parent / "builtin"
+CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
+WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
+CPU_BATCH_TOKENS = 1_024
+CUDA_BATCH_TOKENS = 16_384
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}  # their positions begin behind the padding's id
+
+
+class ModelError(Exception):
+    """A checkpoint cannot be used; the message is one sentence for the user."""
+
+
+class Tokens(NamedTuple):
+    """N tokenized texts: their ids, each at most the model's maximum, and whether a text was cut for it."""
+
+    ids: list[list[int]]
+    truncated: list[bool]
+
+
+class SentimentModel:
+    """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tokenizer: Any,
+        network: Any,
+        columns: list[int],
+        activation: Activation,
+        max_batch_tokens: int,
+    ) -> None:
+        self.name = name
+        self.activation: Activation = activation
+        self.max_batch_tokens = max_batch_tokens
+        self.device: torch.device = network.device
+        self.dtype: torch.dtype = network.dtype
+        self.max_tokens = _max_tokens(tokenizer, network.config)
+        self._tokenizer = tokenizer
+        self._network = network
+        self._columns = columns
+        self._padding = tokenizer.pad_token_id or 0
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        activation: Activation = "sigmoid",
+        device: str = "auto",
+        dtype: str = "auto",
+        cpu_threads: int | Literal["auto"] = "auto",
+        max_batch_tokens: int | Literal["auto"] = "auto",
+    ) -> "SentimentModel":
+        """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
+
+        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError.
+        """
+        where = _device(device)
+        if cpu_threads != "auto":
+            torch.set_num_threads(cpu_threads)
+        folder = BUILTIN if name_or_path == "builtin" else Path(name_or_path)
+        is_local = folder.is_dir()
+        source = str(folder) if is_local else name_or_path
+        _refuse_missing_folder(name_or_path, is_local)
+        with _quiet():
+            try:
+                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+                commit = getattr(config, "_commit_hash", None) or revision
+                columns = _columns(config)
+                tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
+                network, loading = AutoModelForSequenceClassification.from_pretrained(
+                    source,
+                    revision=commit,
+                    trust_remote_code=False,
+                    dtype=DTYPES[dtype],
+                    attn_implementation="eager" if where.type == "cpu" else "sdpa",
+                    output_loading_info=True,
+                )
+            except ModelError:
+                raise
+            except Exception as error:  # noqa: BLE001 - transformers, the hub and torch raise what they like
+                raise ModelError(_cannot_load(name_or_path, error)) from error
+        _refuse_untrained(name_or_path, loading)
+        _tell_of_pickle(name_or_path, source, commit)
+        return cls(
+            name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
+            tokenizer=tokenizer,
+            network=network.to(where).eval(),
+            columns=columns,
+            activation=activation,
+            max_batch_tokens=_budget(max_batch_tokens, where),
+        )
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of N texts. Of a very long one only the beginning is looked at, as much as fills the maximum."""
+        if not texts:
+            return Tokens([], [])
+        prefix = self.max_tokens * CHARS_PER_TOKEN
+        ids = self._encode([_prefix(text, prefix) for text in texts])
+        truncated = [False] * len(texts)
+        for index, text in enumerate(texts):
+            length = prefix
+            while len(ids[index]) <= self.max_tokens + WORD_TOKENS and length < len(text):
+                length *= 4
+                ids[index] = self._encode([_prefix(text, length)])[0]
+            if len(ids[index]) > self.max_tokens:
+                truncated[index] = True
+                ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+        return Tokens(ids, truncated)
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Logits (N, 3), columns as LABELS, of N tokenized texts in one pass of the network, padded to the longest.
+
+        Raises what torch raises, torch.OutOfMemoryError among it.
+        """
+        width = max(map(len, ids))
+        padded = np.full((len(ids), width), self._padding, dtype=np.int64)
+        mask = np.zeros((len(ids), width), dtype=np.int64)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        with torch.inference_mode():
+            output = self._network(
+                input_ids=torch.from_numpy(padded).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+            ).logits
+        return cast("NDArray[np.float32]", output.float().cpu().numpy()[:, self._columns])
+
+    def memory_bytes(self) -> int:
+        """Device memory in use, bytes; 0 on CPU, where it is the process's own."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    @overload
+    def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> str: ...
+    @overload
+    def get_sentiment(self, text: str, return_type: Literal["score"]) -> float: ...
+    @overload
+    def get_sentiment(self, text: Sequence[str], return_type: Literal["label"] = "label") -> list[str]: ...
+    @overload
+    def get_sentiment(self, text: Sequence[str], return_type: Literal["score"]) -> list[float]: ...
+    @overload
+    def get_sentiment(self, text: str | Sequence[str], return_type: Literal["proba"]) -> Floats: ...
+    def get_sentiment(self, text: str | Sequence[str], return_type: str = "label") -> Any:
+        """The model card's function: the label, the score from -1 to 1, or the probabilities as LABELS, of a text.
+
+        For a list of N texts a list of N, or an N x 3 array for ``proba``. Raises ValueError for another
+        ``return_type``, FloatingPointError where the network answers with what is no number.
+        """
+        if return_type not in ("label", "score", "proba"):
+            raise ValueError(f"return_type is {return_type!r}; it should be label, score or proba")
+        texts = [text] if isinstance(text, str) else list(text)
+        probabilities = self._probabilities(texts)
+        if return_type == "proba":
+            return probabilities[0] if isinstance(text, str) else probabilities
+        if return_type == "score":
+            answers: list[Any] = to_scores(probabilities).tolist()
+        else:
+            answers = [LABELS[best] for best in probabilities.argmax(axis=-1)]
+        return answers[0] if isinstance(text, str) else answers
+
+    def _probabilities(self, texts: Sequence[str]) -> Floats:
+        ids = self.tokenize(texts).ids
+        logits = np.empty((len(texts), len(LABELS)), dtype=np.float32)
+        for batch in cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens):
+            logits[batch] = self.logits([ids[index] for index in batch])
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the network answered with a logit that is not finite")
+        return to_probabilities(logits, self.activation)
+
+    def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
+        encoded = self._tokenizer(
+            texts, padding=False, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
+        )
+        return [tokens or [self._padding] for tokens in encoded["input_ids"]]
+
+
+def _prefix(text: str, length: int) -> str:
+    """At most ``length`` characters, cut at white space, where no token of the beginning depends on what follows."""
+    if len(text) <= length:
+        return text
+    for end in range(length, length // 2, -1):
+        if text[end].isspace():
+            return text[:end]
+    return text[:length]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device is {name}, but torch finds no CUDA device here; device=cpu works everywhere")
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ModelError(f"device is {name}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+def _refuse_missing_folder(name: str, is_local: bool) -> None:
+    if not is_local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ModelError(f"model is {name}, but there is no such folder; it should be one with a checkpoint, or a hub name")
+
+
+def _columns(config: Any) -> list[int]:
+    """Which logit is negative, neutral, positive, by the checkpoint's own names."""
+    names = {str(label).strip().lower(): int(index) for index, label in (config.id2label or {}).items()}
+    if set(names) != set(LABELS):
+        listed = ", ".join(str(label) for label in (config.id2label or {}).values()) or "none"
+        raise ModelError(f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}")
+    return [names[label] for label in LABELS]
+
+
+def _max_tokens(tokenizer: Any, config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in ROBERTA_LIKE:
+        positions -= (config.pad_token_id or 0) + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _budget(setting: int | Literal["auto"], device: torch.device) -> int:
+    if setting != "auto":
+        return setting
+    return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+
+
+def _refuse_untrained(name: str, loading: Any) -> None:
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name} is no finished classifier: its file lacks {len(missing)} weights ({missing[0]}, …), which would "
+            "be random"
+        )
+
+
+def _tell_of_pickle(name: str, source: str, commit: str | None) -> None:
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        if cached_file(
+            source,
+            file,
+            revision=commit,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        ):
+            return
+    log.warning(
+        "model %s comes as a .bin without safetensors: its tensors were read by torch's weights-only reader, which runs "
+        "no code of the file",
+        name,
+    )
+
+
+def _folder_revision(folder: Path) -> str:
+    """The first 12 hex digits of the SHA-256 of the folder's weights (of all its shards, by name)."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as weights:
+            for block in iter(lambda: weights.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "weights_only" in str(error) or "Weights only" in str(error):
+        reason = "its .bin holds more than tensors, which could run code"
+    elif "trust_remote_code" in str(error):
+        reason = "it needs Python code of its own, which is never run here"
+    return f"model {name} cannot be loaded: {reason}"
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a context
+    """Keeps transformers' progress bars and notices off the terminal while a checkpoint loads."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()

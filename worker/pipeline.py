@@ -1,0 +1,330 @@
+"""The stages and the queues between them: gather → tokenize → network → publish → commit; start, drain, stop.
+
+Every consumed record travels in its micro-batch, tombstones and records that cannot be decoded too, so that none is
+overtaken. A queue holds one micro-batch; a full one is backpressure all the way to Kafka.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aiokafka import ConsumerRecord
+
+from worker.events import (
+    Decoded,
+    Decoder,
+    Encoder,
+    Event,
+    Failure,
+    Null,
+    Outgoing,
+    Reason,
+    dead_letter,
+    has_timestamp,
+    iso_time,
+    smaller_dead_letters,
+    tombstone,
+)
+from worker.inference import Inference, Job
+from worker.metrics import Metrics
+from worker.sentiment import Sentiment
+from worker.sink import Parcel, Sink
+from worker.source import Assignment, Chunk, Source
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
+
+
+class DrainTimeout(Exception):
+    """What was in flight could not be finished in time; the message says how much. Nothing of it was committed."""
+
+
+class DeadLetterRefused(Exception):
+    """The dead-letter topic takes a record in no form; the message says where the record is."""
+
+
+@dataclass(slots=True)
+class Part:
+    """The records of one assignment in a micro-batch. ``first_text`` is where their texts begin in its job."""
+
+    assignment: Assignment
+    records: Sequence[ConsumerRecord]
+    decoded: list[Decoded]
+    first_text: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    parts: list[Part]
+    job: Job
+
+    def __len__(self) -> int:
+        return sum(len(part.records) for part in self.parts)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What becomes of one record: something to publish, or nothing; why, if it failed; and what to count."""
+
+    record: ConsumerRecord
+    outgoing: Outgoing | None
+    failure: Failure | None = None
+    sentiment: Sentiment | None = None
+
+
+@dataclass(slots=True)
+class Stages:
+    """The queues between the stages; None in one of them: that was all."""
+
+    tokenized: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
+    scored: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
+
+
+class Pipeline:
+    """Moves records from source through inference to sink. ``run`` until ``drain`` is called, or something breaks.
+
+    After a revocation, records that have not reached the network go no further; those past it are published while their
+    partition is still this process's.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        decoder: Decoder,
+        inference: Inference,
+        encoder: Encoder,
+        sink: Sink,
+        metrics: Metrics,
+        output_topic: str,
+        dead_letter_topic: str,
+        version: str,
+        drain_timeout_s: float = 20,
+    ) -> None:
+        self._source = source
+        self._decoder = decoder
+        self._inference = inference
+        self._encoder = encoder
+        self._sink = sink
+        self._metrics = metrics
+        self._output_topic = output_topic
+        self._dead_letter_topic = dead_letter_topic
+        self._version = version
+        self._drain_timeout_s = drain_timeout_s
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Stops taking records; ``run`` ends when what is in flight is published and committed. Answers at once."""
+        self._draining.set()
+        self._source.stop_taking()
+
+    async def run(self) -> None:
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused.
+
+        However it ends, what has been acknowledged is committed and the group is left.
+        """
+        stages = Stages()
+        tasks = {
+            "consume": asyncio.create_task(self._source.run()),
+            "watch": asyncio.create_task(self._inference.watch()),
+            "tokenize": asyncio.create_task(self._tokenize(stages)),
+            "score": asyncio.create_task(self._score(stages)),
+            "publish": asyncio.create_task(self._publish(stages)),
+        }
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            broken = _first_error(tasks.values())
+            deadline = time.monotonic() + (LAST_WORDS_S if broken else self._drain_timeout_s)
+            if broken:
+                self._source.stop_taking()
+                await self._finish_scored(tasks, stages, deadline)
+            else:
+                broken = await self._finish(tasks, deadline)
+            await self._source.close(max(1.0, deadline - time.monotonic()))
+            await self._sink.close(max(1.0, deadline - time.monotonic()))
+        finally:
+            await _cancelled([draining, *tasks.values()])
+        if broken:
+            raise broken
+
+    # Endings.
+
+    async def _finish(self, tasks: dict[str, asyncio.Task[None]], deadline: float) -> BaseException | None:
+        """Lets the stages run empty. Answers with what went wrong, if anything did."""
+        stages = [tasks[name] for name in ("tokenize", "score", "publish")]
+        timeout_s = max(0.0, deadline - time.monotonic())
+        await asyncio.wait(stages, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        broken = _first_error(stages)
+        if broken is None and not all(task.done() for task in stages):
+            return DrainTimeout(
+                f"what was in flight could not be finished within drain_timeout_s = {self._drain_timeout_s:g}; it was not "
+                "committed, and is read again"
+            )
+        return broken
+
+    async def _finish_scored(self, tasks: dict[str, asyncio.Task[None]], stages: Stages, deadline: float) -> None:
+        """Publishes what inference has finished, and nothing that it has not."""
+        await _cancelled([tasks["tokenize"], tasks["score"]])
+        publish = tasks["publish"]
+        if publish.done():
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                closing = asyncio.create_task(stages.scored.put(None))
+                await asyncio.wait({publish, closing}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({publish})
+
+    # Stages.
+
+    async def _tokenize(self, stages: Stages) -> None:
+        while (chunks := await self._source.next_batch()) is not None:
+            parts, texts = self._decoded(chunks)
+            batch = MicroBatch(parts, await self._inference.tokenize(texts))
+            self._metrics.queue_depth["tokenized"].inc(len(batch))
+            await stages.tokenized.put(batch)
+        await stages.tokenized.put(None)
+
+    async def _score(self, stages: Stages) -> None:
+        while (batch := await stages.tokenized.get()) is not None:
+            self._metrics.queue_depth["tokenized"].dec(len(batch))
+            self._drop(batch, [part for part in batch.parts if not part.assignment.accepts])
+            if not batch.parts:
+                continue
+            await self._inference.score(batch.job)
+            self._metrics.queue_depth["scored"].inc(len(batch))
+            await stages.scored.put(batch)
+        await stages.scored.put(None)
+
+    async def _publish(self, stages: Stages) -> None:
+        while (batch := await stages.scored.get()) is not None:
+            self._metrics.queue_depth["scored"].dec(len(batch))
+            self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
+            if not batch.parts:
+                continue
+            started = time.monotonic()
+            outcomes = self._outcomes(batch)
+            await self._deliver(outcomes)
+            self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
+            self._count(outcomes)
+            for part in batch.parts:
+                self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
+
+    def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:
+        for part in parts:
+            batch.parts.remove(part)
+            self._source.drop(part.assignment, len(part.records))
+
+    # What becomes of a record.
+
+    def _decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
+        parts: list[Part] = []
+        texts: list[str] = []
+        for assignment, records in chunks:
+            decoded = [self._decoder.decode(record) for record in records]
+            parts.append(Part(assignment, records, decoded, len(texts)))
+            texts.extend(event.text for event in decoded if isinstance(event, Event))
+        return parts, texts
+
+    def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
+        processed_at = iso_time(time.time() * 1000)
+        outcomes: list[Outcome] = []
+        for part in batch.parts:
+            place = part.first_text
+            for record, decoded in zip(part.records, part.decoded, strict=True):
+                if isinstance(decoded, Event):
+                    outcomes.append(self._result(record, decoded, batch.job, place, processed_at))
+                    place += 1
+                elif isinstance(decoded, Failure):
+                    outcomes.append(self._dead_letter(record, decoded))
+                else:
+                    outcomes.append(Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None))
+        return outcomes
+
+    def _result(self, record: ConsumerRecord, event: Event, job: Job, place: int, processed_at: str) -> Outcome:
+        answer = job.answers[place]
+        if not isinstance(answer, Sentiment):
+            return self._dead_letter(record, Failure("infer", "inference_failed", answer or "no answer"))
+        encoded = self._encoder.encode(record, event, answer, job.truncated[place], processed_at)
+        if isinstance(encoded, Failure):
+            return self._dead_letter(record, encoded)
+        return Outcome(record, encoded, sentiment=answer)
+
+    def _dead_letter(self, record: ConsumerRecord, failure: Failure) -> Outcome:
+        return Outcome(record, dead_letter(record, failure, self._version), failure)
+
+    # Delivery.
+
+    async def _deliver(self, outcomes: list[Outcome]) -> None:
+        """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
+        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing])
+        for outcome, reason in refused:
+            if outcome.failure is None:
+                outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
+                outcome.sentiment = None
+                outcome.outgoing = dead_letter(outcome.record, outcome.failure, self._version)
+        refused = await self._send([outcome for outcome, _ in refused])
+        for size in range(2):
+            for outcome, _ in refused:
+                if outcome.failure:
+                    outcome.outgoing = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
+            refused = await self._send([outcome for outcome, _ in refused])
+        for outcome, _ in refused:
+            record = outcome.record
+            raise DeadLetterRefused(
+                f"the topic {self._dead_letter_topic} takes the record of {record.topic}-{record.partition} at offset "
+                f"{record.offset} in no form; raise its max.message.bytes"
+            )
+
+    async def _send(self, outcomes: list[Outcome]) -> list[tuple[Outcome, Reason]]:
+        parcels = [
+            Parcel(
+                self._dead_letter_topic if outcome.failure else self._output_topic,
+                outcome.outgoing,
+                outcome.record.partition,
+            )
+            for outcome in outcomes
+            if outcome.outgoing
+        ]
+        if not parcels:
+            return []
+        answers = await self._sink.publish(parcels)
+        return [(outcome, reason) for outcome, reason in zip(outcomes, answers, strict=True) if reason]
+
+    def _count(self, outcomes: list[Outcome]) -> None:
+        now = time.time()
+        scored = [outcome for outcome in outcomes if outcome.sentiment]
+        self._metrics.published(
+            [outcome.sentiment.label for outcome in scored if outcome.sentiment],
+            [outcome.sentiment.score for outcome in scored if outcome.sentiment],
+            [max(0.0, now - o.record.timestamp / 1000) for o in scored if has_timestamp(o.record)],
+        )
+        self._metrics.dead_lettered(
+            [(outcome.failure.stage, outcome.failure.reason) for outcome in outcomes if outcome.failure]
+        )
+        skipped = sum(outcome.outgoing is None for outcome in outcomes)
+        self._metrics.records_skipped.inc(skipped)
+        self._metrics.tombstones.inc(
+            sum(o.outgoing is not None and o.sentiment is None and o.failure is None for o in outcomes)
+        )
+        for outcome in outcomes:
+            self._metrics.records_consumed.labels(outcome.record.topic).inc()
+
+
+def _first_error(tasks: Any) -> BaseException | None:
+    for task in tasks:
+        if task.done() and not task.cancelled() and task.exception():
+            error: BaseException = task.exception()
+            return error
+    return None
+
+
+async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,220 @@
+"""The worker process: its parts made from the settings, its signals, its end."""
+
+import asyncio
+import logging
+import os
+import signal
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Final, cast
+
+from worker.cluster import Connection, tls_context, wait_until_usable
+from worker.events import Decoder, Encoder
+from worker.health import Health
+from worker.inference import Inference, InferenceLost
+from worker.metrics import Metrics
+from worker.monitor import Monitor
+from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
+from worker.settings import RunSettings, WrongSetting, split_names
+from worker.sink import Sink
+from worker.source import Source, UnreadableRecord
+
+if TYPE_CHECKING:
+    from worker.model import SentimentModel
+
+log = logging.getLogger(__name__)
+
+PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
+
+
+def worker_version() -> str:
+    try:
+        return version("sentiment-worker")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def run(settings: RunSettings) -> int:
+    """Runs the worker until SIGTERM or SIGINT, or until something breaks. Blocks; answers with the exit code.
+
+    Raises WrongSetting and ModelError. A second signal, a hung inference and a drain that takes too long end the process
+    at once, with exit code 1.
+    """
+    try:
+        import uvloop  # noqa: PLC0415 - not for every platform
+
+        factory = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_run(settings))
+
+
+async def _run(settings: RunSettings) -> int:
+    metrics = Metrics(worker_version())
+    inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
+    health = Health(inference.trouble)
+    health.hold("model", "loading")
+    monitor = Monitor(health, metrics, host=settings.http_host, port=settings.http_port)
+    try:
+        await monitor.start()
+    except OSError as error:
+        where = f"{settings.http_host}:{settings.http_port}"
+        raise WrongSetting(f"http_host and http_port: cannot listen on {where} ({error.strerror or error})") from None
+    log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
+    stop = _on_signals()
+    try:
+        return await _work(settings, metrics, inference, health, stop)
+    finally:
+        await monitor.stop()
+
+
+async def _work(
+    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, stop: asyncio.Event
+) -> int:
+    starting = asyncio.create_task(_started(settings, metrics, inference, health))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        log.info("stopped before it had begun")
+        return 0
+    pipeline = starting.result()
+    stopping.add_done_callback(lambda _: _drain(pipeline, health))
+    try:
+        await pipeline.run()
+    except (UnreadableRecord, DeadLetterRefused) as error:
+        log.error("%s", error)
+        return 1
+    except (InferenceLost, DrainTimeout) as error:
+        log.error("%s", error)
+        await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
+        _end_at_once()
+    finally:
+        stopping.cancel()
+    log.info("drained")
+    return 0
+
+
+async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health) -> Pipeline:
+    connection = _connection(settings)
+    topics = split_names(settings.input_topics)
+    model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
+    _tell_of_model(model, metrics)
+    health.well("model")
+    roles = {
+        "input_topics": topics,
+        "output_topic": [settings.output_topic],
+        "dead_letter_topic": [settings.dead_letter_topic],
+    }
+    limits = await wait_until_usable(connection, roles, health)
+    source = Source(
+        connection,
+        topics=topics,
+        group_id=settings.group_id,
+        group_instance_id=settings.group_instance_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+        session_timeout_ms=settings.session_timeout_ms,
+        fetch_max_wait_ms=settings.fetch_max_wait_ms,
+        max_batch_texts=settings.max_batch_texts,
+        linger_s=settings.linger_ms / 1000,
+        metrics=metrics,
+        health=health,
+    )
+    sink = Sink(
+        connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type
+    )
+    await sink.start()
+    decoder = Decoder(
+        input_format=settings.input_format,
+        output_mode=settings.output_mode,
+        text_field=settings.text_field,
+        id_field=settings.id_field,
+        max_text_chars=settings.max_text_chars,
+    )
+    return Pipeline(
+        source=source,
+        decoder=decoder,
+        inference=inference,
+        encoder=Encoder(model=model.name, output_mode=settings.output_mode),
+        sink=sink,
+        metrics=metrics,
+        output_topic=settings.output_topic,
+        dead_letter_topic=settings.dead_letter_topic,
+        version=worker_version(),
+        drain_timeout_s=settings.drain_timeout_s,
+    )
+
+
+def _loaded(settings: RunSettings) -> "SentimentModel":
+    from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+
+    return SentimentModel.load(
+        settings.model,
+        revision=settings.revision,
+        activation=settings.activation,
+        device=settings.device,
+        dtype=settings.dtype,
+        cpu_threads=settings.cpu_threads,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+
+
+def _connection(settings: RunSettings) -> Connection:
+    def secret(name: str) -> str | None:
+        value = getattr(settings, name)
+        return value.get_secret_value() if value else None
+
+    def path(name: str) -> str | None:
+        value = getattr(settings, name)
+        return str(value) if value else None
+
+    context = None
+    if settings.security_protocol.endswith("SSL"):
+        context = tls_context(path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), secret("ssl_key_password"))
+    return Connection(
+        bootstrap_servers=split_names(settings.bootstrap_servers),
+        client_id=settings.client_id,
+        request_timeout_ms=settings.request_timeout_ms,
+        security_protocol=settings.security_protocol,
+        sasl_mechanism=settings.sasl_mechanism,
+        sasl_username=settings.sasl_username,
+        sasl_password=secret("sasl_password"),
+        ssl_context=context,
+    )
+
+
+def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
+    name, _, revision = model.name.rpartition("@")
+    dtype = str(model.dtype).removeprefix("torch.")
+    metrics.model_info.labels(name, revision, str(model.device), dtype).set(1)
+    log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": dtype})
+
+
+def _on_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
+    stop = asyncio.Event()
+
+    def stop_or_end() -> None:
+        if stop.is_set():
+            log.error("a second signal: ending at once")
+            _end_at_once()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop_or_end)
+    return stop
+
+
+def _drain(pipeline: Pipeline, health: Health) -> None:
+    log.info("draining: no more records are taken")
+    health.hold("worker", "draining")
+    pipeline.drain()
+
+
+def _end_at_once() -> None:
+    """Without waiting for threads: a native call that hangs cannot be joined."""
+    logging.shutdown()
+    os._exit(1)

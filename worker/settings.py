@@ -1,0 +1,310 @@
+"""Every option of every command, once: its name, default, bounds, unit and help.
+
+A flag goes before the environment (``WORKER_MAX_BATCH_TEXTS``), which goes before the TOML file (``--config``). Secrets
+come from the environment alone, or from the file that ``WORKER_…_FILE`` names.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSuppress,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+PREFIX = "WORKER_"
+DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
+SECRETS = ("sasl_password", "ssl_key_password")
+
+
+class WrongSetting(Exception):
+    """A setting, a flag or a file of settings is wrong; the message is one sentence for the user. Exit code 2."""
+
+
+def split_names(value: str) -> tuple[str, ...]:
+    """``"a, b"`` → ``("a", "b")``."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _names(value: str) -> str:
+    if not split_names(value):
+        raise ValueError("it should name at least one, separated by commas")
+    return value
+
+
+def _servers(value: str) -> str:
+    for server in split_names(_names(value)):
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("it should be host:port, several separated by commas")
+    return value
+
+
+def _path_in_object(value: str) -> str:
+    if not all(value.split(".")):
+        raise ValueError("it should be a field's name, or a dotted path such as payload.text")
+    return value
+
+
+Names = Annotated[str, AfterValidator(_names)]
+FieldPath = Annotated[str, AfterValidator(_path_in_object)]
+
+
+class Settings(BaseSettings):
+    """What every command's settings share: where values come from."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+    )
+
+    config: Path | None = Field(None, description="TOML file of settings, by the names below with underscores")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags come first by themselves; the values given at construction are the file's, and come last."""
+        return env_settings, init_settings
+
+
+class LogSettings(Settings):
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
+
+
+class ModelSettings(LogSettings):
+    model: str = Field(
+        DEFAULT_MODEL, min_length=1, description="checkpoint: a folder, a name on the hub, or builtin (small, for trials)"
+    )
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
+    activation: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="numbers of the network")
+    backend: Literal["auto", "torch"] = Field("auto", description="what runs the network")
+    cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="threads of the network on CPU")
+    max_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="tokens in one pass of the network, padding included"
+    )
+
+
+class RunSettings(ModelSettings):
+    """Read text events from Kafka, publish their sentiment, commit."""
+
+    bootstrap_servers: Annotated[str, AfterValidator(_servers)] = Field(
+        "localhost:9092", description="brokers, host:port, separated by commas"
+    )
+    input_topics: Names = Field("texts", description="topics to read, separated by commas")
+    output_topic: str = Field("sentiment", min_length=1, description="topic for results")
+    dead_letter_topic: str = Field("sentiment.dead-letter", min_length=1, description="topic for what cannot be scored")
+    group_id: str = Field("sentiment-worker", min_length=1, description="consumer group")
+    group_instance_id: str | None = Field(
+        None, min_length=1, description="static membership: a name of this process's own in the group"
+    )
+    client_id: str = Field("sentiment-worker", min_length=1, description="name of this client in the brokers' logs")
+    auto_offset_reset: Literal["earliest", "latest"] = Field(
+        "earliest", description="where to begin when the group has no offset, or it is gone"
+    )
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed", description="whether to skip records of aborted transactions"
+    )
+    delivery: Literal["at-least-once"] = Field("at-least-once", description="delivery guarantee")
+    input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
+    output_mode: Literal["result", "enrich"] = Field(
+        "result", description="result: a new object; enrich: the input object with the field sentiment"
+    )
+    text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
+    id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
+    max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
+    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("none", description="of what is published")
+    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
+    linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
+    cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
+    inference_timeout_s: float = Field(60, gt=0, description="a device batch that takes longer is hung, s")
+    drain_timeout_s: float = Field(20, gt=0, description="to finish what is in flight at SIGTERM, s")
+    http_host: str = Field("127.0.0.1", min_length=1, description="address for /metrics, /livez, /readyz")
+    http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
+    session_timeout_ms: int = Field(45_000, ge=1_000, description="group membership without a heartbeat, ms")
+    request_timeout_ms: int = Field(30_000, ge=1_000, description="for one request to a broker, ms")
+    fetch_max_wait_ms: int = Field(500, ge=1, description="a broker with nothing new answers after, ms")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to the brokers"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="how to log in")
+    sasl_username: str | None = Field(None, description="who logs in")
+    sasl_password: CliSuppress[SecretStr | None] = None
+    ssl_cafile: Path | None = Field(None, description="authorities that vouch for the brokers, PEM; default: the system's")
+    ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
+    ssl_keyfile: Path | None = Field(None, description="this client's key, PEM")
+    ssl_key_password: CliSuppress[SecretStr | None] = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        topics = split_names(self.input_topics)
+        if self.output_mode == "enrich" and self.input_format == "text":
+            raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        for name in ("output_topic", "dead_letter_topic"):
+            if getattr(self, name) in topics:
+                raise ValueError(f"{name} is one of input_topics: the worker would read what it wrote; take another topic")
+        if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
+            raise ValueError("sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither")
+        if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
+            raise ValueError("sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile needs ssl_certfile")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            path: Path | None = getattr(self, name)
+            if path and not path.is_file():
+                raise ValueError(f"{name} should be a PEM file, and {path} is none")
+        return self
+
+
+class ClassifySettings(ModelSettings):
+    """Score texts: arguments, or the lines of a file or of standard input (-). One JSON line each."""
+
+    texts: CliPositionalArg[list[str]] = Field([], description="texts to score; - for the lines of standard input")
+    file: Path | None = Field(None, description="score the lines of this file, UTF-8")
+
+
+class EvaluateSettings(ModelSettings):
+    """Macro-F1 per source and overall on labelled CSV files."""
+
+    source: list[str] = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
+    label_map: list[str] = Field([], description="NAME:RAW=CLASS, what a source's label means; may be repeated")
+    text_column: str = Field("text", description="column of the text")
+    label_column: str = Field("label", description="column of the label")
+    held_out_only: bool = Field(False, description="only the rows that train leaves out")
+    json_output: bool = Field(False, description="print JSON instead of a table")
+
+
+class DemoSettings(LogSettings):
+    """The whole thing on an embedded broker: real texts, the real worker, the small built-in model."""
+
+    events: int = Field(700, ge=1, description="events to replay")
+    rate: float = Field(50, gt=0, description="events per second")
+    plain: bool = Field(False, description="lines instead of the live view")
+    keep_running: bool = Field(False, description="go on until Ctrl-C")
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load(kind: type[AnySettings], argv: Sequence[str], prog: str, environ: Mapping[str, str] = os.environ) -> AnySettings:
+    """Settings of one kind from flags, environment and file.
+
+    Raises WrongSetting with one sentence. ``--help`` prints and raises SystemExit(0). Reads the file; does not block
+    otherwise.
+    """
+    _refuse_secret_flags(argv)
+    values = _file_values(kind, _config_path(argv, environ))
+    values.update(_secret_values(kind, environ))
+    try:
+        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog, **values)
+    except ValidationError as error:
+        raise WrongSetting(_sentence(kind, error.errors())) from None
+    except SettingsError as error:
+        message = str(error).removeprefix("error parsing CLI: ").rstrip(".")
+        raise WrongSetting(f"{message}; `{prog} --help` lists the flags") from None
+
+
+def unknown_variables(kind: type[Settings], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """``WORKER_…`` variables that set nothing: worth a warning, since Kubernetes injects some of its own."""
+    known = {PREFIX + name.upper() for name in kind.model_fields}
+    known |= {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_secret_flags(argv: Sequence[str]) -> None:
+    for name in SECRETS:
+        if any(word.split("=")[0] == _flag(name) for word in argv):
+            variable = PREFIX + name.upper()
+            raise WrongSetting(f"{name} has no flag, for flags can be seen by others: set {variable} or {variable}_FILE")
+
+
+def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
+    for position, word in enumerate(argv):
+        if word == "--config" and position + 1 < len(argv):
+            return Path(argv[position + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return Path(environ[PREFIX + "CONFIG"]) if PREFIX + "CONFIG" in environ else None
+
+
+def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WrongSetting(f"config: {path} cannot be read ({error.strerror}); it should be a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WrongSetting(f"config: {path} is not valid TOML: {error}") from None
+    for name in values:
+        if name in SECRETS:
+            raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")
+        if name not in kind.model_fields or name == "config":
+            raise WrongSetting(f"config: {path} sets {name}, which is no setting; `run --help` lists them")
+    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
+    values = {}
+    for name in SECRETS:
+        variable = PREFIX + name.upper()
+        path = environ.get(variable + "_FILE")
+        if path is None or name not in kind.model_fields:
+            continue
+        if variable in environ:
+            raise WrongSetting(f"{variable} and {variable}_FILE are both set; set one of them")
+        try:
+            values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError):
+            raise WrongSetting(f"{variable}_FILE: {path} cannot be read; it should be a file with the secret") from None
+    return values
+
+
+def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
+    """The first wrong setting of a validation, as one sentence without the values of secrets."""
+    first = errors[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    wants = " or ".join(dict.fromkeys(_wish(error) for error in errors if error["loc"][:1] == first["loc"][:1]))
+    if name not in kind.model_fields:
+        return f"{name} is no setting; `--help` lists them"
+    given = "" if name in SECRETS else f" = {first['input']!r}"
+    return f"{name}{given} is wrong: {wants} (flag {_flag(name)}, variable {PREFIX}{name.upper()})"
+
+
+def _wish(error: ErrorDetails) -> str:
+    if error["type"] == "string_pattern_mismatch":
+        return f"it should match {error['ctx']['pattern']}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").replace("String should", "it should")
+    return message.split(", unable to parse")[0]

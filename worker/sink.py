@@ -1,0 +1,294 @@
+"""Kafka out: publishes results and dead letters, in order, and answers when every one is acknowledged or refused."""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    InvalidTimestampError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
+from aiokafka.partitioner import murmur2
+from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.events import Outgoing, Reason
+from worker.health import Health
+from worker.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES: Final = 1_000_000
+STALLED_S: Final = 10.0
+RECORDS_PER_PRODUCER: Final = 2**30  # aiokafka's sequence numbers wrap wrongly at 2**31 records of one partition
+
+REFUSALS: dict[type[KafkaError], Reason] = {
+    MessageSizeTooLargeError: "result_too_large",
+    RecordListTooLargeError: "result_too_large",
+    InvalidTimestampError: "invalid_timestamp",
+}
+
+
+class Parcel(NamedTuple):
+    """A record on its way out. ``origin`` is the input partition, which places a record that has no key."""
+
+    topic: str
+    record: Outgoing
+    origin: int
+
+
+Lane = tuple[str, int]  # an output topic's partition: what is in one lane stays in order
+Load = list[int]  # parcels that go as one batch, by their place
+
+
+class Sink:
+    """An idempotent producer, acks=all. ``publish`` is for one caller at a time.
+
+    A timeout is no failure: a batch may still be on its way, so its own future is waited for, for as long as it takes. A
+    producer whose batch failed for good has lost count of its sequence numbers; it is replaced before anything is sent
+    again.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        limits: Mapping[str, TopicLimits],
+        metrics: Metrics,
+        health: Health,
+        compression_type: str = "none",
+        records_per_producer: int = RECORDS_PER_PRODUCER,
+    ) -> None:
+        self._connection = connection
+        self._limits = limits
+        self._metrics = metrics
+        self._health = health
+        self._compression_type = None if compression_type == "none" else compression_type
+        self._records_per_producer = records_per_producer
+        self._producer: AIOKafkaProducer | None = None
+        self._records_sent = 0
+
+    async def start(self) -> None:
+        """Connects; waits for as long as the brokers are away."""
+        self._producer = await self._started_producer()
+
+    async def close(self, timeout_s: float) -> None:
+        """Disconnects, within ``timeout_s``."""
+        await self._discard_producer(timeout_s)
+
+    async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+        """Publishes N records, those of one output partition in their order.
+
+        Answers for each with None when it has been acknowledged by all in-sync replicas, or with the reason why the
+        topic refuses it. Waits, without end, for brokers that are away.
+        """
+        answers: list[Reason | None] = [self._refused_by_limits(parcel) for parcel in parcels]
+        lanes = await self._lanes(parcels, answers)
+        backoff = Backoff()
+        while lanes:
+            producer = await self._fresh_producer(sum(len(load) for loads in lanes.values() for load in loads))
+            failures = await self._send(producer, parcels, lanes)
+            lanes = {}
+            for lane, (loads, error) in failures.items():
+                rest = self._settle_failure(lane, loads, error, answers)
+                if rest:
+                    lanes[lane] = rest
+            if failures:
+                await self._discard_producer(self._connection.request_timeout_s)
+            if any(type(error) not in REFUSALS for _, error in failures.values()):
+                await backoff.wait()
+        self._health.well("publish")
+        return answers
+
+    # Where records go.
+
+    def _refused_by_limits(self, parcel: Parcel) -> Reason | None:
+        limits = self._limits.get(parcel.topic, TopicLimits())
+        if record_bytes(parcel.record) > limits.max_message_bytes:
+            return "result_too_large"
+        timestamp = parcel.record.timestamp
+        if timestamp is not None and not limits.is_log_append_time:
+            age_ms = time.time() * 1000 - timestamp
+            if age_ms > limits.timestamp_before_max_ms or -age_ms > limits.timestamp_after_max_ms:
+                return "invalid_timestamp"
+        return None
+
+    async def _lanes(self, parcels: Sequence[Parcel], answers: list[Reason | None]) -> dict[Lane, list[Load]]:
+        loads: defaultdict[Lane, Load] = defaultdict(list)
+        partitions = {topic: await self._partitions(topic) for topic in {parcel.topic for parcel in parcels}}
+        for place, (topic, record, origin) in enumerate(parcels):
+            if answers[place] is None:
+                loads[topic, partition_for(record.key, origin, partitions[topic])].append(place)
+        return {lane: [load] for lane, load in loads.items()}
+
+    async def _partitions(self, topic: str) -> int:
+        backoff = Backoff()
+        while True:
+            producer = await self._fresh_producer(0)
+            try:
+                return len(await asyncio.wait_for(producer.partitions_for(topic), self._connection.request_timeout_s))
+            except UNREACHABLE as error:
+                self._tell(f"no metadata of topic {topic}", error)
+                await backoff.wait()
+
+    # Sending.
+
+    async def _send(
+        self, producer: AIOKafkaProducer, parcels: Sequence[Parcel], lanes: Mapping[Lane, list[Load]]
+    ) -> dict[Lane, tuple[list[Load], BaseException]]:
+        """Sends all lanes side by side; answers with the lanes that failed: what has to be sent again, and why."""
+        sending = [asyncio.create_task(self._send_lane(producer, parcels, lane, loads)) for lane, loads in lanes.items()]
+        try:
+            outcomes = await asyncio.gather(*sending)
+        finally:
+            for task in sending:
+                task.cancel()
+        return {lane: failure for lane, failure in zip(lanes, outcomes, strict=True) if failure}
+
+    async def _send_lane(
+        self, producer: AIOKafkaProducer, parcels: Sequence[Parcel], lane: Lane, loads: list[Load]
+    ) -> tuple[list[Load], BaseException] | None:
+        waiting = loads[::-1]
+        sent: list[tuple[Load, asyncio.Future[object]]] = []
+        failure: BaseException | None = None
+        try:
+            while waiting:
+                load = waiting.pop()
+                batch = producer.create_batch()
+                taken = self._fill(batch, parcels, load)
+                if len(taken) < len(load):
+                    waiting.append(load[len(taken) :])
+                waiting.append(taken)
+                future = await self._enqueue(producer, batch, lane)
+                waiting.pop()
+                sent.append((taken, future))
+        except UNREACHABLE as error:
+            failure = error
+        failed: list[Load] = []
+        for load, future in sent:  # all of them, for none may be under way when the producer is replaced
+            error = await self._outcome(future)
+            if error is not None:
+                failure = failure if failed else error
+                failed.append(load)
+        unsent = waiting[::-1]
+        return (failed + unsent, failure) if failure is not None else None
+
+    def _fill(self, batch: BatchBuilder, parcels: Sequence[Parcel], load: Load) -> Load:
+        """Puts as much of a load into a batch as the topic takes at once; at least one record."""
+        limit = min(BATCH_BYTES, self._limits.get(parcels[load[0]].topic, TopicLimits()).max_message_bytes)
+        for count, place in enumerate(load):
+            record = parcels[place].record
+            if count and batch.size() + record_bytes(record) > limit:
+                return load[:count]
+            added = batch.append(key=record.key, value=record.value, timestamp=record.timestamp, headers=record.headers)
+            if added is None:
+                return load[:count]
+        return load
+
+    async def _enqueue(self, producer: AIOKafkaProducer, batch: BatchBuilder, lane: Lane) -> asyncio.Future[object]:
+        batch.close()
+        while True:
+            try:
+                future: asyncio.Future[object] = await producer.send_batch(batch, lane[0], partition=lane[1])
+            except KafkaTimeoutError as error:  # the batch before is still waiting, and this one was not taken
+                self._tell("publishing is stalled", error)
+            else:
+                self._records_sent += batch.record_count()
+                return future
+
+    async def _outcome(self, future: asyncio.Future[object]) -> BaseException | None:
+        """Waits until a batch is acknowledged or has failed for good."""
+        while not future.done():
+            await asyncio.wait({future}, timeout=STALLED_S)
+            if not future.done():
+                self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing")
+        return future.exception()
+
+    def _settle_failure(
+        self, lane: Lane, loads: list[Load], error: BaseException, answers: list[Reason | None]
+    ) -> list[Load]:
+        """What of a failed lane to send again. A batch that was refused is halved until the refused record is alone."""
+        reason = REFUSALS.get(type(error))  # type: ignore[arg-type]
+        first, rest = loads[0], loads[1:]
+        if reason is None:
+            self._tell(f"cannot publish to topic {lane[0]}", error)
+            return loads
+        self._metrics.kafka_errors.labels("publish").inc()
+        if len(first) == 1:
+            answers[first[0]] = reason
+            return rest
+        half = len(first) // 2
+        return [first[:half], first[half:], *rest]
+
+    def _tell(self, what: str, error: BaseException) -> None:
+        self._metrics.kafka_errors.labels("publish").inc()
+        why = "no permission (ACL)" if isinstance(error, TopicAuthorizationFailedError) else type(error).__name__
+        self._health.trouble("publish", f"{what}: {why}")
+
+    # Producers.
+
+    async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
+        if self._records_sent + records > self._records_per_producer:
+            await self._discard_producer(self._connection.request_timeout_s)
+        if self._producer is None:
+            self._producer = await self._started_producer()
+        return self._producer
+
+    async def _started_producer(self) -> AIOKafkaProducer:
+        backoff = Backoff()
+        while True:
+            producer = AIOKafkaProducer(
+                **self._connection.options(),
+                acks="all",
+                enable_idempotence=True,
+                compression_type=self._compression_type,
+                max_batch_size=BATCH_BYTES,
+                linger_ms=0,
+            )
+            try:
+                await asyncio.wait_for(producer.start(), self._connection.request_timeout_s)
+            except UNREACHABLE as error:
+                self._health.trouble("kafka", unreachable(self._connection, error))
+                await _stopped(producer, 5)
+                await backoff.wait()
+            except asyncio.CancelledError:
+                await _stopped(producer, 5)
+                raise
+            else:
+                self._records_sent = 0
+                return producer
+
+    async def _discard_producer(self, timeout_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _stopped(producer, timeout_s)
+
+
+def partition_for(key: bytes | None, origin: int, partitions: int) -> int:
+    """The output partition: of a key, Kafka's default partitioner (murmur2); of a null key, the input partition's."""
+    if key is None:
+        return origin % partitions
+    hashed: int = murmur2(key)
+    return (hashed & 0x7FFFFFFF) % partitions
+
+
+def record_bytes(record: Outgoing) -> int:
+    """Upper bound of a record's bytes as a batch of its own, uncompressed."""
+    size: int = DefaultRecordBatchBuilder.estimate_size_in_bytes(record.key, record.value, record.headers)
+    return size
+
+
+async def _stopped(producer: AIOKafkaProducer, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(producer.stop(), timeout_s)
+    except UNREACHABLE as error:
+        log.warning("the producer did not stop in time", extra={"error": type(error).__name__})
