@@ -28,8 +28,8 @@ from worker.settings import WrongSetting
 
 # aiokafka asks the broker to create each topic that it names; a worker must never do that by accident.
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
-aiokafka.client.MetadataRequest = _metadata_request  # type: ignore[attr-defined,assignment,misc]
-aiokafka.admin.client.MetadataRequest = _metadata_request  # type: ignore[attr-defined,assignment,misc]
+aiokafka.client.MetadataRequest = _metadata_request
+aiokafka.admin.client.MetadataRequest = _metadata_request
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -104,9 +104,12 @@ class Backoff:
 def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, password: str | None) -> ssl.SSLContext:
     """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
     try:
-        return create_ssl_context(cafile=cafile, certfile=certfile, keyfile=keyfile, password=password)
+        context: ssl.SSLContext = create_ssl_context(
+            cafile=cafile, certfile=certfile, keyfile=keyfile, password=password
+        )
     except (ssl.SSLError, OSError, ValueError) as error:
         raise WrongSetting(f"ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from None
+    return context
 
 
 async def wait_until_usable(

@@ -83,11 +83,11 @@ Decoded = Event | Failure | Null
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A record to publish. ``timestamp`` in ms, None for now."""
+    """A record to publish. ``timestamp`` in ms, None for now. Its headers are a list: aiokafka takes nothing else."""
 
     key: bytes | None
     value: bytes | None
-    headers: Headers
+    headers: list[tuple[str, bytes | None]]
     timestamp: int | None
 
 
@@ -215,7 +215,7 @@ def result_fields(
 
 def tombstone(record: Record) -> Outgoing:
     """The null of a key, to go on as it is."""
-    return Outgoing(record.key, None, record.headers, record.timestamp if has_timestamp(record) else None)
+    return Outgoing(record.key, None, list(record.headers), record.timestamp if has_timestamp(record) else None)
 
 
 def dead_letter(record: Record, failure: Failure, version: str) -> Outgoing:

@@ -236,7 +236,8 @@ class Inference:
 
     async def _unless_lost(self, answer: asyncio.Future[Answer]) -> Answer:
         lost = self._lost_future()
-        await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [answer, lost]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             lost.result()
         try:
@@ -295,7 +296,7 @@ class Inference:
         try:
             logits = model.logits(ids)
             if logits.shape != (len(ids), len(LABELS)):
-                raise ValueError(f"logits of shape {logits.shape}")  # noqa: TRY301 - one path for whatever is wrong
+                raise ValueError(f"logits of shape {logits.shape}")
             sentiments = to_sentiments(logits, model.activation)
         except Exception as error:  # noqa: BLE001 - torch raises what it likes
             if _is_out_of_memory(error):
@@ -348,7 +349,9 @@ def _name(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )
 
 
 def _free_memory() -> None:

@@ -8,8 +8,8 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
-    GCCollector,
     Gauge,
+    GCCollector,
     Histogram,
     PlatformCollector,
     ProcessCollector,
@@ -76,7 +76,8 @@ class Metrics:
         self.rebalances = counter("rebalances_total", "Assignments received from the group")
         self.offset_resets = counter("offset_resets_total", "Times the offset to resume from was gone")
         self.duplicates_possible = counter(
-            "duplicates_possible_total", "Records published or in doubt, but not committed when their partition was lost"
+            "duplicates_possible_total",
+            "Records published or in doubt, but not committed when their partition was lost",
         )
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")

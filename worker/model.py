@@ -10,13 +10,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker.batching import cut_by_length
-from worker.sentiment import LABELS, Activation, Floats, to_probabilities, to_scores
+from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
@@ -25,8 +25,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,14 @@ CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix near
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
 CPU_BATCH_TOKENS = 1_024
 CUDA_BATCH_TOKENS = 16_384
+ReturnType = Literal["label", "score", "proba"]
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}  # their positions begin behind the padding's id
+ROBERTA_LIKE = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+}  # their positions begin behind the padding's id
 
 
 class ModelError(Exception):
@@ -113,7 +119,7 @@ class SentimentModel:
                 )
             except ModelError:
                 raise
-            except Exception as error:  # noqa: BLE001 - transformers, the hub and torch raise what they like
+            except Exception as error:
                 raise ModelError(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
         _tell_of_pickle(name_or_path, source, commit)
@@ -165,17 +171,7 @@ class SentimentModel:
         """Device memory in use, bytes; 0 on CPU, where it is the process's own."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    @overload
-    def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> str: ...
-    @overload
-    def get_sentiment(self, text: str, return_type: Literal["score"]) -> float: ...
-    @overload
-    def get_sentiment(self, text: Sequence[str], return_type: Literal["label"] = "label") -> list[str]: ...
-    @overload
-    def get_sentiment(self, text: Sequence[str], return_type: Literal["score"]) -> list[float]: ...
-    @overload
-    def get_sentiment(self, text: str | Sequence[str], return_type: Literal["proba"]) -> Floats: ...
-    def get_sentiment(self, text: str | Sequence[str], return_type: str = "label") -> Any:
+    def get_sentiment(self, text: str | Sequence[str], return_type: ReturnType = "label") -> Any:
         """The model card's function: the label, the score from -1 to 1, or the probabilities as LABELS, of a text.
 
         For a list of N texts a list of N, or an N x 3 array for ``proba``. Raises ValueError for another
@@ -193,14 +189,23 @@ class SentimentModel:
             answers = [LABELS[best] for best in probabilities.argmax(axis=-1)]
         return answers[0] if isinstance(text, str) else answers
 
+    def score(self, texts: Sequence[str]) -> list[tuple[Sentiment | None, bool]]:
+        """For each of N texts its sentiment, None where a logit is not finite, and whether the text was cut."""
+        tokens = self.tokenize(texts)
+        sentiments = to_sentiments(self._all_logits(tokens.ids), self.activation)
+        return list(zip(sentiments, tokens.truncated, strict=True))
+
     def _probabilities(self, texts: Sequence[str]) -> Floats:
-        ids = self.tokenize(texts).ids
-        logits = np.empty((len(texts), len(LABELS)), dtype=np.float32)
-        for batch in cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens):
-            logits[batch] = self.logits([ids[index] for index in batch])
+        logits = self._all_logits(self.tokenize(texts).ids)
         if not np.isfinite(logits).all():
             raise FloatingPointError("the network answered with a logit that is not finite")
         return to_probabilities(logits, self.activation)
+
+    def _all_logits(self, ids: list[list[int]]) -> NDArray[np.float32]:
+        logits = np.empty((len(ids), len(LABELS)), dtype=np.float32)
+        for batch in cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens):
+            logits[batch] = self.logits([ids[index] for index in batch])
+        return logits
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
         encoded = self._tokenizer(
@@ -232,7 +237,9 @@ def _device(name: str) -> torch.device:
 
 def _refuse_missing_folder(name: str, is_local: bool) -> None:
     if not is_local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise ModelError(f"model is {name}, but there is no such folder; it should be one with a checkpoint, or a hub name")
+        raise ModelError(
+            f"model is {name}, but there is no such folder; it should be one with a checkpoint, or a hub name"
+        )
 
 
 def _columns(config: Any) -> list[int]:
@@ -240,7 +247,9 @@ def _columns(config: Any) -> list[int]:
     names = {str(label).strip().lower(): int(index) for index, label in (config.id2label or {}).items()}
     if set(names) != set(LABELS):
         listed = ", ".join(str(label) for label in (config.id2label or {}).values()) or "none"
-        raise ModelError(f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}")
+        raise ModelError(
+            f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}"
+        )
     return [names[label] for label in LABELS]
 
 
@@ -309,4 +318,4 @@ class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a context
     def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

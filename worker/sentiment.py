@@ -31,7 +31,8 @@ def to_probabilities(logits: NDArray[np.floating], activation: Activation = "sig
     wide = np.asarray(logits, dtype=np.float64)
     if activation == "softmax":
         powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
-        return powers / powers.sum(axis=-1, keepdims=True)
+        softmax: Floats = powers / powers.sum(axis=-1, keepdims=True)
+        return softmax
     half = np.exp(-np.abs(wide))  # never overflows
     return np.where(wide >= 0, 1.0, half) / (1.0 + half)
 

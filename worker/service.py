@@ -122,9 +122,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         metrics=metrics,
         health=health,
     )
-    sink = Sink(
-        connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type
-    )
+    sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
     await sink.start()
     decoder = Decoder(
         input_format=settings.input_format,

@@ -95,16 +95,22 @@ class LogSettings(Settings):
 
 class ModelSettings(LogSettings):
     model: str = Field(
-        DEFAULT_MODEL, min_length=1, description="checkpoint: a folder, a name on the hub, or builtin (small, for trials)"
+        DEFAULT_MODEL,
+        min_length=1,
+        description="checkpoint: a folder, a name on the hub, or builtin (small, for trials)",
     )
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
     activation: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="numbers of the network")
     backend: Literal["auto", "torch"] = Field("auto", description="what runs the network")
-    cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="threads of the network on CPU")
+    cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="threads of the network on CPU"
+    )
     max_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the network, padding included"
     )
@@ -138,7 +144,9 @@ class RunSettings(ModelSettings):
     text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
     id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
-    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("none", description="of what is published")
+    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
+        "none", description="of what is published"
+    )
     max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
     linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
     cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
@@ -155,7 +163,9 @@ class RunSettings(ModelSettings):
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="how to log in")
     sasl_username: str | None = Field(None, description="who logs in")
     sasl_password: CliSuppress[SecretStr | None] = None
-    ssl_cafile: Path | None = Field(None, description="authorities that vouch for the brokers, PEM; default: the system's")
+    ssl_cafile: Path | None = Field(
+        None, description="authorities that vouch for the brokers, PEM; default: the system's"
+    )
     ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
     ssl_keyfile: Path | None = Field(None, description="this client's key, PEM")
     ssl_key_password: CliSuppress[SecretStr | None] = None
@@ -167,11 +177,17 @@ class RunSettings(ModelSettings):
             raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
         for name in ("output_topic", "dead_letter_topic"):
             if getattr(self, name) in topics:
-                raise ValueError(f"{name} is one of input_topics: the worker would read what it wrote; take another topic")
+                raise ValueError(
+                    f"{name} is one of input_topics: the worker would read what it wrote; take another topic"
+                )
         if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
-            raise ValueError("sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither")
+            raise ValueError(
+                "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
+            )
         if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
-            raise ValueError("sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE")
+            raise ValueError(
+                "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
+            )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile needs ssl_certfile")
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
@@ -211,7 +227,9 @@ class DemoSettings(LogSettings):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def load(kind: type[AnySettings], argv: Sequence[str], prog: str, environ: Mapping[str, str] = os.environ) -> AnySettings:
+def load(
+    kind: type[AnySettings], argv: Sequence[str], prog: str, environ: Mapping[str, str] = os.environ
+) -> AnySettings:
     """Settings of one kind from flags, environment and file.
 
     Raises WrongSetting with one sentence. ``--help`` prints and raises SystemExit(0). Reads the file; does not block
@@ -221,7 +239,8 @@ def load(kind: type[AnySettings], argv: Sequence[str], prog: str, environ: Mappi
     values = _file_values(kind, _config_path(argv, environ))
     values.update(_secret_values(kind, environ))
     try:
-        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog, **values)
+        values |= {"_cli_parse_args": list(argv), "_cli_prog_name": prog}
+        return kind(**values)
     except ValidationError as error:
         raise WrongSetting(_sentence(kind, error.errors())) from None
     except SettingsError as error:
@@ -244,7 +263,9 @@ def _refuse_secret_flags(argv: Sequence[str]) -> None:
     for name in SECRETS:
         if any(word.split("=")[0] == _flag(name) for word in argv):
             variable = PREFIX + name.upper()
-            raise WrongSetting(f"{name} has no flag, for flags can be seen by others: set {variable} or {variable}_FILE")
+            raise WrongSetting(
+                f"{name} has no flag, for flags can be seen by others: set {variable} or {variable}_FILE"
+            )
 
 
 def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
@@ -306,5 +327,10 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
 def _wish(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"it should match {error['ctx']['pattern']}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should").replace("String should", "it should")
+    message = (
+        error["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should", "it should")
+        .replace("String should", "it should")
+    )
     return message.split(", unable to parse")[0]

@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidTimestampError,
-    KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -31,7 +30,7 @@ BATCH_BYTES: Final = 1_000_000
 STALLED_S: Final = 10.0
 RECORDS_PER_PRODUCER: Final = 2**30  # aiokafka's sequence numbers wrap wrongly at 2**31 records of one partition
 
-REFUSALS: dict[type[KafkaError], Reason] = {
+REFUSALS: Final[dict[type[BaseException], Reason]] = {
     MessageSizeTooLargeError: "result_too_large",
     RecordListTooLargeError: "result_too_large",
     InvalidTimestampError: "invalid_timestamp",
@@ -146,7 +145,9 @@ class Sink:
         self, producer: AIOKafkaProducer, parcels: Sequence[Parcel], lanes: Mapping[Lane, list[Load]]
     ) -> dict[Lane, tuple[list[Load], BaseException]]:
         """Sends all lanes side by side; answers with the lanes that failed: what has to be sent again, and why."""
-        sending = [asyncio.create_task(self._send_lane(producer, parcels, lane, loads)) for lane, loads in lanes.items()]
+        sending = [
+            asyncio.create_task(self._send_lane(producer, parcels, lane, loads)) for lane, loads in lanes.items()
+        ]
         try:
             outcomes = await asyncio.gather(*sending)
         finally:
@@ -171,8 +172,8 @@ class Sink:
                 future = await self._enqueue(producer, batch, lane)
                 waiting.pop()
                 sent.append((taken, future))
-        except UNREACHABLE as error:
-            failure = error
+        except UNREACHABLE as problem:
+            failure = problem
         failed: list[Load] = []
         for load, future in sent:  # all of them, for none may be under way when the producer is replaced
             error = await self._outcome(future)
@@ -217,7 +218,7 @@ class Sink:
         self, lane: Lane, loads: list[Load], error: BaseException, answers: list[Reason | None]
     ) -> list[Load]:
         """What of a failed lane to send again. A batch that was refused is halved until the refused record is alone."""
-        reason = REFUSALS.get(type(error))  # type: ignore[arg-type]
+        reason = REFUSALS.get(type(error))
         first, rest = loads[0], loads[1:]
         if reason is None:
             self._tell(f"cannot publish to topic {lane[0]}", error)

@@ -21,6 +21,7 @@ from aiokafka.errors import (
     IllegalStateError,
     InvalidSessionTimeoutError,
     KafkaError,
+    KafkaTimeoutError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
     RecordTooLargeError,
@@ -43,7 +44,15 @@ EVICTIONS: Final = 3
 LAG_TIMEOUT_S: Final = 10.0
 LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # health looks after the pipeline; Kafka's own idea of it would evict us
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
-UNREADABLE: Final = (CorruptRecordException, RecordTooLargeError, ValueError, TypeError, LookupError, EOFError, struct.error)
+UNREADABLE: Final = (
+    CorruptRecordException,
+    RecordTooLargeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    struct.error,
+)
 
 
 class UnreadableRecord(Exception):
@@ -73,7 +82,9 @@ class Assignment:
     is_out_of_range: bool = False  # the offset to read next is gone
     careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
     heard_at: float = field(default_factory=time.monotonic)
-    waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (offset, timestamp) of the first record of each read
+    waiting: deque[tuple[int, int]] = field(
+        default_factory=deque
+    )  # (offset, timestamp) of the first record of each read
 
     def is_idle(self) -> bool:
         """Nothing read is still to be acknowledged."""
@@ -211,8 +222,9 @@ class Source:
         tasks = [asyncio.create_task(step) for step in (self._commit_as_acknowledged(), self._watch_lag())]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({self._fault, stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            for done in (self._fault, *tasks):
+            ends: list[asyncio.Future[Any]] = [self._fault, *tasks]
+            await asyncio.wait([stopping, *ends], return_when=asyncio.FIRST_COMPLETED)
+            for done in ends:
                 if done.done():
                     done.result()
         finally:
@@ -361,8 +373,11 @@ class Source:
             except (TimeoutError, OSError) as error:
                 self._health.trouble("kafka", unreachable(self._connection, error))
                 await backoff.wait()
-            except KafkaError as error:  # the coordination has ended
-                raise Rejoin(_one_line(error)) from error
+            except KafkaError as error:
+                if not error.retriable and not isinstance(error, KafkaTimeoutError):
+                    raise Rejoin(_one_line(error)) from error  # the coordination has ended
+                self._health.trouble("kafka", unreachable(self._connection, error))
+                await backoff.wait()
 
     async def _find_place(self, assignment: Assignment) -> None:
         if assignment.delivered is None:

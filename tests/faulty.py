@@ -1,0 +1,50 @@
+"""The worker, with a model that breaks once a file appears: `python -m tests.faulty run …`, for tests.
+
+`FAULT` is what happens then: `hang` (the network never answers), `lost` (every pass fails, as on a device that is gone),
+`nan` (every logit is no number). `FAULT_FILE` is the file.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker import service
+from worker.cli import main
+from worker.settings import RunSettings
+
+
+class FaultyModel:
+    """A real model until the file is there."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._file = Path(os.environ["FAULT_FILE"])
+        self._fault = os.environ["FAULT"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        if not self._file.exists():
+            logits: NDArray[np.float32] = self._model.logits(ids)
+            return logits
+        if self._fault == "hang":
+            time.sleep(3600)
+        if self._fault == "nan":
+            return np.full((len(ids), 3), np.nan, dtype=np.float32)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+if __name__ == "__main__":
+    load = service._loaded
+
+    def load_faulty(settings: RunSettings) -> Any:
+        return FaultyModel(load(settings))
+
+    service._loaded = load_faulty  # type: ignore[assignment]
+    main()

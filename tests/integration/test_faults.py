@@ -1,0 +1,69 @@
+"""Inference that dies under the worker: health tells, the process ends, nothing is committed that was not published."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.process import WorkerProcess, Workers
+from tests.scenario import result_place
+from tests.topics import Kafka, Topics, numbered
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.kafka
+
+Break = Callable[[str], tuple[WorkerProcess, Kafka, Topics]]
+
+
+@pytest.fixture
+def broken(
+    kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Break:
+    """A worker that has done 100 events, and whose model breaks before the next 100."""
+
+    def start(fault: str) -> tuple[WorkerProcess, Kafka, Topics]:
+        fault_file = tmp_path / "fault"
+        monkeypatch.setenv("FAULT", fault)
+        monkeypatch.setenv("FAULT_FILE", str(fault_file))
+        kafka.create_all(topics)
+        worker = workers.start(topics, module="tests.faulty", inference_timeout_s=3, max_batch_texts=20)
+        worker.wait_until_ready()
+        kafka.send(topics.input, map(numbered, range(100)))
+        wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 100, "100 commits")
+        fault_file.touch()
+        kafka.send(topics.input, map(numbered, range(100, 200)))
+        return worker, kafka, topics
+
+    return start
+
+
+def committed_and_published(kafka: Kafka, topics: Topics) -> tuple[int, int, int]:
+    published = {result_place(record) for record in kafka.read(topics.output)}
+    committed = sum(kafka.committed(topics.group, topics.input).values())
+    return committed, len(published), kafka.count(topics.dead_letters)
+
+
+def test_a_network_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
+    worker, kafka, topics = broken("hang")
+    wait_for(lambda: worker.status("/livez") == 503, "/livez to answer 503", 15, every=0.02)
+    assert worker.status("/readyz") in (503, 0)
+    assert worker.wait(30) == 1
+    assert worker.warnings("has not answered for more than 3 s")
+    assert committed_and_published(kafka, topics) == (100, 100, 0)
+
+
+@pytest.mark.parametrize("fault", ["lost", "nan"])
+def test_a_device_that_is_lost_dead_letters_nothing(broken: Break, fault: str) -> None:
+    worker, kafka, topics = broken(fault)
+    assert worker.wait(30) == 1
+    assert worker.warnings("a known-good text fails too")
+    assert committed_and_published(kafka, topics) == (100, 100, 0)
+    assert "Traceback" not in worker.output
+
+
+def test_what_a_hung_worker_left_is_done_by_the_next(broken: Break, workers: Workers) -> None:
+    worker, kafka, topics = broken("hang")
+    assert worker.wait(30) == 1
+    workers.start(topics).wait_until_ready()
+    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 200, "the rest to be committed")
+    assert committed_and_published(kafka, topics) == (200, 200, 0)

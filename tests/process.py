@@ -1,0 +1,197 @@
+"""The worker as a process of its own, run as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.broker import free_port
+from tests.topics import Topics
+from tests.waiting import wait_for
+
+PREFIX = "sentiment_worker_"
+READY_SECONDS = 90
+
+
+class Metrics:
+    """One answer of /metrics."""
+
+    def __init__(self, text: str) -> None:
+        families = text_string_to_metric_families(text)
+        self.samples = [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
+    def get(self, name: str, **labels: object) -> float:
+        """The sum of a metric's samples that have these labels; 0 where there is none."""
+        return sum(value for _, value in self._matching(name, labels))
+
+    def by(self, label: str, name: str, **labels: object) -> dict[str, float]:
+        """A metric's values by one of its labels."""
+        return {found[label]: value for found, value in self._matching(name, labels)}
+
+    def counts_by(self, label: str, name: str) -> dict[str, float]:
+        """A counter's values by one of its labels, without the series that never counted."""
+        return {value: count for value, count in self.by(label, name).items() if count}
+
+    def _matching(self, name: str, labels: dict[str, object]) -> Iterator[tuple[dict[str, str], float]]:
+        wanted = {label: str(value) for label, value in labels.items()}
+        for sample, found, value in self.samples:
+            if sample == PREFIX + name and wanted.items() <= found.items():
+                yield found, value
+
+    @property
+    def outcomes(self) -> float:
+        names = ("results_published_total", "dead_letters_total", "tombstones_total", "records_skipped_total")
+        return sum(self.get(name) for name in names)
+
+
+class WorkerProcess:
+    """`python -m worker run` with these settings, or another module with its command line; prints into `folder`."""
+
+    def __init__(self, folder: Path, module: str = "worker", **settings: object) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        flags = {"http_port": port, "log_format": "json", **settings}
+        command = [sys.executable, "-m", module, "run"]
+        for name, value in flags.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        self._output, self._errors = folder / f"{port}.out", folder / f"{port}.err"
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment(), cwd=folder
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far, standard output and standard error."""
+        return self._output.read_text() + self._errors.read_text()
+
+    @property
+    def logs(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.splitlines() if line.startswith("{") and line.endswith("}")]
+
+    def lines(self, *words: str) -> list[str]:
+        """The printed lines that have all these words."""
+        return [line for line in self.output.splitlines() if all(word in line for word in words)]
+
+    def warnings(self, *words: str) -> list[str]:
+        """The messages of the log lines from WARNING up that have all these words."""
+        lines = [line for line in self.logs if line["level"] not in ("DEBUG", "INFO")]
+        return [line["message"] for line in lines if all(word in line["message"] for word in words)]
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body; 0 while nothing listens."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def status(self, path: str) -> int:
+        return self.get(path)[0]
+
+    @property
+    def metrics(self) -> Metrics:
+        status, text = self.get("/metrics")
+        assert status == 200, f"/metrics answers {status}"
+        return Metrics(text)
+
+    def wait_for_status(self, path: str, status: int, seconds: float = READY_SECONDS) -> "WorkerProcess":
+        wait_for(lambda: self._alive() and self.status(path) == status, f"{path} to answer {status}", seconds)
+        return self
+
+    def wait_until_ready(self) -> "WorkerProcess":
+        return self.wait_for_status("/readyz", 200)
+
+    def wait_until_assigned(self, partitions: int) -> "WorkerProcess":
+        self.wait_until_ready()
+        what = f"{partitions} assigned partitions"
+        wait_for(lambda: self._alive() and self.metrics.get("assigned_partitions") == partitions, what)
+        return self
+
+    def _alive(self) -> bool:
+        assert self.is_running, f"the worker ended with {self._process.returncode}:\n{self.output[-3000:]}"
+        return True
+
+    def terminate(self, seconds: float = 40) -> int:
+        """SIGTERM, and the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit code, once it ends by itself."""
+        return self._process.wait(seconds)
+
+
+class Workers:
+    """Starts workers for tests and ends every one of them, whatever becomes of the test."""
+
+    def __init__(self, bootstrap: str, checkpoint: Path, folder: Path) -> None:
+        self._defaults = {
+            "bootstrap_servers": bootstrap,
+            "model": checkpoint,
+            "cpu_threads": 1,
+            "session_timeout_ms": 6_000,
+        }
+        self._folder = folder
+        self._started: list[WorkerProcess] = []
+
+    def start(self, topics: Topics, **settings: object) -> WorkerProcess:
+        names = {
+            "input_topics": topics.input,
+            "output_topic": topics.output,
+            "dead_letter_topic": topics.dead_letters,
+            "group_id": topics.group,
+        }
+        worker = WorkerProcess(self._folder, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
+        self._started.append(worker)
+        return worker
+
+    def close(self) -> None:
+        for worker in self._started:
+            if worker.is_running:
+                worker.kill()
+
+
+@contextmanager
+def workers_in(bootstrap: str, checkpoint: Path, folder: Path) -> Iterator[Workers]:
+    workers = Workers(bootstrap, checkpoint, folder)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def environment() -> dict[str, str]:
+    """This process's, without settings for workers, and with no way to the hub."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+    root = str(Path(__file__).parents[1])
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}
