@@ -21,7 +21,7 @@ from worker.sentiment import LABELS
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
-QUEUES = ("gather", "tokenized", "scored", "acknowledged")
+QUEUES = ("gather", "tokenized", "scored")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)

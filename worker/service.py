@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.events import Decoder, Encoder
@@ -73,15 +73,13 @@ async def _work(
 ) -> int:
     starting = asyncio.create_task(_started(settings, metrics, inference, health))
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        log.info("stopped before it had begun")
-        return 0
-    pipeline = starting.result()
-    stopping.add_done_callback(lambda _: _drain(pipeline, health))
     try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            log.info("stopped before it had begun")
+            _end_at_once(0)
+        pipeline = starting.result()
+        stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
     except (UnreadableRecord, DeadLetterRefused) as error:
         log.error("%s", error)
@@ -89,7 +87,7 @@ async def _work(
     except (InferenceLost, DrainTimeout) as error:
         log.error("%s", error)
         await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
-        _end_at_once()
+        _end_at_once(1)
     finally:
         stopping.cancel()
     log.info("drained")
@@ -197,7 +195,7 @@ def _on_signals() -> asyncio.Event:
     def stop_or_end() -> None:
         if stop.is_set():
             log.error("a second signal: ending at once")
-            _end_at_once()
+            _end_at_once(1)
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -212,7 +210,7 @@ def _drain(pipeline: Pipeline, health: Health) -> None:
     pipeline.drain()
 
 
-def _end_at_once() -> None:
-    """Without waiting for threads: a native call that hangs cannot be joined."""
+def _end_at_once(code: int) -> NoReturn:
+    """Without waiting for threads: a native call that hangs or still loads cannot be joined."""
     logging.shutdown()
-    os._exit(1)
+    os._exit(code)

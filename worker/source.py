@@ -5,6 +5,7 @@ it to this process until it takes it away: what is read under one assignment is 
 """
 
 import asyncio
+import contextlib
 import logging
 import struct
 import time
@@ -41,7 +42,8 @@ READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 SILENCE_S: Final = 60.0
 EVICTIONS: Final = 3
-LAG_TIMEOUT_S: Final = 10.0
+LAG_TIMEOUT_S: Final = 3.0
+NO_PARTITION: Final = 2**31 - 1
 LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # health looks after the pipeline; Kafka's own idea of it would evict us
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
 UNREADABLE: Final = (
@@ -209,7 +211,7 @@ class Source:
         self.stop_taking()
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
-        await self._commit(timeout_s)
+        await self._commit_before(deadline)
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
@@ -300,7 +302,7 @@ class Source:
             self._batcher.discard(assignment)
         self._room.set()
         await self._until_settled(assignments, deadline)
-        await self._commit(deadline - time.monotonic())
+        await self._commit_before(deadline)
         for assignment in assignments:
             self._release(assignment)
         log.info("revoked", extra={"partitions": _named(partitions)})
@@ -360,24 +362,27 @@ class Source:
                 assignment.is_out_of_range = True
             except NoOffsetForPartitionError:
                 assignment.delivered = None
-            except (TopicAuthorizationFailedError, GroupAuthorizationFailedError) as error:
-                self._health.trouble("read", f"no permission to read {assignment.tp.topic} ({type(error).__name__})")
-                await backoff.wait()
-            except InvalidSessionTimeoutError:
-                raise WrongSetting(
-                    f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
-                    "(group.min.session.timeout.ms to group.max.session.timeout.ms)"
-                ) from None
             except UNREADABLE as error:
                 self._be_careful(assignment, error)
-            except (TimeoutError, OSError) as error:
-                self._health.trouble("kafka", unreachable(self._connection, error))
+            except UNREACHABLE as error:
+                self._judge(error)
                 await backoff.wait()
-            except KafkaError as error:
-                if not error.retriable and not isinstance(error, KafkaTimeoutError):
-                    raise Rejoin(_one_line(error)) from error  # the coordination has ended
-                self._health.trouble("kafka", unreachable(self._connection, error))
-                await backoff.wait()
+
+    def _judge(self, error: BaseException) -> None:
+        """What a failed call means: returns where it will do to try again, else raises Rejoin or WrongSetting."""
+        if isinstance(error, GroupAuthorizationFailedError):
+            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)")
+        elif isinstance(error, TopicAuthorizationFailedError):
+            self._health.trouble("read", f"no permission to read {', '.join(self._topics)} (ACL)")
+        elif isinstance(error, InvalidSessionTimeoutError):
+            raise WrongSetting(
+                f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
+                "(group.min.session.timeout.ms to group.max.session.timeout.ms)"
+            ) from None
+        elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
+            raise Rejoin(_one_line(error)) from error  # the coordination has ended
+        else:
+            self._health.trouble("kafka", unreachable(self._connection, error))
 
     async def _find_place(self, assignment: Assignment) -> None:
         if assignment.delivered is None:
@@ -396,9 +401,10 @@ class Source:
         else:
             offset = committed
         consumer.seek(assignment.tp, offset)
-        assignment.committed = committed
-        assignment.delivered = assignment.acknowledged = offset
-        self._acknowledged.set()  # "latest" is where this process began, also for one that dies before its first commit
+        assignment.delivered = assignment.acknowledged = assignment.committed = offset
+        if committed is None and self._auto_offset_reset == "latest":
+            assignment.committed = None  # where this process began holds, also if it dies before its first result
+            self._acknowledged.set()
 
     async def _reset(self, assignment: Assignment) -> None:
         gone = assignment.delivered
@@ -425,6 +431,7 @@ class Source:
         # Nothing may be awaited between getmany and what follows: its position has moved.
         limit = 1 if assignment.careful_reads else READ_RECORDS
         fetched = await self._live_consumer().getmany(assignment.tp, timeout_ms=READ_TIMEOUT_MS, max_records=limit)
+        self._health.well("read")
         records = fetched.get(assignment.tp)
         if not records or not assignment.accepts or self._is_stopping:
             return
@@ -438,7 +445,6 @@ class Source:
         if len(self._batcher) >= self._capacity:
             self._room.clear()
         self._arrived.set()
-        self._health.well("read")
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
         """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""
@@ -489,6 +495,12 @@ class Source:
                 await backoff.wait()
                 self._acknowledged.set()
 
+    async def _commit_before(self, deadline: float) -> None:
+        """A last commit, which may have to wait for one that hangs."""
+        with contextlib.suppress(TimeoutError):
+            timeout_s = max(0.1, deadline - time.monotonic())
+            await asyncio.wait_for(self._commit(timeout_s), timeout_s)
+
     async def _commit(self, timeout_s: float) -> bool:
         """Commits all that is acknowledged, newest offset alone; one commit at a time. False: to be tried again."""
         async with self._commit_lock:
@@ -524,17 +536,29 @@ class Source:
             await asyncio.sleep(LAG_INTERVAL_S)
             if self._consumer is None:
                 continue
+            partitions = list(self._assignments) or [TopicPartition(self._topics[0], 0)]
             try:
-                partitions = list(self._assignments) or [TopicPartition(self._topics[0], 0)]
                 ends = await asyncio.wait_for(self._consumer.end_offsets(partitions), LAG_TIMEOUT_S)
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("lag").inc()
                 self._health.trouble("kafka", unreachable(self._connection, error))
                 continue
             self._health.well("kafka")
+            if not self._assignments:
+                await self._look_after_membership()
             for tp, end in ends.items():
                 if tp in self._assignments:
                     await self._measure(self._assignments[tp], end)
+
+    async def _look_after_membership(self) -> None:
+        """Without a partition nobody reads, and aiokafka tells its troubles with the group to readers alone."""
+        nowhere = TopicPartition(self._topics[0], NO_PARTITION)
+        try:
+            await asyncio.wait_for(self._live_consumer().getmany(nowhere, timeout_ms=0), LAG_TIMEOUT_S)
+        except (TimeoutError, IllegalStateError):
+            return  # a rebalance is going on
+        except KafkaError as error:
+            self._judge(error)
 
     async def _measure(self, assignment: Assignment, end: int) -> None:
         if assignment.acknowledged is None or self._consumer is None:

@@ -1,0 +1,284 @@
+"""The worker on a real Kafka: `python -m benchmarks.worker TEXTS.csv` writes benchmarks/results/worker.{json,md}.
+
+Two questions, with a randomly initialised network of the card's architecture:
+
+- backlog: texts per second of the worker on a backlog, of the same engine without Kafka, and of the card's own function,
+  one text at a time. The three take turns; ratios are medians over the rounds.
+- light load: from publishing an event to reading its result, at 5 events per second.
+
+It starts a Kafka as the tests do. Nothing else should run on the machine.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from tests.broker import Broker, start_broker
+from tests.checkpoint import TOKENIZER
+from tests.process import WorkerProcess, workers_in
+from tests.topics import Kafka, Record, Topics
+from tests.waiting import wait_for
+from worker.inference import Inference
+from worker.metrics import Metrics
+from worker.model import SentimentModel
+
+RESULTS = Path(__file__).parent / "results"
+WINDOW = 512
+LINGER_MS = 10
+
+
+def main() -> None:
+    options = parsed_options()
+    texts = read_texts(options.texts)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder / "card")
+        broker = start_broker()
+        try:
+            figures = {
+                "machine": machine(broker),
+                "backlog": backlog(broker, checkpoint, folder, texts, options.events, options.rounds),
+                "light_load": light_load(broker, checkpoint, folder, texts, options.seconds),
+                "help_s": help_seconds(),
+            }
+        finally:
+            broker.close()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "worker.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (RESULTS / "worker.md").write_text(table(figures))
+    print(table(figures))
+
+
+def parsed_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="CSV file with a column text")
+    parser.add_argument("--events", type=int, default=5_000, help="events of the backlog (default: 5000)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that the three take turns (default: 3)")
+    parser.add_argument("--seconds", type=float, default=40, help="of light load, s (default: 40)")
+    return parser.parse_args()
+
+
+def read_texts(path: Path) -> list[str]:
+    """Unique texts, shuffled with a fixed seed."""
+    with path.open(encoding="utf-8", newline="") as file:
+        texts = sorted({row["text"] for row in csv.DictReader(file) if row["text"].strip()})
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def make_checkpoint(folder: Path) -> Path:
+    shutil.copytree(TOKENIZER, folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig.from_pretrained(TOKENIZER)).save_pretrained(folder)
+    return folder
+
+
+# Backlog.
+
+
+def backlog(
+    broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], events: int, rounds: int
+) -> dict[str, Any]:
+    """Texts per second of each, by round."""
+    model = SentimentModel.load(str(checkpoint))
+    card = CardLoop(checkpoint)
+    speeds: dict[str, list[float]] = {"card loop": [], "engine": [], "worker": []}
+    sample = texts[:events]
+    for turn in range(rounds):
+        speeds["card loop"].append(card.speed(sample[turn * 400 : turn * 400 + 400]))
+        speeds["engine"].append(asyncio.run(engine_speed(model, sample)))
+        speeds["worker"].append(worker_speed(broker, checkpoint, folder, sample))
+        print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
+    worker = speeds["worker"]
+    return {
+        "events": events,
+        "texts_per_s": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
+        "worker / card loop": ratio(worker, speeds["card loop"]),
+        "worker / engine": ratio(worker, speeds["engine"]),
+    }
+
+
+def ratio(some: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    ratios = sorted(one / other for one, other in zip(some, others, strict=True))
+    return {"median": round(statistics.median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
+
+
+class CardLoop:
+    """The card's function, as it stands on the card, called for one text after another."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+
+    def speed(self, texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        for text in texts:
+            with torch.no_grad():
+                inputs = self._tokenizer(text, return_tensors="pt", truncation=True, padding=True)
+                torch.sigmoid(self._model(**inputs).logits).cpu().numpy()[0]
+        return len(texts) / (time.perf_counter() - started)
+
+
+async def engine_speed(model: Any, texts: Sequence[str]) -> float:
+    """The worker's inference, micro-batch after micro-batch, one tokenized while one is in the network."""
+    inference = Inference(Metrics("benchmark"))
+    await inference.load(lambda: model)
+    windows = [list(texts[begin : begin + WINDOW]) for begin in range(0, len(texts), WINDOW)]
+    started = time.perf_counter()
+    tokenizing = asyncio.ensure_future(inference.tokenize(windows[0]))
+    for following in [*windows[1:], None]:
+        job = await tokenizing
+        if following is not None:
+            tokenizing = asyncio.ensure_future(inference.tokenize(following))
+        await inference.score(job)
+    return len(texts) / (time.perf_counter() - started)
+
+
+def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str]) -> float:
+    """Results per second from the first micro-batch published to the last: a backlog, without the start."""
+    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
+    kafka.create_all(topics, 4)
+    kafka.send(topics.input, [event(number, text) for number, text in enumerate(texts)])
+    with workers_in(broker.bootstrap, checkpoint, folder) as workers:
+        worker = workers.start(topics, cache_size=0, cpu_threads="auto", max_batch_texts=WINDOW)
+        worker.wait_until_ready()
+        wait_for(lambda: alive(worker) and kafka.count(topics.output) >= len(texts), "all results", 300, every=0.5)
+        assert worker.terminate() == 0
+    published = sorted(
+        datetime.fromisoformat(json.loads(record.value or b"")["processed_at"]).timestamp()
+        for record in kafka.read(topics.output)
+    )
+    later = [moment for moment in published if moment > published[0]]
+    return len(later) / (published[-1] - published[0])
+
+
+def event(number: int, text: str) -> Record:
+    return Record(key=str(number).encode(), value=json.dumps({"id": number, "text": text}).encode())
+
+
+def alive(worker: WorkerProcess) -> bool:
+    assert worker.is_running, worker.output[-2000:]
+    return True
+
+
+# Light load.
+
+
+def light_load(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Milliseconds from publishing to reading the result, 5 events per second, one partition."""
+    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
+    kafka.create_all(topics, 1)
+    with workers_in(broker.bootstrap, checkpoint, folder) as workers:
+        worker = workers.start(topics, cache_size=0, cpu_threads="auto", linger_ms=LINGER_MS)
+        worker.wait_until_ready()
+        times = asyncio.run(publish_to_result_ms(broker.bootstrap, topics, texts, int(seconds * 5)))
+        assert worker.terminate() == 0
+    ordered = sorted(times[5:])
+    return {
+        "linger_ms": LINGER_MS,
+        "events": len(ordered),
+        "p50_ms": round(statistics.median(ordered), 1),
+        "p95_ms": round(ordered[int(len(ordered) * 0.95)], 1),
+    }
+
+
+async def publish_to_result_ms(bootstrap: str, topics: Topics, texts: Sequence[str], events: int) -> list[float]:
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
+    consumer = AIOKafkaConsumer(topics.output, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+    await producer.start()
+    await consumer.start()
+    sent: dict[str, float] = {}
+    times: list[float] = []
+
+    async def receive() -> None:
+        async for record in consumer:
+            times.append((time.perf_counter() - sent[json.loads(record.value)["id"]]) * 1000)
+            if len(times) == events:
+                return
+
+    receiving = asyncio.create_task(receive())
+    for number in range(events):
+        sent[str(number)] = time.perf_counter()
+        await producer.send(topics.input, json.dumps({"id": number, "text": texts[number]}).encode())
+        await asyncio.sleep(random.Random(number).uniform(0.15, 0.25))
+    await asyncio.wait_for(receiving, 30)
+    await consumer.stop()
+    await producer.stop()
+    return times
+
+
+# The rest.
+
+
+def help_seconds() -> dict[str, float]:
+    """Median of `--help` and `run --help`, as a person starts them."""
+    command = Path(sys.executable).with_name("sentiment-worker")
+    answers = {}
+    for words in (["--help"], ["run", "--help"]):
+        times = []
+        for _ in range(7):
+            started = time.perf_counter()
+            subprocess.run([command, *words], check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - started)
+        answers[" ".join(words)] = round(statistics.median(times), 3)
+    return answers
+
+
+def machine(broker: Broker) -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        flags = next((line for line in lines if line.startswith("flags")), "").split()
+        model += ", " + "/".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags)
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "broker": broker.kind}
+
+
+def table(figures: dict[str, Any]) -> str:
+    speeds = figures["backlog"]["texts_per_s"]
+    rows = [
+        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Random network of the card's "
+        f"architecture, {figures['backlog']['events']} events, medians of {len(speeds['worker'])} rounds in turn.",
+        "",
+        "| what | figure |",
+        "| --- | --- |",
+        *(f"| {name}, texts/s | {statistics.median(values):.0f} |" for name, values in speeds.items()),
+        *(
+            f"| {name} | {value['median']} ({value['min']} to {value['max']}) |"
+            for name, value in figures["backlog"].items()
+            if isinstance(value, dict) and "median" in value
+        ),
+        f"| light load, publish to result, p50 | {figures['light_load']['p50_ms']} ms |",
+        f"| light load, publish to result, p95 | {figures['light_load']['p95_ms']} ms |",
+        f"| linger | {figures['light_load']['linger_ms']} ms |",
+        *(f"| `{words}` | {seconds} s |" for words, seconds in figures["help_s"].items()),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()

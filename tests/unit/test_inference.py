@@ -1,0 +1,239 @@
+"""The threads of inference with models that misbehave in every way that a device or a text can."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from worker.inference import KNOWN_GOOD, Inference, InferenceLost, Job
+from worker.metrics import Metrics
+from worker.model import Tokens
+from worker.sentiment import Activation, Sentiment
+
+Fault = Callable[[Sequence[Sequence[int]]], None]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+class Model:
+    """One token a character; the logits are a function of a text's tokens alone. ``fault`` may raise at each pass."""
+
+    name = "fake@1"
+    activation: Activation = "sigmoid"
+    max_tokens = 512
+
+    def __init__(self, max_batch_tokens: int = 64) -> None:
+        self.max_batch_tokens = max_batch_tokens
+        self.fault: Fault = lambda ids: None
+        self.not_a_number: Callable[[Sequence[int]], bool] = lambda tokens: False
+        self.passes: list[list[int]] = []
+        self.tokenized: list[str] = []
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        self.tokenized.extend(texts)
+        if any("☠" in text for text in texts):
+            raise ValueError("a text that no tokenizer takes")
+        return Tokens([[ord(letter) for letter in text] for text in texts], [len(text) > 40 for text in texts])
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        self.fault(ids)
+        self.passes.append([len(tokens) for tokens in ids])
+        rows = [[np.nan] * 3 if self.not_a_number(tokens) else [sum(tokens) % 7, 1, -1] for tokens in ids]
+        return np.array(rows, dtype=np.float32)
+
+    def memory_bytes(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+async def loaded(model: Model, **options: float) -> Inference:
+    inference = Inference(Metrics("test"), **options)  # type: ignore[arg-type]
+    await inference.load(lambda: model)
+    model.passes.clear()
+    model.tokenized.clear()
+    return inference
+
+
+async def answers(inference: Inference, texts: list[str]) -> Job:
+    return await inference.score(await inference.tokenize(texts))
+
+
+def only(fails: Callable[[Sequence[int]], bool], error: Exception) -> Fault:
+    def fault(ids: Sequence[Sequence[int]]) -> None:
+        if any(fails(tokens) for tokens in ids):
+            raise error
+
+    return fault
+
+
+async def test_answers_come_back_in_order_whatever_the_lengths(model: Model) -> None:
+    inference = await loaded(model)
+    texts = ["x" * length for length in (30, 1, 17, 2, 64, 5, 9)]
+    together = (await answers(inference, texts)).answers
+    alone = [(await answers(inference, [text])).answers[0] for text in texts]
+    assert together == alone
+    assert all(len(lengths) * max(lengths) <= 64 for lengths in model.passes)
+
+
+async def test_a_text_that_was_cut_says_so(model: Model) -> None:
+    job = await answers(await loaded(model), ["short", "long" * 20])
+    assert job.truncated == [False, True]
+
+
+async def test_one_poison_text_costs_that_text_alone(model: Model) -> None:
+    inference = await loaded(model)
+    model.fault = only(lambda tokens: ord("☢") in tokens, RuntimeError("bad kernel"))
+    job = await answers(inference, ["один", "два ☢", "три", "четыре"])
+    assert [isinstance(answer, Sentiment) for answer in job.answers] == [True, False, True, True]
+    assert job.answers[1] == "the network failed: RuntimeError"
+
+
+async def test_logits_that_are_no_numbers_cost_their_text_alone(model: Model) -> None:
+    inference = await loaded(model)
+    model.not_a_number = lambda tokens: ord("☢") in tokens
+    job = await answers(inference, ["один", "☢", "☢ и ☢"])
+    assert isinstance(job.answers[0], Sentiment)
+    assert job.answers[1:] == ["a logit is not finite"] * 2
+
+
+async def test_a_text_that_the_tokenizer_fails_on_costs_that_text_alone(model: Model) -> None:
+    inference = await loaded(model)
+    job = await answers(inference, ["один", "☠", "три"])
+    assert isinstance(job.answers[0], Sentiment)
+    assert job.answers[1] == "the tokenizer failed: ValueError"
+    assert isinstance(job.answers[2], Sentiment)
+
+
+@pytest.mark.parametrize("kind", ["raises", "not a number", "wrong shape"])
+async def test_a_device_that_fails_a_known_good_text_is_lost(model: Model, kind: str) -> None:
+    inference = await loaded(model)
+    if kind == "raises":
+        model.fault = only(lambda tokens: True, RuntimeError("CUDA error: unspecified launch failure"))
+    elif kind == "not a number":
+        model.not_a_number = lambda tokens: True
+    else:
+        model.logits = lambda ids: np.zeros((1, 2), np.float32)  # type: ignore[method-assign]
+    with pytest.raises(InferenceLost, match="known-good"):
+        await answers(inference, ["один", "два"])
+    assert inference.trouble()
+
+
+async def test_a_model_that_fails_while_it_warms_up_is_not_loaded(model: Model) -> None:
+    model.not_a_number = lambda tokens: True
+    with pytest.raises(InferenceLost):
+        await Inference(Metrics("test")).load(lambda: model)
+
+
+async def test_out_of_memory_halves_the_budget_and_goes_on() -> None:
+    model = Model(max_batch_tokens=1_000)
+    inference = await loaded(model)
+    model.fault = lambda ids: only(lambda _: len(ids) * len(ids[0]) > 100, OutOfMemoryError())(ids)
+    job = await answers(inference, [chr(65 + n) * 20 for n in range(40)])
+    assert all(isinstance(answer, Sentiment) for answer in job.answers)
+    model.passes.clear()
+    again = await answers(inference, [chr(97 + n) * 20 for n in range(20)])
+    assert all(isinstance(answer, Sentiment) for answer in again.answers)
+    assert len(model.passes) == 4, "the smaller budget is kept"
+
+
+async def test_a_text_that_never_fits_into_memory_is_poison(model: Model) -> None:
+    inference = await loaded(model)
+    model.fault = only(lambda tokens: len(tokens) > 50, OutOfMemoryError())
+    job = await answers(inference, ["x" * 60, "good"])
+    assert job.answers[0] == "out of memory: OutOfMemoryError"
+    assert isinstance(job.answers[1], Sentiment)
+
+
+async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
+    release = threading.Event()
+    inference = await loaded(model, timeout_s=0.2)
+    model.fault = lambda ids: release.wait(30) and None
+    watching = asyncio.create_task(inference.watch())
+    try:
+        with pytest.raises(InferenceLost, match=r"the network has not answered for more than 0\.2 s"):
+            await asyncio.wait_for(answers(inference, ["zzz"]), 10)
+        assert inference.trouble()
+        with pytest.raises(InferenceLost):
+            await asyncio.wait_for(inference.score(await inference.tokenize(["b"])), 10)
+    finally:
+        release.set()
+        watching.cancel()
+
+
+async def test_time_runs_anew_for_each_device_batch() -> None:
+    model = Model(max_batch_tokens=4)
+    inference = await loaded(model, timeout_s=0.5)
+    pause = threading.Event()
+    model.fault = lambda ids: pause.wait(0.2) and None
+    watching = asyncio.create_task(inference.watch())
+    job = await answers(inference, [letter * 4 for letter in "abcdef"])
+    watching.cancel()
+    assert all(isinstance(answer, Sentiment) for answer in job.answers)
+    assert len(model.passes) == 6
+
+
+async def test_loading_may_take_as_long_as_it_takes(model: Model) -> None:
+    inference = Inference(Metrics("test"), timeout_s=0.05)
+    proceed = threading.Event()
+
+    def slow() -> Model:
+        proceed.wait(10)
+        return model
+
+    loading = asyncio.create_task(inference.load(slow))
+    await asyncio.sleep(0.2)
+    assert inference.trouble() is None
+    proceed.set()
+    await loading
+
+
+async def test_repeated_texts_are_scored_once(model: Model) -> None:
+    metrics = Metrics("test")
+    inference = Inference(metrics, cache_size=10)
+    await inference.load(lambda: model)
+    model.tokenized.clear()
+    first = await answers(inference, ["раз", "два" * 20, "раз"])
+    second = await answers(inference, ["два" * 20, "раз", "три"])
+    assert model.tokenized == ["раз", "два" * 20, "три"]
+    assert first.answers[0] == first.answers[2] == second.answers[1]
+    assert second.truncated == [True, False, False]
+    assert metrics.cache_hits._value.get() == 2
+
+
+async def test_the_cache_is_bounded_and_keeps_what_was_used_last(model: Model) -> None:
+    inference = await loaded(model, cache_size=2)
+    for text in ("a", "b", "a", "c"):
+        await answers(inference, [text])
+    model.tokenized.clear()
+    await answers(inference, ["a"])
+    await answers(inference, ["b"])
+    assert model.tokenized == ["b"]
+
+
+async def test_a_failure_is_not_remembered(model: Model) -> None:
+    inference = await loaded(model, cache_size=10)
+    model.not_a_number = lambda tokens: tokens != [ord(letter) for letter in KNOWN_GOOD]
+    assert (await answers(inference, ["текст"])).answers == ["a logit is not finite"]
+    model.not_a_number = lambda tokens: False
+    assert isinstance((await answers(inference, ["текст"])).answers[0], Sentiment)
+
+
+async def test_the_model_is_owned_by_threads_of_its_own(model: Model) -> None:
+    inference = await loaded(model)
+    seen: set[str] = set()
+    model.fault = lambda ids: seen.add(threading.current_thread().name)
+    await answers(inference, ["a"])
+    assert seen == {"network"}
+
+
+async def test_nothing_to_score_is_no_error(model: Model) -> None:
+    assert (await answers(await loaded(model), [])).answers == []
