@@ -176,9 +176,11 @@ class Workers:
         return worker
 
     def close(self) -> None:
+        """Ends what still runs. What each worker last printed is shown by pytest if the test failed."""
         for worker in self._started:
             if worker.is_running:
                 worker.kill()
+            print(f"worker {worker.pid} ended with {worker.wait()}:\n{worker.output[-4000:]}")
 
 
 @contextmanager

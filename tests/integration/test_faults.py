@@ -16,9 +16,7 @@ Break = Callable[[str], tuple[WorkerProcess, Kafka, Topics]]
 
 
 @pytest.fixture
-def broken(
-    kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Break:
+def broken(kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
     """A worker that has done 100 events, and whose model breaks before the next 100."""
 
     def start(fault: str) -> tuple[WorkerProcess, Kafka, Topics]:

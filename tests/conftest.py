@@ -1,0 +1,95 @@
+"""Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.broker import Broker, NotOursError, UnavailableError, start_broker
+from tests.checkpoint import Oracle, make_checkpoint
+from tests.process import Workers, workers_in
+from tests.topics import Kafka, Topics
+
+used_brokers = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[used_brokers] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash[used_brokers]:
+        terminalreporter.write_line(f"real Kafka: {line}")
+
+
+def broker_or_reason(config: pytest.Config, *, controllable: bool) -> Broker:
+    """A running broker. Without one the test is skipped, and on CI it fails: there it must have run."""
+    try:
+        broker = start_broker(controllable=controllable)
+    except NotOursError as reason:
+        pytest.skip(str(reason))
+    except UnavailableError as reason:
+        message = f"no Kafka to test with ({reason})"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    config.stash[used_brokers].append(f"{broker.kind}, {broker.bootstrap}")
+    return broker
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """The broker that ordinary tests share. Nobody stops it."""
+    broker = broker_or_reason(request.config, controllable=False)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="module")
+def module_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    broker = broker_or_reason(request.config, controllable=True)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def fragile_broker(module_broker: Broker) -> Iterator[Broker]:
+    """A broker for a test that stops, kills or pauses it; it runs again before the next test."""
+    yield module_broker
+    module_broker.restore()
+
+
+@pytest.fixture
+def kafka(broker: Broker) -> Kafka:
+    return Kafka(broker.bootstrap)
+
+
+@pytest.fixture
+def topics() -> Topics:
+    """Names that no other test has; nothing is created."""
+    return Topics.unique()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> Oracle:
+    return Oracle(checkpoint)
+
+
+@pytest.fixture
+def workers(broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
+    """Starts workers on the shared broker."""
+    with workers_in(broker.bootstrap, checkpoint, tmp_path) as workers:
+        yield workers
+
+
+@pytest.fixture
+def fragile_workers(fragile_broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
+    """Starts workers on the broker that the test stops."""
+    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path) as workers:
+        yield workers

@@ -1,0 +1,45 @@
+"""What is not there yet is waited for: said once, and nothing is created by accident."""
+
+import pytest
+
+from tests.process import Workers
+from tests.topics import Kafka, Topics, numbered
+from tests.waiting import holds_for, wait_for
+
+pytestmark = pytest.mark.kafka
+
+
+def test_missing_topics_are_waited_for(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    names = {topics.input, topics.output, topics.dead_letters}
+    worker = workers.start(topics).wait_for_status("/livez", 200)
+    for name in names:
+        wait_for(lambda name=name: worker.warnings(name), f"a line about {name}")
+    holds_for(lambda: not kafka.names() & names, "no topic is created", 6)
+    for name in names:
+        assert len(worker.warnings(name)) == 1, "said once"
+
+    for name in (topics.input, topics.output, topics.dead_letters):
+        assert (worker.status("/livez"), worker.status("/readyz")) == (200, 503)
+        kafka.create(name)
+    kafka.send(topics.input, map(numbered, range(10)))
+    worker.wait_until_ready()
+    wait_for(lambda: kafka.count(topics.output) == 10, "the results")
+    assert worker.terminate() == 0
+
+
+@pytest.mark.parametrize("missing", ["output", "dead_letters"])
+def test_nothing_is_consumed_while_a_topic_is_missing(
+    kafka: Kafka, topics: Topics, workers: Workers, missing: str
+) -> None:
+    """With one of the topics to publish to missing, not even what does not need it is touched."""
+    name = getattr(topics, missing)
+    others = {topics.input, topics.output, topics.dead_letters} - {name}
+    for other in others:
+        kafka.create(other)
+    kafka.send(topics.input, map(numbered, range(10)))
+    worker = workers.start(topics)
+    wait_for(lambda: worker.warnings(name), f"a line about {name}")
+    assert all(not worker.warnings(other) for other in others - {name})
+    assert not kafka.committed(topics.group, topics.input)
+    assert worker.terminate() == 0, "a worker that waits ends when told to"
+    assert name not in kafka.names()

@@ -1,0 +1,240 @@
+"""The command line as a person meets it: a process, its exit code and what it prints."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint import POISON, Oracle
+from tests.process import environment
+
+MODULE = (sys.executable, "-m", "worker")
+COMMANDS = ("run", "classify", "demo", "evaluate", "train")
+HEAVY = ("torch", "transformers", "aiokafka", "numpy", "pydantic", "aiohttp", "prometheus_client")
+FIELDS = [
+    "id", "label", "score", "probabilities", "truncated", "model", "source", "event_time", "processed_at",
+]  # fmt: skip
+
+
+def call(
+    *arguments: object,
+    program: tuple[str, ...] = MODULE,
+    stdin: bytes | None = None,
+    folder: Path | None = None,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*program, *map(str, arguments)], input=stdin or b"", capture_output=True, timeout=150, check=False,
+        env=environment() | variables, cwd=folder,
+    )  # fmt: skip
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def refused(*arguments: object, **variables: str) -> str:
+    """The one sentence of a process that does not begin."""
+    done = call(*arguments, **variables)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(r"sentiment-worker: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("sentiment-worker: ").rstrip("\n")
+
+
+def results(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """The JSON lines of a classify that went well."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" or done.stdout.endswith("\n")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def installed_command() -> str:
+    found = shutil.which("sentiment-worker", path=sysconfig.get_path("scripts"))
+    assert found, "the package is not installed: its command is missing"
+    return found
+
+
+# --- Help ---
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    done = call(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: sentiment-worker COMMAND")
+    for command in COMMANDS:
+        assert re.search(rf"^  {command}  ", done.stdout, re.MULTILINE)
+
+
+def test_the_installed_command_is_the_module() -> None:
+    command = (installed_command(),)
+    for arguments in (["--help"], ["--version"], ["nosuch"], ["run", "--linger-ms", "-1"]):
+        by_name, by_module = call(*arguments, program=command), call(*arguments)
+        assert (by_name.returncode, by_name.stdout, by_name.stderr) == (
+            by_module.returncode, by_module.stdout, by_module.stderr,
+        )  # fmt: skip
+
+
+def test_version_is_the_packages() -> None:
+    done = call("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_its_help(command: str) -> None:
+    done = call(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: sentiment-worker {command} ")
+
+
+def imported(*arguments: str) -> set[str]:
+    """The modules that a command imports."""
+    done = call(*arguments, program=(sys.executable, "-X", "importtime", "-m", "worker"))
+    assert done.returncode == 0
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    modules = imported("--help")
+    assert "worker.cli" in modules
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help_imports_no_torch(command: str) -> None:
+    assert not imported(command, "--help") & {"torch", "transformers", "aiokafka"}
+
+
+# --- What is refused ---
+
+
+@pytest.mark.parametrize("name", ["nosuch", "Run", "--linger-ms", ""])
+def test_an_unknown_command_is_refused(name: str) -> None:
+    assert refused(name) == f"{name!r} is no command; `sentiment-worker --help` lists them"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--linger-ms", "soon"],
+            "linger_ms = 'soon' is wrong: it should be a valid number (flag --linger-ms, variable WORKER_LINGER_MS)",
+        ),
+        (["--nosuch", "1"], "unrecognized arguments: --nosuch 1; `sentiment-worker run --help` lists the flags"),
+        (
+            ["--config", "missing.toml"],
+            "config: missing.toml cannot be read (No such file or directory); it should be a TOML file",
+        ),
+        (
+            ["--output-mode", "enrich", "--input-format", "text"],
+            "output_mode enrich needs input_format json: a plain text has no fields",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(arguments: list[str], sentence: str) -> None:
+    assert refused("run", *arguments) == sentence
+
+
+def test_a_wrong_variable_is_refused_in_one_line() -> None:
+    assert refused("run", WORKER_HTTP_PORT="tcp://10.0.0.1:80").startswith("http_port = 'tcp://10.0.0.1:80' is wrong")
+
+
+def test_a_secret_is_refused_as_a_flag_without_repeating_it() -> None:
+    sentence = refused("run", "--sasl-password", "hunter2")
+    assert "WORKER_SASL_PASSWORD" in sentence
+    assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("arguments", [[], ["да", "--file", "texts.txt"], ["--file", "texts.txt", "-"]])
+def test_classify_takes_one_source_of_texts(arguments: list[str]) -> None:
+    assert refused("classify", *arguments) == (
+        "classify takes one of: texts as arguments, --file FILE, or - for standard input"
+    )
+
+
+def test_classify_refuses_a_file_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.txt"
+    sentence = refused("classify", "--model", checkpoint, "--file", missing)
+    assert sentence == f"file = {missing} cannot be read: No such file or directory"
+
+
+def test_a_model_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    sentence = refused("classify", "--model", missing, "да")
+    assert sentence.startswith(f"model is {missing}, but there is no such folder")
+
+
+def test_a_checkpoint_without_the_three_labels_is_refused_with_those_it_has(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "stars")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "one star", "1": "two stars", "2": "three stars"}
+    config["label2id"] = {"one star": 0, "two stars": 1, "three stars": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    sentence = refused("classify", "--model", folder, "да")
+    assert sentence.endswith("this checkpoint has: one star, two stars, three stars")
+    assert "negative, neutral and positive" in sentence
+
+
+# --- Classify ---
+
+
+def test_classify_scores_its_arguments_as_the_card_does(checkpoint: Path, oracle: Oracle) -> None:
+    texts = ["Хорошо, но дорого", "", "  ", 'Не "очень", но [ладно', POISON, "слово " * 600]
+    done = call("classify", "--model", checkpoint, *texts)
+    lines = results(done)
+    assert [line["id"] for line in lines] == ["1", "2", "3", "4", "5", "6"]
+    assert lines[1:3] == [{"id": "2", "reason": "empty_text"}, {"id": "3", "reason": "empty_text"}]
+    assert lines[4] == {"id": "5", "reason": "inference_failed"}
+    for line in (lines[0], lines[3], lines[5]):
+        check_result(line, texts[int(line["id"]) - 1], checkpoint, oracle)
+    assert done.stderr == ""
+
+
+def check_result(line: dict[str, Any], text: str, checkpoint: Path, oracle: Oracle) -> None:
+    probabilities = oracle.probabilities(text)
+    assert list(line) == FIELDS
+    assert list(line["probabilities"].values()) == pytest.approx(probabilities.tolist(), abs=1e-5)
+    assert line["label"] == oracle.label(probabilities)
+    assert line["score"] == pytest.approx(oracle.score(probabilities), abs=1e-5)
+    assert line["truncated"] is oracle.is_truncated(text)
+    assert re.fullmatch(rf"{re.escape(str(checkpoint))}@[0-9a-f]{{12}}", line["model"])
+    assert (line["source"], line["event_time"]) == (None, None)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["processed_at"])
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "processed_at"} for line in lines]
+
+
+def test_classify_reads_the_lines_of_a_file_and_of_standard_input_alike(
+    checkpoint: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    content = "Хорошо, но дорого\r\n\n  \n«плохо»".encode() + b" \xff"
+    (tmp_path / "texts.txt").write_bytes(content)
+    from_file = results(call("classify", "--model", checkpoint, "--file", "texts.txt", folder=tmp_path))
+    from_input = results(call("classify", "--model", checkpoint, "-", stdin=content))
+    assert without_time(from_file) == without_time(from_input)
+    assert [line.get("reason", "scored") for line in from_file] == ["scored", "empty_text", "empty_text", "scored"]
+    assert [line["id"] for line in from_file] == ["1", "2", "3", "4"]
+    check_result(from_file[0], "Хорошо, но дорого", checkpoint, oracle)
+    check_result(from_file[3], "«плохо» \ufffd", checkpoint, oracle)
+
+
+def test_settings_come_from_variables_too(checkpoint: Path) -> None:
+    (line,) = results(call("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATION="softmax"))
+    assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_reader_that_has_seen_enough_hears_no_complaint(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("да\n" * 5_000)
+    command = [*MODULE, "classify", "--model", str(checkpoint), "--file", str(tmp_path / "texts.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["id"] == "1"
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()

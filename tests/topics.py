@@ -1,0 +1,297 @@
+"""Topics on the test broker, made, filled and read with librdkafka: a client that the worker does not use."""
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.record.default_records import (
+    _DefaultRecordBatchBuilderPy,  # the only builder that lets a header's key be no UTF-8
+)
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    Message,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
+
+from tests.waiting import wait_for
+
+Headers = Sequence[tuple[str, bytes | None]]
+CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record, to send (offset -1) or as it was read."""
+
+    value: bytes | None
+    key: bytes | None = None
+    headers: Headers = ()
+    timestamp: int = 0
+    topic: str = ""
+    partition: int = -1
+    offset: int = -1
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.topic, self.partition, self.offset
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics and the group of one test."""
+
+    input: str
+    output: str
+    dead_letters: str
+    group: str
+
+    @classmethod
+    def unique(cls) -> "Topics":
+        name = uuid.uuid4().hex[:8]
+        return cls(f"{name}.in", f"{name}.out", f"{name}.dead", f"{name}.group")
+
+
+@dataclass
+class Kafka:
+    """A client of one broker. Every call blocks until the broker has answered, and raises when it refuses."""
+
+    bootstrap: str
+    admin: AdminClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admin = AdminClient(self._config())
+
+    def _config(self, **more: Any) -> dict[str, Any]:
+        """Quiet, and quick to come back after a broker's restart."""
+        return {
+            "bootstrap.servers": self.bootstrap,
+            "log_level": 0,
+            "reconnect.backoff.max.ms": 500,
+            "error_cb": lambda _: None,
+            **more,
+        }
+
+    def create(self, name: str, partitions: int = 1, **config: object) -> None:
+        """`config`'s names are written with underscores for dots."""
+        values = {key.replace("_", "."): str(value) for key, value in config.items()}
+        self.admin.create_topics([NewTopic(name, partitions, 1, config=values)])[name].result(30)
+
+    def delete(self, name: str) -> None:
+        self.admin.delete_topics([name])[name].result(30)
+        wait_for(lambda: name not in self.names(), f"{name} to be gone")
+
+    def create_all(self, topics: Topics, partitions: int = 4) -> None:
+        for name in (topics.input, topics.output, topics.dead_letters):
+            self.create(name, partitions)
+
+    def names(self) -> set[str]:
+        return set(self.admin.list_topics(timeout=30).topics)
+
+    def partitions(self, topic: str) -> list[TopicPartition]:
+        description = self.admin.describe_topics(TopicCollection([topic]))[topic].result(30)
+        return [TopicPartition(topic, partition.id) for partition in description.partitions]
+
+    def set_config(self, topic: str, name: str, value: object) -> None:
+        entry = ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET)
+        resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+        self.admin.incremental_alter_configs([resource])[resource].result(30)
+
+    def delete_before(self, topic: str, partition: int, offset: int) -> None:
+        place = TopicPartition(topic, partition, offset)
+        self.admin.delete_records([place])[place].result(30)
+
+    def ends(self, topic: str) -> dict[int, int]:
+        """The offset after the last record of each partition."""
+        asked = {place: OffsetSpec.latest() for place in self.partitions(topic)}
+        answers = self.admin.list_offsets(asked, isolation_level=IsolationLevel.READ_UNCOMMITTED)
+        return {place.partition: answer.result(30).offset for place, answer in answers.items()}
+
+    def count(self, *topics: str) -> int:
+        """Records ever published to these topics (as long as there are no transactions in them)."""
+        return sum(sum(self.ends(topic).values()) for topic in topics)
+
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """A group's committed offsets; a partition without one is left out."""
+        asked = ConsumerGroupTopicPartitions(group, self.partitions(topic))
+        places = self.admin.list_consumer_group_offsets([asked])[group].result(30).topic_partitions
+        return {place.partition: place.offset for place in places if place.offset >= 0}
+
+    def members(self, group: str) -> set[str]:
+        return {member.member_id for member in self.admin.describe_consumer_groups([group])[group].result(30).members}
+
+    def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
+        """Moves a group that has no members."""
+        wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition, offset)])
+        self.admin.alter_consumer_group_offsets([wanted])[group].result(30)
+
+    def send(self, topic: str, records: Iterable[Record], codec: str = "none", **config: Any) -> list[Record]:
+        """Publishes the records and returns them with their places, in the order given."""
+        sent: dict[int, Record] = {}
+        producer = Producer(self._config(**{"compression.type": codec, "linger.ms": 5, **sending_config(), **config}))
+        for number, record in enumerate(records):
+            send_one(producer, topic, record, number, sent)
+        assert producer.flush(60) == 0, "the records of the test could not be published"
+        return [sent[number] for number in sorted(sent)]
+
+    def read(self, topic: str, committed_only: bool = True) -> list[Record]:
+        """Every record of a topic up to its present end, partition after partition."""
+        consumer = Consumer(
+            self._config(
+                **{
+                    "group.id": "reader-of-tests",
+                    "enable.auto.commit": False,
+                    "enable.partition.eof": True,
+                    "isolation.level": "read_committed" if committed_only else "read_uncommitted",
+                }
+            )
+        )
+        try:
+            return sorted(read_to_end(consumer, self.partitions(topic)), key=lambda record: record.place)
+        finally:
+            consumer.close()
+
+    async def send_as_it_is(self, topic: str, partition: int, record: Record) -> None:
+        """Publishes what other clients refuse: no timestamp (-1), or header names (with surrogate escapes) no UTF-8."""
+        producer = AIOKafkaProducer(bootstrap_servers=self.bootstrap, enable_idempotence=False)
+        await producer.start()
+        try:
+            batch = producer.create_batch()
+            batch._builder = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, 0, 1_000_000)
+            headers = [(AnyBytes(name), value) for name, value in record.headers]
+            batch.append(timestamp=record.timestamp, key=record.key, value=record.value, headers=headers)
+            await (await producer.send_batch(batch, topic, partition=partition))
+        finally:
+            await producer.stop()
+
+
+class AnyBytes(str):
+    """A header's name whose bytes are not UTF-8 where it has surrogate escapes."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        return str.encode(self, "utf-8", "surrogateescape")
+
+
+class Load(threading.Thread):
+    """Publishes numbered records at a steady rate until stopped; outlives an outage of the broker."""
+
+    def __init__(self, kafka: Kafka, topic: str, rate: float) -> None:
+        super().__init__(daemon=True)
+        config = {**sending_config(), "linger.ms": 5, "enable.idempotence": True}
+        self._producer = Producer(kafka._config(**config))
+        self._topic = topic
+        self._pause = 1 / rate
+        self._stopping = threading.Event()
+        self._acknowledged: dict[int, Record] = {}
+        self.offered = 0
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._pause):
+            send_one(self._producer, self._topic, numbered(self.offered), self.offered, self._acknowledged)
+            self.offered += 1
+
+    def end(self) -> None:
+        """No more records; may be called again."""
+        self._stopping.set()
+        if self.is_alive():
+            self.join()
+
+    def stop(self) -> list[Record]:
+        """Ends the load and returns everything that was published, with its places."""
+        self.end()
+        assert self._producer.flush(60) == 0, "the load of the test could not be published"
+        return [self._acknowledged[number] for number in sorted(self._acknowledged)]
+
+
+def sending_config() -> dict[str, Any]:
+    return {
+        "partitioner": "murmur2_random",  # Java's
+        "message.max.bytes": 10_000_000,
+        "queue.buffering.max.messages": 1_000_000,
+    }
+
+
+def send_one(producer: Producer, topic: str, record: Record, number: int, sent: dict[int, Record]) -> None:
+    def delivered(error: KafkaError | None, message: Message) -> None:
+        assert error is None, f"the record of a test was refused: {error}"
+        arrived = as_record(message)  # without its headers: librdkafka gives them away with the record
+        sent[number] = replace(arrived, headers=tuple(record.headers))
+
+    place = {} if record.partition < 0 else {"partition": record.partition}
+    producer.produce(
+        topic,
+        record.value,
+        record.key,
+        headers=list(record.headers),
+        timestamp=record.timestamp,
+        on_delivery=delivered,
+        **place,
+    )
+    producer.poll(0)
+
+
+def read_to_end(consumer: Consumer, places: list[TopicPartition]) -> list[Record]:
+    consumer.assign([TopicPartition(place.topic, place.partition, 0) for place in places])
+    records, ended, deadline = [], 0, time.monotonic() + 60
+    while ended < len(places):
+        for message in consumer.consume(10_000, timeout=0.1):
+            if message.error() is None:
+                records.append(as_record(message))
+            else:
+                assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
+                ended += 1
+        assert time.monotonic() < deadline, "a topic cannot be read to its end"
+    return records
+
+
+def as_record(message: Message) -> Record:
+    return Record(
+        message.value(),
+        message.key(),
+        tuple(message.headers() or ()),
+        message.timestamp()[1],
+        message.topic(),
+        message.partition(),
+        message.offset(),
+    )
+
+
+def numbered(number: int, keys: int = 50) -> Record:
+    """The event of a number: a small JSON object, one of a few keys, one of a few texts."""
+    value = f'{{"id": "{number}", "text": "событие номер {number % 500}, всё хорошо или не очень"}}'
+    return Record(value.encode(), f"key {number % keys}".encode())
+
+
+def repeated(items: Iterable[Any]) -> dict[Any, int]:
+    """What occurs more than once, and how often."""
+    return {item: times for item, times in Counter(items).items() if times > 1}
+
+
+def codecs_of(log: bytes) -> set[str]:
+    """The codecs of the record batches in a partition's log segment."""
+    codecs, position = set(), 0
+    while position + 61 <= len(log):
+        attributes = int.from_bytes(log[position + 21 : position + 23], "big")
+        codecs.add(CODECS[attributes & 7])
+        position += 12 + int.from_bytes(log[position + 8 : position + 12], "big")
+    return codecs

@@ -1,0 +1,156 @@
+"""What the batcher promises of any sequence of arrivals, and the cut of any lengths."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from worker.batching import MicroBatcher, cut_by_length
+
+SOURCES = ("a", "b", "c")
+LENGTHS = st.lists(st.integers(0, 600), max_size=80)
+BUDGETS = st.integers(1, 2_000)
+
+
+class AnyUse(RuleBasedStateMachine):
+    """The batcher beside a plain list of what waits: (source, item, time of arrival), oldest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[tuple[str, int, float]] = []
+        self.now = 0.0
+        self.next_item = 0
+
+    @initialize(max_items=st.integers(1, 12), linger_s=st.floats(0, 60))
+    def start(self, max_items: int, linger_s: float) -> None:
+        self.max_items, self.linger_s = max_items, linger_s
+        self.batcher = MicroBatcher[str, int](max_items, linger_s)
+
+    @rule(source=st.sampled_from(SOURCES), count=st.integers(0, 15), seconds=st.floats(0, 100))
+    def add(self, source: str, count: int, seconds: float) -> None:
+        self.now += seconds
+        items = range(self.next_item, self.next_item + count)
+        self.next_item += count
+        self.batcher.add(source, items, self.now)
+        self.waiting += [(source, item, self.now) for item in items]
+
+    @rule()
+    def take(self) -> None:
+        runs = self.batcher.take()
+        expected, self.waiting = self.waiting[: self.max_items], self.waiting[self.max_items :]
+        taken = [(source, item) for source, items in runs for item in items]
+        assert taken == [(source, item) for source, item, _ in expected]
+        assert all(items for _, items in runs)
+        assert all(before != after for (before, _), (after, _) in pairwise(runs))
+
+    @rule(source=st.sampled_from((*SOURCES, "never seen")))
+    def discard(self, source: str) -> None:
+        expected = [item for owner, item, _ in self.waiting if owner == source]
+        self.waiting = [each for each in self.waiting if each[0] != source]
+        assert self.batcher.discard(source) == expected
+
+    @invariant()
+    def it_knows_its_size(self) -> None:
+        assert len(self.batcher) == len(self.waiting)
+
+    @invariant()
+    def it_knows_its_oldest(self) -> None:
+        assert self.batcher.oldest() == (self.waiting[0][2] if self.waiting else None)
+
+    @invariant()
+    def it_closes_at_linger_after_the_oldest_or_at_once_when_full(self) -> None:
+        closes_at = self.batcher.closes_at()
+        if not self.waiting:
+            assert closes_at is None
+        elif len(self.waiting) >= self.max_items:
+            assert closes_at is not None
+            assert closes_at <= self.now
+        else:
+            assert closes_at == self.waiting[0][2] + self.linger_s
+
+
+TestAnyUse = AnyUse.TestCase
+
+
+def test_a_lone_item_waits_its_linger_and_no_longer_for_those_that_follow() -> None:
+    batcher = MicroBatcher[str, int](max_items=10, linger_s=0.5)
+    assert batcher.closes_at() is None
+    batcher.add("a", [1], now=100.0)
+    assert batcher.closes_at() == 100.5
+    batcher.add("b", [2], now=100.4)
+    assert batcher.closes_at() == 100.5
+
+
+def test_a_full_batch_is_due_at_once_and_the_rest_lingers_from_its_own_arrival() -> None:
+    batcher = MicroBatcher[str, int](max_items=2, linger_s=0.5)
+    batcher.add("a", [1], now=100.0)
+    batcher.add("a", [2, 3], now=100.2)
+    assert batcher.closes_at() == 100.0
+    assert batcher.take() == [("a", [1, 2])]
+    assert batcher.closes_at() == pytest.approx(100.7)
+
+
+def test_no_items_start_no_linger() -> None:
+    batcher = MicroBatcher[str, int](max_items=2, linger_s=0.5)
+    batcher.add("a", [], now=1.0)
+    assert batcher.closes_at() is None
+    assert batcher.take() == []
+
+
+def test_a_batch_is_runs_of_one_source_in_order_of_arrival() -> None:
+    batcher = MicroBatcher[str, int](max_items=6, linger_s=0.0)
+    for source, items in (("a", [1, 2]), ("a", [3]), ("b", [4]), ("a", [5, 6, 7])):
+        batcher.add(source, items, now=0.0)
+    assert batcher.take() == [("a", [1, 2, 3]), ("b", [4]), ("a", [5, 6])]
+    assert batcher.take() == [("a", [7])]
+
+
+def test_a_source_that_is_gone_takes_its_own_items_with_it() -> None:
+    batcher = MicroBatcher[str, int](max_items=10, linger_s=1.0)
+    batcher.add("gone", [1], now=0.0)
+    batcher.add("kept", [2, 3], now=5.0)
+    batcher.add("gone", [4], now=6.0)
+    assert batcher.discard("gone") == [1, 4]
+    assert batcher.closes_at() == 6.0
+    assert batcher.take() == [("kept", [2, 3])]
+    assert len(batcher) == 0
+
+
+@given(LENGTHS, BUDGETS)
+def test_each_text_is_cut_into_one_device_batch_once(lengths: list[int], max_tokens: int) -> None:
+    batches = cut_by_length(lengths, max_tokens)
+    assert Counter(index for batch in batches for index in batch) == Counter(range(len(lengths)))
+    assert all(batches)
+
+
+@given(LENGTHS, BUDGETS)
+def test_a_padded_device_batch_is_within_the_budget_unless_it_is_one_text(lengths: list[int], max_tokens: int) -> None:
+    for batch in cut_by_length(lengths, max_tokens):
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= max_tokens
+
+
+@given(LENGTHS, BUDGETS)
+def test_texts_go_longest_first_within_and_over_device_batches(lengths: list[int], max_tokens: int) -> None:
+    order = [lengths[index] for batch in cut_by_length(lengths, max_tokens) for index in batch]
+    assert order == sorted(lengths, reverse=True)
+
+
+@given(LENGTHS, BUDGETS)
+def test_no_device_batch_is_closed_while_the_next_text_still_fits(lengths: list[int], max_tokens: int) -> None:
+    batches = cut_by_length(lengths, max_tokens)
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * lengths[batch[0]] > max_tokens
+
+
+@given(st.integers(0, 50), BUDGETS)
+def test_texts_without_tokens_are_cut_too(count: int, max_tokens: int) -> None:
+    batches = cut_by_length([0] * count, max_tokens)
+    assert sum(map(len, batches)) == count
+    assert all(len(batch) <= max_tokens for batch in batches)
+
+
+def test_equal_lengths_keep_their_order() -> None:
+    assert cut_by_length([3, 5, 3, 5, 3], max_tokens=10) == [[1, 3], [0, 2, 4]]

@@ -1,0 +1,494 @@
+"""Records in, results and dead letters out, byte for byte as the README's section on records says."""
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from worker.events import (
+    Decoded,
+    Decoder,
+    Encoder,
+    Event,
+    Failure,
+    Headers,
+    Null,
+    Outgoing,
+    Reason,
+    dead_letter,
+    has_timestamp,
+    iso_time,
+    result_fields,
+    smaller_dead_letters,
+    tombstone,
+)
+from worker.sentiment import Sentiment
+
+CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
+MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"
+TEN = 1_795_428_000_000  # 2026-11-23T10:00:00.000Z
+PROCESSED_AT = "2026-11-23T10:00:00.021Z"
+AFTER_YEAR_9999 = 253_402_300_800_000
+
+
+@dataclass(frozen=True)
+class FakeRecord:
+    value: bytes | None
+    key: bytes | None = b"k"
+    headers: Headers = ()
+    timestamp: int = TEN
+    topic: str = "texts"
+    partition: int = 3
+    offset: int = 1201
+
+
+def decode(value: bytes | str | None, headers: Headers = (), key: bytes | None = b"k", **options: Any) -> Decoded:
+    value = value.encode() if isinstance(value, str) else value
+    return Decoder(**options).decode(FakeRecord(value, key=key, headers=headers))
+
+
+def id_of(json_id: str, headers: Headers = (), **options: Any) -> str:
+    event = decode('{"text": "да", "id": ' + json_id + "}", headers, **options)
+    assert isinstance(event, Event)
+    return event.id
+
+
+def encode(record: FakeRecord, event: Event, output_mode: str = "result", truncated: bool = False) -> Outgoing:
+    outgoing = Encoder(model=MODEL, output_mode=output_mode).encode(record, event, CARD, truncated, PROCESSED_AT)
+    assert isinstance(outgoing, Outgoing)
+    return outgoing
+
+
+def enriched(value: bytes) -> bytes:
+    record = FakeRecord(value)
+    event = Decoder(output_mode="enrich").decode(record)
+    assert isinstance(event, Event)
+    published = encode(record, event, "enrich").value
+    assert published is not None
+    return published
+
+
+RESULT = (
+    b'{"id":"42","label":"negative","score":-0.589495,'
+    b'"probabilities":{"negative":0.787045,"neutral":0.494782,"positive":0.19755},'
+    b'"truncated":false,"model":"cointegrated/rubert-tiny-sentiment-balanced@0123456789ab",'
+    b'"source":{"topic":"texts","partition":3,"offset":1201},"event_time":"2026-11-23T10:00:00.000Z",'
+    b'"processed_at":"2026-11-23T10:00:00.021Z"}'
+)
+
+
+# --- From record to result ---
+
+
+def test_a_record_becomes_the_result_of_the_contract_byte_for_byte() -> None:
+    record = FakeRecord('{"id": 42, "text": "Какая гадость эта ваша заливная рыба!"}'.encode())
+    event = Decoder().decode(record)
+    assert event == Event("42", "Какая гадость эта ваша заливная рыба!")
+    outgoing = encode(record, event)
+    assert outgoing == Outgoing(b"k", RESULT, [("content-type", b"application/json")], TEN)
+
+
+def test_a_result_says_whether_its_text_was_cut() -> None:
+    value = encode(FakeRecord(b""), Event("42", "да"), truncated=True).value
+    assert value == RESULT.replace(b'"truncated":false', b'"truncated":true')
+
+
+@pytest.mark.parametrize("timestamp", [-1, -2])
+def test_a_record_without_a_timestamp_has_a_null_event_time_and_goes_out_without(timestamp: int) -> None:
+    record = FakeRecord(b"", timestamp=timestamp)
+    outgoing = encode(record, Event("42", "да"))
+    assert outgoing.value == RESULT.replace(b'"2026-11-23T10:00:00.000Z"', b"null")
+    assert outgoing.timestamp is None
+    assert not has_timestamp(record)
+
+
+def test_the_first_moment_of_1970_is_a_timestamp() -> None:
+    outgoing = encode(FakeRecord(b"", timestamp=0), Event("42", "да"))
+    assert outgoing.value is not None
+    assert orjson.loads(outgoing.value)["event_time"] == "1970-01-01T00:00:00.000Z"
+    assert outgoing.timestamp == 0
+
+
+def test_numbers_have_six_decimals_and_no_negative_zero() -> None:
+    fields = result_fields("1", Sentiment("neutral", -1e-9, (1 / 3, 2 / 3, 1e-7)), False, "m", None, None, "now")
+    assert orjson.dumps([fields["score"], fields["probabilities"]]) == (
+        b'[0.0,{"negative":0.333333,"neutral":0.666667,"positive":0.0}]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (1_795_428_000_021, "2026-11-23T10:00:00.021Z"),
+        (1_795_428_000_021.9, "2026-11-23T10:00:00.021Z"),
+        (AFTER_YEAR_9999 - 1, "9999-12-31T23:59:59.999Z"),
+    ],
+)
+def test_times_have_milliseconds_in_utc(milliseconds: float, text: str) -> None:
+    assert iso_time(milliseconds) == text
+
+
+@pytest.mark.parametrize("timestamp", [AFTER_YEAR_9999, 2**53, 2**63 - 1])
+@pytest.mark.parametrize("output_mode", ["result", "enrich"])
+def test_a_timestamp_beyond_the_year_9999_is_a_dead_letter(timestamp: int, output_mode: str) -> None:
+    record = FakeRecord('{"text":"да"}'.encode(), timestamp=timestamp)
+    failure = Encoder(model=MODEL, output_mode=output_mode).encode(record, Event("1", "да"), CARD, False, PROCESSED_AT)
+    assert isinstance(failure, Failure)
+    assert (failure.stage, failure.reason) == ("publish", "invalid_timestamp")
+    letter = dead_letter(record, failure, "0.1.0")
+    assert dict(letter.headers)["source.timestamp"] == str(timestamp).encode()
+    assert letter.timestamp is None
+
+
+@pytest.mark.parametrize("name", ["content-type", "Content-Type", "CONTENT-TYPE", "cOnTeNt-TyPe"])
+def test_the_content_type_is_replaced_however_it_is_written(name: str) -> None:
+    headers = [("trace", b"1"), (name, b"text/plain"), ("trace", b"2"), ("empty", b""), ("null", None)]
+    outgoing = encode(FakeRecord(b"", headers=headers), Event("42", "да"))
+    kept = [("trace", b"1"), ("trace", b"2"), ("empty", b""), ("null", None)]
+    assert outgoing.headers == [*kept, ("content-type", b"application/json")]
+    assert isinstance(outgoing.headers, list)
+
+
+def test_a_header_that_only_begins_like_it_is_kept() -> None:
+    outgoing = encode(FakeRecord(b"", headers=[("content-type-2", b"x")]), Event("42", "да"))
+    assert outgoing.headers[0] == ("content-type-2", b"x")
+
+
+def test_a_null_key_stays_null() -> None:
+    assert encode(FakeRecord(b"", key=None), Event("42", "да")).key is None
+
+
+# --- Ids ---
+
+
+@pytest.mark.parametrize(
+    ("json_id", "id"),
+    [
+        ('"a-1"', "a-1"),
+        ('""', ""),
+        ('"007"', "007"),
+        (r'"\u0416 \"\n"', 'Ж "\n'),
+        ("0", "0"),
+        ("42", "42"),
+        ("-42", "-42"),
+        (str(2**63), str(2**63)),
+        (str(2**64), str(2**64)),
+        (str(-(2**63) - 1), str(-(2**63) - 1)),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ("-" + "9" * 300, "-" + "9" * 300),
+    ],
+)
+def test_an_id_is_a_string_as_it_is_or_an_integer_by_its_own_digits(json_id: str, id: str) -> None:
+    assert id_of(json_id, [("event.id", b"not this")]) == id
+
+
+@pytest.mark.parametrize("digits", [310, 5_000])
+def test_an_integer_larger_than_any_float_is_an_id_too(digits: int) -> None:
+    assert id_of("9" * digits) == "9" * digits
+
+
+@pytest.mark.parametrize(
+    "json_id", ["1.5", "1.0", "1e3", "1e300", "true", "false", "null", "{}", '["x"]', '{"id": "x"}']
+)
+def test_an_id_of_another_type_comes_from_the_header_or_the_place(json_id: str) -> None:
+    assert id_of(json_id, [("event.id", b"from header")]) == "from header"
+    assert id_of(json_id) == "texts-3-1201"
+
+
+@pytest.mark.parametrize(
+    ("headers", "id"),
+    [
+        ([("event.id", "ж".encode())], "ж"),
+        ([("event.id", b"1"), ("event.id", b"2")], "1"),
+        ([("event.id", b"\xff")], "\ufffd"),
+        ([("event.id", None)], "texts-3-1201"),
+        ([("event.id", b"")], "texts-3-1201"),
+        ([("Event.Id", b"1")], "texts-3-1201"),
+        ([], "texts-3-1201"),
+    ],
+)
+def test_without_an_id_of_its_own_the_header_names_the_event(headers: Headers, id: str) -> None:
+    assert decode('{"text": "да"}', headers) == Event(id, "да")
+    assert decode("да", headers, input_format="text") == Event(id, "да")
+
+
+def test_dotted_paths_reach_inside() -> None:
+    value = '{"payload": {"body": {"text": "да"}, "id": 123456789012345678901}, "text": "нет", "id": 1}'
+    event = decode(value, text_field="payload.body.text", id_field="payload.id")
+    assert event == Event("123456789012345678901", "да")
+
+
+@pytest.mark.parametrize("value", ['{"payload": "text"}', '{"payload": [{"text": "да"}]}', '{"payload.text": "да"}'])
+def test_a_dotted_path_that_leads_nowhere_is_a_missing_text(value: str) -> None:
+    assert decode(value, text_field="payload.text") == Failure(
+        "decode", "missing_text", "the object has no field payload.text"
+    )
+
+
+def test_a_plain_text_is_the_text_itself_white_space_and_all() -> None:
+    assert decode(' {"text": "нет"}\n', [("event.id", b"7")], input_format="text") == Event("7", ' {"text": "нет"}\n')
+
+
+# --- What cannot be scored ---
+
+FAILURES: list[tuple[bytes, dict[str, Any], Reason]] = [
+    (b"", {}, "invalid_json"),
+    (b"{", {}, "invalid_json"),
+    (b'{"text": "a",}', {}, "invalid_json"),
+    (b'{"text": NaN}', {}, "invalid_json"),
+    (rb'{"text": "\ud800"}', {}, "invalid_json"),
+    (b'{"text": ' + b"[" * 100_000, {}, "invalid_json"),
+    (b'{"text": "\xff"}', {}, "invalid_utf8"),
+    (b'{"text": "\xed\xa0\x80"}', {}, "invalid_utf8"),
+    ("да".encode("cp1251"), {"input_format": "text"}, "invalid_utf8"),
+    (b"null", {}, "not_an_object"),
+    (b'"text"', {}, "not_an_object"),
+    (b'[{"text": "a"}]', {}, "not_an_object"),
+    (b"{}", {}, "missing_text"),
+    (b'{"Text": "a"}', {}, "missing_text"),
+    (b'{"text": null}', {}, "text_not_string"),
+    (b'{"text": 1}', {}, "text_not_string"),
+    (b'{"text": ["a"]}', {}, "text_not_string"),
+    (b'{"text": ""}', {}, "empty_text"),
+    (rb'{"text": " \t\r\n\u00a0\u2003"}', {}, "empty_text"),
+    (b"", {"input_format": "text"}, "empty_text"),
+    (b" \n", {"input_format": "text"}, "empty_text"),
+    (b'{"text": "abcdef"}', {"max_text_chars": 5}, "too_large"),
+    (b"abcdef", {"input_format": "text", "max_text_chars": 5}, "too_large"),
+    (b'{"text": "a", "sentiment": null}', {"output_mode": "enrich"}, "field_exists"),
+    (rb'{"text": "a", "\u0073entiment": 1}', {"output_mode": "enrich"}, "field_exists"),
+]
+
+
+@pytest.mark.parametrize(("value", "options", "reason"), FAILURES)
+def test_a_record_that_cannot_be_read_says_why(value: bytes, options: dict[str, Any], reason: Reason) -> None:
+    failure = decode(value, **options)
+    assert isinstance(failure, Failure)
+    assert (failure.stage, failure.reason) == ("decode", reason)
+    assert failure.message
+    assert "\n" not in failure.message
+
+
+def test_every_decode_reason_has_an_example_here() -> None:
+    later = {"inference_failed", "invalid_timestamp", "result_too_large"}
+    assert {reason for _, _, reason in FAILURES} == set(get_args(Reason)) - later
+
+
+def test_a_text_of_the_largest_length_is_read_whatever_its_bytes() -> None:
+    assert decode('{"text": "жжжжж"}', max_text_chars=5) == Event("texts-3-1201", "жжжжж")
+    assert decode("\U0001f600" * 5, input_format="text", max_text_chars=5) == Event("texts-3-1201", "\U0001f600" * 5)
+
+
+@pytest.mark.parametrize("value", ['{"text": "да", "sentiment": 1}', '{"text": "да", "inside": {"sentiment": 1}}'])
+def test_a_field_of_that_name_is_in_nobodys_way_elsewhere(value: str) -> None:
+    assert isinstance(decode(value), Event)
+    assert isinstance(decode(value.replace('"sentiment": 1}', '"sentiments": 1}'), output_mode="enrich"), Event)
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 310, "-1e400"])
+def test_a_number_larger_than_any_float_is_json_too(number: str) -> None:
+    assert decode('{"text": "да", "id": "1", "n": ' + number + "}") == Event("1", "да")
+
+
+@pytest.mark.parametrize("input_format", ["json", "text"])
+def test_a_null_is_a_tombstone_with_a_key_and_skipped_without(input_format: str) -> None:
+    assert decode(None, key=b"k", input_format=input_format) is Null.TOMBSTONE
+    assert decode(None, key=b"", input_format=input_format) is Null.TOMBSTONE
+    assert decode(None, key=None, input_format=input_format) is Null.SKIPPED
+
+
+def test_a_tombstone_goes_on_as_it_is() -> None:
+    headers = [("content-type", b"text/plain"), ("x", None)]
+    record = FakeRecord(None, headers=tuple(headers))
+    assert tombstone(record) == Outgoing(b"k", None, headers, TEN)
+    assert tombstone(replace(record, timestamp=-1)).timestamp is None
+    assert isinstance(tombstone(record).headers, list)
+
+
+# --- Enriched ---
+
+OWN = [
+    '{"text":"да"}',
+    '  {\n  "text": "да"  ,\t"b": [1, 2.50, 1e3, {}]\r\n}\n',
+    '{"text":"да","n":123456789012345678901234567890,"f":0.1000,"e":1E+2,"z":-0}',
+    r'{"text":"\u0434\u0430","s":"}","slash":"\/"}',
+    '{"text":"нет","a":1,"a":2,"text":"да","":{"sentiment":"x"}}',
+    '{"text":"да","inside":{"deep":{}}} \n\n',
+]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_enriched_bytes_are_the_inputs_own_with_one_field_more(own: str) -> None:
+    value = own.encode()
+    published = enriched(value)
+    end = value.rindex(b"}")
+    field = b',"sentiment":'
+    assert published.startswith(value[:end] + field)
+    assert published.endswith(value[end:])
+    result = published[len(value[:end] + field) : len(published) - len(value[end:])]
+    assert result == RESULT.replace(b'"id":"42"', b'"id":"texts-3-1201"')
+    assert json.loads(published).items() == {**json.loads(value), "sentiment": json.loads(result)}.items()
+
+
+def test_an_enriched_record_keeps_key_and_timestamp_and_says_json() -> None:
+    record = FakeRecord('{"text":"да"}'.encode(), headers=[("Content-Type", b"x"), ("a", b"b")])
+    outgoing = encode(record, Event("1", "да"), "enrich")
+    assert (outgoing.key, outgoing.timestamp) == (b"k", TEN)
+    assert outgoing.headers == [("a", b"b"), ("content-type", b"application/json")]
+
+
+# --- Dead letters ---
+
+FAILURE = Failure("decode", "too_large", "the text has 6 characters, more than 5")
+ERRORS = [
+    ("error.stage", b"decode"),
+    ("error.reason", b"too_large"),
+    ("error.message", b"the text has 6 characters, more than 5"),
+    ("source.topic", b"texts"),
+    ("source.partition", b"3"),
+    ("source.offset", b"1201"),
+    ("source.timestamp", b"1795428000000"),
+    ("worker.version", b"0.1.0"),
+]
+ORIGINAL = [("content-type", b"text/plain"), ("x", b"1"), ("x", None)]
+REFUSED = FakeRecord(b'\xff{"text"', headers=ORIGINAL)
+
+
+def test_a_dead_letter_is_the_record_untouched_with_all_that_is_known_of_its_end() -> None:
+    letter = dead_letter(REFUSED, FAILURE, "0.1.0")
+    assert letter == Outgoing(b"k", b'\xff{"text"', [*ORIGINAL, *ERRORS], None)
+    assert isinstance(letter.headers, list)
+
+
+def test_a_dead_letter_of_a_record_without_a_timestamp_says_minus_one() -> None:
+    assert dict(dead_letter(replace(REFUSED, timestamp=-1), FAILURE, "0.1.0").headers)["source.timestamp"] == b"-1"
+
+
+def test_a_refused_dead_letter_shrinks_to_empty_bytes_then_loses_the_inputs_headers() -> None:
+    first, second = smaller_dead_letters(REFUSED, FAILURE, "0.1.0")
+    size = ("error.value_bytes", b"8")
+    assert first == Outgoing(b"k", b"", [*ORIGINAL, *ERRORS, size], None)
+    assert second == Outgoing(b"k", b"", [*ERRORS, size], None)
+
+
+# --- Anything at all ---
+
+MARK = "ZQжщ"  # begins a text, and is in no message of the worker's
+
+
+def json_values() -> st.SearchStrategy[Any]:
+    texts = st.text(max_size=8).map(lambda text: MARK + text)
+    leaves = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | texts
+    names = st.sampled_from(["text", "id", "sentiment", "payload", "", "a"]) | texts
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4), max_leaves=6
+    )
+
+
+def objects() -> st.SearchStrategy[dict[str, Any]]:
+    """Objects that are nearly events: these reach furthest into the code."""
+    texts = st.text(max_size=20).map(lambda text: MARK + text)
+    return st.fixed_dictionaries(
+        {}, optional={"text": texts | json_values(), "id": json_values(), "sentiment": texts, "a": json_values()}
+    )
+
+
+def written(value: Any) -> bytes:
+    """JSON as others write it: with NaN, and with halves of surrogate pairs, escaped or not even UTF-8."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
+
+
+PAYLOADS = st.one_of(
+    objects().map(written),
+    objects().map(lambda value: json.dumps(value).encode()),
+    json_values().map(written),
+    st.builds(lambda value, cut: written(value)[:cut], objects(), st.integers(0, 60)),
+    st.binary(max_size=60),
+    st.binary(max_size=20).map(lambda noise: b'{"text": "' + MARK.encode() + noise + b'"}'),
+    st.none(),
+)
+DECODERS = {
+    "result": Decoder(max_text_chars=20),
+    "enrich": Decoder(max_text_chars=20, output_mode="enrich"),
+    "inside": Decoder(text_field="a.text", id_field="a.id"),
+    "text": Decoder(max_text_chars=20, input_format="text"),
+}
+
+
+@dataclass
+class Seen:
+    kinds: dict[str, set[str]] = field(default_factory=dict)
+    payloads: int = 0
+
+    def add(self, name: str, decoded: Decoded) -> None:
+        kind = decoded.reason if isinstance(decoded, Failure) else type(decoded).__name__
+        self.kinds.setdefault(name, set()).add(kind)
+
+
+def check_event(name: str, record: FakeRecord, event: Event) -> None:
+    assert event.text.strip()
+    outgoing = encode(record, event, "enrich" if name == "enrich" else "result")
+    assert outgoing.value is not None
+    result = json.loads(outgoing.value)
+    assert (result["sentiment"] if name == "enrich" else result)["id"] == event.id
+
+
+def check(name: str, record: FakeRecord) -> Decoded:
+    decoded = DECODERS[name].decode(record)
+    assert isinstance(decoded, Event | Failure | Null)
+    if isinstance(decoded, Event):
+        check_event(name, record, decoded)
+    elif isinstance(decoded, Failure):
+        assert not set(MARK) & set(decoded.message)
+        assert decoded.message.isascii()
+        assert dead_letter(record, decoded, "0.1.0").value == record.value
+    else:
+        assert record.value is None
+    return decoded
+
+
+def test_ten_thousand_payloads_never_raise_and_no_message_has_any_of_their_text() -> None:
+    seen = Seen()
+
+    @settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(PAYLOADS, st.none() | st.binary(max_size=4))
+    def run(value: bytes | None, key: bytes | None) -> None:
+        seen.payloads += 1
+        for name in DECODERS:
+            seen.add(name, check(name, FakeRecord(value, key=key)))
+
+    run()
+    assert seen.payloads >= 10_000
+    assert seen.kinds["enrich"] == {reason for _, _, reason in FAILURES} | {"Event", "Null"}
+    assert seen.kinds["text"] == {"invalid_utf8", "empty_text", "too_large", "Event", "Null"}
+
+
+@pytest.mark.parametrize(("value", "options", "reason"), FAILURES)
+def test_no_message_quotes_the_value(value: bytes, options: dict[str, Any], reason: Reason) -> None:
+    marked = value.replace(b"a", MARK.encode())
+    failure = decode(marked, **options)
+    assert isinstance(failure, Failure)
+    assert not set(MARK) & set(failure.message)
+
+
+@settings(max_examples=300, deadline=None)
+@given(objects(), st.sampled_from(["", " ", "\n", " \r\n\t"]), st.sampled_from([None, 0, 2]))
+def test_any_object_that_is_enriched_reads_as_before_with_one_field_more(
+    fields: dict[str, Any], space: str, indent: int | None
+) -> None:
+    value = (json.dumps(fields, indent=indent) + space).encode()
+    record = FakeRecord(value)
+    event = DECODERS["enrich"].decode(record)
+    if isinstance(event, Event):
+        published = encode(record, event, "enrich").value
+        assert published is not None
+        assert published.startswith(value[: value.rindex(b"}")])
+        sentiment = json.loads(published).pop("sentiment")
+        assert sentiment["label"] == "negative"
+        without = published.replace(b',"sentiment":' + orjson.dumps(sentiment), b"")
+        assert without == value

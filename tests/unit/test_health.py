@@ -1,0 +1,115 @@
+"""Why the worker is not ready, and that each trouble is told once and its end once."""
+
+import logging
+
+import pytest
+
+from worker.health import Health
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock, caplog: pytest.LogCaptureFixture) -> Health:
+    caplog.set_level(logging.DEBUG, "worker.health")
+    return Health(clock=clock)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """The lines so far: level and message."""
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_without_a_trouble_it_is_ready_and_alive(health: Health) -> None:
+    assert health.why_not_ready() is None
+    assert health.why_not_alive() is None
+
+
+def test_a_trouble_is_told_once_and_its_end_once(
+    health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        health.trouble("kafka", "no broker answers")
+        clock.now += 2.0
+    assert told(caplog) == [("WARNING", "no broker answers")]
+    assert vars(caplog.records[0])["part"] == "kafka"
+    health.well("kafka")
+    health.well("kafka")
+    assert told(caplog) == [("WARNING", "no broker answers"), ("INFO", "kafka is well again")]
+    assert vars(caplog.records[1])["after_s"] == 10.0
+
+
+def test_each_reason_of_a_trouble_is_told_once_while_it_lasts(
+    health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for reason in ("refused", "no answer", "refused", "no answer"):
+        health.trouble("kafka", reason)
+        assert health.why_not_ready() == f"kafka: {reason}"
+        clock.now += 1.0
+    assert told(caplog) == [("WARNING", "refused"), ("WARNING", "no answer")]
+    health.well("kafka")
+    assert told(caplog)[2:] == [("INFO", "kafka is well again")]
+    assert vars(caplog.records[2])["after_s"] == 4.0
+
+
+def test_a_trouble_that_comes_back_is_told_again(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        health.trouble("kafka", "refused")
+        health.well("kafka")
+    assert [message for _, message in told(caplog)] == ["refused", "kafka is well again"] * 2
+
+
+def test_a_reason_is_a_reason_whatever_signs_it_has(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    health.trouble("kafka", "100 % of %s are gone")
+    assert told(caplog) == [("WARNING", "100 % of %s are gone")]
+
+
+def test_being_held_is_no_trouble_and_not_told(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    health.hold("model", "loading")
+    assert health.why_not_ready() == "model: loading"
+    health.well("model")
+    assert health.why_not_ready() is None
+    assert told(caplog) == []
+
+
+def test_a_trouble_of_what_was_held_is_told_and_so_is_its_end(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    health.hold("group", "not joined yet")
+    health.trouble("group", "no permission")
+    assert health.why_not_ready() == "group: no permission"
+    health.well("group")
+    assert told(caplog) == [("WARNING", "no permission"), ("INFO", "group is well again")]
+
+
+def test_each_part_is_well_by_itself(health: Health) -> None:
+    health.trouble("topics", "texts is missing")
+    health.trouble("kafka", "refused")
+    assert health.why_not_ready() == "topics: texts is missing"
+    health.well("topics")
+    assert health.why_not_ready() == "kafka: refused"
+    health.well("kafka")
+    assert health.why_not_ready() is None
+
+
+def test_a_part_that_was_never_ill_is_not_told_well(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    health.well("kafka")
+    assert told(caplog) == []
+
+
+def test_dead_inference_is_neither_alive_nor_ready_and_kafka_plays_no_part() -> None:
+    answers: list[str | None] = [None, None, "inference is hung", "inference is hung"]
+    health = Health(is_alive=lambda: answers.pop(0))
+    health.trouble("kafka", "refused")
+    assert health.why_not_alive() is None
+    assert health.why_not_ready() == "kafka: refused"
+    assert health.why_not_alive() == "inference is hung"
+    assert health.why_not_ready() == "inference is hung"

@@ -1,0 +1,453 @@
+"""Where settings come from, what each is without being set, and what is said of a wrong one."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.settings import (
+    SECRETS,
+    ClassifySettings,
+    DemoSettings,
+    EvaluateSettings,
+    RunSettings,
+    WrongSetting,
+    load,
+    split_names,
+    unknown_variables,
+)
+
+SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
+SECRET = "hunter2-correct-horse"
+TABLE = {
+    "bootstrap_servers": "localhost:9092",
+    "input_topics": "texts",
+    "output_topic": "sentiment",
+    "dead_letter_topic": "sentiment.dead-letter",
+    "group_id": "sentiment-worker",
+    "group_instance_id": None,
+    "client_id": "sentiment-worker",
+    "auto_offset_reset": "earliest",
+    "isolation_level": "read_committed",
+    "delivery": "at-least-once",
+    "input_format": "json",
+    "output_mode": "result",
+    "text_field": "text",
+    "id_field": "id",
+    "max_text_chars": 100_000,
+    "compression_type": "none",
+    "max_batch_texts": 512,
+    "max_batch_tokens": "auto",
+    "linger_ms": 10,
+    "model": "cointegrated/rubert-tiny-sentiment-balanced",
+    "revision": None,
+    "activation": "sigmoid",
+    "device": "auto",
+    "dtype": "auto",
+    "backend": "auto",
+    "cpu_threads": "auto",
+    "cache_size": 65_536,
+    "inference_timeout_s": 60,
+    "drain_timeout_s": 20,
+    "http_host": "127.0.0.1",
+    "http_port": 8080,
+    "security_protocol": "PLAINTEXT",
+    "sasl_mechanism": None,
+    "sasl_username": None,
+    "sasl_password": None,
+    "ssl_cafile": None,
+    "ssl_certfile": None,
+    "ssl_keyfile": None,
+    "ssl_key_password": None,
+    "session_timeout_ms": 45_000,
+    "request_timeout_ms": 30_000,
+    "log_level": "info",
+    "log_format": "auto",
+}
+NOT_IN_THE_TABLE = {"config", "fetch_max_wait_ms"}
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith("WORKER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Callable[[str], list[str]]:
+    """The flags that read a file of these lines."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "worker.toml"
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def run_settings(*argv: str) -> RunSettings:
+    return load(RunSettings, argv, "sentiment-worker run")
+
+
+def refusal(*argv: str) -> str:
+    """The one sentence of what is wrong."""
+    with pytest.raises(WrongSetting) as wrong:
+        run_settings(*argv)
+    sentence = str(wrong.value)
+    assert sentence
+    assert "\n" not in sentence
+    assert wrong.value.__cause__ is None
+    return sentence
+
+
+# --- Defaults ---
+
+
+@pytest.mark.parametrize(("name", "default"), TABLE.items())
+def test_defaults_are_those_of_the_contract(name: str, default: object) -> None:
+    assert getattr(run_settings(), name) == default
+
+
+def test_there_is_no_setting_beside_the_contract() -> None:
+    assert set(RunSettings.model_fields) == set(TABLE) | NOT_IN_THE_TABLE
+
+
+def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_settings("--help")
+    assert end.value.code == 0
+    shown = re.sub(r"-\n\s+", "-", capsys.readouterr().out.split("options:")[1])  # argparse breaks lines at hyphens
+    options = re.split(r"\n  (?=--)", shown)
+    described = {option.split()[0]: " ".join(option.split()) for option in options if option.startswith("--")}
+    for name, default in TABLE.items():
+        flag = "--" + name.replace("_", "-")
+        if name in SECRETS:
+            assert flag not in described
+        else:
+            assert default is None or described[flag].endswith(f"(default: {default})"), described[flag]
+            assert "(default: " in described[flag]
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("linger-ms", "ms"),
+        ("session-timeout-ms", "ms"),
+        ("request-timeout-ms", "ms"),
+        ("inference-timeout-s", "s"),
+        ("drain-timeout-s", "s"),
+        ("max-text-chars", "characters"),
+        ("max-batch-tokens", "tokens"),
+        ("cache-size", "texts"),
+    ],
+)
+def test_help_tells_the_unit(name: str, unit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_settings("--help")
+    text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    (described,) = re.findall(rf"--{name} .*?\(default", text)
+    assert re.search(rf"\b{unit}\b", described.split(maxsplit=2)[2])
+
+
+# --- Precedence ---
+
+
+def test_a_flag_goes_before_a_variable_before_the_file(
+    toml: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toml("linger_ms = 1\nmax_batch_texts = 1\ngroup_id = 'from file'\n")
+    monkeypatch.setenv("WORKER_LINGER_MS", "2")
+    monkeypatch.setenv("WORKER_MAX_BATCH_TEXTS", "2")
+    settings = run_settings(*config, "--linger-ms", "3")
+    assert (settings.linger_ms, settings.max_batch_texts, settings.group_id) == (3, 2, "from file")
+    assert run_settings("--linger-ms=3").linger_ms == 3
+
+
+def test_a_variable_names_the_file_and_a_flag_names_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "1.toml", tmp_path / "2.toml"
+    first.write_text("linger_ms = 1")
+    second.write_text("linger_ms = 2")
+    monkeypatch.setenv("WORKER_CONFIG", str(first))
+    assert run_settings().linger_ms == 1
+    assert run_settings("--config", str(second)).linger_ms == 2
+    assert run_settings(f"--config={second}").linger_ms == 2
+
+
+def test_a_file_lists_names_as_toml_does(toml: Callable[[str], list[str]]) -> None:
+    settings = run_settings(*toml('input_topics = ["a", "b"]\nbootstrap_servers = ["h:1", "i:2"]\ncpu_threads = 2'))
+    assert split_names(settings.input_topics) == ("a", "b")
+    assert split_names(settings.bootstrap_servers) == ("h:1", "i:2")
+    assert settings.cpu_threads == 2
+
+
+def test_a_file_lists_sources_as_toml_does(toml: Callable[[str], list[str]]) -> None:
+    settings = load(EvaluateSettings, toml('source = ["a=a,b.csv", "b=c.csv"]'), "sentiment-worker evaluate")
+    assert settings.source == ["a=a,b.csv", "b=c.csv"]
+
+
+def test_names_are_split_at_commas() -> None:
+    assert split_names(" a, b ,,c ") == ("a", "b", "c")
+
+
+def test_settings_do_not_change_once_read() -> None:
+    settings = run_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.linger_ms = 5
+
+
+def test_an_unknown_variable_is_only_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORKER_PORT", "WORKER_LINGERMS", "WORKER_GROUP_ID_FILE"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:80")
+    assert run_settings() == RunSettings()
+    assert unknown_variables(RunSettings) == ["WORKER_GROUP_ID_FILE", "WORKER_LINGERMS", "WORKER_PORT"]
+
+
+def test_known_variables_are_not_listed() -> None:
+    known = {"WORKER_" + name.upper(): "" for name in RunSettings.model_fields}
+    files = {f"WORKER_{name.upper()}_FILE": "" for name in SECRETS}
+    assert unknown_variables(RunSettings, {**known, **files, "PATH": "", "MY_WORKER_X": ""}) == []
+
+
+# --- Wrong settings ---
+
+WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
+    ("bootstrap_servers", "localhost", "host:port"),
+    ("bootstrap_servers", "a:1,b", "host:port"),
+    ("bootstrap_servers", ":9092", "host:port"),
+    ("bootstrap_servers", "a:0", "host:port"),
+    ("bootstrap_servers", "a:65536", "host:port"),
+    ("bootstrap_servers", "http://a:x", "host:port"),
+    ("input_topics", " , ", "at least one"),
+    ("output_topic", "", "at least 1 character"),
+    ("dead_letter_topic", "", "at least 1 character"),
+    ("group_id", "", "at least 1 character"),
+    ("group_instance_id", "", "at least 1 character"),
+    ("client_id", "", "at least 1 character"),
+    ("auto_offset_reset", "none", "'earliest' or 'latest'"),
+    ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
+    ("delivery", "at-most-once", "'at-least-once'"),
+    ("input_format", "avro", "'json' or 'text'"),
+    ("output_mode", "both", "'result' or 'enrich'"),
+    ("text_field", "a..b", "dotted path"),
+    ("id_field", "", "field's name"),
+    ("max_text_chars", "0", "greater than or equal to 1"),
+    ("compression_type", "brotli", "'gzip'"),
+    ("max_batch_texts", "0", "greater than or equal to 1"),
+    ("max_batch_texts", "100001", "less than or equal to 100000"),
+    ("max_batch_texts", "many", "a valid integer"),
+    ("max_batch_texts", "1.5", "a valid integer"),
+    ("max_batch_tokens", "0", "greater than or equal to 1 or it should be 'auto'"),
+    ("max_batch_tokens", "many", "a valid integer or it should be 'auto'"),
+    ("linger_ms", "-1", "greater than or equal to 0"),
+    ("linger_ms", "60001", "less than or equal to 60000"),
+    ("linger_ms", "soon", "a valid number"),
+    ("linger_ms", "nan", "it should be"),
+    ("model", "", "at least 1 character"),
+    ("activation", "relu", "'sigmoid' or 'softmax'"),
+    ("device", "tpu", "auto|cpu|cuda"),
+    ("dtype", "int8", "'float32'"),
+    ("backend", "tf", "'auto' or 'torch'"),
+    ("cpu_threads", "0", "greater than or equal to 1 or it should be 'auto'"),
+    ("cache_size", "-1", "greater than or equal to 0"),
+    ("inference_timeout_s", "0", "greater than 0"),
+    ("inference_timeout_s", "nan", "greater than 0"),
+    ("drain_timeout_s", "-5", "greater than 0"),
+    ("http_host", "", "at least 1 character"),
+    ("http_port", "65536", "less than or equal to 65535"),
+    ("session_timeout_ms", "10", "greater than or equal to 1000"),
+    ("request_timeout_ms", "10", "greater than or equal to 1000"),
+    ("fetch_max_wait_ms", "0", "greater than or equal to 1"),
+    ("security_protocol", "TLS", "'SASL_SSL'"),
+    ("sasl_mechanism", "GSSAPI", "'SCRAM-SHA-256'"),
+    ("log_level", "loud", "'info'"),
+    ("log_format", "xml", "'console'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "right"), WRONG)
+def test_a_wrong_setting_is_named_with_what_was_wrong_and_what_would_be_right(
+    name: str, value: str, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = "--" + name.replace("_", "-")
+    sentence = refusal(f"{flag}={value}")
+    assert sentence.startswith(f"{name} = {value!r} is wrong: it should ")
+    assert right in sentence
+    assert sentence.endswith(f"(flag {flag}, variable WORKER_{name.upper()})")
+    monkeypatch.setenv("WORKER_" + name.upper(), value)
+    assert refusal() == sentence
+
+
+def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str]]) -> None:
+    assert refusal(*toml("linger_ms = -1")).startswith("linger_ms = -1 is wrong: it should be greater than or equal")
+    assert refusal(*toml("group_id = 5")).startswith("group_id = 5 is wrong: it should be a valid string")
+    assert refusal(*toml("linger_ms = {a = 1}")).startswith(
+        "linger_ms = {'a': 1} is wrong: it should be a valid number"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--output-mode", "enrich", "--input-format", "text"], ["output_mode enrich", "input_format json"]),
+        (["--input-topics", "a, b", "--output-topic", "b"], ["output_topic", "input_topics", "another topic"]),
+        (["--dead-letter-topic", "texts"], ["dead_letter_topic", "input_topics", "another topic"]),
+        (["--security-protocol", "SASL_PLAINTEXT"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
+        (["--sasl-mechanism", "PLAIN"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
+        (SASL[:4], ["sasl_mechanism", "sasl_username", "WORKER_SASL_PASSWORD"]),
+        (SASL, ["sasl_password", "WORKER_SASL_PASSWORD"]),
+        (["--ssl-keyfile", __file__], ["ssl_keyfile", "ssl_certfile"]),
+        (["--ssl-cafile", "nowhere.pem"], ["ssl_cafile", "PEM file", "nowhere.pem"]),
+        (["--ssl-certfile", "nowhere.pem"], ["ssl_certfile", "PEM file", "nowhere.pem"]),
+        (["--ssl-certfile", __file__, "--ssl-keyfile", "nowhere.pem"], ["ssl_keyfile", "PEM file", "nowhere.pem"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(argv: list[str], parts: list[str]) -> None:
+    sentence = refusal(*argv)
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--nosuch", "1"], "--nosuch"),
+        (["--nosuch=1"], "--nosuch"),
+        (["--linger_ms", "1"], "--linger_ms"),
+        (["--linger", "1"], "--linger"),
+        (["stray"], "stray"),
+        (["--linger-ms"], "--linger-ms: expected one argument"),
+    ],
+)
+def test_an_unknown_flag_is_an_error_that_says_where_flags_are_listed(argv: list[str], part: str) -> None:
+    sentence = refusal(*argv)
+    assert part in sentence
+    assert "`sentiment-worker run --help`" in sentence
+
+
+@pytest.mark.parametrize("line", ["nosuch = 1", "linger-ms = 1", "[kafka]\ngroup_id = 'x'", "config = 'other.toml'"])
+def test_an_unknown_key_of_the_file_is_an_error(line: str, toml: Callable[[str], list[str]]) -> None:
+    argv = toml(line)
+    sentence = refusal(*argv)
+    assert re.match(r"config: \S+ sets (nosuch|linger-ms|kafka|config), which is no setting", sentence)
+    assert argv[1] in sentence
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, toml: Callable[[str], list[str]]) -> None:
+    missing = str(tmp_path / "missing.toml")
+    assert refusal("--config", missing) == (
+        f"config: {missing} cannot be read (No such file or directory); it should be a TOML file"
+    )
+    assert "it should be a TOML file" in refusal("--config", str(tmp_path))
+    assert "is not valid TOML" in refusal(*toml("linger_ms = "))
+    (tmp_path / "worker.toml").write_bytes(b"group_id = '\xff'")
+    assert "is not valid TOML" in refusal("--config", str(tmp_path / "worker.toml"))
+
+
+def test_right_settings_at_their_bounds_are_taken() -> None:
+    settings = run_settings(
+        "--linger-ms=0", "--http-port=0", "--cache-size=0", "--max-batch-texts=1", "--max-batch-tokens=1",
+        "--bootstrap-servers=[::1]:9092, b:65535", "--device=cuda:1", "--text-field=a.b.c",
+    )  # fmt: skip
+    assert (settings.linger_ms, settings.http_port, settings.max_batch_tokens) == (0, 0, 1)
+    assert split_names(settings.bootstrap_servers) == ("[::1]:9092", "b:65535")
+
+
+# --- Secrets ---
+
+
+def test_a_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SASL_PASSWORD", SECRET)
+    settings = run_settings(*SASL)
+    assert settings.sasl_password is not None
+    assert settings.sasl_password.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_comes_from_a_file_without_its_line_ending(
+    name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_bytes(f" {SECRET} {ending}".encode())
+    monkeypatch.setenv(f"WORKER_{name.upper()}_FILE", str(tmp_path / "secret"))
+    assert getattr(run_settings(), name).get_secret_value() == f" {SECRET} "
+
+
+def test_a_secret_given_twice_or_in_no_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SASL_PASSWORD_FILE", str(tmp_path / "nowhere"))
+    assert refusal(*SASL).startswith("WORKER_SASL_PASSWORD_FILE: ")
+    monkeypatch.setenv("WORKER_SASL_PASSWORD", SECRET)
+    sentence = refusal(*SASL)
+    assert "WORKER_SASL_PASSWORD and WORKER_SASL_PASSWORD_FILE are both set" in sentence
+    assert SECRET not in sentence
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_refused_as_a_flag_and_in_the_file(name: str, toml: Callable[[str], list[str]]) -> None:
+    flag = "--" + name.replace("_", "-")
+    for argv in ([flag, SECRET], [f"{flag}={SECRET}"], toml(f"{name} = '{SECRET}'")):
+        sentence = refusal(*SASL, *argv)
+        assert name in sentence
+        assert f"set WORKER_{name.upper()} or WORKER_{name.upper()}_FILE" in sentence
+        assert SECRET not in sentence
+
+
+@pytest.mark.parametrize("source", ["variable", "file"])
+def test_a_secret_is_never_printed(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    for name in SECRETS:
+        value = {"": SECRET} if source == "variable" else {"_FILE": str(tmp_path / "secret")}
+        for ending, content in value.items():
+            monkeypatch.setenv(f"WORKER_{name.upper()}{ending}", content)
+    settings = run_settings(*SASL)
+    for shown in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
+        assert SECRET not in shown
+    for wrong in (["--linger-ms", "-1"], ["--nosuch"], ["--output-topic", "texts"], ["--ssl-keyfile", "nowhere"]):
+        assert SECRET not in refusal(*SASL, *wrong)
+
+
+# --- The other commands ---
+
+
+def classify_texts(*argv: str) -> list[str]:
+    return load(ClassifySettings, argv, "sentiment-worker classify").texts
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["плохо"],
+        ["-"],
+        ["да", "нет"],
+        ["Хорошо, но дорого"],
+        ['Не "очень", но [ладно'],
+        ['"в кавычках"'],
+        ["[в скобках]"],
+        ['{"text": "нет"}'],
+        ["null"],
+        ["", "  ", " с краёв "],
+        ["-5"],
+        ["две\nстроки", "\\n"],
+    ],
+)
+def test_texts_to_classify_are_taken_as_they_are(texts: list[str]) -> None:
+    assert classify_texts("--device", "cpu", *texts) == texts
+
+
+def test_sources_to_evaluate_are_taken_as_they_are() -> None:
+    argv = ["--source", "a=a, b.csv", "--source", 'b="c".csv', "--label-map", "a:[x, y]=neutral"]
+    settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
+    assert settings.source == ["a=a, b.csv", 'b="c".csv']
+    assert settings.label_map == ["a:[x, y]=neutral"]
+
+
+@pytest.mark.parametrize("kind", [ClassifySettings, EvaluateSettings, DemoSettings])
+def test_every_command_has_its_help(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load(kind, ["--help"], "sentiment-worker it")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: sentiment-worker it ")

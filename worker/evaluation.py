@@ -1,0 +1,143 @@
+"""Macro-F1 of a classifier on labelled CSV sources, in the form of the model card's table. Pure: no torch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+
+from worker.corpus import CLASSES, Example, Source, is_held_out, read_source
+
+Matrix = NDArray[np.int64]
+"""A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
+
+Predict = Callable[[list[str]], Sequence[str]]
+"""N texts -> N labels, each one of `CLASSES` (upper or lower case)."""
+
+
+def confusion(truth: Iterable[int], predicted: Iterable[int]) -> Matrix:
+    """Counts of (true class, predicted class) from two equally long runs of class ids."""
+    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    for true, guess in zip(truth, predicted, strict=True):
+        matrix[true, guess] += 1
+    return matrix
+
+
+def class_f1(matrix: Matrix) -> NDArray[np.float64]:
+    """F1 of each class, 2·TP / (2·TP + FP + FN), the harmonic mean of precision and recall; NaN without a true row.
+
+    van Rijsbergen, Information Retrieval, 2nd ed. 1979, chapter 7 (F = 1 − E with equal weights).
+    """
+    hits = matrix.diagonal().astype(np.float64)
+    true, predicted = matrix.sum(1), matrix.sum(0)
+    return np.where(true > 0, 2 * hits / np.maximum(true + predicted, 1), np.nan)
+
+
+def macro_f1(matrix: Matrix) -> float:
+    """The mean of the classes' F1 over the classes that have true rows (a source may lack one); NaN without any row.
+
+    The mean of F1s, not the F1 of mean precision and recall: Opitz and Burst, "Macro F1 and Macro F1", 2019.
+    """
+    scores = class_f1(matrix)
+    present = ~np.isnan(scores)
+    return float(scores[present].mean()) if present.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a classifier reached: a confusion matrix per source, in the order of the sources."""
+
+    matrices: Mapping[str, Matrix]
+
+    @property
+    def overall(self) -> Matrix:
+        """All sources' rows in one confusion matrix."""
+        return sum(self.matrices.values(), np.zeros((len(CLASSES), len(CLASSES)), np.int64))
+
+    @property
+    def macro_f1(self) -> float:
+        """Macro-F1 over the rows of all sources together."""
+        return macro_f1(self.overall)
+
+    def markdown(self) -> str:
+        """The model card's table: `| Source | Macro F1 |`, one line per source."""
+        lines = ["| Source | Macro F1 |", "| ----------- | ----------- |"]
+        lines += [f"| {name} | {macro_f1(matrix):.4f} |" for name, matrix in self.matrices.items()]
+        return "\n".join(lines)
+
+    def table(self) -> Group:
+        """For `rich.print`: macro-F1 per source and overall, then the confusion matrix of all rows."""
+        scores = Table("Source", title="Macro F1")
+        for heading in ("Macro F1", "Texts", *CLASSES):
+            scores.add_column(heading, justify="right")
+        for name, matrix in self.matrices.items():
+            scores.add_row(*_score_cells(name, matrix))
+        scores.add_section()
+        scores.add_row(*_score_cells("overall", self.overall))
+        counts = Table("true \\ predicted", title="Confusion matrix")
+        for name in CLASSES:
+            counts.add_column(name, justify="right")
+        for name, row in zip(CLASSES, self.overall, strict=True):
+            counts.add_row(name, *(f"{count:,}" for count in row))
+        return Group(scores, counts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers, six decimals: `{"classes", "sources": {name: figures}, "overall": figures}`."""
+        return {
+            "classes": list(CLASSES),
+            "sources": {name: _figures(matrix) for name, matrix in self.matrices.items()},
+            "overall": _figures(self.overall),
+        }
+
+
+def _score_cells(name: str, matrix: Matrix) -> list[str]:
+    scores = [macro_f1(matrix), *class_f1(matrix)]
+    shown = ["–" if np.isnan(score) else f"{score:.4f}" for score in scores]
+    return [name, shown[0], f"{int(matrix.sum()):,}", *shown[1:]]
+
+
+def _figures(matrix: Matrix) -> dict[str, Any]:
+    f1 = {name: _number(score) for name, score in zip(CLASSES, class_f1(matrix), strict=True)}
+    return {
+        "macro_f1": _number(macro_f1(matrix)),
+        "f1": f1,
+        "texts": int(matrix.sum()),
+        "confusion": matrix.tolist(),
+    }
+
+
+def _number(score: float) -> float | None:
+    return None if np.isnan(score) else round(float(score), 6)
+
+
+def evaluate(predict: Predict, sources: Sequence[Source], *, held_out_only: bool = False) -> Report:
+    """Score `predict` on every source, or on its held-out rows alone. Blocks; called by the command line.
+
+    `predict` is called once per source with all its texts: it batches them itself. ValueError: a source cannot be read
+    (see `corpus.read_source`), has no held-out row, or `predict` gives a label that is none of the three classes.
+    """
+    rows = {source.name: read_source(source) for source in sources}
+    if held_out_only:
+        rows = {name: [e for e in examples if is_held_out(e.text)] for name, examples in rows.items()}
+    for name, examples in rows.items():
+        if not examples:
+            raise ValueError(f"source {name!r} has no held-out row; evaluate all of its rows instead")
+    return evaluate_examples(predict, rows)
+
+
+def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> Report:
+    """Score `predict` on examples that were already read, by source name. Blocks."""
+    matrices = {}
+    for name, examples in rows.items():
+        labels = predict([example.text for example in examples])
+        matrices[name] = confusion((e.label for e in examples), (_class_id(label) for label in labels))
+    return Report(matrices)
+
+
+def _class_id(label: str) -> int:
+    if label.lower() not in CLASSES:
+        raise ValueError(f"the model gives the label {label!r}; it must be one of {', '.join(CLASSES)}")
+    return CLASSES.index(label.lower())
