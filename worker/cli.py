@@ -2,6 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from worker.corpus import Source
+    from worker.settings import CorpusSettings
+
+Answer = TypeVar("Answer")
 
 HELP = """usage: sentiment-worker COMMAND [options]
 
@@ -67,7 +74,90 @@ def _classify(argv: Sequence[str]) -> int:
     return classify.run(settings)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "classify": _classify}
+def _demo(argv: Sequence[str]) -> int:
+    from worker.settings import DemoSettings, load
+
+    settings = load(DemoSettings, argv, "sentiment-worker demo")
+    from worker import demo
+
+    return demo.run(settings)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    import orjson
+    import rich
+
+    from worker import logs
+    from worker.settings import EvaluateSettings, load
+
+    settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
+    logs.configure(settings.log_level, settings.log_format)
+    sources = _sources(settings)
+    from worker.evaluation import evaluate
+    from worker.model import SentimentModel
+
+    model = SentimentModel.load(
+        settings.model,
+        revision=settings.revision,
+        activation=settings.activation,
+        device=settings.device,
+        dtype=settings.dtype,
+        cpu_threads=settings.cpu_threads,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+    report = _or_refuse(lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only))
+    if settings.format == "json":
+        print(orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        rich.print(report.table())
+    return 0
+
+
+def _train(argv: Sequence[str]) -> int:
+    import rich
+
+    from worker.settings import CorpusSettings, TrainSettings, load
+
+    settings = load(TrainSettings, argv, "sentiment-worker train")
+    sources = _sources(settings)
+    from worker.training import ProgressView, TrainingOptions, train
+
+    values = {
+        name: getattr(settings, name) for name in TrainSettings.model_fields if name not in CorpusSettings.model_fields
+    }
+    options = _or_refuse(lambda: TrainingOptions(sources=sources, **values))
+    with ProgressView() as view:
+        result = _or_refuse(lambda: train(options, view))
+    rich.print(result.report.table())
+    print(f"{result.folder}, after {result.seconds:.0f} s")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "classify": _classify,
+    "demo": _demo,
+    "evaluate": _evaluate,
+    "train": _train,
+}
+
+
+def _sources(settings: "CorpusSettings") -> "list[Source]":
+    from worker.corpus import parse_sources
+
+    return _or_refuse(
+        lambda: parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column)
+    )
+
+
+def _or_refuse(work: Callable[[], Answer]) -> Answer:
+    """The data commands say what is wrong with their input by a ValueError of one sentence."""
+    from worker.settings import WrongSetting
+
+    try:
+        return work()
+    except ValueError as error:
+        raise WrongSetting(str(error)) from error
 
 
 def _is_users_mistake(error: Exception) -> bool:

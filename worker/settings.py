@@ -175,6 +175,8 @@ class RunSettings(ModelSettings):
         topics = split_names(self.input_topics)
         if self.output_mode == "enrich" and self.input_format == "text":
             raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        if self.output_topic == self.dead_letter_topic:
+            raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
         for name in ("output_topic", "dead_letter_topic"):
             if getattr(self, name) in topics:
                 raise ValueError(
@@ -204,18 +206,56 @@ class ClassifySettings(ModelSettings):
     file: Path | None = Field(None, description="score the lines of this file, UTF-8")
 
 
-class EvaluateSettings(ModelSettings):
-    """Macro-F1 per source and overall on labelled CSV files."""
+class CorpusSettings(Settings):
+    """Labelled CSV files, for the commands that read them."""
 
     source: list[str] = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
-    label_map: list[str] = Field([], description="NAME:RAW=CLASS, what a source's label means; may be repeated")
-    text_column: str = Field("text", description="column of the text")
-    label_column: str = Field("label", description="column of the label")
+    label_map: list[str] = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
+    text_column: str = Field("text", min_length=1, description="the files' column of the text")
+    label_column: str = Field("label", min_length=1, description="the files' column of the label")
+
+
+class EvaluateSettings(ModelSettings, CorpusSettings):
+    """Macro-F1 per source and overall, with the confusion matrix, on labelled CSV files."""
+
     held_out_only: bool = Field(False, description="only the rows that train leaves out")
-    json_output: bool = Field(False, description="print JSON instead of a table")
+    format: Literal["table", "json"] = Field("table", description="what is printed")
 
 
-class DemoSettings(LogSettings):
+class TrainSettings(CorpusSettings):
+    """A checkpoint by the model card's recipe: a base fine-tuned, or a new small network."""
+
+    output: Path = Field(description="folder for the checkpoint")
+    base: str | None = Field(None, description="checkpoint to fine-tune, folder or hub name; default: a new network")
+    seed: int = Field(1, description="with the same seed, machine and threads a CPU gives the same figures again")
+    epochs: int = Field(2, ge=1, description="passes over the balanced rows in fine-tuning")
+    batch_texts: int = Field(64, ge=1, description="texts a step")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak; default: 5e-4 for a new network, 3e-5 for a base"
+    )
+    max_tokens: int = Field(256, ge=8, description="texts are cut to so many tokens")
+    examples_per_class: int | None = Field(None, ge=1, description="after balancing; default: a third of the rows")
+    token_masking: float = Field(0.1, ge=0, lt=1, description="share of tokens hidden in fine-tuning")
+    consistency: float = Field(1.0, ge=0, description="weight of keeping two dropout passes close (R-Drop)")
+    averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")
+    pretrain_epochs: int = Field(12, ge=0, description="new network: passes with masked tokens first")
+    pretrain_learning_rate: float = Field(1e-3, gt=0, description="new network: peak of those passes")
+    pretrain_masking: float = Field(0.2, gt=0, lt=1, description="new network: share of tokens to guess")
+    pretrain_summary: float = Field(0.5, ge=0, description="new network: weight of guessing all tokens from [CLS]")
+    pretrain_max_tokens: int = Field(128, ge=8, description="new network: tokens a text is cut to in those passes")
+    vocabulary: int = Field(8000, ge=100, description="new network: WordPieces")
+    layers: int = Field(2, ge=1, description="new network: transformer layers")
+    hidden: int = Field(128, ge=1, description="new network: width")
+    storage: Literal["float16", "float32"] = Field("float16", description="how weights are stored")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="what training computes in")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's default")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N"
+    )
+    development: bool = Field(False, description="measure on development rows, to choose a recipe by")
+
+
+class DemoSettings(Settings):
     """The whole thing on an embedded broker: real texts, the real worker, the small built-in model."""
 
     events: int = Field(700, ge=1, description="events to replay")
@@ -320,7 +360,7 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
     wants = " or ".join(dict.fromkeys(_wish(error) for error in errors if error["loc"][:1] == first["loc"][:1]))
     if name not in kind.model_fields:
         return f"{name} is no setting; `--help` lists them"
-    given = "" if name in SECRETS else f" = {first['input']!r}"
+    given = "" if name in SECRETS or first["type"] == "missing" else f" = {first['input']!r}"
     return f"{name}{given} is wrong: {wants} (flag {_flag(name)}, variable {PREFIX}{name.upper()})"
 
 
