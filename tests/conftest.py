@@ -1,6 +1,7 @@
 """Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ used_brokers = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[used_brokers] = []
+    # A run that is told to end is interrupted, so that brokers and workers end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

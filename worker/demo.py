@@ -409,7 +409,8 @@ def _labels(ledger: Ledger) -> str:
 
 
 def _reasons(ledger: Ledger) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in ledger.reasons.most_common()) or "none"
+    most_first = sorted(ledger.reasons.items(), key=lambda reason: (-reason[1], reason[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in most_first) or "none"
 
 
 def _latency(ledger: Ledger) -> str:

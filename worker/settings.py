@@ -367,6 +367,8 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
 def _wish(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"it should match {error['ctx']['pattern']}"
+    if error["type"] == "missing":
+        return "it has to be given"
     message = (
         error["msg"]
         .removeprefix("Value error, ")
