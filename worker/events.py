@@ -4,6 +4,7 @@ The formats are those of the README's section on records.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -121,7 +122,7 @@ class Decoder:
 
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
         try:
-            fields = orjson.loads(value)
+            fields = _loads(value)
         except orjson.JSONDecodeError as error:
             return _unreadable(value, error.pos)
         if not isinstance(fields, dict):
@@ -151,17 +152,11 @@ class Decoder:
             return found
         if type(found) is int:
             return str(found)
-        if type(found) is float:
-            return self._digits(value) or _id_from_record(record)
+        if type(found) is float:  # perhaps an integer that is too large for orjson, which reads those as floats
+            found = _look_up(_loads_with_digits(value), self._id_path)
+        if isinstance(found, _Digits):
+            return found.text
         return _id_from_record(record)
-
-    def _digits(self, value: bytes) -> str | None:
-        """The id's own digits where it is an integer too large for orjson, which reads those as floats."""
-        try:
-            found = _look_up(json.loads(value, parse_int=_Digits), self._id_path)
-        except (ValueError, RecursionError):
-            return None
-        return found.text if isinstance(found, _Digits) else None
 
 
 class _Digits:
@@ -248,6 +243,34 @@ def iso_time(milliseconds: float) -> str:
 
 
 _MISSING: Final = object()
+_LARGE_NUMBER: Final = re.compile(rb"\d{300}|[eE]\+?\d{3}")
+
+
+def _loads(value: bytes) -> Any:
+    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too; those go by the standard library."""
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        if not _LARGE_NUMBER.search(value):
+            raise
+        fields = _loads_with_digits(value)
+        if fields is None:
+            raise
+        return fields
+
+
+def _loads_with_digits(value: bytes) -> Any:
+    """JSON to Python with integers as they are written; None for what is no JSON, or has half a surrogate pair."""
+    try:
+        fields = json.loads(value.decode(), parse_int=_Digits, parse_constant=_refuse_constant)
+        json.dumps(fields, ensure_ascii=False, default=repr).encode()
+    except (ValueError, RecursionError):
+        return None
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _look_up(fields: Any, path: list[str]) -> Any:

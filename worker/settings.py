@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -23,6 +24,7 @@ from pydantic_settings import (
 
 PREFIX = "WORKER_"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
+SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
 SECRETS = ("sasl_password", "ssl_key_password")
 
 
@@ -55,6 +57,14 @@ def _path_in_object(value: str) -> str:
     return value
 
 
+def _unshielded(words: list[str]) -> list[str]:
+    return [
+        unquote(word.removeprefix(SHIELD), errors="surrogatepass") if word.startswith(SHIELD) else word
+        for word in words
+    ]
+
+
+Words = Annotated[list[str], AfterValidator(_unshielded)]
 Names = Annotated[str, AfterValidator(_names)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 
@@ -202,15 +212,15 @@ class RunSettings(ModelSettings):
 class ClassifySettings(ModelSettings):
     """Score texts: arguments, or the lines of a file or of standard input (-). One JSON line each."""
 
-    texts: CliPositionalArg[list[str]] = Field([], description="texts to score; - for the lines of standard input")
+    texts: CliPositionalArg[Words] = Field([], description="texts to score; - for the lines of standard input")
     file: Path | None = Field(None, description="score the lines of this file, UTF-8")
 
 
 class CorpusSettings(Settings):
     """Labelled CSV files, for the commands that read them."""
 
-    source: list[str] = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
-    label_map: list[str] = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
+    source: Words = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
+    label_map: Words = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
     text_column: str = Field("text", min_length=1, description="the files' column of the text")
     label_column: str = Field("label", min_length=1, description="the files' column of the label")
 
@@ -279,7 +289,7 @@ def load(
     values = _file_values(kind, _config_path(argv, environ))
     values.update(_secret_values(kind, environ))
     try:
-        values |= {"_cli_parse_args": list(argv), "_cli_prog_name": prog}
+        values |= {"_cli_parse_args": _shielded(kind, argv), "_cli_prog_name": prog}
         return kind(**values)
     except ValidationError as error:
         raise WrongSetting(_sentence(kind, error.errors())) from None
@@ -293,6 +303,35 @@ def unknown_variables(kind: type[Settings], environ: Mapping[str, str] = os.envi
     known = {PREFIX + name.upper() for name in kind.model_fields}
     known |= {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+
+def _is_list(kind: type[Settings], name: str) -> bool:
+    return name in kind.model_fields and kind.model_fields[name].annotation == list[str]
+
+
+def _shielded(kind: type[Settings], argv: Sequence[str]) -> list[str]:
+    """The command line with the words of lists quoted, so that they arrive as they are."""
+    shielded: list[str] = []
+    flag = ""  # whose value comes next
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and not flag:
+            shielded.append(
+                f"--{word[2:].partition('=')[0]}={_shield(value)}" if equals and _is_list(kind, name) else word
+            )
+            takes_value = name in kind.model_fields and kind.model_fields[name].annotation is not bool
+            flag = name if takes_value and not equals else ""
+        elif flag:
+            shielded.append(_shield(word) if _is_list(kind, flag) else word)
+            flag = ""
+        else:
+            shielded.append(_shield(word) if "texts" in kind.model_fields and word != "-h" else word)
+    return shielded
+
+
+def _shield(word: str) -> str:
+    return SHIELD + quote(word, safe="", errors="surrogatepass")
 
 
 def _flag(name: str) -> str:
@@ -331,7 +370,10 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
             raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")
         if name not in kind.model_fields or name == "config":
             raise WrongSetting(f"config: {path} sets {name}, which is no setting; `run --help` lists them")
-    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    return {
+        name: ",".join(map(str, value)) if isinstance(value, list) and not _is_list(kind, name) else value
+        for name, value in values.items()
+    }
 
 
 def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
