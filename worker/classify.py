@@ -1,5 +1,6 @@
 """``sentiment-worker classify``: texts in, one JSON line each out, as in the result record. No Kafka."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,21 +22,20 @@ def run(settings: ClassifySettings) -> int:
     A text of white space alone gets a line with the reason in place of a label. Raises WrongSetting, ModelError.
     """
     texts = _texts(settings)
-    model = SentimentModel.load(
-        settings.model,
-        revision=settings.revision,
-        activation=settings.activation,
-        device=settings.device,
-        dtype=settings.dtype,
-        cpu_threads=settings.cpu_threads,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
+    model = SentimentModel.load_as_set(settings)
+    try:
+        _write(model, texts)
+    except BrokenPipeError:  # the reader has enough, as in `classify … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _write(model: SentimentModel, texts: Iterable[str]) -> None:
     numbered = enumerate(texts, 1)
     while batch := list(islice(numbered, TEXTS_AT_ONCE)):
         for line in _lines(model, batch):
             sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
-    return 0
 
 
 def _texts(settings: ClassifySettings) -> Iterable[str]:

@@ -96,15 +96,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     from worker.evaluation import evaluate
     from worker.model import SentimentModel
 
-    model = SentimentModel.load(
-        settings.model,
-        revision=settings.revision,
-        activation=settings.activation,
-        device=settings.device,
-        dtype=settings.dtype,
-        cpu_threads=settings.cpu_threads,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
+    model = SentimentModel.load_as_set(settings)
     report = _or_refuse(lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only))
     if settings.format == "json":
         print(orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2).decode())

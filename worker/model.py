@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from worker.batching import cut_by_length
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
-from worker.settings import DEFAULT_MODEL
+from worker.settings import DEFAULT_MODEL, ModelSettings
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -130,6 +130,19 @@ class SentimentModel:
             columns=columns,
             activation=activation,
             max_batch_tokens=_budget(max_batch_tokens, where),
+        )
+
+    @classmethod
+    def load_as_set(cls, settings: ModelSettings) -> "SentimentModel":
+        """``load`` by the settings that commands with a model share."""
+        return cls.load(
+            settings.model,
+            revision=settings.revision,
+            activation=settings.activation,
+            device=settings.device,
+            dtype=settings.dtype,
+            cpu_threads=settings.cpu_threads,
+            max_batch_tokens=settings.max_batch_tokens,
         )
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

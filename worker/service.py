@@ -146,15 +146,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
 def _loaded(settings: RunSettings) -> "SentimentModel":
     from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
-    return SentimentModel.load(
-        settings.model,
-        revision=settings.revision,
-        activation=settings.activation,
-        device=settings.device,
-        dtype=settings.dtype,
-        cpu_threads=settings.cpu_threads,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
+    return SentimentModel.load_as_set(settings)
 
 
 def _connection(settings: RunSettings) -> Connection:

@@ -313,7 +313,9 @@ def _shielded(kind: type[Settings], argv: Sequence[str]) -> list[str]:
     """The command line with the words of lists quoted, so that they arrive as they are."""
     shielded: list[str] = []
     flag = ""  # whose value comes next
-    for word in argv:
+    for position, word in enumerate(argv):
+        if word == "--" and not flag:
+            return [*shielded, word, *map(_shield, argv[position + 1 :])]
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if word.startswith("--") and not flag:

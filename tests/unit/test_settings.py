@@ -438,6 +438,10 @@ def test_texts_to_classify_are_taken_as_they_are(texts: list[str]) -> None:
     assert classify_texts("--device", "cpu", *texts) == texts
 
 
+def test_a_text_that_looks_like_a_flag_goes_behind_two_dashes() -> None:
+    assert classify_texts("--device", "cpu", "--", "--да, нет", "-h") == ["--да, нет", "-h"]
+
+
 def test_sources_to_evaluate_are_taken_as_they_are() -> None:
     argv = ["--source", "a=a, b.csv", "--source", 'b="c".csv', "--label-map", "a:[x, y]=neutral"]
     settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
