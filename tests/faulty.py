@@ -1,7 +1,7 @@
 """The worker, with a model that breaks once a file appears: `python -m tests.faulty run …`, for tests.
 
 `FAULT` is what happens then: `hang` (the network never answers), `lost` (every pass fails, as on a device that is gone),
-`nan` (every logit is no number). `FAULT_FILE` is the file.
+`nan` (every logit is no number), `bug` (an error that nobody foresaw, with a text in its words). `FAULT_FILE` is the file.
 """
 
 import os
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from worker import service
 from worker.cli import main
 from worker.settings import RunSettings
+
+SECRET_TEXT = "никому не показывать"
 
 
 class FaultyModel:
@@ -33,11 +35,18 @@ class FaultyModel:
         if not self._file.exists():
             logits: NDArray[np.float32] = self._model.logits(ids)
             return logits
+        if self._fault == "bug":
+            return np.zeros((len(ids), 3), dtype=np.float32)
         if self._fault == "hang":
             time.sleep(3600)
         if self._fault == "nan":
             return np.full((len(ids), 3), np.nan, dtype=np.float32)
         raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def memory_bytes(self) -> int:
+        if self._fault == "bug" and self._file.exists():
+            raise LookupError(SECRET_TEXT)
+        return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The command line: finds the command, reads its settings, hands over. Imports no more than the command needs."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from worker.corpus import Source
@@ -39,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if name not in COMMANDS:
         _refuse(f"{name!r} is no command; `sentiment-worker --help` lists them")
+    from worker.settings import UsersMistake
+
     try:
         code = COMMANDS[name](arguments)
     except KeyboardInterrupt:
         code = 130
-    except Exception as error:
-        if not _is_users_mistake(error):
-            raise
+    except UsersMistake as error:
         _refuse(str(error))
-    sys.exit(code)
+    _end(code)
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -152,11 +154,14 @@ def _or_refuse(work: Callable[[], Answer]) -> Answer:
         raise WrongSetting(str(error)) from error
 
 
-def _is_users_mistake(error: Exception) -> bool:
-    """WrongSetting and ModelError, without importing torch for a command that did not."""
-    return any(kind.__name__ in ("WrongSetting", "ModelError") for kind in type(error).__mro__)
-
-
-def _refuse(sentence: str) -> None:
+def _refuse(sentence: str) -> NoReturn:
     print(f"sentiment-worker: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    _end(2)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends without the interpreter's own shutdown, which aborts while a thread is inside of native code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -150,9 +150,9 @@ class Decoder:
         found = _look_up(fields, self._id_path)
         if isinstance(found, str):
             return found
-        if type(found) is int:
+        if type(found) is int and found:
             return str(found)
-        if type(found) is float:  # perhaps an integer that is too large for orjson, which reads those as floats
+        if type(found) in (int, float):  # 0, which may be -0; or an integer that orjson reads as a float for its size
             found = _look_up(_loads_with_digits(value), self._id_path)
         if isinstance(found, _Digits):
             return found.text

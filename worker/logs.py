@@ -1,6 +1,7 @@
 """Structured logs: one line a message, as JSON or for a console, with what belongs to it as fields. Never a text."""
 
 import logging
+import re
 import sys
 from typing import Any, TextIO
 
@@ -8,6 +9,7 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 
 LIBRARIES = ("aiokafka", "asyncio", "aiohttp", "transformers", "huggingface_hub", "httpx", "urllib3")
 log = logging.getLogger("worker")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _OWN_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -19,7 +21,23 @@ class ConsoleFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = {name: value for name, value in vars(record).items() if name not in _OWN_FIELDS}
-        return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
+        line = " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
+        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], line)
+
+
+class JsonFormatter(OrjsonFormatter):
+    """One object a line. A line with a field that JSON cannot hold has its fields in Python's notation instead."""
+
+    def __init__(self) -> None:
+        names = {"levelname": "level", "name": "logger", "asctime": "time"}
+        wanted = " ".join(f"%({name})s" for name in ("asctime", "levelname", "name", "message"))
+        super().__init__(wanted, datefmt="%Y-%m-%dT%H:%M:%S%z", rename_fields=names)
+
+    def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
+        try:
+            return super().jsonify_log_record(log_data)
+        except TypeError:  # an integer beyond 64 bits, half a surrogate pair
+            return super().jsonify_log_record({name: ascii(value) for name, value in log_data.items()})
 
 
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
@@ -31,15 +49,11 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(ConsoleFormatter() if use_console else _json_formatter())
+    handler.setFormatter(ConsoleFormatter() if use_console else JsonFormatter())
+    if level != "debug":
+        handler.addFilter(_is_our_own)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in LIBRARIES:
-        logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
 
 
-def _json_formatter() -> logging.Formatter:
-    options: dict[str, Any] = {
-        "rename_fields": {"levelname": "level", "name": "logger", "asctime": "time"},
-        "datefmt": "%Y-%m-%dT%H:%M:%S%z",
-    }
-    return OrjsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", **options)
+def _is_our_own(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] not in LIBRARIES or record.levelno >= logging.CRITICAL

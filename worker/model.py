@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from worker.batching import cut_by_length
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
-from worker.settings import DEFAULT_MODEL, ModelSettings
+from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -29,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 log = logging.getLogger(__name__)
+transformers_logging.disable_default_handler()
+transformers_logging.enable_propagation()
 
 BUILTIN = Path(__file__).parent / "builtin"
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
@@ -45,8 +47,8 @@ ROBERTA_LIKE = {
 }  # their positions begin behind the padding's id
 
 
-class ModelError(Exception):
-    """A checkpoint cannot be used; the message is one sentence for the user."""
+class ModelError(UsersMistake):
+    """A checkpoint cannot be used."""
 
 
 class Tokens(NamedTuple):

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import os
 import signal
+import traceback
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, tls_context, wait_until_usable
@@ -14,7 +16,7 @@ from worker.inference import Inference, InferenceLost
 from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
-from worker.settings import RunSettings, WrongSetting, split_names
+from worker.settings import RunSettings, UsersMistake, WrongSetting, split_names
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
 
@@ -36,7 +38,7 @@ def worker_version() -> str:
 def run(settings: RunSettings) -> int:
     """Runs the worker until SIGTERM or SIGINT, or until something breaks. Blocks; answers with the exit code.
 
-    Raises WrongSetting and ModelError. A second signal, a hung inference and a drain that takes too long end the process
+    Raises UsersMistake. A second signal, a hung inference and a drain that takes too long end the process
     at once, with exit code 1.
     """
     try:
@@ -88,10 +90,24 @@ async def _work(
         log.error("%s", error)
         await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
         _end_at_once(1)
+    except UsersMistake:
+        raise
+    except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
+        log.critical("failed for a reason that nobody foresaw", extra=_whereabouts(error))
+        return 1
     finally:
         stopping.cancel()
     log.info("drained")
     return 0
+
+
+def _whereabouts(error: Exception) -> dict[str, str]:
+    """Kind and place of an error. Not its words, nor a traceback's: they may hold a text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "error": type(error).__name__,
+        "at": " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1]),
+    }
 
 
 async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health) -> Pipeline:

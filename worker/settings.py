@@ -5,6 +5,7 @@ come from the environment alone, or from the file that ``WORKER_…_FILE`` names
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +27,16 @@ PREFIX = "WORKER_"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
 SECRETS = ("sasl_password", "ssl_key_password")
+PORT = re.compile(r"[0-9]{1,5}")
+TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
 
-class WrongSetting(Exception):
-    """A setting, a flag or a file of settings is wrong; the message is one sentence for the user. Exit code 2."""
+class UsersMistake(Exception):
+    """Something that the user can put right; the message is one sentence that says what. Exit code 2."""
+
+
+class WrongSetting(UsersMistake):
+    """A setting, a flag or a file of settings is wrong."""
 
 
 def split_names(value: str) -> tuple[str, ...]:
@@ -46,8 +53,20 @@ def _names(value: str) -> str:
 def _servers(value: str) -> str:
     for server in split_names(_names(value)):
         host, _, port = server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not PORT.fullmatch(port) or not 0 < int(port) < 65536:
             raise ValueError("it should be host:port, several separated by commas")
+    return value
+
+
+def _topic(value: str) -> str:
+    if not TOPIC.fullmatch(value):
+        raise ValueError("it should be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens")
+    return value
+
+
+def _topics(value: str) -> str:
+    for name in split_names(_names(value)):
+        _topic(name)
     return value
 
 
@@ -65,7 +84,10 @@ def _unshielded(words: list[str]) -> list[str]:
 
 
 Words = Annotated[list[str], AfterValidator(_unshielded)]
-Names = Annotated[str, AfterValidator(_names)]
+Servers = Annotated[str, AfterValidator(_servers)]
+Topic = Annotated[str, AfterValidator(_topic)]
+Topics = Annotated[str, AfterValidator(_topics)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 
 
@@ -81,6 +103,7 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_exit_on_error=False,
+        cli_parse_none_str="–",
     )
 
     config: Path | None = Field(None, description="TOML file of settings, by the names below with underscores")
@@ -94,8 +117,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags come first by themselves; the values given at construction are the file's, and come last."""
-        return env_settings, init_settings
+        """Flags come first by themselves; ``load`` brings the others."""
+        return (init_settings,)
 
 
 class LogSettings(Settings):
@@ -109,7 +132,7 @@ class ModelSettings(LogSettings):
         min_length=1,
         description="checkpoint: a folder, a name on the hub, or builtin (small, for trials)",
     )
-    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
+    revision: str | None = Field(None, min_length=1, description="the hub's branch, tag or commit; default: the newest")
     activation: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
     )
@@ -129,12 +152,10 @@ class ModelSettings(LogSettings):
 class RunSettings(ModelSettings):
     """Read text events from Kafka, publish their sentiment, commit."""
 
-    bootstrap_servers: Annotated[str, AfterValidator(_servers)] = Field(
-        "localhost:9092", description="brokers, host:port, separated by commas"
-    )
-    input_topics: Names = Field("texts", description="topics to read, separated by commas")
-    output_topic: str = Field("sentiment", min_length=1, description="topic for results")
-    dead_letter_topic: str = Field("sentiment.dead-letter", min_length=1, description="topic for what cannot be scored")
+    bootstrap_servers: Servers = Field("localhost:9092", description="brokers, host:port, separated by commas")
+    input_topics: Topics = Field("texts", description="topics to read, separated by commas")
+    output_topic: Topic = Field("sentiment", description="topic for results")
+    dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
     group_id: str = Field("sentiment-worker", min_length=1, description="consumer group")
     group_instance_id: str | None = Field(
         None, min_length=1, description="static membership: a name of this process's own in the group"
@@ -160,8 +181,8 @@ class RunSettings(ModelSettings):
     max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
     linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
     cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
-    inference_timeout_s: float = Field(60, gt=0, description="a device batch that takes longer is hung, s")
-    drain_timeout_s: float = Field(20, gt=0, description="to finish what is in flight at SIGTERM, s")
+    inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
+    drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
     http_host: str = Field("127.0.0.1", min_length=1, description="address for /metrics, /livez, /readyz")
     http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
     session_timeout_ms: int = Field(45_000, ge=1_000, description="group membership without a heartbeat, ms")
@@ -171,13 +192,20 @@ class RunSettings(ModelSettings):
         "PLAINTEXT", description="how to talk to the brokers"
     )
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="how to log in")
-    sasl_username: str | None = Field(None, description="who logs in")
+    sasl_username: str | None = Field(
+        None,
+        description="who logs in; the password is in WORKER_SASL_PASSWORD or the file WORKER_SASL_PASSWORD_FILE names",
+    )
     sasl_password: CliSuppress[SecretStr | None] = None
     ssl_cafile: Path | None = Field(
         None, description="authorities that vouch for the brokers, PEM; default: the system's"
     )
     ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
-    ssl_keyfile: Path | None = Field(None, description="this client's key, PEM")
+    ssl_keyfile: Path | None = Field(
+        None,
+        description="this client's key, PEM; its password, if it has one, is in WORKER_SSL_KEY_PASSWORD or the file "
+        "WORKER_SSL_KEY_PASSWORD_FILE names",
+    )
     ssl_key_password: CliSuppress[SecretStr | None] = None
 
     @model_validator(mode="after")
@@ -212,7 +240,10 @@ class RunSettings(ModelSettings):
 class ClassifySettings(ModelSettings):
     """Score texts: arguments, or the lines of a file or of standard input (-). One JSON line each."""
 
-    texts: CliPositionalArg[Words] = Field([], description="texts to score; - for the lines of standard input")
+    texts: CliPositionalArg[Words] = Field(
+        [],
+        description="texts to score, those that begin with -- behind a -- of its own; - for the lines of standard input",
+    )
     file: Path | None = Field(None, description="score the lines of this file, UTF-8")
 
 
@@ -269,7 +300,7 @@ class DemoSettings(Settings):
     """The whole thing on an embedded broker: real texts, the real worker, the small built-in model."""
 
     events: int = Field(700, ge=1, description="events to replay")
-    rate: float = Field(50, gt=0, description="events per second")
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(50, description="events per second")
     plain: bool = Field(False, description="lines instead of the live view")
     keep_running: bool = Field(False, description="go on until Ctrl-C")
 
@@ -287,7 +318,7 @@ def load(
     """
     _refuse_secret_flags(argv)
     values = _file_values(kind, _config_path(argv, environ))
-    values.update(_secret_values(kind, environ))
+    values |= _variable_values(kind, environ) | _secret_values(kind, environ)
     try:
         values |= {"_cli_parse_args": _shielded(kind, argv), "_cli_prog_name": prog}
         return kind(**values)
@@ -367,15 +398,22 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
         raise WrongSetting(f"config: {path} cannot be read ({error.strerror}); it should be a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WrongSetting(f"config: {path} is not valid TOML: {error}") from None
-    for name in values:
+    for name, value in values.items():
         if name in SECRETS:
             raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")
         if name not in kind.model_fields or name == "config":
             raise WrongSetting(f"config: {path} sets {name}, which is no setting; `run --help` lists them")
+        if isinstance(value, bool) and kind.model_fields[name].annotation is not bool:
+            raise WrongSetting(f"config: {path} sets {name} to {str(value).lower()}, and it is neither on nor off")
     return {
         name: ",".join(map(str, value)) if isinstance(value, list) and not _is_list(kind, name) else value
         for name, value in values.items()
     }
+
+
+def _variable_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:
+    given = {name: environ[PREFIX + name.upper()] for name in kind.model_fields if PREFIX + name.upper() in environ}
+    return {name: [value] if _is_list(kind, name) else value for name, value in given.items()}
 
 
 def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:

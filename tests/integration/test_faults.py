@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty import SECRET_TEXT
 from tests.process import WorkerProcess, Workers
 from tests.scenario import result_place
 from tests.topics import Kafka, Topics, numbered
@@ -57,6 +58,17 @@ def test_a_device_that_is_lost_dead_letters_nothing(broken: Break, fault: str) -
     assert worker.warnings("a known-good text fails too")
     assert committed_and_published(kafka, topics) == (100, 100, 0)
     assert "Traceback" not in worker.output
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_without_a_text(broken: Break) -> None:
+    worker, kafka, topics = broken("bug")
+    assert worker.wait(30) == 1
+    (line,) = worker.warnings("nobody foresaw")
+    assert (line["level"], line["error"]) == ("CRITICAL", "LookupError")
+    assert line["at"].startswith("faulty.py:")
+    assert SECRET_TEXT not in worker.output
+    assert "Traceback" not in worker.output
+    assert committed_and_published(kafka, topics) == (100, 100, 0)
 
 
 def test_what_a_hung_worker_left_is_done_by_the_next(broken: Break, workers: Workers) -> None:

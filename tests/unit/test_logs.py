@@ -23,12 +23,9 @@ class Terminal(io.StringIO):
 def loggers_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in logs.LIBRARIES}
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
 
 
 def configured(level: str = "info", log_format: str = "json", stream: io.StringIO | None = None) -> io.StringIO:
@@ -81,6 +78,21 @@ def test_a_console_line_has_the_fields_behind_the_message() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    plain", second)
 
 
+def test_a_console_line_stays_one_line() -> None:
+    stream = configured(log_format="console")
+    logging.getLogger("worker").warning("two\nlines", extra={"why": "a\r\nb\x1b[31m"})
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(r"two\nlines why=a\r\nb\x1b[31m")
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, "\udc80"])
+def test_a_line_with_what_json_cannot_hold_is_not_lost(value: object) -> None:
+    stream = configured()
+    logging.getLogger("worker").warning("odd", extra={"value": value})
+    (line,) = json_lines(stream)
+    assert (line["message"], line["value"]) == ("'odd'", ascii(value))
+
+
 def test_auto_is_console_on_a_terminal_and_json_elsewhere() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
@@ -129,6 +141,7 @@ def test_the_libraries_repeat_their_retries_only_at_debug(library: str) -> None:
     loud = configured("debug")
     logging.getLogger(library).error("again")
     assert json_lines(loud)[0]["message"] == "again"
+    logging.getLogger(library).setLevel(logging.ERROR)  # as transformers does when it is imported
     quiet_again = configured("warning")
     logging.getLogger(library).error("again")
     assert quiet_again.getvalue() == ""

@@ -121,13 +121,15 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as end:
         run_settings("--help")
     assert end.value.code == 0
-    shown = re.sub(r"-\n\s+", "-", capsys.readouterr().out.split("options:")[1])  # argparse breaks lines at hyphens
+    _, listed = capsys.readouterr().out.split("options:")
+    shown = re.sub(r"-\n\s+", "-", listed)  # argparse breaks lines at hyphens
     options = re.split(r"\n  (?=--)", shown)
     described = {option.split()[0]: " ".join(option.split()) for option in options if option.startswith("--")}
     for name, default in TABLE.items():
         flag = "--" + name.replace("_", "-")
         if name in SECRETS:
             assert flag not in described
+            assert f"WORKER_{name.upper()}_FILE" in "".join(listed.split())
         else:
             assert default is None or described[flag].endswith(f"(default: {default})"), described[flag]
             assert "(default: " in described[flag]
@@ -207,6 +209,28 @@ def test_an_unknown_variable_is_only_listed(monkeypatch: pytest.MonkeyPatch) -> 
     assert unknown_variables(RunSettings) == ["WORKER_GROUP_ID_FILE", "WORKER_LINGERMS", "WORKER_PORT"]
 
 
+def test_variables_are_named_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("worker_linger_ms", "7")
+    monkeypatch.setenv("WORKER_Max_Batch_Texts", "7")
+    assert run_settings() == RunSettings()
+    assert unknown_variables(RunSettings) == ["WORKER_Max_Batch_Texts"]
+
+
+def test_variables_come_from_where_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_LINGER_MS", "7")
+    assert load(RunSettings, [], "run", {}).linger_ms == 10
+    assert load(RunSettings, [], "run", {"WORKER_LINGER_MS": "8"}).linger_ms == 8
+
+
+def test_a_variable_holds_one_word_of_a_list() -> None:
+    settings = load(EvaluateSettings, [], "evaluate", {"WORKER_SOURCE": "a=a,b.csv"})
+    assert settings.source == ["a=a,b.csv"]
+
+
+def test_null_is_a_word_like_others() -> None:
+    assert run_settings("--revision", "null").revision == "null"
+
+
 def test_known_variables_are_not_listed() -> None:
     known = {"WORKER_" + name.upper(): "" for name in RunSettings.model_fields}
     files = {f"WORKER_{name.upper()}_FILE": "" for name in SECRETS}
@@ -222,9 +246,14 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("bootstrap_servers", "a:0", "host:port"),
     ("bootstrap_servers", "a:65536", "host:port"),
     ("bootstrap_servers", "http://a:x", "host:port"),
+    ("bootstrap_servers", "a:９０９２", "host:port"),
     ("input_topics", " , ", "at least one"),
-    ("output_topic", "", "at least 1 character"),
-    ("dead_letter_topic", "", "at least 1 character"),
+    ("input_topics", "a,b c", "letters, digits, dots"),
+    ("output_topic", "", "letters, digits, dots"),
+    ("output_topic", "тексты", "letters, digits, dots"),
+    ("output_topic", "..", "letters, digits, dots"),
+    ("output_topic", "x" * 250, "1 to 249"),
+    ("dead_letter_topic", " ", "letters, digits, dots"),
     ("group_id", "", "at least 1 character"),
     ("group_instance_id", "", "at least 1 character"),
     ("client_id", "", "at least 1 character"),
@@ -255,8 +284,10 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("cpu_threads", "0", "greater than or equal to 1 or it should be 'auto'"),
     ("cache_size", "-1", "greater than or equal to 0"),
     ("inference_timeout_s", "0", "greater than 0"),
-    ("inference_timeout_s", "nan", "greater than 0"),
+    ("inference_timeout_s", "nan", "a finite number"),
     ("drain_timeout_s", "-5", "greater than 0"),
+    ("drain_timeout_s", "inf", "a finite number"),
+    ("revision", "", "at least 1 character"),
     ("http_host", "", "at least 1 character"),
     ("http_port", "65536", "less than or equal to 65535"),
     ("session_timeout_ms", "10", "greater than or equal to 1000"),
@@ -335,6 +366,10 @@ def test_an_unknown_key_of_the_file_is_an_error(line: str, toml: Callable[[str],
     sentence = refusal(*argv)
     assert re.match(r"config: \S+ sets (nosuch|linger-ms|kafka|config), which is no setting", sentence)
     assert argv[1] in sentence
+
+
+def test_on_and_off_are_no_numbers(toml: Callable[[str], list[str]]) -> None:
+    assert "sets http_port to true" in refusal(*toml("http_port = true"))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, toml: Callable[[str], list[str]]) -> None:
