@@ -110,18 +110,14 @@ def _evaluate(argv: Sequence[str]) -> int:
 def _train(argv: Sequence[str]) -> int:
     import rich
 
-    from worker.settings import CorpusSettings, TrainSettings, load
+    from worker.settings import TrainSettings, load
 
     settings = load(TrainSettings, argv, "sentiment-worker train")
     sources = _sources(settings)
-    from worker.training import ProgressView, TrainingOptions, train
+    from worker.training import ProgressView, train
 
-    values = {
-        name: getattr(settings, name) for name in TrainSettings.model_fields if name not in CorpusSettings.model_fields
-    }
-    options = _or_refuse(lambda: TrainingOptions(sources=sources, **values))
     with ProgressView() as view:
-        result = _or_refuse(lambda: train(options, view))
+        result = _or_refuse(lambda: train(settings, sources, view))
     rich.print(result.report.table())
     print(f"{result.folder}, after {result.seconds:.0f} s")
     return 0

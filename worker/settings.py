@@ -76,6 +76,12 @@ def _path_in_object(value: str) -> str:
     return value
 
 
+def _width(value: int) -> int:
+    if value > 128 and value % 64:
+        raise ValueError("it should be a multiple of 64, or below 128")
+    return value
+
+
 def _unshielded(words: list[str]) -> list[str]:
     return [
         unquote(word.removeprefix(SHIELD), errors="surrogatepass") if word.startswith(SHIELD) else word
@@ -286,7 +292,9 @@ class TrainSettings(CorpusSettings):
     pretrain_max_tokens: int = Field(128, ge=8, description="new network: tokens a text is cut to in those passes")
     vocabulary: int = Field(8000, ge=100, description="new network: WordPieces")
     layers: int = Field(2, ge=1, description="new network: transformer layers")
-    hidden: int = Field(128, ge=1, description="new network: width")
+    hidden: Annotated[int, AfterValidator(_width)] = Field(
+        128, ge=1, description="new network: width; the feed-forward part is four times as wide, a head has 64"
+    )
     storage: Literal["float16", "float32"] = Field("float16", description="how weights are stored")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="what training computes in")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's default")

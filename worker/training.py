@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,10 +34,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from worker.corpus import CLASSES, Example, Source, balance, parse_sources, part_of, read_source, require_classes
+from worker.corpus import CLASSES, Example, Source, balance, part_of, read_source, require_classes
 from worker.evaluation import Report, evaluate_examples
+from worker.settings import CorpusSettings, TrainSettings
 
-__all__ = ["Progress", "ProgressView", "Result", "TrainingOptions", "parse_sources", "train"]
+__all__ = ["Progress", "ProgressView", "Result", "train"]
 
 Batch = list[int]
 """Places of rows in the list they come from."""
@@ -46,88 +47,6 @@ Show = Callable[["Progress"], None]
 """What progress is reported to."""
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Everything that `train` can be told. The defaults are those that made the built-in checkpoint."""
-
-    output: Path
-    """Folder that the checkpoint is written to; made when it is not there, files of the same names are replaced."""
-    sources: Sequence[Source]
-    """Labelled CSV files, at least one."""
-    base: str | None = None
-    """Checkpoint to fine-tune, a folder or a hub name (never remote code); without it a new small BERT is trained."""
-    seed: int = 1
-    """With the same seed, machine and number of threads, a CPU gives the same figures again."""
-    epochs: int = 2
-    """Passes over the balanced training rows in fine-tuning."""
-    batch_texts: int = 64
-    """Texts per training step."""
-    learning_rate: float | None = None
-    """Peak rate of fine-tuning; without it 5e-4 for a new network and 3e-5 for a base checkpoint."""
-    max_tokens: int = 256
-    """Tokens a text is cut to in training; for a new network also the most it can ever read."""
-    examples_per_class: int | None = None
-    """Texts of each class after balancing; without it a third of the training rows."""
-    token_masking: float = 0.1
-    """Share of tokens hidden in fine-tuning, against overfitting (0 to 1)."""
-    consistency: float = 1.0
-    """Weight of keeping two passes with different dropout close (R-Drop); 0 leaves the second pass out."""
-    averaging: float = 0.99
-    """Decay per step of the running mean of the weights that becomes the checkpoint; 0 takes the last weights."""
-    pretrain_epochs: int = 12
-    """New network: passes over all training texts with masked tokens, before fine-tuning."""
-    pretrain_learning_rate: float = 1e-3
-    """New network: peak rate of masked-token training."""
-    pretrain_masking: float = 0.2
-    """New network: share of tokens to be guessed (0 to 1)."""
-    pretrain_summary: float = 0.5
-    """New network: weight of guessing all the text's tokens from its [CLS] vector alone; 0 leaves it out."""
-    pretrain_max_tokens: int = 128
-    """New network: tokens a text is cut to in masked-token training."""
-    vocabulary: int = 8000
-    """New network: WordPieces, learned from the training texts."""
-    layers: int = 2
-    """New network: transformer layers."""
-    hidden: int = 128
-    """New network: width; the feed-forward part is four times as wide, a head has 64."""
-    storage: str = "float16"
-    """How weights are stored: float16 (half the size) or float32."""
-    precision: str = "float32"
-    """What products are computed in while training: float32, or bfloat16 (faster where the processor has it)."""
-    threads: int = 0
-    """CPU threads; 0 takes torch's default."""
-    device: str = "auto"
-    """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
-    development: bool = False
-    """Set the development rows aside too and measure on them, not on the held-out rows: to choose a recipe by."""
-
-    def __post_init__(self) -> None:
-        """ValueError, one sentence, for a value out of range."""
-        if not self.sources:
-            raise ValueError("no source; give at least one --source NAME=PATH")
-        for name in ("epochs", "batch_texts", "layers", "hidden"):
-            _require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("token_masking", "averaging"):
-            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        for name in ("consistency", "pretrain_epochs", "pretrain_summary", "threads"):
-            _require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("max_tokens", "pretrain_max_tokens"):
-            _require(getattr(self, name) >= 8, name, "at least 8")
-        _require(self.vocabulary >= 100, "vocabulary", "at least 100")
-        _require(self.hidden < 128 or self.hidden % 64 == 0, "hidden", "a multiple of 64 (or below 128)")
-        _require(0 < self.pretrain_masking < 1, "pretrain_masking", "above 0 and below 1")
-        _require(self.pretrain_learning_rate > 0, "pretrain_learning_rate", "above 0")
-        _require(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "above 0")
-        _require(self.examples_per_class is None or self.examples_per_class >= 1, "examples_per_class", "at least 1")
-        _require(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
-        _require(self.storage in ("float16", "float32"), "storage", "float16 or float32")
-
-
-def _require(right: bool, name: str, wanted: str) -> None:
-    if not right:
-        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +72,7 @@ class Result:
 class _Run:
     """What every stage of one training needs."""
 
-    options: TrainingOptions
+    options: TrainSettings
     device: torch.device
     rng: random.Random
     report: Show
@@ -207,16 +126,16 @@ class ProgressView:
             self._console.print(f"{progress.stage}: {progress.done}/{progress.total} {progress.note}".rstrip())
 
 
-def train(options: TrainingOptions, report: Show) -> Result:
+def train(options: TrainSettings, sources: Sequence[Source], report: Show) -> Result:
     """Train, write the checkpoint into `options.output`, and measure what was written. Blocks, for minutes to hours.
 
-    Called by the command line; `report` is called on the same thread after each step. ValueError, one sentence: a
-    source or an option is wrong, a class has no training row, nothing is left to measure on, the base cannot be loaded,
-    the folder cannot be written.
+    Called by the command line, which makes the sources from the settings; `report` is called on the same thread after
+    each step. ValueError, one sentence: a source or an option is wrong, a class has no training row, nothing is left to
+    measure on, the base cannot be loaded, the folder cannot be written.
     """
     began = time.monotonic()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    training, measured = _split(options)
+    training, measured = _split(options, sources)
     _make_folder(options.output)
     run = _Run(options, _device(options.device), random.Random(options.seed), report)
     with _reproducible(options.seed, options.threads):
@@ -228,16 +147,16 @@ def train(options: TrainingOptions, report: Show) -> Result:
         _save(network, tokenizer, options)
         figures = evaluate_examples(_predictor(run), measured)
     result = Result(options.output, figures, time.monotonic() - began)
-    (options.output / "README.md").write_text(model_card(options, result, training, network), encoding="utf-8")
+    (options.output / "README.md").write_text(model_card(options, sources, result, training, network), encoding="utf-8")
     return result
 
 
-def _split(options: TrainingOptions) -> tuple[list[Example], dict[str, list[Example]]]:
+def _split(options: TrainSettings, sources: Sequence[Source]) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training examples, and the examples to measure on by source."""
     measured_part = "development" if options.development else "held-out"
     training: list[Example] = []
     measured = {}
-    for source in options.sources:
+    for source in sources:
         examples = read_source(source)
         parts = [part_of(example.text) for example in examples]
         away = {"held-out", measured_part}
@@ -538,7 +457,7 @@ def _disagreement(logits: Tensor) -> Tensor:
 # --- the checkpoint ---
 
 
-def _save(network: Any, tokenizer: Any, options: TrainingOptions) -> None:
+def _save(network: Any, tokenizer: Any, options: TrainSettings) -> None:
     if getattr(tokenizer, "is_fast", False):
         # What training cut texts to would otherwise be written as the tokenizer's own rule.
         tokenizer.backend_tokenizer.no_truncation()
@@ -574,32 +493,34 @@ def _predictor(run: _Run) -> Callable[[list[str]], list[str]]:
     return predict
 
 
-def command(options: TrainingOptions) -> str:
+def command(options: TrainSettings, sources: Sequence[Source]) -> str:
     """The command line that does the same again, with file names in place of paths."""
     words = ["sentiment-worker", "train"]
-    for source in options.sources:
+    for source in sources:
         words += ["--source", f"{source.name}={source.path.name}"]
         for raw, name in source.label_map.items():
             words += ["--label-map", f"{source.name}:{raw}={name}"]
     for flag in ("text_column", "label_column"):
-        value = getattr(options.sources[0], flag)
+        value = getattr(sources[0], flag)
         if value != Source.__dataclass_fields__[flag].default:
             words += [f"--{flag.replace('_', '-')}", value]
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if option.name in ("sources", "output") or value == option.default:
+    for name, field in TrainSettings.model_fields.items():
+        value = getattr(options, name)
+        if name in CorpusSettings.model_fields or name == "output" or value == field.default:
             continue
-        words.append(f"--{option.name.replace('_', '-')}")
+        words.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            words.append(Path(value).name if option.name == "base" and Path(value).is_dir() else str(value))
+            words.append(Path(value).name if name == "base" and Path(value).is_dir() else str(value))
     return shlex.join([*words, "--output", options.output.name])
 
 
-def model_card(options: TrainingOptions, result: Result, training: Sequence[Example], network: Any) -> str:
+def model_card(
+    options: TrainSettings, sources: Sequence[Source], result: Result, training: Sequence[Example], network: Any
+) -> str:
     """The README.md beside the weights: what it is, its table, its data, its recipe, its limits. Markdown."""
     counts = Counter((example.source, example.label) for example in training)
     data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
-    for source in options.sources:
+    for source in sources:
         of_class = [counts[source.name, label] for label in range(len(CLASSES))]
         data.append(f"| {source.name} | {sum(of_class)} | " + " | ".join(map(str, of_class)) + " |")
     measured = "development rows (byte 26 to 51, not trained on)" if options.development else "held-out rows"
@@ -629,7 +550,7 @@ out: no vocabulary, weight or choice comes from it. Macro F1 on the {result.repo
 
 Seed {options.seed}, {result.seconds / 60:.0f} minutes on {options.threads or "all"} threads. {_recipe(options)}
 
-    {command(options)}
+    {command(options, sources)}
 
 ## Limits
 
@@ -638,7 +559,7 @@ tokens were cut in training. Nothing was done about bias in the data.
 """
 
 
-def _origin(options: TrainingOptions, network: Any) -> str:
+def _origin(options: TrainSettings, network: Any) -> str:
     if options.base is None:
         return (
             f"This is a new BERT of {options.layers} layers of width {options.hidden} with "
@@ -648,7 +569,7 @@ def _origin(options: TrainingOptions, network: Any) -> str:
     return f"This is {name} fine-tuned for classification of sentiment for short Russian texts."
 
 
-def _recipe(options: TrainingOptions) -> str:
+def _recipe(options: TrainSettings) -> str:
     steps = []
     if options.base is None and options.pretrain_epochs:
         steps.append(f"{options.pretrain_epochs} epochs of masked tokens on the same texts")

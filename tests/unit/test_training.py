@@ -23,7 +23,8 @@ from worker.corpus import (
     sample_held_out,
 )
 from worker.evaluation import evaluate
-from worker.training import Progress, ProgressView, TrainingOptions, _shuffled_batches, command, train
+from worker.settings import TrainSettings, WrongSetting, load
+from worker.training import Progress, ProgressView, _shuffled_batches, command, train
 
 BUILTIN = Path(worker.__file__).parent / "builtin"
 WORDS = {
@@ -50,13 +51,13 @@ def obvious(path: Path, count: int = 150) -> Path:
     return write(path, rows)
 
 
-def tiny(output: Path, source: Path, **changes: object) -> TrainingOptions:
+def tiny(output: Path, source: Path, **changes: object) -> tuple[TrainSettings, list[Source]]:
     settings: dict[str, object] = {
         "epochs": 6, "batch_texts": 16, "learning_rate": 3e-3, "max_tokens": 16, "token_masking": 0.0, "averaging": 0.5,
         "pretrain_epochs": 2, "pretrain_max_tokens": 16, "vocabulary": 120, "layers": 1, "hidden": 32, "threads": 1,
         "device": "cpu",
     }  # fmt: skip
-    return TrainingOptions(output=output, sources=[Source("obvious", source)], **(settings | changes))  # type: ignore[arg-type]
+    return TrainSettings(output=output, **(settings | changes)), [Source("obvious", source)]  # type: ignore[arg-type]
 
 
 # --- the held-out rule ---
@@ -177,13 +178,13 @@ def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
 def test_a_tiny_training_learns_loads_and_repeats_itself(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     seen: list[Progress] = []
-    result = train(tiny(tmp_path / "one", source), seen.append)
+    result = train(*tiny(tmp_path / "one", source), seen.append)
     assert result.report.macro_f1 > 0.9
     stages = list(dict.fromkeys(progress.stage for progress in seen))
     assert stages == ["masked tokens", "fine-tuning", "measuring"]
     assert all(progress.done <= progress.total for progress in seen)
 
-    train(tiny(tmp_path / "two", source), seen.append)
+    train(*tiny(tmp_path / "two", source), seen.append)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -202,14 +203,14 @@ def test_a_tiny_training_learns_loads_and_repeats_itself(tmp_path: Path) -> None
 
     # The checkpoint is itself a base to go on from.
     again = tiny(tmp_path / "tuned", source, base=str(tmp_path / "one"), epochs=1, storage="float32")
-    tuned = train(again, seen.append)
+    tuned = train(*again, seen.append)
     assert tuned.report.macro_f1 > 0.9
     assert "one fine-tuned" in (tmp_path / "tuned" / "README.md").read_text()
 
 
 def test_training_never_sees_a_held_out_word(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
-    train(tiny(tmp_path / "one", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
+    train(*tiny(tmp_path / "one", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
     known = "".join(AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab())
     rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
     strange = [(text + " щъыщ", label) if is_held_out(text) else (text, label) for text, label in rows]
@@ -217,25 +218,23 @@ def test_training_never_sees_a_held_out_word(tmp_path: Path) -> None:
     assert held_out
     assert "ъ" not in known
     write(source, [row for row in rows if not is_held_out(row[0])] + held_out)
-    train(tiny(tmp_path / "two", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
+    train(*tiny(tmp_path / "two", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
     assert "ъ" not in "".join(AutoTokenizer.from_pretrained(tmp_path / "two").get_vocab())
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("flags", "message"),
     [
-        ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"token_masking": 1.0}, "--token-masking must be"),
-        ({"hidden": 200}, "--hidden must be a multiple of 64"),
-        ({"storage": "int8"}, "--storage must be float16 or float32"),
-        ({"learning_rate": -1.0}, "--learning-rate must be above 0"),
-        ({"sources": ()}, "at least one --source"),
+        (["--epochs=0"], "greater than or equal to 1"),
+        (["--token-masking=1.0"], "less than 1"),
+        (["--hidden=200"], "a multiple of 64"),
+        (["--storage=int8"], "'float16' or 'float32'"),
+        (["--learning-rate=-1"], "greater than 0"),
     ],
 )
-def test_options_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
-    settings = {"output": Path("out"), "sources": [Source("a", Path("a.csv"))]} | changes
-    with pytest.raises(ValueError, match=message):
-        TrainingOptions(**settings)  # type: ignore[arg-type]
+def test_options_out_of_range_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(WrongSetting, match=message):
+        load(TrainSettings, ["--output=out", *flags], "sentiment-worker train")
 
 
 def test_training_without_the_means_is_refused(tmp_path: Path) -> None:
@@ -248,17 +247,17 @@ def test_training_without_the_means_is_refused(tmp_path: Path) -> None:
         (tiny(tmp_path / "x", source, base=str(tmp_path / "nothing")), "--base .* cannot be loaded"),
         (tiny(tmp_path / "file", source), "output folder .* cannot be made"),
         (tiny(tmp_path / "x", part), "no training row has the class 'positive'"),
-        (tiny(tmp_path / "x", source, device="quantum"), "--device quantum is not here"),
+        (tiny(tmp_path / "x", source, device="cuda:7"), "--device cuda:7 is not here"),
         (tiny(tmp_path / "x", write(tmp_path / "few.csv", [(few, "neutral")])), "no row is held-out"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(options, lambda progress: None)
+            train(*options, lambda progress: None)
 
 
 def test_the_command_of_a_card_names_what_differs_and_no_path() -> None:
     source = Source("a", Path("/secret/place/a.csv"), label_column="mark", label_map={"-1": "negative"})
-    options = TrainingOptions(output=Path("/secret/out"), sources=[source], seed=3, development=True, vocabulary=500)
-    assert command(options) == (
+    options = TrainSettings(output=Path("/secret/out"), seed=3, development=True, vocabulary=500)
+    assert command(options, [source]) == (
         "sentiment-worker train --source a=a.csv --label-map a:-1=negative --label-column mark "
         "--seed 3 --vocabulary 500 --development --output out"
     )
