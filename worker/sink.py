@@ -158,9 +158,8 @@ class Sink:
     async def _send_lane(
         self, producer: AIOKafkaProducer, parcels: Sequence[Parcel], lane: Lane, loads: list[Load]
     ) -> tuple[list[Load], BaseException] | None:
+        """One batch after the other: none may overtake what has to be sent again of the one before."""
         waiting = loads[::-1]
-        sent: list[tuple[Load, asyncio.Future[object]]] = []
-        failure: BaseException | None = None
         try:
             while waiting:
                 load = waiting.pop()
@@ -169,19 +168,13 @@ class Sink:
                 if len(taken) < len(load):
                     waiting.append(load[len(taken) :])
                 waiting.append(taken)
-                future = await self._enqueue(producer, batch, lane)
+                error = await self._outcome(await self._enqueue(producer, batch, lane))
+                if error is not None:
+                    return waiting[::-1], error
                 waiting.pop()
-                sent.append((taken, future))
         except UNREACHABLE as problem:
-            failure = problem
-        failed: list[Load] = []
-        for load, future in sent:  # all of them, for none may be under way when the producer is replaced
-            error = await self._outcome(future)
-            if error is not None:
-                failure = failure if failed else error
-                failed.append(load)
-        unsent = waiting[::-1]
-        return (failed + unsent, failure) if failure is not None else None
+            return waiting[::-1], problem
+        return None
 
     def _fill(self, batch: BatchBuilder, parcels: Sequence[Parcel], load: Load) -> Load:
         """Puts as much of a load into a batch as the topic takes at once; at least one record."""

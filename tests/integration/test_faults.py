@@ -1,5 +1,6 @@
 """Inference that dies under the worker: health tells, the process ends, nothing is committed that was not published."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_device_that_is_lost_dead_letters_nothing(broken: Break, fault: str) -
 def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_without_a_text(broken: Break) -> None:
     worker, kafka, topics = broken("bug")
     assert worker.wait(30) == 1
-    (line,) = worker.warnings("nobody foresaw")
+    (line,) = [json.loads(line) for line in worker.output.splitlines() if "nobody foresaw" in line]
     assert (line["level"], line["error"]) == ("CRITICAL", "LookupError")
     assert line["at"].startswith("faulty.py:")
     assert SECRET_TEXT not in worker.output

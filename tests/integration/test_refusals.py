@@ -145,7 +145,6 @@ def test_limits_that_are_lowered_while_it_runs(kafka: Kafka, workers: Workers) -
     assert metrics.outcomes == len(sent)
 
 
-@pytest.mark.xfail(strict=True, reason="what follows a refused batch is published before what is sent again of it")
 def test_order_is_kept_around_what_is_refused(kafka: Kafka, workers: Workers) -> None:
     _, output, _, _ = play_with_lowered_limits(kafka, workers)
     offsets = [place[2] for record in output if (place := result_place(record))]
