@@ -8,7 +8,8 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.batching import cut_by_length
+from worker.network import LeanNetwork, is_alike, is_covered
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 
@@ -37,6 +39,7 @@ CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix near
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
 CPU_BATCH_TOKENS = 1_024
 CUDA_BATCH_TOKENS = 16_384
+Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # as LeanNetwork
 ReturnType = Literal["label", "score", "proba"]
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROBERTA_LIKE = {
@@ -78,7 +81,7 @@ class SentimentModel:
         self.dtype: torch.dtype = network.dtype
         self.max_tokens = _max_tokens(tokenizer, network.config)
         self._tokenizer = tokenizer
-        self._network = network
+        self._forward = _forward(name, network)
         self._columns = columns
         self._padding = tokenizer.pad_token_id or 0
 
@@ -169,17 +172,16 @@ class SentimentModel:
 
         Raises what torch raises, torch.OutOfMemoryError among it.
         """
-        width = max(map(len, ids))
+        lengths = [len(tokens) for tokens in ids]
+        width = max(lengths)
         padded = np.full((len(ids), width), self._padding, dtype=np.int64)
-        mask = np.zeros((len(ids), width), dtype=np.int64)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
         with torch.inference_mode():
-            output = self._network(
-                input_ids=torch.from_numpy(padded).to(self.device),
-                attention_mask=torch.from_numpy(mask).to(self.device),
-            ).logits
+            output = self._forward(
+                torch.from_numpy(padded).to(self.device),
+                None if min(lengths) == width else torch.tensor(lengths, device=self.device),
+            )
         return cast("NDArray[np.float32]", output.float().cpu().numpy()[:, self._columns])
 
     def memory_bytes(self) -> int:
@@ -237,6 +239,24 @@ def _prefix(text: str, length: int) -> str:
         if text[end].isspace():
             return text[:end]
     return text[:length]
+
+
+def _forward(name: str, network: Any) -> Forward:
+    """The lean network, or the checkpoint's own where that one has another architecture."""
+    if is_covered(network):
+        lean = LeanNetwork(network)
+        if is_alike(lean, network):
+            return lean
+    log.info("model %s takes its own forward: the lean one does not cover a %s", name, type(network).__name__)
+    return partial(_own_forward, network)
+
+
+def _own_forward(network: Any, ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    if lengths is not None:
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    logits: torch.Tensor = network(input_ids=ids, attention_mask=mask).logits
+    return logits
 
 
 def _device(name: str) -> torch.device:

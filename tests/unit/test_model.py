@@ -14,7 +14,13 @@ import pytest
 import sentencepiece
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AlbertConfig, AlbertForSequenceClassification, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+)
 
 from tests.checkpoint import LABELS, TOKENIZER, Oracle
 from worker.model import ModelError, SentimentModel
@@ -45,6 +51,10 @@ def edited(checkpoint: Path, tmp_path: Path) -> Edit:
         return folder
 
     return edit
+
+
+def own_network(checkpoint: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def texts_of_every_length() -> Iterator[str]:
@@ -159,8 +169,7 @@ def test_a_checkpoint_without_the_three_labels_is_refused(edited: Edit, labels: 
 
 def test_a_checkpoint_without_a_trained_head_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    config = SentimentModel.load(str(checkpoint))._network.config
-    BertForMaskedLM(config).save_pretrained(tmp_path)
+    BertForMaskedLM(own_network(checkpoint).config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no finished classifier"):
         SentimentModel.load(str(tmp_path))
 
@@ -178,7 +187,7 @@ def as_bin(checkpoint: Path, folder: Path, content: Any) -> Path:
 def test_a_bin_is_read_without_running_code_and_that_is_said(
     checkpoint: Path, model: SentimentModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = as_bin(checkpoint, tmp_path, model._network.state_dict())
+    folder = as_bin(checkpoint, tmp_path, own_network(checkpoint).state_dict())
     with caplog.at_level(logging.WARNING):
         loaded = SentimentModel.load(str(folder))
     assert loaded.get_sentiment("да", "score") == model.get_sentiment("да", "score")
@@ -220,7 +229,7 @@ def test_half_precision_weights_are_computed_in_float32(
     model: SentimentModel, checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    SentimentModel.load(str(checkpoint), dtype="float16")._network.save_pretrained(tmp_path)
+    own_network(checkpoint).half().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
     loaded = SentimentModel.load(str(tmp_path))
     assert loaded.dtype == torch.float32
@@ -231,9 +240,10 @@ def test_the_revision_of_a_folder_follows_its_weights(checkpoint: Path, model: S
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     again = SentimentModel.load(str(tmp_path))
     assert again.name.rpartition("@")[2] == model.name.rpartition("@")[2]
+    network = own_network(checkpoint)
     with torch.no_grad():
-        again._network.classifier.bias += 1
-    again._network.save_pretrained(tmp_path)
+        network.classifier.bias += 1
+    network.save_pretrained(tmp_path)
     assert SentimentModel.load(str(tmp_path)).name.rpartition("@")[2] != model.name.rpartition("@")[2]
 
 

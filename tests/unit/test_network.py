@@ -1,0 +1,147 @@
+"""The lean network gives the logits of the checkpoint's own, whatever the checkpoint, the lengths and their mixture."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from worker import network as lean
+from worker.model import BUILTIN, SentimentModel, _forward
+from worker.network import LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,
+    "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def bert(**changes: Any) -> Any:
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 3, **changes})
+    return BertForSequenceClassification(config).eval()
+
+
+def xlm_roberta() -> Any:
+    config = XLMRobertaConfig(**SIZES, num_hidden_layers=2, max_position_embeddings=514, pad_token_id=1)
+    return XLMRobertaForSequenceClassification(config).eval()
+
+
+def of_the_card() -> Any:
+    return bert(
+        hidden_size=312, num_attention_heads=12, intermediate_size=600, vocab_size=2_000, initializer_range=0.05
+    )
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "three layers": bert,
+    "one layer": lambda: bert(num_hidden_layers=1),
+    "another activation": lambda: bert(hidden_act="gelu_new"),
+    "relu": lambda: bert(hidden_act="relu"),
+    "the card's architecture": of_the_card,
+    "xlm-roberta": xlm_roberta,
+    "builtin": lambda: AutoModelForSequenceClassification.from_pretrained(BUILTIN, dtype=torch.float32).eval(),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(3)
+    return NETWORKS[request.param]()
+
+
+def differences(network: Any, forward: LeanNetwork, lengths: Sequence[int]) -> float:
+    """The largest difference of a logit on random texts of these lengths, as one padded batch."""
+    width = max(lengths)
+    ids = torch.randint(5, network.config.vocab_size, (len(lengths), width))
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids[~mask] = network.config.pad_token_id
+    with torch.inference_mode():
+        wanted = network(input_ids=ids, attention_mask=mask.long()).logits
+        given = forward(ids, None if min(lengths) == width else torch.tensor(lengths))
+    return float((wanted - given).abs().max())
+
+
+def longest(network: Any) -> int:
+    return min(512, network.config.max_position_embeddings)
+
+
+def test_every_length_alone(network: Any) -> None:
+    forward = LeanNetwork(network)
+    assert max(differences(network, forward, [length]) for length in range(1, longest(network) + 1)) < 1e-5
+
+
+def test_mixed_lengths(network: Any) -> None:
+    forward = LeanNetwork(network)
+    draw = np.random.default_rng(5)
+    for bound in (2, 9, 60, 200, longest(network)):
+        assert differences(network, forward, draw.integers(1, min(bound, longest(network)) + 1, 9).tolist()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear])
+@pytest.mark.parametrize("fused_from", [0, lean.NEVER])
+def test_whichever_way_was_measured_to_be_faster(
+    network: Any, kind: type[PlainLinear], fused_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "_fastest_linear", lambda _: kind)
+    monkeypatch.setattr(lean, "_fused_from", lambda *_: fused_from)
+    forward = LeanNetwork(network)
+    assert differences(network, forward, [7]) < 1e-5
+    assert differences(network, forward, [40, 33, 2, 1]) < 1e-5
+
+
+def test_without_onednn_torch_s_own_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such product")
+
+    monkeypatch.setattr(PackedLinear, "__init__", fail)
+    network = bert()
+    assert is_alike(LeanNetwork(network), network)
+
+
+def test_a_text_with_no_number_keeps_it_to_itself() -> None:
+    network = bert()
+    with torch.no_grad():
+        network.bert.embeddings.word_embeddings.weight[7] = torch.nan
+    ids = torch.tensor([[9, 7, 9], [9, 9, 0], [9, 9, 9]])
+    with torch.inference_mode():
+        finite = LeanNetwork(network)(ids, torch.tensor([3, 2, 3])).isfinite().all(-1)
+    assert finite.tolist() == [False, True, True]
+
+
+def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+    network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
+    assert not is_covered(network)
+    with caplog.at_level(logging.INFO):
+        forward = _forward("x", network)
+    assert [record.message for record in caplog.records] == [
+        "model x takes its own forward: the lean one does not cover a AlbertForSequenceClassification"
+    ]
+    assert differences(network, forward, [7, 3]) < 1e-5  # type: ignore[arg-type]
+
+
+def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+    network = bert()
+    torch.nn.init.normal_(network.bert.pooler.dense.weight)
+    network.bert.pooler.activation = torch.nn.Identity()
+    with caplog.at_level(logging.INFO):
+        forward = _forward("x", network)
+    assert not isinstance(forward, LeanNetwork)
+    assert len(caplog.records) == 1
+    assert differences(network, forward, [7, 3]) < 1e-5  # type: ignore[arg-type]
+
+
+def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
+    assert isinstance(SentimentModel.load(str(checkpoint))._forward, LeanNetwork)
+    assert isinstance(SentimentModel.load("builtin")._forward, LeanNetwork)
