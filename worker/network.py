@@ -120,7 +120,7 @@ class _Layer(_Block):
         parts = self._query_key_value(hidden).view(*shape, 3, self.heads, self.head_size)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         attended = attend(query, key, value, bias)
-        return self._finished(attended.transpose(1, 2).reshape(len(hidden), -1), hidden)
+        return self._finished(attended.transpose(1, 2).reshape(-1, self.heads * self.head_size), hidden)
 
 
 class _LastLayer(_Block):
@@ -137,7 +137,7 @@ class _LastLayer(_Block):
         query = self._query(first).view(shape[0], self.heads, 1, self.head_size)
         key, value = self._key_value(hidden).view(*shape, 2, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         attended = _by_products(query, key, value, bias)
-        return self._finished(attended.reshape(shape[0], -1), first)
+        return self._finished(attended.reshape(-1, self.heads * self.head_size), first)
 
 
 # Products.
