@@ -7,7 +7,10 @@ from typing import Any, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-LIBRARIES = ("aiokafka", "asyncio", "aiohttp", "transformers", "huggingface_hub", "httpx", "urllib3")
+LIBRARIES = (
+    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript", "root", "torch",
+    "transformers", "urllib3",
+)  # fmt: skip
 log = logging.getLogger("worker")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _OWN_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}

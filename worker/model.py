@@ -8,16 +8,15 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.backend import Forward, choose
 from worker.batching import cut_by_length
-from worker.network import LeanNetwork, is_alike, is_covered
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 
@@ -39,9 +38,8 @@ CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix near
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
 CPU_BATCH_TOKENS = 1_024
 CUDA_BATCH_TOKENS = 16_384
-Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # as LeanNetwork
 ReturnType = Literal["label", "score", "proba"]
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
 ROBERTA_LIKE = {
     "roberta",
     "xlm-roberta",
@@ -70,6 +68,8 @@ class SentimentModel:
         name: str,
         tokenizer: Any,
         network: Any,
+        forward: Forward,
+        dtype: str,
         columns: list[int],
         activation: Activation,
         max_batch_tokens: int,
@@ -78,10 +78,10 @@ class SentimentModel:
         self.activation: Activation = activation
         self.max_batch_tokens = max_batch_tokens
         self.device: torch.device = network.device
-        self.dtype: torch.dtype = network.dtype
+        self.dtype = dtype
         self.max_tokens = _max_tokens(tokenizer, network.config)
         self._tokenizer = tokenizer
-        self._forward = _forward(name, network)
+        self._forward = forward
         self._columns = columns
         self._padding = tokenizer.pad_token_id or 0
 
@@ -94,12 +94,14 @@ class SentimentModel:
         activation: Activation = "sigmoid",
         device: str = "auto",
         dtype: str = "auto",
+        backend: str = "auto",
         cpu_threads: int | Literal["auto"] = "auto",
         max_batch_tokens: int | Literal["auto"] = "auto",
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
-        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError.
+        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError, and
+        BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for.
         """
         where = _device(device)
         if cpu_threads != "auto":
@@ -118,7 +120,7 @@ class SentimentModel:
                     source,
                     revision=commit,
                     trust_remote_code=False,
-                    dtype=DTYPES[dtype],
+                    dtype=DTYPES.get(dtype, torch.float32),
                     attn_implementation="eager" if where.type == "cpu" else "sdpa",
                     output_loading_info=True,
                 )
@@ -128,10 +130,14 @@ class SentimentModel:
                 raise ModelError(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
         _tell_of_pickle(name_or_path, source, commit)
+        network = network.to(where).eval()
+        is_int8 = dtype == "int8"
         return cls(
             name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
             tokenizer=tokenizer,
-            network=network.to(where).eval(),
+            network=network,
+            forward=choose(network, backend=backend, is_int8=is_int8),
+            dtype="int8" if is_int8 else str(network.dtype).removeprefix("torch."),
             columns=columns,
             activation=activation,
             max_batch_tokens=_budget(max_batch_tokens, where),
@@ -146,6 +152,7 @@ class SentimentModel:
             activation=settings.activation,
             device=settings.device,
             dtype=settings.dtype,
+            backend=settings.backend,
             cpu_threads=settings.cpu_threads,
             max_batch_tokens=settings.max_batch_tokens,
         )
@@ -239,24 +246,6 @@ def _prefix(text: str, length: int) -> str:
         if text[end].isspace():
             return text[:end]
     return text[:length]
-
-
-def _forward(name: str, network: Any) -> Forward:
-    """The lean network, or the checkpoint's own where that one has another architecture."""
-    if is_covered(network):
-        lean = LeanNetwork(network)
-        if is_alike(lean, network):
-            return lean
-    log.info("model %s takes its own forward: the lean one does not cover a %s", name, type(network).__name__)
-    return partial(_own_forward, network)
-
-
-def _own_forward(network: Any, ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    if lengths is not None:
-        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    logits: torch.Tensor = network(input_ids=ids, attention_mask=mask).logits
-    return logits
 
 
 def _device(name: str) -> torch.device:

@@ -27,18 +27,23 @@ Linear = Callable[[Tensor], Tensor]
 class LeanNetwork:
     """Token ids → logits. Blocks for as long as the network takes; one caller at a time."""
 
-    def __init__(self, network: Any) -> None:
-        """From a network that ``is_covered``; its weights are copied as far as they are packed anew."""
+    def __init__(self, network: Any, *, linear: "LinearKind | None" = None, fused_from: int | None = None) -> None:
+        """From a network that ``is_covered``; its weights are copied as far as they are packed anew.
+
+        ``linear`` and ``fused_from``, the shortest text whose attention takes the fused kernel, are measured if not given.
+        """
         config = network.config
         body = network.base_model
-        kind = _fastest_linear(body.encoder.layer[0].attention.self.query)
+        kind = linear or _fastest_linear(body.encoder.layer[0].attention.self.query)
         activation = config.hidden_act if isinstance(config.hidden_act, str) else ""
         *earlier, last = body.encoder.layer
         self._embeddings = _Embeddings(body.embeddings, _first_position(config))
         self._layers = [_Layer(layer, kind, activation) for layer in earlier]
         self._last = _LastLayer(last, kind, activation)
         self._head = _head(network)
-        self._fused_from = _fused_from(self._last.heads, self._last.head_size, network.dtype, network.device)
+        if fused_from is None:
+            fused_from = _fused_from(self._last.heads, self._last.head_size, network.dtype, network.device)
+        self._fused_from = fused_from
 
     def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Logits (N, labels) of ids (N, T), where the n-th text is the first ``lengths[n]``; None: all are of length T."""
@@ -63,7 +68,7 @@ def is_covered(network: Any) -> bool:
     )
 
 
-def is_alike(lean: LeanNetwork, network: Any) -> bool:
+def is_alike(lean: Callable[[Tensor, Tensor | None], Tensor], network: Any) -> bool:
     """Whether both give the same logits, but for rounding, on texts of several lengths. A last look before it is used."""
     lengths = torch.tensor([9, 5, 1], device=network.device)
     ids = (torch.arange(27, device=network.device) * 37 % (network.config.vocab_size - 8) + 8).view(3, 9)
@@ -92,7 +97,7 @@ class _Embeddings:
 class _Block:
     """What follows attention, the same in every layer: rows (M, width) → rows (M, width)."""
 
-    def __init__(self, source: Any, kind: "type[PackedLinear] | type[PlainLinear]", activation: str) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
         self.heads: int = source.attention.self.num_attention_heads
         self.head_size: int = source.attention.self.attention_head_size
         self._output = kind.of(_weights(source.attention.output.dense))
@@ -111,7 +116,7 @@ class _Block:
 
 
 class _Layer(_Block):
-    def __init__(self, source: Any, kind: "type[PackedLinear] | type[PlainLinear]", activation: str) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
         super().__init__(source, kind, activation)
         attention = source.attention.self
         self._query_key_value = kind.of(_query_weights(attention), *map(_weights, (attention.key, attention.value)))
@@ -126,7 +131,7 @@ class _Layer(_Block):
 class _LastLayer(_Block):
     """The layer of which only the first token's row is used: rows (N · T, width) → rows (N, width)."""
 
-    def __init__(self, source: Any, kind: "type[PackedLinear] | type[PlainLinear]", activation: str) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
         super().__init__(source, kind, activation)
         attention = source.attention.self
         self._query = kind.of(_query_weights(attention))
@@ -175,7 +180,10 @@ class PackedLinear(PlainLinear):
         return product
 
 
-def _fastest_linear(layer: Any) -> type[PackedLinear] | type[PlainLinear]:
+LinearKind = type[PlainLinear]
+
+
+def _fastest_linear(layer: Any) -> LinearKind:
     """oneDNN on AMD's processors is twice as fast as torch's default for float32; elsewhere it may not be."""
     if layer.weight.device.type != "cpu":
         return PlainLinear
@@ -187,7 +195,7 @@ def _fastest_linear(layer: Any) -> type[PackedLinear] | type[PlainLinear]:
             is_right = torch.allclose(plain(rows), packed(rows), rtol=1e-4, atol=1e-4)
         except (AttributeError, RuntimeError):  # this torch, or this number type, has no such product
             return PlainLinear
-        return PackedLinear if is_right and _seconds(packed, rows) < _seconds(plain, rows) else PlainLinear
+        return PackedLinear if is_right and seconds(packed, rows) < seconds(plain, rows) else PlainLinear
 
 
 # Attention: a scaled query (N, heads, T or 1, size), key and value (N, heads, T, size), bias (N, 1, 1, T) → as the query.
@@ -215,7 +223,7 @@ def _fused_from(heads: int, size: int, dtype: torch.dtype, device: torch.device)
         for length in ATTENTION_LENGTHS:
             parts = torch.zeros(max(1, EXAMPLE_TOKENS // length), length, 3, heads, size, dtype=dtype)
             query, key, value = parts.permute(2, 0, 3, 1, 4)
-            if _seconds(_by_fused_kernel, query, key, value, None) > _seconds(_by_products, query, key, value, None):
+            if seconds(_by_fused_kernel, query, key, value, None) > seconds(_by_products, query, key, value, None):
                 break
             fastest_from = length
     return fastest_from
@@ -265,7 +273,7 @@ def _head(network: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _seconds(function: Callable[..., Tensor], *arguments: Any) -> float:
+def seconds(function: Callable[..., Tensor], *arguments: Any) -> float:
     """The shortest of a few runs: of what a noisy machine shows, the nearest to the truth."""
     runs = []
     for _ in range(8):

@@ -191,9 +191,8 @@ def _connection(settings: RunSettings) -> Connection:
 
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    dtype = str(model.dtype).removeprefix("torch.")
-    metrics.model_info.labels(name, revision, str(model.device), dtype).set(1)
-    log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": dtype})
+    metrics.model_info.labels(name, revision, str(model.device), model.dtype).set(1)
+    log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": model.dtype})
 
 
 def _on_signals() -> asyncio.Event:

@@ -145,8 +145,12 @@ class ModelSettings(LogSettings):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="numbers of the network")
-    backend: Literal["auto", "torch"] = Field("auto", description="what runs the network")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="numbers of the network; other than auto and float32, labels may differ now and then"
+    )
+    backend: Literal["auto", "torch", "onnx"] = Field(
+        "auto", description="what runs the network on a CPU; auto: the faster one of those that are installed"
+    )
     cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="threads of the network on CPU"
     )

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from worker import network as lean
-from worker.model import BUILTIN, SentimentModel, _forward
+from worker.backend import Forward, choose
+from worker.model import BUILTIN, SentimentModel
 from worker.network import LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
 
 SIZES = {
@@ -61,7 +62,7 @@ def network(request: pytest.FixtureRequest) -> Any:
     return NETWORKS[request.param]()
 
 
-def differences(network: Any, forward: LeanNetwork, lengths: Sequence[int]) -> float:
+def differences(network: Any, forward: Forward, lengths: Sequence[int]) -> float:
     """The largest difference of a logit on random texts of these lengths, as one padded batch."""
     width = max(lengths)
     ids = torch.randint(5, network.config.vocab_size, (len(lengths), width))
@@ -124,11 +125,11 @@ def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCap
     network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     assert not is_covered(network)
     with caplog.at_level(logging.INFO):
-        forward = _forward("x", network)
+        forward = choose(network, backend="auto", is_int8=False)
     assert [record.message for record in caplog.records] == [
-        "model x takes its own forward: the lean one does not cover a AlbertForSequenceClassification"
+        "the checkpoint takes its own forward: the lean one does not cover a AlbertForSequenceClassification"
     ]
-    assert differences(network, forward, [7, 3]) < 1e-5  # type: ignore[arg-type]
+    assert differences(network, forward, [7, 3]) < 1e-5
 
 
 def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,12 +137,12 @@ def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.L
     torch.nn.init.normal_(network.bert.pooler.dense.weight)
     network.bert.pooler.activation = torch.nn.Identity()
     with caplog.at_level(logging.INFO):
-        forward = _forward("x", network)
+        forward = choose(network, backend="auto", is_int8=False)
     assert not isinstance(forward, LeanNetwork)
     assert len(caplog.records) == 1
-    assert differences(network, forward, [7, 3]) < 1e-5  # type: ignore[arg-type]
+    assert differences(network, forward, [7, 3]) < 1e-5
 
 
 def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
-    assert isinstance(SentimentModel.load(str(checkpoint))._forward, LeanNetwork)
-    assert isinstance(SentimentModel.load("builtin")._forward, LeanNetwork)
+    assert isinstance(SentimentModel.load(str(checkpoint), backend="torch")._forward, LeanNetwork)
+    assert isinstance(SentimentModel.load("builtin", backend="torch")._forward, LeanNetwork)

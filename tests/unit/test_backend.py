@@ -1,0 +1,110 @@
+"""ONNX Runtime gives the lean network's logits; which forward is taken, kept and refused."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AlbertConfig, AlbertForSequenceClassification
+
+from tests.unit.test_network import SIZES, bert, differences, longest, xlm_roberta
+from worker import backend, exported
+from worker.backend import BackendError, choose
+from worker.exported import ExportedNetwork, export
+from worker.model import BUILTIN, SentimentModel
+from worker.network import LeanNetwork
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of these tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "sentiment-worker" / "onnx"
+
+
+@pytest.mark.parametrize("make", [bert, xlm_roberta])
+def test_onnx_runtime_gives_the_same_logits(make: type) -> None:
+    torch.manual_seed(3)
+    network = make()
+    forward = ExportedNetwork(export(network, is_int8=False), threads=2)
+    lengths = [*range(1, 40), 64, 100, 255, 256, longest(network)]
+    assert max(differences(network, forward, [length]) for length in lengths) < 1e-5
+    draw = np.random.default_rng(5)
+    for bound in (2, 60, longest(network)):
+        assert differences(network, forward, draw.integers(1, bound + 1, 9).tolist()) < 1e-5
+
+
+def test_int8_agrees_on_real_texts() -> None:
+    """On the reviews that ship with the package; benchmarks/engine.py measures it on all."""
+    with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)][:300]
+    exact = SentimentModel.load("builtin", backend="torch")
+    quantized = SentimentModel.load("builtin", dtype="int8")
+    assert quantized.dtype == "int8"
+    labels = zip(exact.get_sentiment(texts), quantized.get_sentiment(texts), strict=True)
+    assert sum(one == other for one, other in labels) >= 0.98 * len(texts)
+
+
+def test_an_export_is_kept_for_the_same_weights_alone(cache: Path) -> None:
+    torch.manual_seed(4)
+    network = bert(num_hidden_layers=1)
+    file = export(network, is_int8=False)
+    written = file.stat().st_mtime_ns
+    assert file.parent == cache
+    assert export(network, is_int8=False) == file
+    assert file.stat().st_mtime_ns == written
+    with torch.no_grad():
+        network.classifier.bias += 1
+    assert export(network, is_int8=False) != file
+    assert not [left for left in cache.iterdir() if left.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_costs_an_export_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    network = bert(num_hidden_layers=1)
+    forward = ExportedNetwork(export(network, is_int8=False), threads=1)
+    assert differences(network, forward, [7, 3]) < 1e-5
+    assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(("faster", "kind"), [("torch", LeanNetwork), ("onnx", ExportedNetwork)])
+def test_auto_takes_the_faster_one(faster: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_fast = {"torch": LeanNetwork, "onnx": ExportedNetwork}[faster]
+    monkeypatch.setattr(backend, "seconds", lambda forward, *_: 1.0 if isinstance(forward, is_fast) else 2.0)
+    assert isinstance(choose(bert(), backend="auto", is_int8=False), kind)
+
+
+def test_an_export_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(exported, "export", fail)
+    assert isinstance(choose(bert(), backend="auto", is_int8=False), LeanNetwork)
+    assert "cannot be exported" in caplog.text
+
+
+def test_without_the_extra_auto_is_torch_and_the_rest_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "is_installed", lambda: False)
+    assert isinstance(choose(bert(), backend="auto", is_int8=False), LeanNetwork)
+    for asked in ({"backend": "onnx", "is_int8": False}, {"backend": "auto", "is_int8": True}):
+        with pytest.raises(BackendError, match=r"sentiment-worker\[onnx\]"):
+            choose(bert(), **asked)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_done_is_refused_in_a_sentence() -> None:
+    with pytest.raises(BackendError, match="backend is torch"):
+        choose(bert(), backend="torch", is_int8=True)
+    with pytest.raises(BackendError, match="float32 or int8"):
+        choose(bert().bfloat16(), backend="onnx", is_int8=False)
+    albert = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
+    with pytest.raises(BackendError, match="BERT and RoBERTa classifiers alone"):
+        choose(albert, backend="onnx", is_int8=False)
+    with pytest.raises(BackendError, match="dtype int8 covers"):
+        choose(albert, backend="auto", is_int8=True)

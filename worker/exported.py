@@ -1,0 +1,127 @@
+"""The lean network in ONNX Runtime, on a CPU: float32, or int8 weights with activations quantized as they come.
+
+Exported once into a cache folder, by a name that changes with the weights and with whatever makes the file.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from worker.network import NEVER, LeanNetwork, PlainLinear
+
+log = logging.getLogger(__name__)
+
+PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
+VERSION: Final = "1"  # of what this module writes
+
+
+class ExportedNetwork:
+    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; one caller at a time."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import onnxruntime  # noqa: PLC0415 - an extra
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is None:
+            lengths = torch.full((ids.shape[0],), ids.shape[1])
+        (logits,) = self._session.run(None, {"ids": ids.numpy(), "lengths": lengths.numpy()})
+        return torch.from_numpy(logits)
+
+
+def is_installed() -> bool:
+    """Whether the packages of the extra ``onnx`` are there."""
+    return all(importlib.util.find_spec(name) for name in PACKAGES)
+
+
+def export(network: Any, *, is_int8: bool) -> Path:
+    """The ONNX file of a network that LeanNetwork covers: from the cache folder, or written there first, in seconds.
+
+    Where the folder cannot be written, into a temporary one. Raises what torch's exporter raises.
+    """
+    name = f"{_digest(network)}{'.int8' if is_int8 else ''}.onnx"
+    folder = _cache_folder()
+    if not (folder / name).exists():
+        folder = _writable(folder)
+        log.info("exporting the network for ONNX Runtime", extra={"file": str(folder / name)})
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            _write(network, Path(workplace), name, is_int8)
+            (Path(workplace) / name).replace(folder / name)  # at once, for another process may want it too
+    return folder / name
+
+
+def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
+    plain = folder / "plain.onnx" if is_int8 else folder / name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Module(network).eval(),
+            (torch.randint(0, 2, (3, 7)), torch.tensor([7, 5, 2])),
+            plain,
+            input_names=["ids", "lengths"],
+            output_names=["logits"],
+            dynamic_shapes=(dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC), {0: torch.export.Dim.DYNAMIC}),
+            external_data=False,
+            verbose=False,
+        )
+    if is_int8:
+        from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - an extra
+
+        # Without VNNI the products of two full bytes overflow 16 bits: reduce_range keeps weights to seven.
+        quantize_dynamic(
+            plain, folder / name, weight_type=QuantType.QInt8, per_channel=True, reduce_range=not _has_vnni()
+        )
+
+
+class _Module(nn.Module):
+    """torch's exporter takes modules alone."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self._lean = LeanNetwork(network, linear=PlainLinear, fused_from=NEVER)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return self._lean(ids, lengths)
+
+
+def _digest(network: Any) -> str:
+    digest = hashlib.sha256()
+    digest.update(network.config.to_json_string().encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    digest.update(repr([VERSION, _has_vnni(), torch.__version__, *map(version, PACKAGES)]).encode())
+    return digest.hexdigest()[:24]
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "sentiment-worker" / "onnx"
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        log.warning("the cache folder %s cannot be written (%s): exporting anew at every start", folder, error.strerror)
+        return Path(tempfile.mkdtemp(prefix="sentiment-worker-"))
+    return folder
+
+
+def _has_vnni() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") or capabilities.get("dot"))
