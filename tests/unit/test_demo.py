@@ -17,13 +17,19 @@ from rich.console import Console
 
 from worker import demo
 from worker.corpus import is_held_out
+from worker.demo.errors import DemoError
+from worker.demo.ledger import Books, Ledger, Speed, discrepancies, summary
+from worker.demo.messages import BROKEN, Message, Review, endless, lap, reviews
+from worker.demo.views import LinesView, LiveView, bar
 from worker.events import Decoder, Event, Failure, Null
 from worker.metrics import Metrics
 from worker.sentiment import LABELS
 
-pytest.importorskip("confluent_kafka")
+kafka = pytest.importorskip("confluent_kafka")
 
-REVIEWS = [demo.Review(f"Отзыв номер {n}", LABELS[n % 3]) for n in range(7)]
+from worker.demo import broker, play, processes  # noqa: E402  (they need confluent_kafka)
+
+REVIEWS = [Review(f"Отзыв номер {n}", LABELS[n % 3]) for n in range(7)]
 
 
 def options(**changes):
@@ -34,34 +40,34 @@ def options(**changes):
 
 
 def test_the_reviews_that_ship_are_real_and_held_out():
-    reviews = demo.reviews()
-    assert len(reviews) >= 700
-    assert {review.label for review in reviews} == set(LABELS)
-    assert all(review.text.strip() and is_held_out(review.text) for review in reviews)
+    shipped = reviews()
+    assert len(shipped) >= 700
+    assert {review.label for review in shipped} == set(LABELS)
+    assert all(review.text.strip() and is_held_out(review.text) for review in shipped)
 
 
 def test_a_lap_is_the_reviews_with_every_broken_record_among_them():
-    messages = demo.lap(REVIEWS, 100)
+    messages = lap(REVIEWS, 100)
     assert [message.review for message in messages if message.review] == [REVIEWS[n % 7] for n in range(100)]
     broken = [place for place, message in enumerate(messages) if not message.review]
-    assert len(broken) == len(demo.BROKEN) == len(messages) - 100
+    assert len(broken) == len(BROKEN) == len(messages) - 100
     assert min(after - before for before, after in itertools.pairwise(broken)) > 5
 
 
 @pytest.mark.parametrize("events", [1, 5, 700])
 def test_no_two_messages_share_an_id(events):
-    messages = demo.lap(REVIEWS, events) + demo.lap(REVIEWS, events, 1)
+    messages = lap(REVIEWS, events) + lap(REVIEWS, events, 1)
     assert len({message.id for message in messages}) == len(messages)
 
 
 def test_the_endless_replay_goes_on_lap_after_lap():
-    replay = demo.endless(REVIEWS, 10)
-    laps = [next(replay) for _ in range(2 * (10 + len(demo.BROKEN)))]
-    assert laps == demo.lap(REVIEWS, 10) + demo.lap(REVIEWS, 10, 1)
+    replay = endless(REVIEWS, 10)
+    laps = [next(replay) for _ in range(2 * (10 + len(BROKEN)))]
+    assert laps == lap(REVIEWS, 10) + lap(REVIEWS, 10, 1)
 
 
 def test_each_message_has_the_fate_that_the_worker_gives_it():
-    for message in demo.lap(REVIEWS, 3):
+    for message in lap(REVIEWS, 3):
         record = SimpleNamespace(
             topic="texts", partition=0, offset=0, timestamp=0, key=message.key, value=message.value, headers=[]
         )
@@ -79,7 +85,7 @@ def test_each_message_has_the_fate_that_the_worker_gives_it():
 
 def played(messages):
     """A ledger in which everything has gone as planned, half a second each."""
-    ledger = demo.Ledger()
+    ledger = Ledger()
     for message in messages:
         ledger.sent(message, 1.0)
         ledger.delivered += 1
@@ -94,14 +100,14 @@ def played(messages):
 
 @pytest.fixture
 def ledger():
-    return played(demo.lap(REVIEWS, 30))
+    return played(lap(REVIEWS, 30))
 
 
 @pytest.fixture
 def books():
-    fates = Counter(fate for fate, _ in demo.BROKEN)
+    fates = Counter(fate for fate, _ in BROKEN)
     dead = fates.total() - fates["tombstone"] - fates["skipped"]
-    return demo.Books(30 + len(demo.BROKEN), 30, dead, fates["tombstone"], fates["skipped"])
+    return Books(30 + len(BROKEN), 30, dead, fates["tombstone"], fates["skipped"])
 
 
 def test_a_ledger_where_all_went_well(ledger, books):
@@ -109,47 +115,45 @@ def test_a_ledger_where_all_went_well(ledger, books):
     assert ledger.in_flight == 0
     assert ledger.agreement == 1.0
     assert ledger.latency(0.5) == ledger.latency(0.95) == 0.5
-    assert demo.discrepancies(ledger, books, books.consumed, 0) == []
+    assert discrepancies(ledger, books, books.consumed, 0) == []
 
 
 @pytest.mark.parametrize("field", ["consumed", "results", "dead_letters", "tombstones", "skipped"])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_each_number_that_is_off_is_found(ledger, books, field, change):
     wrong = dataclasses.replace(books, **{field: getattr(books, field) + change})
-    assert demo.discrepancies(ledger, wrong, books.consumed, 0)
+    assert discrepancies(ledger, wrong, books.consumed, 0)
 
 
 def test_an_offset_that_is_not_committed_is_found(ledger, books):
-    assert demo.discrepancies(ledger, books, books.consumed - 1, 0) == [
+    assert discrepancies(ledger, books, books.consumed - 1, 0) == [
         f"{books.consumed} events in, but the offsets committed sum to {books.consumed - 1}."
     ]
 
 
 def test_a_worker_that_did_not_drain_is_found(ledger, books):
-    assert demo.discrepancies(ledger, books, books.consumed, 1) == [
-        "The worker did not drain: it ended with exit code 1."
-    ]
+    assert discrepancies(ledger, books, books.consumed, 1) == ["The worker did not drain: it ended with exit code 1."]
 
 
 def test_a_second_result_is_found(ledger, books):
     ledger.result("review-1", "neutral", 0.0, 2.0)
     counted = dataclasses.replace(books, consumed=books.consumed + 1, results=books.results + 1)
     ledger.delivered += 1
-    assert demo.discrepancies(ledger, counted, counted.consumed, 0) == ["1 records came out twice or from nowhere."]
+    assert discrepancies(ledger, counted, counted.consumed, 0) == ["1 records came out twice or from nowhere."]
 
 
 def test_an_event_that_never_came_out_is_found(ledger, books):
-    ledger.sent(demo.Message("late", b"k", b"{}", "missing_text"), 2.0)
-    assert demo.discrepancies(ledger, books, books.consumed, 0) == ["1 of the events never came out."]
+    ledger.sent(Message("late", b"k", b"{}", "missing_text"), 2.0)
+    assert discrepancies(ledger, books, books.consumed, 0) == ["1 of the events never came out."]
 
 
 def test_a_review_that_became_a_dead_letter_is_found(ledger, books):
-    message = demo.lap(REVIEWS, 1, 99)[-1]
+    message = lap(REVIEWS, 1, 99)[-1]
     ledger.sent(message, 2.0)
     ledger.delivered += 1
     ledger.dead_letter(message.id, "inference_failed", 2.1)
     counted = dataclasses.replace(books, consumed=books.consumed + 1, dead_letters=books.dead_letters + 1)
-    assert demo.discrepancies(ledger, counted, counted.consumed, 0) == ["1 of the events: result → inference_failed."]
+    assert discrepancies(ledger, counted, counted.consumed, 0) == ["1 of the events: result → inference_failed."]
 
 
 def test_the_books_are_read_from_the_worker_s_metrics():
@@ -161,17 +165,17 @@ def test_the_books_are_read_from_the_worker_s_metrics():
     metrics.dead_letters.labels("decode", "invalid_json").inc(2)
     metrics.tombstones.inc()
     metrics.records_skipped.inc(2)
-    books = demo.Books.parse(metrics.text().decode())
-    assert books == demo.Books(consumed=12, results=7, dead_letters=2, tombstones=1, skipped=2)
+    books = Books.parse(metrics.text().decode())
+    assert books == Books(consumed=12, results=7, dead_letters=2, tombstones=1, skipped=2)
     assert books.sum == 12
 
 
 def test_books_before_any_metric_are_empty():
-    assert demo.Books.parse("") == demo.Books(0, 0, 0, 0, 0)
+    assert Books.parse("") == Books(0, 0, 0, 0, 0)
 
 
 def test_the_speed_is_of_the_last_seconds():
-    speed = demo.Speed(window_s=5)
+    speed = Speed(window_s=5)
     assert speed.at(0, 0) == 0
     assert speed.at(1, 10) == 10
     assert speed.at(4, 100) == 25
@@ -179,9 +183,9 @@ def test_the_speed_is_of_the_last_seconds():
 
 
 def test_the_latency_quantiles():
-    ledger = demo.Ledger()
+    ledger = Ledger()
     assert ledger.latency(0.5) == 0
-    for n, message in enumerate(message for message in demo.lap(REVIEWS, 100) if message.review):
+    for n, message in enumerate(message for message in lap(REVIEWS, 100) if message.review):
         ledger.sent(message, 0)
         ledger.result(message.id, "neutral", 0.0, n + 1)
     assert (ledger.latency(0.5), ledger.latency(0.95), ledger.latency(1.0)) == (51, 96, 100)
@@ -191,7 +195,7 @@ def test_the_latency_quantiles():
 
 
 def test_the_summary_says_both_accounts_and_their_sum(ledger, books):
-    text = demo.summary(ledger, books, books.consumed)
+    text = summary(ledger, books, books.consumed)
     assert "42 events in = 30 results + 9 dead letters + 2 tombstones forwarded + 1 record skipped" in text
     assert ["offsets", "committed", "–", "42"] in [line.split() for line in text.splitlines()]
 
@@ -199,7 +203,7 @@ def test_the_summary_says_both_accounts_and_their_sum(ledger, books):
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 24), (200, 50), (80, 17), (40, 17)])
 def test_the_live_view_fits_its_terminal(ledger, width, height):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
-    view = demo.LiveView(console, ledger, ledger.delivered, ["metrics  http://127.0.0.1:1/metrics", "broker"])
+    view = LiveView(console, ledger, ledger.delivered, ["metrics  http://127.0.0.1:1/metrics", "broker"])
     console.print(view.picture(1.0))
     lines = console.file.getvalue().splitlines()
     assert len(lines) <= height or width < 80
@@ -209,24 +213,24 @@ def test_the_live_view_fits_its_terminal(ledger, width, height):
 
 def test_the_live_view_shows_labels_dead_letters_latency_and_texts(ledger):
     console = Console(file=io.StringIO(), force_terminal=True, width=150, height=40, color_system=None)
-    console.print(demo.LiveView(console, ledger, 42, ["metrics"]).picture(1.0))
+    console.print(LiveView(console, ledger, 42, ["metrics"]).picture(1.0))
     shown = console.file.getvalue()
     for part in ("42 of 42 events in", "negative", "9: 2 invalid_json", "p50 500 ms", "+0.250", "Отзыв номер 1", "█"):
         assert part in shown
 
 
 def test_a_text_cannot_write_markup_or_break_lines(ledger):
-    message = demo.lap([demo.Review("[red]много\nстрок[/red]", "neutral")], 1, 50)[-1]
+    message = lap([Review("[red]много\nстрок[/red]", "neutral")], 1, 50)[-1]
     ledger.sent(message, 2.0)
     ledger.result(message.id, "neutral", 0.0, 2.1)
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None)
-    console.print(demo.LiveView(console, ledger, None, ["metrics"]).picture(3.0))
+    console.print(LiveView(console, ledger, None, ["metrics"]).picture(3.0))
     assert "[red]много строк[/red]" in console.file.getvalue()
 
 
 def test_without_a_terminal_a_line_comes_every_couple_of_seconds(ledger):
     console = Console(file=io.StringIO(), width=80)
-    with demo.LinesView(console, ledger, 50, ["metrics  http://127.0.0.1:1/metrics"]) as view:
+    with LinesView(console, ledger, 50, ["metrics  http://127.0.0.1:1/metrics"]) as view:
         now = time.monotonic()
         for tenths in range(41):
             view.show(now + tenths / 10)
@@ -239,21 +243,21 @@ def test_without_a_terminal_a_line_comes_every_couple_of_seconds(ledger):
 
 @pytest.mark.parametrize(("share", "width", "drawn"), [(0, 10, ""), (1, 4, "████"), (0.5, 1, "▌"), (0.38, 3, "█▏")])
 def test_bars_are_drawn_in_eighths(share, width, drawn):
-    assert demo.bar(share, width) == drawn
+    assert bar(share, width) == drawn
 
 
 # Its processes
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "kafka", None)
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     assert demo.run(options()) == 2
     assert "sentiment-worker[demo]" in capsys.readouterr().err
 
 
 def test_the_first_signal_asks_and_the_second_ends():
     before = signal.getsignal(signal.SIGTERM)
-    with demo.Stop() as stop:
+    with processes.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
@@ -264,25 +268,25 @@ def test_the_first_signal_asks_and_the_second_ends():
 
 def test_the_broker_has_its_topics_and_ends_with_whoever_started_it():
     with subprocess.Popen(
-        [sys.executable, "-m", "worker.embedded"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as broker:
-        address = broker.stdout.readline().strip()
-        topics = demo.kafka.Consumer({"bootstrap.servers": address, "group.id": "test"}).list_topics(timeout=10).topics
-        assert set(demo.embedded.TOPICS) <= set(topics)
-        broker.stdin.close()
-        assert broker.wait(10) == 0
+        [sys.executable, "-m", "worker.demo.broker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        address = process.stdout.readline().strip()
+        topics = kafka.Consumer({"bootstrap.servers": address, "group.id": "test"}).list_topics(timeout=10).topics
+        assert set(broker.TOPICS) <= set(topics)
+        process.stdin.close()
+        assert process.wait(10) == 0
 
 
 def test_a_broker_that_does_not_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(demo.DemoError, match="did not start"), demo.broker_process(tmp_path / "log"):
+    with pytest.raises(DemoError, match="did not start"), processes.broker_process(tmp_path / "log"):
         pass
 
 
 def test_a_worker_that_fails_is_told_with_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = [sys.executable, "-c", "print('no such setting'); raise SystemExit(2)"]
-    monkeypatch.setattr(demo, "worker_command", lambda servers, port: command)
+    monkeypatch.setattr(play, "worker_command", lambda servers, port: command)
     assert demo.run(options()) == 1
     said = capsys.readouterr().err
     assert "ended by itself with exit code 2" in said
@@ -293,30 +297,30 @@ def test_a_worker_that_fails_is_told_with_its_log(tmp_path, monkeypatch, capsys)
 
 
 def test_a_worker_that_is_never_ready_is_told_and_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "READY_S", 0.3)
+    monkeypatch.setattr(processes, "READY_S", 0.3)
     told = []
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with demo.worker_process(command, tmp_path / "log") as worker:
-        with pytest.raises(demo.DemoError, match="not ready within"):
-            demo.wait_until_ready(worker, demo.free_port(), demo.Stop(), told.append)
+    with processes.worker_process(command, tmp_path / "log") as worker:
+        with pytest.raises(DemoError, match="not ready within"):
+            processes.wait_until_ready(worker, processes.free_port(), processes.Stop(), told.append)
     assert set(told) == {"it does not answer yet"}
     assert worker.returncode == -signal.SIGKILL
 
 
 def test_a_worker_that_does_not_drain_is_told_and_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DRAIN_S", 0.3)
+    monkeypatch.setattr(processes, "DRAIN_S", 0.3)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(60)"
-    with demo.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
+    with processes.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
         while not (tmp_path / "log").read_text():
             time.sleep(0.02)
-        with pytest.raises(demo.DemoError, match="did not end within"):
-            demo.drain(worker)
+        with pytest.raises(DemoError, match="did not end within"):
+            processes.drain(worker)
     assert worker.returncode == -signal.SIGKILL
 
 
 def test_the_worker_gets_none_of_the_user_s_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKER_SECURITY_PROTOCOL", "SSL")
     code = "import os; print([name for name in os.environ if name.startswith('WORKER_')])"
-    with demo.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
+    with processes.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
         assert worker.wait(30) == 0
     assert (tmp_path / "log").read_text() == "[]\n"

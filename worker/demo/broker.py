@@ -1,7 +1,7 @@
 """The demo's broker: librdkafka's mock cluster, a process of its own. For trying out, never as proof of delivery.
 
-``python -m worker.embedded`` prints the broker's address as one line, its topics being made, and ends when its standard
-input does: it never outlives whoever holds the other end. It needs the extra ``demo`` (confluent-kafka).
+``python -m worker.demo.broker`` prints the broker's address as one line, its topics being made, and ends when its
+standard input does: it never outlives whoever holds the other end. It needs the extra ``demo`` (confluent-kafka).
 """
 
 import sys
@@ -12,6 +12,8 @@ INPUT_TOPIC = "texts"
 OUTPUT_TOPIC = "sentiment"
 DEAD_LETTER_TOPIC = "sentiment.dead-letter"
 TOPICS = (INPUT_TOPIC, OUTPUT_TOPIC, DEAD_LETTER_TOPIC)
+GROUP = "sentiment-worker-demo"
+"""The worker's consumer group."""
 
 ANSWER_S = 10
 

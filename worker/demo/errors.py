@@ -1,0 +1,5 @@
+"""The demo's one error."""
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message is one sentence for the person who watches."""

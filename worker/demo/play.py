@@ -1,0 +1,155 @@
+"""The demo from start to end: its parts put together, run in turn, and reckoned up."""
+
+import contextlib
+import io
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import confluent_kafka as kafka
+from rich.console import Console
+
+from worker.demo import Options
+from worker.demo.broker import TOPICS
+from worker.demo.errors import DemoError
+from worker.demo.ledger import Books, Ledger, discrepancies, summary
+from worker.demo.messages import Message, endless, lap, reviews
+from worker.demo.processes import (
+    Stop,
+    broker_process,
+    check_alive,
+    drain,
+    free_port,
+    http_get,
+    tail,
+    wait_until_ready,
+    worker_command,
+    worker_process,
+)
+from worker.demo.traffic import Traffic
+from worker.demo.views import LinesView, LiveView, View, say, waiting
+
+SETTLE_S = 20
+MOST_IN_FLIGHT = 2_000  # the mock keeps the last 5 MB of a partition, read or not
+TICK_S = 0.02
+
+
+class Play:
+    """The demo while broker and worker run: sends, reads and shows in turn, on one thread."""
+
+    def __init__(
+        self, *, worker: subprocess.Popen[bytes], port: int, traffic: Traffic, ledger: Ledger, view: View, stop: Stop
+    ) -> None:
+        self._worker = worker
+        self._port = port
+        self._traffic = traffic
+        self._ledger = ledger
+        self._view = view
+        self._stop = stop
+
+    def send(self, messages: Iterable[Message], rate: float) -> None:
+        """Sends at random moments, ``rate`` a second on average. Blocks until all is sent or an end is asked for."""
+        moments = random.Random(7)
+        due = time.monotonic()
+        for message in messages:
+            due += moments.expovariate(rate)
+            self._wait_until(due)
+            if self._stop.asked:
+                break
+            self._traffic.send(message, time.monotonic())
+        self._traffic.flush()
+
+    def _wait_until(self, due: float) -> None:
+        while True:
+            left = due - time.monotonic()
+            self._watch(max(0.0, min(TICK_S, left)))
+            if self._stop.asked or (left <= 0 and self._ledger.in_flight < MOST_IN_FLIGHT):
+                return
+
+    def settle(self) -> Books:
+        """Blocks until all has come out and the worker says so too, or for ``SETTLE_S``; the worker's last books."""
+        deadline = time.monotonic() + SETTLE_S
+        books = self._books()
+        while (self._ledger.in_flight or books.sum < self._ledger.delivered) and time.monotonic() < deadline:
+            self._watch(TICK_S)
+            if not self._ledger.in_flight:
+                books = self._books()
+        return self._books()
+
+    def _watch(self, wait_s: float) -> None:
+        self._traffic.read(wait_s)
+        self._view.show(time.monotonic())
+        check_alive(self._worker)
+
+    def _books(self) -> Books:
+        try:
+            return Books.parse(http_get(self._port, "/metrics")[1])
+        except OSError as error:
+            raise DemoError(f"The worker's /metrics does not answer: {error}.") from error
+
+
+def perform(options: Options, console: Console, live: bool, stop: Stop, folder: Path) -> bool:
+    """The demo from the first process's start to the last one's end. Whether it adds up. Logs go to ``folder``."""
+    with contextlib.ExitStack() as stack:
+        servers = stack.enter_context(broker_process(folder / "broker.log"))
+        port = free_port()
+        worker = stack.enter_context(worker_process(worker_command(servers, port), folder / "worker.log"))
+        with waiting(console, "Starting the worker: it loads its model and joins its group ...", live) as tell:
+            wait_until_ready(worker, port, stop, tell)
+        ledger = Ledger()
+        traffic = stack.enter_context(contextlib.closing(Traffic(servers, ledger)))
+        messages, total = _programme(options)
+        view = (LiveView if live else LinesView)(console, ledger, total, _places(servers, port))
+        play = Play(worker=worker, port=port, traffic=traffic, ledger=ledger, view=view, stop=stop)
+        with view:
+            play.send(messages, options.rate)
+            books = play.settle()
+        exit_code = drain(worker)
+        committed = traffic.committed()
+    say(console, f"\n{summary(ledger, books, committed)}")
+    found = discrepancies(ledger, books, committed, exit_code)
+    if found:
+        say(console, "\n".join(["It does NOT add up:", *found]), "bold red")
+    else:
+        say(console, "It adds up, and the worker drained.", "bold green")
+    return not found
+
+
+def _programme(options: Options) -> tuple[Iterable[Message], int | None]:
+    if options.keep_running:
+        return endless(reviews(), options.events), None
+    messages = lap(reviews(), options.events)
+    return messages, len(messages)
+
+
+def _places(servers: str, port: int) -> Sequence[str]:
+    return f"metrics  http://127.0.0.1:{port}/metrics", f"broker   {servers}, topics {', '.join(TOPICS)}"
+
+
+def run(options: Options) -> int:
+    """The command where the extra ``demo`` is installed: 0 where everything adds up and the worker drained, else 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter still sees the rest
+    live = sys.stdout.isatty() and not options.plain
+    console = Console(no_color=None if live else True, force_terminal=live)
+    folder = Path(tempfile.mkdtemp(prefix="sentiment-worker-demo-"))
+    try:
+        with Stop() as stop:
+            adds_up = perform(options, console, live, stop, folder)
+    except (DemoError, kafka.KafkaException) as error:
+        sys.stderr.write(f"{error}\n{tail(folder / 'worker.log')}")
+        adds_up = False
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped before it could add up.\n")
+        shutil.rmtree(folder)
+        return 1
+    if adds_up:
+        shutil.rmtree(folder)
+        return 0
+    sys.stderr.write(f"The logs of the broker and the worker are in {folder}.\n")
+    return 1

@@ -1,0 +1,162 @@
+"""What is seen: lines where there is no terminal, else a picture drawn anew; and a line while something is awaited."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from worker.demo.ledger import RECENT, Ledger, Speed, label_counts, latencies, reason_counts
+from worker.sentiment import LABELS
+
+FRAME_S = 0.2
+LINE_S = 2.0
+COLOURS: Mapping[str, str] = {"negative": "red", "neutral": "yellow", "positive": "green"}
+
+
+class View(Protocol):
+    """Shows the ledger while it fills; ``show`` is called often and draws when it is time to."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *_: object) -> None: ...
+    def show(self, now: float) -> None: ...
+
+
+class LinesView:
+    """A line every couple of seconds, where there is no terminal to draw on."""
+
+    def __init__(self, console: Console, ledger: Ledger, total: int | None, places: Sequence[str]) -> None:
+        self._console, self._ledger, self._total, self._places = console, ledger, total, places
+        self._started = self._due = time.monotonic()
+        self._speed = Speed()
+
+    def __enter__(self) -> Self:
+        for place in self._places:
+            say(self._console, place)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def show(self, now: float) -> None:
+        if now < self._due:
+            return
+        self._due = now + LINE_S
+        say(self._console, self._line(now))
+
+    def _line(self, now: float) -> str:
+        ledger = self._ledger
+        speed = f"{self._speed.at(now, ledger.came_out):.0f}/s"
+        return (
+            f"{now - self._started:4.0f} s  {_events_in(ledger, self._total)}, {speed}"
+            f" | {ledger.results} results: {label_counts(ledger)} | {ledger.dead_letters} dead letters | {latencies(ledger)}"
+        )
+
+
+class LiveView:
+    """A picture that is drawn anew some times a second."""
+
+    def __init__(self, console: Console, ledger: Ledger, total: int | None, places: Sequence[str]) -> None:
+        self._ledger, self._total, self._places = ledger, total, places
+        self._due = 0.0
+        self._speed = Speed()
+        self._width = min(console.width, 110)
+        self._texts = max(0, min(RECENT, console.height - 17))
+        self._live = Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.update(self.picture(time.monotonic()), refresh=True)
+        self._live.__exit__(None, None, None)
+
+    def show(self, now: float) -> None:
+        if now < self._due:
+            return
+        self._due = now + FRAME_S
+        self._live.update(self.picture(now), refresh=True)
+
+    def picture(self, now: float) -> RenderableType:
+        """The whole view, no higher than the terminal where that has 17 lines."""
+        places = [_line((place, "dim")) for place in self._places]
+        parts = (*self._bars(), Text(), self._facts(), Text(), *self._recent(), Text(), *places)
+        return Panel(
+            Group(self._numbers(now), Text(), *parts),
+            title="sentiment-worker demo",
+            subtitle="Ctrl-C ends it",
+            width=self._width,
+            border_style="dim",
+        )
+
+    def _numbers(self, now: float) -> RenderableType:
+        ledger = self._ledger
+        speed = f"{self._speed.at(now, ledger.came_out):.0f} events/s"
+        progress = ProgressBar(self._total, ledger.delivered, width=30) if self._total else Text()
+        line = Table.grid(expand=True)
+        line.add_column()
+        line.add_column(justify="center")
+        line.add_column(justify="right")
+        line.add_row(Text(_events_in(ledger, self._total), style="bold"), progress, Text(speed, style="bold cyan"))
+        return line
+
+    def _bars(self) -> Iterator[Text]:
+        labels = self._ledger.labels
+        most = max(labels.values(), default=1)
+        for label in LABELS:
+            length = bar(labels[label] / most, max(10, self._width - 22))
+            yield _line(f"{label:<9}{labels[label]:>6}  ", (length, COLOURS[label]))
+
+    def _facts(self) -> RenderableType:
+        ledger = self._ledger
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True, min_width=17)
+        facts.add_row("results", f"{ledger.results}, {ledger.agreement:.0%} agree with the reviews' own labels")
+        facts.add_row("dead letters", f"{ledger.dead_letters}: {reason_counts(ledger)}")
+        facts.add_row("publish to result", f"{latencies(ledger)}; {ledger.in_flight} in flight")
+        return facts
+
+    def _recent(self) -> Iterator[Text]:
+        shown = list(self._ledger.recent)[-self._texts :] if self._texts else []
+        for label, score, review in shown:
+            yield _line((f"{label:<9}", COLOURS[label]), f"{score:+.3f}  ", " ".join(review.text.split()))
+        for _ in range(self._texts - len(shown)):
+            yield Text()
+
+
+def _line(*parts: str | tuple[str, str]) -> Text:
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def bar(share: float, width: int) -> str:
+    """A bar as long as its share of the width, in eighths of a character."""
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _events_in(ledger: Ledger, total: int | None) -> str:
+    return f"{ledger.delivered} events in" if total is None else f"{ledger.delivered} of {total} events in"
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Prints the line as it is: nothing in it counts as markup."""
+    console.print(escape(line), style=style, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def waiting(console: Console, line: str, live: bool) -> Iterator[Callable[[str], None]]:
+    """Shows that something is awaited; what is called with why, for as long as that is."""
+    if live:
+        with console.status(escape(line)) as status:
+            yield lambda why: status.update(escape(f"{line} ({why})"))
+    else:
+        say(console, line)
+        yield lambda why: None
