@@ -1,36 +1,41 @@
 """Which forward a loaded network gets: the lean one in torch or in ONNX Runtime, or its own."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from worker import exported
-from worker.network import EXAMPLE_TOKENS, LeanNetwork, is_alike, is_covered, seconds
+from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
+from worker.tuning import tune_threads
 
 log = logging.getLogger(__name__)
 
 EXAMPLE_LENGTH = 64
-
-Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # as LeanNetwork
 
 
 class BackendError(UsersMistake):
     """The backend that is asked for cannot run this network."""
 
 
-def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
+def choose(network: Any, *, backend: str, is_int8: bool, cpu_threads: int | Literal["auto"] = "auto") -> Forward:
     """The fastest forward of those that ``backend`` (auto, torch, onnx) allows; auto takes no other than exact ones.
+
+    Sets the number of torch's threads too, which ``auto`` finds by measuring.
 
     Blocks: what is measured takes a second, a first export several. Raises BackendError.
     """
     wants_onnx = backend == "onnx" or is_int8
     if wants_onnx:
         _refuse_what_onnx_cannot(network, backend, is_int8)
+    if cpu_threads != "auto":
+        torch.set_num_threads(cpu_threads)
     lean = _lean(network)
+    if cpu_threads == "auto" and network.device.type == "cpu":
+        threads = tune_threads(lean or partial(_own_forward, network))
+        log.info("measured the threads", extra={"cpu_threads": threads})
     if lean is None:
         if wants_onnx:
             raise BackendError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from worker.network import NEVER, LeanNetwork, PlainLinear
 
 log = logging.getLogger(__name__)
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it has a handler of its own
 
 PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
 VERSION: Final = "1"  # of what this module writes

@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.backend import Forward, choose
+from worker.backend import choose
 from worker.batching import cut_by_length
+from worker.network import Forward
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
+from worker.tuning import tune_budget
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -36,8 +38,6 @@ transformers_logging.enable_propagation()
 BUILTIN = Path(__file__).parent / "builtin"
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
-CPU_BATCH_TOKENS = 1_024
-CUDA_BATCH_TOKENS = 16_384
 ReturnType = Literal["label", "score", "proba"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
 ROBERTA_LIKE = {
@@ -104,8 +104,6 @@ class SentimentModel:
         BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for.
         """
         where = _device(device)
-        if cpu_threads != "auto":
-            torch.set_num_threads(cpu_threads)
         folder = BUILTIN if name_or_path == "builtin" else Path(name_or_path)
         is_local = folder.is_dir()
         source = str(folder) if is_local else name_or_path
@@ -132,15 +130,18 @@ class SentimentModel:
         _tell_of_pickle(name_or_path, source, commit)
         network = network.to(where).eval()
         is_int8 = dtype == "int8"
+        forward = choose(network, backend=backend, is_int8=is_int8, cpu_threads=cpu_threads)
+        if max_batch_tokens == "auto":
+            max_batch_tokens = tune_budget(forward, where, _max_tokens(tokenizer, config))
         return cls(
             name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
             tokenizer=tokenizer,
             network=network,
-            forward=choose(network, backend=backend, is_int8=is_int8),
+            forward=forward,
             dtype="int8" if is_int8 else str(network.dtype).removeprefix("torch."),
             columns=columns,
             activation=activation,
-            max_batch_tokens=_budget(max_batch_tokens, where),
+            max_batch_tokens=max_batch_tokens,
         )
 
     @classmethod
@@ -282,12 +283,6 @@ def _max_tokens(tokenizer: Any, config: Any) -> int:
     if config.model_type in ROBERTA_LIKE:
         positions -= (config.pad_token_id or 0) + 1
     return int(min(positions, tokenizer.model_max_length))
-
-
-def _budget(setting: int | Literal["auto"], device: torch.device) -> int:
-    if setting != "auto":
-        return setting
-    return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def _refuse_untrained(name: str, loading: Any) -> None:

@@ -152,10 +152,10 @@ class ModelSettings(LogSettings):
         "auto", description="what runs the network on a CPU; auto: the faster one of those that are installed"
     )
     cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="threads of the network on CPU"
+        "auto", description="threads of the network on CPU; auto: measured at the start"
     )
     max_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="tokens in one pass of the network, padding included"
+        "auto", description="tokens in one pass of the network, padding included; auto: measured at the start"
     )
 
 

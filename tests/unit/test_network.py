@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from worker import network as lean
-from worker.backend import Forward, choose
+from worker.backend import choose
 from worker.model import BUILTIN, SentimentModel
-from worker.network import LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
+from worker.network import Forward, LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,

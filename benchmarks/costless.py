@@ -1,0 +1,65 @@
+"""The worker with a model that costs nothing: `python -m benchmarks.costless run …`. What is left is the plumbing.
+
+With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
+With `PROFILE` the event loop is profiled into the file of that name.
+"""
+
+import cProfile
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker import service
+from worker.cli import main
+from worker.settings import RunSettings
+
+PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
+
+
+class Tokens:
+    def __init__(self, count: int) -> None:
+        self.ids = [[1]] * count
+        self.truncated = [False] * count
+
+
+class CostlessModel:
+    name = "costless@0"
+    activation = "sigmoid"
+    device = "cpu"
+    dtype = "float32"
+    max_batch_tokens = 1_000_000
+    max_tokens = 512
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return Tokens(len(texts))
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        if PASS_SECONDS:
+            time.sleep(PASS_SECONDS)
+        return np.zeros((len(ids), 3), dtype=np.float32)
+
+    def memory_bytes(self) -> int:
+        return 0
+
+
+if __name__ == "__main__":
+
+    def load(_: RunSettings) -> Any:
+        return CostlessModel()
+
+    service._loaded = load
+    if "PROFILE" in os.environ:
+        run = service.run
+
+        def profiled(settings: RunSettings) -> int:
+            with cProfile.Profile() as profile:
+                code = run(settings)
+            profile.dump_stats(os.environ["PROFILE"])
+            return code
+
+        service.run = profiled
+    main()

@@ -1,0 +1,76 @@
+"""CPU threads and the token budget of a device batch, found by measuring. Blocks for some hundred milliseconds."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from worker.network import Forward, seconds
+
+log = logging.getLogger(__name__)
+
+EXAMPLE_LENGTH: Final = 48  # tokens; the mean of reviews and of posts
+EXAMPLE_TOKENS: Final = 1_024
+CPU_BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
+CUDA_BUDGETS: Final = (4_096, 8_192, 16_384, 32_768, 65_536)
+PATIENCE_S: Final = 0.3
+WORTH: Final = 1.03  # a larger budget pads more and a thread costs others a core, so either has to bring this much
+CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "150000 100000": microseconds of a period
+
+
+def available_cores() -> int:
+    """Cores that this process may use: by its affinity, and by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no quota
+        pass
+    return max(1, cores)
+
+
+def tune_threads(forward: Forward) -> int:
+    """Sets torch's threads to the fewest that are about as fast as any number up to the cores; answers with it."""
+    ids = _example(EXAMPLE_TOKENS, torch.device("cpu"))
+    best, shortest = 1, float("inf")
+    threads = available_cores()
+    deadline = time.monotonic() + PATIENCE_S
+    while threads and time.monotonic() < deadline:
+        torch.set_num_threads(threads)
+        took = _took(forward, ids)
+        if took < shortest * WORTH:
+            best, shortest = threads, min(took, shortest)
+        threads //= 2
+    torch.set_num_threads(best)
+    return best
+
+
+def tune_budget(forward: Forward, device: torch.device, longest: int) -> int:
+    """The token budget with the most tokens a second; at least ``longest``, the model's maximum."""
+    budgets = CUDA_BUDGETS if device.type == "cuda" else CPU_BUDGETS
+    best, speed = 0, 0.0
+    deadline = time.monotonic() + PATIENCE_S
+    for budget in budgets:
+        if best and time.monotonic() > deadline:
+            break
+        ids = _example(budget, device)
+        tokens_per_s = ids.numel() / _took(forward, ids)
+        if tokens_per_s > speed * WORTH:
+            best, speed = budget, tokens_per_s
+    log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speed)})
+    return max(best, longest)
+
+
+def _example(tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.full((max(1, tokens // EXAMPLE_LENGTH), EXAMPLE_LENGTH), 1, device=device)
+
+
+def _took(forward: Forward, ids: torch.Tensor) -> float:
+    def finished() -> torch.Tensor:
+        return forward(ids, None).cpu()
+
+    with torch.inference_mode():
+        return seconds(finished)
