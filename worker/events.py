@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol
 
 import orjson
@@ -237,9 +238,13 @@ def has_timestamp(record: Record) -> bool:
 
 def iso_time(milliseconds: float) -> str:
     """Milliseconds since 1970 as ``2026-11-23T10:00:00.000Z``. Raises ValueError or OverflowError beyond the year 9999."""
-    whole = int(milliseconds)
-    moment = datetime.fromtimestamp(whole // 1000, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{whole % 1000:03d}Z"
+    seconds, rest = divmod(int(milliseconds), 1000)
+    return f"{_iso_second(seconds)}.{rest:03d}Z"
+
+
+@lru_cache(maxsize=64)  # neighbours share their second
+def _iso_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 _MISSING: Final = object()

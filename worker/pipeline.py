@@ -312,8 +312,7 @@ class Pipeline:
         self._metrics.tombstones.inc(
             sum(o.outgoing is not None and o.sentiment is None and o.failure is None for o in outcomes)
         )
-        for outcome in outcomes:
-            self._metrics.records_consumed.labels(outcome.record.topic).inc()
+        self._metrics.consumed(outcome.record.topic for outcome in outcomes)
 
 
 def _first_error(tasks: Any) -> BaseException | None:
