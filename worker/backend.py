@@ -9,7 +9,7 @@ import torch
 from worker import exported
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
-from worker.tuning import tune_threads
+from worker.tuning import keep_memory, tune_threads
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ def choose(network: Any, *, backend: str, is_int8: bool, cpu_threads: int | Lite
     wants_onnx = backend == "onnx" or is_int8
     if wants_onnx:
         _refuse_what_onnx_cannot(network, backend, is_int8)
+    if network.device.type == "cpu":
+        keep_memory()
     if cpu_threads != "auto":
         torch.set_num_threads(cpu_threads)
     lean = _lean(network)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 KNOWN_GOOD = "Хорошо, спасибо."
 WARM_UP_LENGTHS = (4, 32, 128, 512)
+SLICE = 2_048  # texts digested before the event loop may do something else: some milliseconds
 
 Answer = TypeVar("Answer")
 
@@ -187,7 +188,7 @@ class Inference:
 
     async def tokenize(self, texts: Sequence[str]) -> Job:
         """Begins a job: looks N texts up in the cache and tokenizes the others. Raises InferenceLost."""
-        job = self._looked_up(texts)
+        job = await self._looked_up(texts)
         distinct = [texts[places[0]] for places in job.places]
         started = time.monotonic()
         tokens = await self._unless_lost(self._tokenizer.call(self._tokenize, job.model, distinct))
@@ -218,8 +219,11 @@ class Inference:
                 self._cache.put(job.digests[first], answer, job.truncated[first])
         return job
 
-    def _looked_up(self, texts: Sequence[str]) -> Job:
-        digests = [blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
+    async def _looked_up(self, texts: Sequence[str]) -> Job:
+        digests: list[bytes] = []
+        for begin in range(0, len(texts), SLICE):
+            digests.extend(map(_digest, texts[begin : begin + SLICE]))
+            await asyncio.sleep(0)
         job = Job(self.model, digests, [None] * len(texts), [False] * len(texts))
         places: dict[bytes, list[int]] = {}
         hits = 0
@@ -341,6 +345,10 @@ class Inference:
         except Exception:  # noqa: BLE001 - that is the answer
             return False
         return logits.shape == (1, len(LABELS)) and bool(np.isfinite(logits).all())
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _name(error: BaseException) -> str:

@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from aiokafka import ConsumerRecord
@@ -37,6 +38,7 @@ from worker.source import Assignment, Chunk, Source
 
 log = logging.getLogger(__name__)
 
+SLICE: Final = 512  # records handled before the event loop may do something else: some 10 ms
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
 
@@ -184,7 +186,7 @@ class Pipeline:
 
     async def _tokenize(self, stages: Stages) -> None:
         while (chunks := await self._source.next_batch()) is not None:
-            parts, texts = self._decoded(chunks)
+            parts, texts = await self._decoded(chunks)
             batch = MicroBatch(parts, await self._inference.tokenize(texts))
             self._metrics.queue_depth["tokenized"].inc(len(batch))
             await stages.tokenized.put(batch)
@@ -209,9 +211,10 @@ class Pipeline:
                 continue
             started = time.monotonic()
             outcomes = self._outcomes(batch)
-            await self._deliver(outcomes)
+            while some := list(islice(outcomes, SLICE)):
+                await self._deliver(some)
+                self._count(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
-            self._count(outcomes)
             for part in batch.parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
 
@@ -222,29 +225,30 @@ class Pipeline:
 
     # What becomes of a record.
 
-    def _decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
+    async def _decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
         parts: list[Part] = []
         texts: list[str] = []
         for assignment, records in chunks:
-            decoded = [self._decoder.decode(record) for record in records]
+            decoded: list[Decoded] = []
+            for begin in range(0, len(records), SLICE):
+                decoded.extend(map(self._decoder.decode, records[begin : begin + SLICE]))
+                await asyncio.sleep(0)
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts.extend(event.text for event in decoded if isinstance(event, Event))
         return parts, texts
 
-    def _outcomes(self, batch: MicroBatch) -> list[Outcome]:
+    def _outcomes(self, batch: MicroBatch) -> Iterator[Outcome]:
         processed_at = iso_time(time.time() * 1000)
-        outcomes: list[Outcome] = []
         for part in batch.parts:
             place = part.first_text
             for record, decoded in zip(part.records, part.decoded, strict=True):
                 if isinstance(decoded, Event):
-                    outcomes.append(self._result(record, decoded, batch.job, place, processed_at))
+                    yield self._result(record, decoded, batch.job, place, processed_at)
                     place += 1
                 elif isinstance(decoded, Failure):
-                    outcomes.append(self._dead_letter(record, decoded))
+                    yield self._dead_letter(record, decoded)
                 else:
-                    outcomes.append(Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None))
-        return outcomes
+                    yield Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
 
     def _result(self, record: ConsumerRecord, event: Event, job: Job, place: int, processed_at: str) -> Outcome:
         answer = job.answers[place]
