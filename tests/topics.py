@@ -4,7 +4,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from confluent_kafka import (
     ConsumerGroupTopicPartitions,
     IsolationLevel,
     KafkaError,
+    KafkaException,
     Message,
     Producer,
     TopicCollection,
@@ -68,6 +69,29 @@ class Topics:
     def unique(cls) -> "Topics":
         name = uuid.uuid4().hex[:8]
         return cls(f"{name}.in", f"{name}.out", f"{name}.dead", f"{name}.group")
+
+
+COORDINATOR_NOT_YET = (
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+)
+
+
+def of_the_group(ask: Callable[[], Any]) -> Any:
+    """What the admin client answers, once the group's coordinator has loaded."""
+    answers: list[Any] = []
+
+    def answered() -> bool:
+        try:
+            answers.append(ask().result(30))
+        except KafkaException as error:
+            if error.args[0].code() not in COORDINATOR_NOT_YET:
+                raise
+        return bool(answers)
+
+    wait_for(answered, "the group's coordinator", 30)
+    return answers[0]
 
 
 @dataclass
@@ -132,11 +156,12 @@ class Kafka:
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out."""
         asked = ConsumerGroupTopicPartitions(group, self.partitions(topic))
-        places = self.admin.list_consumer_group_offsets([asked])[group].result(30).topic_partitions
+        places = of_the_group(lambda: self.admin.list_consumer_group_offsets([asked])[group]).topic_partitions
         return {place.partition: place.offset for place in places if place.offset >= 0}
 
     def members(self, group: str) -> set[str]:
-        return {member.member_id for member in self.admin.describe_consumer_groups([group])[group].result(30).members}
+        described = of_the_group(lambda: self.admin.describe_consumer_groups([group])[group])
+        return {member.member_id for member in described.members}
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
         """Moves a group that has no members."""
