@@ -1,11 +1,12 @@
 """``sentiment-worker classify``: texts in, one JSON line each out, as in the result record. No Kafka."""
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
@@ -14,6 +15,9 @@ from worker.model import SentimentModel
 from worker.settings import ClassifySettings, WrongSetting
 
 TEXTS_AT_ONCE = 512
+BLOCK_BYTES = 1 << 17  # some 512 short texts
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: ClassifySettings) -> int:
@@ -27,38 +31,54 @@ def run(settings: ClassifySettings) -> int:
         _write(model, texts)
     except BrokenPipeError:  # the reader has enough, as in `classify … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.error("cannot write: %s", error.strerror)
+        return 1
     return 0
 
 
-def _write(model: SentimentModel, texts: Iterable[str]) -> None:
-    numbered = enumerate(texts, 1)
-    while batch := list(islice(numbered, TEXTS_AT_ONCE)):
-        for line in _lines(model, batch):
+def _write(model: SentimentModel, batches: Iterable[list[str]]) -> None:
+    number = 0
+    for batch in batches:
+        for line in _lines(model, list(enumerate(batch, number + 1))):
             sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
+        number += len(batch)
 
 
-def _texts(settings: ClassifySettings) -> Iterable[str]:
+def _texts(settings: ClassifySettings) -> Iterator[list[str]]:
+    """Texts in batches. Of a pipe whatever is there, so that a slow one has its answers at once."""
     sources = [bool(settings.file), settings.texts == ["-"], bool(settings.texts) and settings.texts != ["-"]]
     if sum(sources) != 1:
         raise WrongSetting("classify takes one of: texts as arguments, --file FILE, or - for standard input")
     if settings.file:
-        return _file_lines(settings.file)
+        return _line_batches(_opened(settings.file))
     if settings.texts == ["-"]:
-        return (_decoded(line) for line in sys.stdin.buffer)
-    return [text.encode(errors="surrogateescape").decode(errors="replace") for text in settings.texts]
+        return _line_batches(sys.stdin.buffer)
+    words = [text.encode(errors="surrogateescape").decode(errors="replace") for text in settings.texts]
+    return (words[begin : begin + TEXTS_AT_ONCE] for begin in range(0, len(words), TEXTS_AT_ONCE))
 
 
-def _file_lines(path: Path) -> Iterator[str]:
+def _opened(path: Path) -> BinaryIO:
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise WrongSetting(f"file = {path} cannot be read: {error.strerror}") from None
-    return (_decoded(line) for line in file)
+
+
+def _line_batches(file: BinaryIO) -> Iterator[list[str]]:
+    begun = b""
+    while block := file.read1(BLOCK_BYTES):  # type: ignore[attr-defined]
+        *lines, begun = (begun + block).split(b"\n")
+        if lines:
+            yield [_decoded(line) for line in lines]
+    if begun:
+        yield [_decoded(begun)]
 
 
 def _decoded(line: bytes) -> str:
-    return line.rstrip(b"\r\n").decode(errors="replace")
+    return line.removesuffix(b"\r").decode(errors="replace")
 
 
 def _lines(model: SentimentModel, batch: list[tuple[int, str]]) -> Iterator[bytes]:

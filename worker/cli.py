@@ -18,6 +18,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
 
   run        read events from Kafka, publish their sentiment, commit
   classify   score texts from arguments, a file or standard input; no Kafka
+  bench      this machine's speed with a model, and the settings to use
   demo       the whole thing on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except UsersMistake as error:
-        _refuse(str(error))
+        _refuse(str(error), error.exit_code)
     _end(code)
 
 
@@ -74,6 +75,17 @@ def _classify(argv: Sequence[str]) -> int:
     from worker import classify
 
     return classify.run(settings)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from worker import logs
+    from worker.settings import BenchSettings, load
+
+    settings = load(BenchSettings, argv, "sentiment-worker bench")
+    logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
+    from worker import bench
+
+    return bench.run(settings)
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -126,6 +138,7 @@ def _train(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "classify": _classify,
+    "bench": _bench,
     "demo": _demo,
     "evaluate": _evaluate,
     "train": _train,
@@ -150,9 +163,9 @@ def _or_refuse(work: Callable[[], Answer]) -> Answer:
         raise WrongSetting(str(error)) from error
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str, code: int = 2) -> NoReturn:
     print(f"sentiment-worker: {sentence}", file=sys.stderr)
-    _end(2)
+    _end(code)
 
 
 def _end(code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.health import Health
 from worker.settings import WrongSetting
+from worker.tasks import cancelled, within
+
+log = logging.getLogger(__name__)
 
 # aiokafka asks the broker to create each topic that it names; a worker must never do that by accident.
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
@@ -33,6 +37,7 @@ aiokafka.admin.client.MetadataRequest = _metadata_request
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
+NO_LIMIT: Final = 2**63 - 1
 UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
 
 _REFUSED_LOGIN = (
@@ -82,12 +87,17 @@ class Connection:
 
 @dataclass(frozen=True)
 class TopicLimits:
-    """What a topic accepts, as Kafka's settings of these names; the defaults are Kafka's own."""
+    """What a topic accepts, as Kafka's settings of these names; the defaults are Kafka's own.
+
+    ``is_known``: the broker has told them. Where it has not, nothing is refused in its name.
+    """
 
     max_message_bytes: int = 1_048_588
-    timestamp_before_max_ms: int = 2**63 - 1
+    timestamp_before_max_ms: int = NO_LIMIT
     timestamp_after_max_ms: int = 3_600_000
     is_log_append_time: bool = False
+    is_compacted: bool = False
+    is_known: bool = False
 
 
 class Backoff:
@@ -142,6 +152,33 @@ async def wait_until_usable(
         await backoff.wait()
 
 
+async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str, TopicLimits]:
+    """The limits of topics as they are now. Raises what is in UNREACHABLE."""
+    client = AIOKafkaAdminClient(**connection.options())
+    try:
+        async with asyncio.timeout(connection.request_timeout_s):
+            await client.start()
+            return await _limits(client, list(names))
+    finally:
+        await _close(client)
+
+
+async def stopped(client: Any, what: str, timeout_s: float) -> None:
+    """Stops one of aiokafka's clients, within ``timeout_s``; raises nothing.
+
+    As a task of its own, for aiokafka lets a CancelledError of its inner tasks out.
+    """
+    stopping = asyncio.create_task(client.stop())
+    try:
+        await asyncio.wait({stopping}, timeout=timeout_s)
+        if not stopping.done():
+            log.warning("the %s did not stop in time", what)
+        elif not stopping.cancelled() and stopping.exception():
+            log.warning("the %s did not stop well", what, extra={"error": type(stopping.exception()).__name__})
+    finally:
+        await cancelled([stopping])
+
+
 def unreachable(connection: Connection, error: BaseException) -> str:
     """Why the brokers cannot be used at the moment, for the log."""
     return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
@@ -180,9 +217,11 @@ def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
 
     return TopicLimits(
         max_message_bytes=number("max.message.bytes", default.max_message_bytes),
-        timestamp_before_max_ms=number("message.timestamp.before.max.ms", default.timestamp_before_max_ms),
-        timestamp_after_max_ms=number("message.timestamp.after.max.ms", default.timestamp_after_max_ms),
+        timestamp_before_max_ms=number("message.timestamp.before.max.ms", NO_LIMIT),
+        timestamp_after_max_ms=number("message.timestamp.after.max.ms", NO_LIMIT),  # older brokers have none
         is_log_append_time=config.get("message.timestamp.type") == "LogAppendTime",
+        is_compacted="compact" in (config.get("cleanup.policy") or ""),
+        is_known=True,
     )
 
 
@@ -194,7 +233,7 @@ async def _refuse_wrong_credentials(connection: Connection) -> None:
     options = connection.options()
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
         try:
-            connected = await asyncio.wait_for(create_conn(host, port, **options), connection.request_timeout_s)
+            connected = await within(connection.request_timeout_s, create_conn(host, port, **options))
         except _REFUSED_LOGIN as error:
             raise WrongSetting(
                 f"the broker {host}:{port} refuses the login of sasl_username {connection.sasl_username!r} by "
@@ -213,6 +252,6 @@ async def _refuse_wrong_credentials(connection: Connection) -> None:
 
 async def _close(client: AIOKafkaAdminClient) -> None:
     try:
-        await asyncio.wait_for(client.close(), 5)
+        await within(5, client.close())
     except UNREACHABLE:
         return

@@ -25,6 +25,8 @@ from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
 log = logging.getLogger(__name__)
 
 KNOWN_GOOD = "Хорошо, спасибо."
+TOO_MANY = 8  # texts of one device batch that cannot all be poison
+MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # for a neighbour on the same device to give memory back
 WARM_UP_LENGTHS = (4, 32, 128, 512)
 SLICE = 2_048  # texts digested before the event loop may do something else: some milliseconds
 
@@ -304,13 +306,15 @@ class Inference:
             sentiments = to_sentiments(logits, model.activation)
         except Exception as error:  # noqa: BLE001 - torch raises what it likes
             if _is_out_of_memory(error):
-                return self._score_with_less_memory(model, ids, error)
+                return self._score_with_less_memory(model, ids)
             return self._isolate(model, ids, f"the network failed: {_name(error)}")
         if self._model is not None:  # not while warming up
             self._metrics.device_batch([len(tokens) for tokens in ids])
         answers: list[Sentiment | str] = []
         for tokens, sentiment in zip(ids, sentiments, strict=True):
             answers.extend([sentiment] if sentiment else self._doubt(model, tokens, alone=len(ids) == 1))
+        if len(ids) >= TOO_MANY and not any(isinstance(answer, Sentiment) for answer in answers):
+            raise InferenceLost(f"all {len(ids)} texts of a device batch fail, together and one by one")
         return answers
 
     def _doubt(self, model: Model, tokens: list[int], *, alone: bool) -> list[Sentiment | str]:
@@ -328,15 +332,29 @@ class Inference:
         half = len(ids) // 2
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
 
-    def _score_with_less_memory(self, model: Model, ids: list[list[int]], error: Exception) -> list[Sentiment | str]:
+    def _score_with_less_memory(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
         _free_memory()
         if len(ids) == 1:
-            return self._isolate(model, ids, f"out of memory: {_name(error)}")
+            return self._wait_for_memory(model, ids)
         longest = max(len(tokens) for tokens in ids)
         self._budget = max(longest, len(ids) * longest // 2)
         log.warning("out of memory: the token budget is %d from now on", self._budget)
         half = len(ids) // 2
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
+
+    def _wait_for_memory(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+        """One text that is out of memory is no poison: any other of its length would be, too."""
+        for seconds in MEMORY_PATIENCE_S:
+            time.sleep(seconds)
+            self._network.restart_clock()
+            _free_memory()
+            try:
+                model.logits(ids)
+            except Exception as error:  # noqa: BLE001 - torch raises what it likes
+                if _is_out_of_memory(error):
+                    continue
+            return self._score_batch(model, ids)
+        raise InferenceLost(f"out of memory for a single text of {len(ids[0])} tokens")
 
     def _is_well(self, model: Model) -> bool:
         self._network.restart_clock()

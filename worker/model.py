@@ -32,8 +32,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 log = logging.getLogger(__name__)
-transformers_logging.disable_default_handler()
-transformers_logging.enable_propagation()
+for _library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
+    logging.getLogger(_library).handlers.clear()
+    logging.getLogger(_library).propagate = True
 
 BUILTIN = Path(__file__).parent / "builtin"
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
@@ -50,6 +51,12 @@ ROBERTA_LIKE = {
 
 class ModelError(UsersMistake):
     """A checkpoint cannot be used."""
+
+
+class HubUnreachable(ModelError):
+    """The hub does not answer: that may be over at the next start."""
+
+    exit_code = 1
 
 
 class Tokens(NamedTuple):
@@ -125,7 +132,8 @@ class SentimentModel:
             except ModelError:
                 raise
             except Exception as error:
-                raise ModelError(_cannot_load(name_or_path, error)) from error
+                kind = HubUnreachable if _is_of_the_network(error) else ModelError
+                raise kind(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
         _tell_of_pickle(name_or_path, source, commit)
         network = network.to(where).eval()
@@ -322,10 +330,22 @@ def _folder_revision(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def _is_of_the_network(error: BaseException | None) -> bool:
+    """By name, for the hub's client has had several HTTP libraries underneath."""
+    names = {"ConnectionError", "TimeoutError", "TransportError"}
+    while error is not None:
+        if any(kind.__name__ in names for kind in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _cannot_load(name: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "weights_only" in str(error) or "Weights only" in str(error):
         reason = "its .bin holds more than tensors, which could run code"
+    elif "couldn't connect to" in str(error):
+        reason = "the Hugging Face hub cannot be reached, and its cache does not hold it; try again, or name a folder"
     elif "trust_remote_code" in str(error):
         reason = "it needs Python code of its own, which is never run here"
     return f"model {name} cannot be loaded: {reason}"

@@ -35,6 +35,7 @@ from worker.metrics import Metrics
 from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
+from worker.tasks import cancelled
 
 log = logging.getLogger(__name__)
 
@@ -141,21 +142,30 @@ class Pipeline:
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
-            broken = _first_error(tasks.values())
+            broken = _first_error(tasks.values()) or self._first_end(tasks)
             deadline = time.monotonic() + (LAST_WORDS_S if broken else self._drain_timeout_s)
             if broken:
                 self._source.stop_taking()
                 await self._finish_scored(tasks, stages, deadline)
             else:
                 broken = await self._finish(tasks, deadline)
-            await self._source.close(max(1.0, deadline - time.monotonic()))
+            uncommitted = await self._source.close(max(1.0, deadline - time.monotonic()))
+            if uncommitted and not broken:
+                broken = DrainTimeout(
+                    f"{uncommitted} records are published and could not be committed; they are repeated"
+                )
             await self._sink.close(max(1.0, deadline - time.monotonic()))
         finally:
-            await _cancelled([draining, *tasks.values()])
+            await cancelled([draining, *tasks.values()])
         if broken:
             raise broken
 
     # Endings.
+
+    def _first_end(self, tasks: dict[str, asyncio.Task[None]]) -> BaseException | None:
+        """None ends by itself before the drain; one that does, by a stray cancel, must not look like one."""
+        ended = [name for name, task in tasks.items() if task.done()]
+        return RuntimeError(f"ended by itself: {', '.join(ended)}") if ended and not self._draining.is_set() else None
 
     async def _finish(self, tasks: dict[str, asyncio.Task[None]], deadline: float) -> BaseException | None:
         """Lets the stages run empty. Answers with what went wrong, if anything did."""
@@ -172,7 +182,7 @@ class Pipeline:
 
     async def _finish_scored(self, tasks: dict[str, asyncio.Task[None]], stages: Stages, deadline: float) -> None:
         """Publishes what inference has finished, and nothing that it has not."""
-        await _cancelled([tasks["tokenize"], tasks["score"]])
+        await cancelled([tasks["tokenize"], tasks["score"]])
         publish = tasks["publish"]
         if publish.done():
             return
@@ -274,15 +284,26 @@ class Pipeline:
                 outcome.outgoing = dead_letter(outcome.record, outcome.failure, self._version)
         refused = await self._send([outcome for outcome, _ in refused])
         for size in range(2):
+            self._refuse_unless(refused, "result_too_large")
             for outcome, _ in refused:
                 if outcome.failure:
                     outcome.outgoing = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
             refused = await self._send([outcome for outcome, _ in refused])
-        for outcome, _ in refused:
+        self._refuse_unless(refused, None)
+
+    def _refuse_unless(self, refused: list[tuple[Outcome, Reason]], expected: Reason | None) -> None:
+        """Raises DeadLetterRefused for the first dead letter that the topic refuses for another reason."""
+        for outcome, reason in refused:
+            if reason == expected:
+                continue
             record = outcome.record
+            advice = {
+                "result_too_large": "raise its max.message.bytes",
+                "invalid_timestamp": "compare this machine's clock with the broker's",
+            }
             raise DeadLetterRefused(
-                f"the topic {self._dead_letter_topic} takes the record of {record.topic}-{record.partition} at offset "
-                f"{record.offset} in no form; raise its max.message.bytes"
+                f"the topic {self._dead_letter_topic} takes the dead letter of {record.topic}-{record.partition} at offset "
+                f"{record.offset} in no form ({reason}); {advice.get(reason, 'see the broker')}"
             )
 
     async def _send(self, outcomes: list[Outcome]) -> list[tuple[Outcome, Reason]]:
@@ -325,9 +346,3 @@ def _first_error(tasks: Any) -> BaseException | None:
             error: BaseException = task.exception()
             return error
     return None
-
-
-async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -26,13 +26,16 @@ from pydantic_settings import (
 PREFIX = "WORKER_"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
+INT32 = 2**31 - 1
 SECRETS = ("sasl_password", "ssl_key_password")
 PORT = re.compile(r"[0-9]{1,5}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
 
 class UsersMistake(Exception):
-    """Something that the user can put right; the message is one sentence that says what. Exit code 2."""
+    """Something that the user can put right; the message is one sentence that says what."""
+
+    exit_code = 2
 
 
 class WrongSetting(UsersMistake):
@@ -50,10 +53,23 @@ def _names(value: str) -> str:
     return value
 
 
+def _is_host(name: str) -> bool:
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        return False
+
+
+def _host(value: str) -> str:
+    if not _is_host(value):
+        raise ValueError("it should be a host's name or address")
+    return value
+
+
 def _servers(value: str) -> str:
     for server in split_names(_names(value)):
         host, _, port = server.rpartition(":")
-        if not host or not PORT.fullmatch(port) or not 0 < int(port) < 65536:
+        if not _is_host(host) or not PORT.fullmatch(port) or not 0 < int(port) < 65536:
             raise ValueError("it should be host:port, several separated by commas")
     return value
 
@@ -132,7 +148,7 @@ class LogSettings(Settings):
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
 
 
-class ModelSettings(LogSettings):
+class CheckpointSettings(LogSettings):
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
@@ -145,16 +161,19 @@ class ModelSettings(LogSettings):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N"
     )
+    cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
+        "auto", description="threads of the network on CPU; auto: measured at the start"
+    )
+
+
+class ModelSettings(CheckpointSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="numbers of the network; other than auto and float32, labels may differ now and then"
     )
     backend: Literal["auto", "torch", "onnx"] = Field(
         "auto", description="what runs the network on a CPU; auto: the faster one of those that are installed"
     )
-    cpu_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="threads of the network on CPU; auto: measured at the start"
-    )
-    max_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the network, padding included; auto: measured at the start"
     )
 
@@ -193,11 +212,13 @@ class RunSettings(ModelSettings):
     cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
     inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
     drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
-    http_host: str = Field("127.0.0.1", min_length=1, description="address for /metrics, /livez, /readyz")
+    http_host: Annotated[str, AfterValidator(_host)] = Field(
+        "127.0.0.1", description="address for /metrics, /livez, /readyz"
+    )
     http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
-    session_timeout_ms: int = Field(45_000, ge=1_000, description="group membership without a heartbeat, ms")
-    request_timeout_ms: int = Field(30_000, ge=1_000, description="for one request to a broker, ms")
-    fetch_max_wait_ms: int = Field(500, ge=1, description="a broker with nothing new answers after, ms")
+    session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
+    request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="for one request to a broker, ms")
+    fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
@@ -230,6 +251,8 @@ class RunSettings(ModelSettings):
                 raise ValueError(
                     f"{name} is one of input_topics: the worker would read what it wrote; take another topic"
                 )
+        if self.fetch_max_wait_ms >= self.request_timeout_ms:
+            raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
         if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
             raise ValueError(
                 "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
@@ -255,6 +278,16 @@ class ClassifySettings(ModelSettings):
         description="texts to score, those that begin with -- behind a -- of its own; - for the lines of standard input",
     )
     file: Path | None = Field(None, description="score the lines of this file, UTF-8")
+
+
+class BenchSettings(CheckpointSettings):
+    """This machine's speed with this model, and the settings to use. No Kafka."""
+
+    model_config = SettingsConfigDict(populate_by_name=True)
+
+    file: Path | None = Field(None, description="texts to measure with, one a line, UTF-8; default: product reviews")
+    seconds: float = Field(1, gt=0, le=600, description="of measuring for each figure, s")
+    json_output: bool = Field(False, alias="json", description="print JSON")
 
 
 class CorpusSettings(Settings):
@@ -337,8 +370,17 @@ def load(
     except ValidationError as error:
         raise WrongSetting(_sentence(kind, error.errors())) from None
     except SettingsError as error:
-        message = str(error).removeprefix("error parsing CLI: ").rstrip(".")
-        raise WrongSetting(f"{message}; `{prog} --help` lists the flags") from None
+        raise WrongSetting(f"{_usage_error(error)}; `{prog} --help` lists the flags") from None
+
+
+def _usage_error(error: SettingsError) -> str:
+    """What argparse says; of words that it does not know the first alone, for the next may be a secret."""
+    message = str(error).removeprefix("error parsing CLI: ").rstrip(".")
+    before, unknown, words = message.partition("unrecognized arguments: ")
+    if not unknown:
+        return message
+    first = words.split()[0].partition("=")[0] if words.startswith("-") else words.split()[0]
+    return f"{before}unrecognized argument: {first}"
 
 
 def unknown_variables(kind: type[Settings], environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -385,7 +427,7 @@ def _flag(name: str) -> str:
 
 def _refuse_secret_flags(argv: Sequence[str]) -> None:
     for name in SECRETS:
-        if any(word.split("=")[0] == _flag(name) for word in argv):
+        if any(word.split("=")[0].replace("_", "-") == _flag(name) for word in argv):
             variable = PREFIX + name.upper()
             raise WrongSetting(
                 f"{name} has no flag, for flags can be seen by others: set {variable} or {variable}_FILE"

@@ -19,15 +19,17 @@ from aiokafka.partitioner import murmur2
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.events import Outgoing, Reason
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 1_000_000
 STALLED_S: Final = 10.0
+LIMITS_AGE_S: Final = 30.0
 RECORDS_PER_PRODUCER: Final = 2**30  # aiokafka's sequence numbers wrap wrongly at 2**31 records of one partition
 
 REFUSALS: Final[dict[type[BaseException], Reason]] = {
@@ -69,6 +71,7 @@ class Sink:
     ) -> None:
         self._connection = connection
         self._limits = limits
+        self._limits_at = time.monotonic()
         self._metrics = metrics
         self._health = health
         self._compression_type = None if compression_type == "none" else compression_type
@@ -90,7 +93,7 @@ class Sink:
         Answers for each with None when it has been acknowledged by all in-sync replicas, or with the reason why the
         topic refuses it. Waits, without end, for brokers that are away.
         """
-        answers: list[Reason | None] = [self._refused_by_limits(parcel) for parcel in parcels]
+        answers = await self._refused_by_limits(parcels)
         lanes = await self._lanes(parcels, answers)
         backoff = Backoff()
         while lanes:
@@ -110,9 +113,26 @@ class Sink:
 
     # Where records go.
 
-    def _refused_by_limits(self, parcel: Parcel) -> Reason | None:
+    async def _refused_by_limits(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+        """What the topics are known to refuse is not sent, for a refusal costs the producer its sequence numbers."""
+        answers = [self._refused_by_limit(parcel) for parcel in parcels]
+        if any(answers) and time.monotonic() - self._limits_at > LIMITS_AGE_S:
+            await self._refresh_limits()
+            answers = [self._refused_by_limit(parcel) for parcel in parcels]
+        return answers
+
+    async def _refresh_limits(self) -> None:
+        self._limits_at = time.monotonic()
+        try:
+            self._limits = await read_limits(self._connection, self._limits)
+        except UNREACHABLE as error:
+            log.debug("the topics' limits could not be read again", extra={"error": type(error).__name__})
+
+    def _refused_by_limit(self, parcel: Parcel) -> Reason | None:
         limits = self._limits.get(parcel.topic, TopicLimits())
-        if record_bytes(parcel.record) > limits.max_message_bytes:
+        if not limits.is_known:
+            return None
+        if self._compression_type is None and record_bytes(parcel.record) > limits.max_message_bytes:
             return "result_too_large"
         timestamp = parcel.record.timestamp
         if timestamp is not None and not limits.is_log_append_time:
@@ -134,7 +154,7 @@ class Sink:
         while True:
             producer = await self._fresh_producer(0)
             try:
-                return len(await asyncio.wait_for(producer.partitions_for(topic), self._connection.request_timeout_s))
+                return len(await within(self._connection.request_timeout_s, producer.partitions_for(topic)))
             except UNREACHABLE as error:
                 self._tell(f"no metadata of topic {topic}", error)
                 await backoff.wait()
@@ -151,8 +171,7 @@ class Sink:
         try:
             outcomes = await asyncio.gather(*sending)
         finally:
-            for task in sending:
-                task.cancel()
+            await cancelled(sending)
         return {lane: failure for lane, failure in zip(lanes, outcomes, strict=True) if failure}
 
     async def _send_lane(
@@ -214,7 +233,9 @@ class Sink:
         reason = REFUSALS.get(type(error))
         first, rest = loads[0], loads[1:]
         if reason is None:
-            self._tell(f"cannot publish to topic {lane[0]}", error)
+            is_compacted = self._limits.get(lane[0], TopicLimits()).is_compacted
+            hint = " (it is compacted, and takes no record without a key)" if is_compacted else ""
+            self._tell(f"cannot publish to topic {lane[0]}{hint}", error)
             return loads
         self._metrics.kafka_errors.labels("publish").inc()
         if len(first) == 1:
@@ -249,22 +270,23 @@ class Sink:
                 linger_ms=0,
             )
             try:
-                await asyncio.wait_for(producer.start(), self._connection.request_timeout_s)
+                await within(self._connection.request_timeout_s, producer.start())
             except UNREACHABLE as error:
-                self._health.trouble("kafka", unreachable(self._connection, error))
-                await _stopped(producer, 5)
+                self._health.trouble("producer", unreachable(self._connection, error))
+                await stopped(producer, "producer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
-                await _stopped(producer, 5)
+                await stopped(producer, "producer", 5)
                 raise
             else:
+                self._health.well("producer")
                 self._records_sent = 0
                 return producer
 
     async def _discard_producer(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _stopped(producer, timeout_s)
+            await stopped(producer, "producer", timeout_s)
 
 
 def partition_for(key: bytes | None, origin: int, partitions: int) -> int:
@@ -279,10 +301,3 @@ def record_bytes(record: Outgoing) -> int:
     """Upper bound of a record's bytes as a batch of its own, uncompressed."""
     size: int = DefaultRecordBatchBuilder.estimate_size_in_bytes(record.key, record.value, record.headers)
     return size
-
-
-async def _stopped(producer: AIOKafkaProducer, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(producer.stop(), timeout_s)
-    except UNREACHABLE as error:
-        log.warning("the producer did not stop in time", extra={"error": type(error).__name__})

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
@@ -28,12 +29,14 @@ from aiokafka.errors import (
     RecordTooLargeError,
     TopicAuthorizationFailedError,
 )
+from aiokafka.protocol.group import LeaveGroupRequest
 
 from worker.batching import MicroBatcher
-from worker.cluster import UNREACHABLE, Backoff, Connection, unreachable
+from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
+from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,9 @@ READ_TIMEOUT_MS: Final = 1_000
 READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 SILENCE_S: Final = 60.0
+SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
+LEAST_READ: Final = 16
+LEAVE_S: Final = 1.0
 EVICTIONS: Final = 3
 LAG_TIMEOUT_S: Final = 3.0
 NO_PARTITION: Final = 2**31 - 1
@@ -84,9 +90,8 @@ class Assignment:
     is_out_of_range: bool = False  # the offset to read next is gone
     careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
     heard_at: float = field(default_factory=time.monotonic)
-    waiting: deque[tuple[int, int]] = field(
-        default_factory=deque
-    )  # (offset, timestamp) of the first record of each read
+    # of each read that is not acknowledged: the offset after it, and its first record's timestamp
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)
 
     def is_idle(self) -> bool:
         """Nothing read is still to be acknowledged."""
@@ -145,6 +150,7 @@ class Source:
         self._settled = asyncio.Event()
         self._acknowledged = asyncio.Event()
         self._commit_lock = asyncio.Lock()
+        self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
         self._is_stopping = False
         self._stopping = asyncio.Event()
@@ -172,7 +178,7 @@ class Source:
         if assignment.is_owned:
             assignment.acknowledged = next_offset
             assignment.uncommitted += records
-            while assignment.waiting and len(assignment.waiting) > 1 and assignment.waiting[1][0] <= next_offset:
+            while assignment.waiting and assignment.waiting[0][0] <= next_offset:
                 assignment.waiting.popleft()
             self._acknowledged.set()
         else:
@@ -190,7 +196,7 @@ class Source:
         for reader in self._readers.values():
             reader.cancel()
         for assignment in self._assignments.values():
-            self._batcher.discard(assignment)
+            self._discard(assignment)
         self._arrived.set()
 
     # The consumer's life.
@@ -206,21 +212,26 @@ class Source:
                 self._health.trouble("group", f"joining the group again: {reason}")
                 await backoff.wait()
 
-    async def close(self, timeout_s: float) -> None:
-        """Commits what has been acknowledged and leaves the group; ``run`` then ends. At most ``timeout_s``."""
+    async def close(self, timeout_s: float) -> int:
+        """Commits what has been acknowledged and leaves the group; ``run`` then ends. At most ``timeout_s``.
+
+        Answers with the records that are acknowledged and could not be committed; whoever comes next repeats them.
+        """
         self.stop_taking()
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
         await self._commit_before(deadline)
+        uncommitted = sum(assignment.uncommitted for assignment in self._assignments.values())
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
+        return uncommitted
 
     async def _session(self) -> None:
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._started_consumer()
         self._consumer = consumer
-        consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned))
+        consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
         tasks = [asyncio.create_task(step) for step in (self._commit_as_acknowledged(), self._watch_lag())]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -230,9 +241,7 @@ class Source:
                 if done.done():
                     done.result()
         finally:
-            for task in (stopping, *tasks):
-                task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
                 await self._stop_consumer(self._connection.request_timeout_s)
@@ -254,14 +263,14 @@ class Source:
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
             )
             try:
-                await asyncio.wait_for(consumer.start(), self._connection.request_timeout_s)
+                await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("connect").inc()
                 self._health.trouble("kafka", unreachable(self._connection, error))
-                await _stopped(consumer, 5)
+                await stopped(consumer, "consumer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
-                await _stopped(consumer, 5)
+                await stopped(consumer, "consumer", 5)
                 raise
             else:
                 self._health.well("kafka")
@@ -269,8 +278,16 @@ class Source:
 
     async def _stop_consumer(self, timeout_s: float) -> None:
         consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await _stopped(consumer, timeout_s)
+        if consumer is None:
+            return
+        stopping = asyncio.create_task(stopped(consumer, "consumer", timeout_s))
+        try:
+            _, waits = await asyncio.wait({stopping}, timeout=LEAVE_S)
+            if waits:  # for a join, which waits for the slowest member of the group
+                await _leave(consumer)
+            await stopping
+        finally:
+            await cancelled([stopping])
 
     def _fail(self, error: BaseException) -> None:
         if self._fault is not None and not self._fault.done():
@@ -281,7 +298,7 @@ class Source:
     async def _on_assigned(self, partitions: set[TopicPartition]) -> None:
         self._metrics.rebalances.inc()
         self._metrics.assigned_partitions.set(len(partitions))
-        if self._is_stopping:
+        if self._is_stopping or self._consumer is None:
             return
         for tp in sorted(partitions):
             assignment = self._assignments[tp] = Assignment(tp)
@@ -291,18 +308,24 @@ class Source:
         log.info("assigned", extra={"partitions": _named(partitions)})
 
     async def _on_revoked(self, partitions: set[TopicPartition]) -> None:
-        assignments = [self._assignments[tp] for tp in partitions if tp in self._assignments]
+        async with self._revoking:  # the group and the end of a session may both call
+            await self._revoke([self._assignments[tp] for tp in partitions if tp in self._assignments])
+
+    async def _revoke(self, assignments: list[Assignment]) -> None:
         if not assignments:
             return
+        partitions = [assignment.tp for assignment in assignments]
         self._look_for_twin()
-        deadline = time.monotonic() + self._revoke_timeout_s
+        started = time.monotonic()
         for assignment in assignments:
             assignment.accepts = False
-            self._readers.pop(assignment).cancel()
-            self._batcher.discard(assignment)
+        # They end before anything else: one that lives on would take records of the next assignment.
+        await cancelled([self._readers.pop(assignment) for assignment in assignments])
+        for assignment in assignments:
+            self._discard(assignment)
         self._room.set()
-        await self._until_settled(assignments, deadline)
-        await self._commit_before(deadline)
+        await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
+        await self._commit_before(started + self._revoke_timeout_s)
         for assignment in assignments:
             self._release(assignment)
         log.info("revoked", extra={"partitions": _named(partitions)})
@@ -311,7 +334,7 @@ class Source:
         while any(assignment.under_way for assignment in assignments):
             self._settled.clear()
             try:
-                await asyncio.wait_for(self._settled.wait(), deadline - time.monotonic())
+                await within(deadline - time.monotonic(), self._settled.wait())
             except TimeoutError:
                 log.warning(
                     "revoked before everything under way was published",
@@ -319,13 +342,22 @@ class Source:
                 )
                 return
 
+    def _discard(self, assignment: Assignment) -> None:
+        self._batcher.discard(assignment)
+        self._metrics.queue_depth["gather"].set(len(self._batcher))
+
     def _release(self, assignment: Assignment) -> None:
+        if not assignment.is_owned:
+            return
         assignment.accepts = assignment.is_owned = False
         self._metrics.duplicates_possible.inc(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]
         self._metrics.assigned_partitions.set(len(self._assignments))
+        if not self._assignments:
+            for part in ("commit", "read"):
+                self._health.well(part)
 
     def _look_for_twin(self) -> None:
         """Two processes with one instance id throw each other out of the group for ever; one of them has to notice."""
@@ -354,7 +386,8 @@ class Source:
             try:
                 await self._find_place(assignment)
                 await self._room.wait()
-                await self._read(assignment)
+                if assignment.accepts:
+                    await self._read(assignment)
                 backoff = Backoff()
             except IllegalStateError:
                 return  # a rebalance has begun
@@ -388,13 +421,19 @@ class Source:
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
+            await self._until_idle(assignment)  # what was read before the gap is published and committed before it
             await self._reset(assignment)
+
+    async def _until_idle(self, assignment: Assignment) -> None:
+        while not assignment.is_idle():
+            self._settled.clear()
+            await self._settled.wait()
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
         consumer = self._live_consumer()
         timeout_s = self._connection.request_timeout_s
-        committed = await asyncio.wait_for(consumer.committed(assignment.tp), timeout_s)
+        committed = await within(timeout_s, consumer.committed(assignment.tp))
         if committed is None:
             offset = await self._end_to_begin_at(assignment.tp)
             log.info("no committed offset", extra={"partition": _name(assignment.tp), "begin_at": offset})
@@ -416,20 +455,19 @@ class Source:
         )
         self._live_consumer().seek(assignment.tp, offset)
         assignment.is_out_of_range = False
-        assignment.delivered = offset
-        if not assignment.under_way:
-            assignment.acknowledged = offset
+        assignment.delivered = assignment.acknowledged = offset
+        self._acknowledged.set()
 
     async def _end_to_begin_at(self, tp: TopicPartition) -> int:
         consumer = self._live_consumer()
         find = consumer.beginning_offsets if self._auto_offset_reset == "earliest" else consumer.end_offsets
-        offsets: dict[TopicPartition, int] = await asyncio.wait_for(find([tp]), self._connection.request_timeout_s)
+        offsets: dict[TopicPartition, int] = await within(self._connection.request_timeout_s, find([tp]))
         return offsets[tp]
 
     async def _read(self, assignment: Assignment) -> None:
         # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
         # Nothing may be awaited between getmany and what follows: its position has moved.
-        limit = 1 if assignment.careful_reads else READ_RECORDS
+        limit = 1 if assignment.careful_reads else self._fair_share()
         fetched = await self._live_consumer().getmany(assignment.tp, timeout_ms=READ_TIMEOUT_MS, max_records=limit)
         self._health.well("read")
         records = fetched.get(assignment.tp)
@@ -439,12 +477,17 @@ class Source:
         assignment.careful_reads = max(0, assignment.careful_reads - 1)
         assignment.delivered = records[-1].offset + 1
         assignment.heard_at = now
-        assignment.waiting.append((records[0].offset, records[0].timestamp))
+        assignment.waiting.append((assignment.delivered, records[0].timestamp))
         self._batcher.add(assignment, records, now)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
         if len(self._batcher) >= self._capacity:
             self._room.clear()
         self._arrived.set()
+
+    def _fair_share(self) -> int:
+        """Records for one read: all partitions may read at once, and together they have but so much room."""
+        room = self._capacity - len(self._batcher)
+        return min(READ_RECORDS, max(LEAST_READ, room // max(1, len(self._readers))))
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
         """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""
@@ -478,7 +521,7 @@ class Source:
     async def _wait_for_arrival(self, timeout_s: float | None) -> None:
         self._arrived.clear()
         try:
-            await asyncio.wait_for(self._arrived.wait(), timeout_s)
+            await within(timeout_s, self._arrived.wait())
         except TimeoutError:
             return
 
@@ -499,7 +542,7 @@ class Source:
         """A last commit, which may have to wait for one that hangs."""
         with contextlib.suppress(TimeoutError):
             timeout_s = max(0.1, deadline - time.monotonic())
-            await asyncio.wait_for(self._commit(timeout_s), timeout_s)
+            await within(timeout_s, self._commit(timeout_s))
 
     async def _commit(self, timeout_s: float) -> bool:
         """Commits all that is acknowledged, newest offset alone; one commit at a time. False: to be tried again."""
@@ -514,7 +557,7 @@ class Source:
             started = time.monotonic()
             try:
                 offsets = {assignment.tp: offset for assignment, offset, _ in due}
-                await asyncio.wait_for(self._consumer.commit(offsets), max(0.1, timeout_s))
+                await within(max(0.1, timeout_s), self._consumer.commit(offsets))
             except (CommitFailedError, IllegalStateError):
                 self._metrics.kafka_errors.labels("commit").inc()
                 return True  # the group is rebalancing: the revocation decides
@@ -538,7 +581,7 @@ class Source:
                 continue
             partitions = list(self._assignments) or [TopicPartition(self._topics[0], 0)]
             try:
-                ends = await asyncio.wait_for(self._consumer.end_offsets(partitions), LAG_TIMEOUT_S)
+                ends = await within(LAG_TIMEOUT_S, self._consumer.end_offsets(partitions))
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("lag").inc()
                 self._health.trouble("kafka", unreachable(self._connection, error))
@@ -554,7 +597,7 @@ class Source:
         """Without a partition nobody reads, and aiokafka tells its troubles with the group to readers alone."""
         nowhere = TopicPartition(self._topics[0], NO_PARTITION)
         try:
-            await asyncio.wait_for(self._live_consumer().getmany(nowhere, timeout_ms=0), LAG_TIMEOUT_S)
+            await within(LAG_TIMEOUT_S, self._live_consumer().getmany(nowhere, timeout_ms=0))
         except (TimeoutError, IllegalStateError):
             return  # a rebalance is going on
         except KafkaError as error:
@@ -577,7 +620,7 @@ class Source:
 
     async def _position(self, assignment: Assignment) -> int | None:
         try:
-            position: int = await asyncio.wait_for(self._live_consumer().position(assignment.tp), 1)
+            position: int = await within(1, self._live_consumer().position(assignment.tp))
         except (*UNREACHABLE, IllegalStateError):
             return None
         return position
@@ -595,28 +638,39 @@ class Source:
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """aiokafka only logs what a listener raises; here it must not raise."""
+    """aiokafka only logs what a listener raises; here it ends the session."""
 
     def __init__(
         self,
         on_revoked: Callable[[set[TopicPartition]], Coroutine[Any, Any, None]],
         on_assigned: Callable[[set[TopicPartition]], Coroutine[Any, Any, None]],
+        fail: Callable[[BaseException], None],
     ) -> None:
         self._on_revoked = on_revoked
         self._on_assigned = on_assigned
+        self._fail = fail
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._on_revoked(revoked)
+        await self._called(self._on_revoked(revoked))
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        await self._on_assigned(assigned)
+        await self._called(self._on_assigned(assigned))
+
+    async def _called(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - whatever it is, the session must not go on without it
+            self._fail(error)
 
 
-async def _stopped(consumer: AIOKafkaConsumer, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(consumer.stop(), timeout_s)
-    except UNREACHABLE as error:
-        log.warning("the consumer did not stop in time", extra={"error": type(error).__name__})
+async def _leave(consumer: AIOKafkaConsumer) -> None:
+    """Leaves the group on another connection than the join that is under way, which keeps its own until it ends."""
+    coordinator, client = consumer._coordinator, consumer._client
+    if coordinator is None or coordinator.coordinator_id is None or coordinator._group_instance_id is not None:
+        return
+    request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
+    with contextlib.suppress(*UNREACHABLE):
+        await within(LEAVE_S, client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT))
 
 
 def _name(tp: TopicPartition) -> str:

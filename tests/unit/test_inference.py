@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from worker import inference as inference_module
 from worker.inference import KNOWN_GOOD, Inference, InferenceLost, Job
 from worker.metrics import Metrics
 from worker.model import Tokens
@@ -145,12 +146,34 @@ async def test_out_of_memory_halves_the_budget_and_goes_on() -> None:
     assert len(model.passes) == 4, "the smaller budget is kept"
 
 
-async def test_a_text_that_never_fits_into_memory_is_poison(model: Model) -> None:
+async def test_a_text_that_never_fits_into_memory_is_no_poison(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0))
     inference = await loaded(model)
     model.fault = only(lambda tokens: len(tokens) > 50, OutOfMemoryError())
-    job = await answers(inference, ["x" * 60, "good"])
-    assert job.answers[0] == "out of memory: OutOfMemoryError"
-    assert isinstance(job.answers[1], Sentiment)
+    with pytest.raises(InferenceLost, match="out of memory for a single text of 60 tokens"):
+        await answers(inference, ["x" * 60, "good"])
+
+
+async def test_memory_that_a_neighbour_gives_back_is_waited_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0, 0))
+    inference = await loaded(model)
+    failures = [OutOfMemoryError(), OutOfMemoryError()]
+
+    def short_of_memory(ids: Sequence[Sequence[int]]) -> None:
+        if failures:
+            raise failures.pop()
+
+    model.fault = short_of_memory
+    job = await answers(inference, ["x" * 60])
+    assert isinstance(job.answers[0], Sentiment)
+
+
+async def test_a_device_batch_that_fails_as_a_whole_is_the_device_s_fault(model: Model) -> None:
+    inference = await loaded(model)
+    good = [ord(letter) for letter in KNOWN_GOOD]
+    model.not_a_number = lambda tokens: tokens != good
+    with pytest.raises(InferenceLost, match="all 8 texts of a device batch fail"):
+        await answers(inference, [f"t{number}" for number in range(8)])
 
 
 async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:

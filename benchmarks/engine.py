@@ -1,0 +1,193 @@
+"""The engine without Kafka: `python -m benchmarks.engine TEXTS.csv` writes benchmarks/results/engine.{json,md}.
+
+With a randomly initialised network of the card's architecture, taking turns in every round:
+
+- card loop: the card's own function, one text after another;
+- pipeline: the Hugging Face pipeline with batch_size 32, texts in order of arrival;
+- ours, for each backend and number type: micro-batches of 512 texts, tokenized, sorted and scored;
+- the floor: the multiply-adds that the function needs, at the fastest product of matrices that torch was seen to do here.
+
+And what int8 and bfloat16 change: labels that agree with float32's, and the largest difference of a probability.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer, pipeline
+
+from benchmarks.common import CardLoop, machine, make_checkpoint, median, ratio, read_texts, write_results
+from worker.exported import is_installed
+from worker.model import SentimentModel
+from worker.network import PackedLinear, PlainLinear, seconds
+
+WINDOW = 512
+Speed = Callable[[Sequence[str]], float]
+
+
+def main() -> None:
+    options = parsed_options()
+    texts = read_texts(options.texts)
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = name
+        figures = measured(make_checkpoint(Path(name) / "card"), texts, options.rounds)
+    figures["agreement"] = {kind: agreement("builtin", kind, texts) for kind in number_types()}
+    write_results("engine", figures, table(figures))
+
+
+def parsed_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="CSV file with a column text")
+    parser.add_argument("--rounds", type=int, default=5, help="times that all take turns (default: 5)")
+    return parser.parse_args()
+
+
+def number_types() -> list[str]:
+    return ["bfloat16", *(["int8"] if is_installed() else [])]
+
+
+def engines() -> dict[str, dict[str, str]]:
+    """What to load for each of ours."""
+    wanted = {"torch float32": {"backend": "torch"}, "torch bfloat16": {"backend": "torch", "dtype": "bfloat16"}}
+    if is_installed():
+        wanted |= {"onnx float32": {"backend": "onnx"}, "onnx int8": {"dtype": "int8"}}
+    return wanted
+
+
+def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Texts per second of each by round, their ratios to the card's loop, and the floor."""
+    card, hugging_face = CardLoop(checkpoint), HuggingFacePipeline(checkpoint)
+    ours = {name: SentimentModel.load(str(checkpoint), device="cpu", **wanted) for name, wanted in engines().items()}
+    ways: dict[str, tuple[Speed, int]] = {"card loop": (card.speed, 256), "pipeline": (hugging_face.speed, 256)}
+    ways |= {name: (speed_of(model), 2_048) for name, model in ours.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):  # the first warms up
+        for name, (speed, count) in ways.items():
+            begin = turn * count % (len(texts) - count)
+            taken = speed(texts[begin : begin + count])
+            if turn:
+                speeds[name].append(taken)
+        print({name: round(values[-1]) for name, values in speeds.items() if values}, flush=True)
+    sample = texts[:400]
+    wanted = card.probabilities(sample)
+    peak = peak_flops()
+    floor = peak / flops_per_text(checkpoint, texts[: 4 * WINDOW])
+    return {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "texts_per_s": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
+        "over_card_loop": {name: ratio(values, speeds["card loop"]) for name, values in speeds.items()},
+        "budgets": {name: model.max_batch_tokens for name, model in ours.items()},
+        "peak_gflops": round(peak / 1e9, 1),
+        "floor_texts_per_s": round(floor, 1),
+        "over_floor": {name: round(median(speeds[name]) / floor, 3) for name in ours},
+        "difference": {name: compared(wanted, model.get_sentiment(sample, "proba")) for name, model in ours.items()},
+    }
+
+
+class HuggingFacePipeline:
+    def __init__(self, checkpoint: Path) -> None:
+        self._pipeline = pipeline(
+            "text-classification", model=str(checkpoint), device="cpu", function_to_apply="sigmoid"
+        )
+
+    def speed(self, texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        for _ in self._pipeline(list(texts), batch_size=32, top_k=None, truncation=True, max_length=512):
+            pass
+        return len(texts) / (time.perf_counter() - started)
+
+
+def speed_of(model: SentimentModel) -> Speed:
+    def speed(texts: Sequence[str]) -> float:
+        started = time.perf_counter()
+        for begin in range(0, len(texts), WINDOW):
+            model.score(texts[begin : begin + WINDOW])
+        return len(texts) / (time.perf_counter() - started)
+
+    return speed
+
+
+def compared(wanted: NDArray[np.float64], given: NDArray[np.float64]) -> dict[str, float]:
+    return {
+        "labels_that_agree": round(float((wanted.argmax(1) == given.argmax(1)).mean()), 4),
+        "largest_difference": float(np.abs(wanted - given).max()),
+    }
+
+
+def agreement(model: str, dtype: str, texts: Sequence[str]) -> dict[str, float]:
+    """On all texts, with a trained checkpoint."""
+    exact = SentimentModel.load(model, device="cpu", backend="torch")
+    other = SentimentModel.load(model, device="cpu", dtype=dtype)
+    return {"texts": len(texts), **compared(exact.get_sentiment(texts, "proba"), other.get_sentiment(texts, "proba"))}
+
+
+# The floor.
+
+
+def flops_per_text(checkpoint: Path, texts: Iterable[str]) -> float:
+    """Two for each multiply-add of the products; the last layer for [CLS] alone; no padding."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    lengths = np.array([len(ids) for ids in tokenizer(list(texts), truncation=True, max_length=512)["input_ids"]])
+    width, inner, earlier = config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
+    layer = lengths * (4 * width**2 + 2 * width * inner) + 2 * lengths**2 * width
+    last = lengths * 2 * width**2 + 2 * lengths * width + 2 * width**2 + 2 * width * inner
+    head = width**2 + width * config.num_labels
+    return float(2 * (earlier * layer + last + head).mean())
+
+
+def peak_flops() -> float:
+    """Operations per second of the fastest float32 product seen: square ones, and the network's own shape, packed or not."""
+    rates = []
+    for size in (1_024, 2_048):
+        matrix = torch.randn(size, size)
+        rates.append(2 * size**3 / seconds(torch.mm, matrix, matrix))
+    weight, bias, rows = torch.randn(936, 312), torch.randn(936), torch.randn(1_024, 312)
+    for kind in (PlainLinear, PackedLinear):
+        product = kind(weight, bias, False)
+        with torch.inference_mode():
+            rates.append(2 * 1_024 * 312 * 936 / seconds(product, rows))
+    return max(rates)
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = [
+        f"Machine: {figures['machine']}; {figures['threads']} threads. Random network of the card's architecture, unique "
+        f"texts, medians of {len(figures['texts_per_s']['card loop'])} rounds in turn (least to most).",
+        "",
+        "| engine | texts/s | over the card's loop | over the floor | labels that agree | largest difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in figures["texts_per_s"].items():
+        over = figures["over_card_loop"][name]
+        difference = figures["difference"].get(name, {})
+        lines.append(
+            f"| {name} | {median(values):.0f} | {over['median']} ({over['min']} to {over['max']}) | "
+            f"{figures['over_floor'].get(name, '')} | {difference.get('labels_that_agree', '')} | "
+            f"{difference.get('largest_difference', '')} |"
+        )
+    lines += [
+        "",
+        f"Floor: {figures['floor_texts_per_s']:.0f} texts/s at {figures['peak_gflops']:.0f} GFLOP/s, the fastest float32 "
+        "product that torch did in the same run.",
+        "",
+        "| number type, builtin checkpoint | texts | labels that agree with float32 | largest difference |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {kind} | {each['texts']} | {each['labels_that_agree']:.2%} | {each['largest_difference']:.4f} |"
+            for kind, each in figures["agreement"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

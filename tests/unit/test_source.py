@@ -1,0 +1,281 @@
+"""What the source does at the edges of a rebalance, with a consumer that answers exactly when the test says."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import CommitFailedError, RequestTimedOutError
+
+from worker.cluster import Connection
+from worker.health import Health
+from worker.metrics import Metrics
+from worker.settings import WrongSetting
+from worker.source import Source
+
+TP = TopicPartition("t", 0)
+
+
+@dataclass
+class FakeConsumer:
+    """Partitions of records without end. As in aiokafka, all readers of a partition share its position."""
+
+    records_per_read: int = 10
+    last_offset: int = 10**6
+    committed_at: int | None = 0
+    commit_error: Exception | None = None
+    timestamp: int = 0
+    positions: dict[TopicPartition, int] = field(default_factory=dict)
+    commits: list[dict[TopicPartition, int]] = field(default_factory=list)
+    reading: asyncio.Event = field(default_factory=asyncio.Event)
+    knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
+    commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_error: BaseException | None = None
+    _coordinator: Any = None
+    _client: Any = None
+
+    def __post_init__(self) -> None:
+        for event in (self.reading, self.knows_committed, self.commit_may_end):
+            event.set()
+
+    def subscribe(self, topics: Any, listener: Any) -> None:
+        self.listener = listener
+
+    def seek(self, tp: TopicPartition, offset: int) -> None:
+        self.positions[tp] = offset
+
+    async def committed(self, _: TopicPartition) -> int | None:
+        await self.knows_committed.wait()
+        return self.committed_at
+
+    async def beginning_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(tps, 500)
+
+    async def end_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(tps, self.last_offset)
+
+    async def position(self, tp: TopicPartition) -> int:
+        return self.positions[tp]
+
+    async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        await self.reading.wait()
+        await asyncio.sleep(0)
+        begin = self.positions.get(tp, 0)
+        count = min(self.records_per_read, max_records, self.last_offset - begin)
+        if count <= 0:
+            await asyncio.sleep(0.01)
+            return {}
+        self.positions[tp] = begin + count
+        places = range(begin, begin + count)
+        return {tp: [SimpleNamespace(offset=offset, timestamp=self.timestamp) for offset in places]}
+
+    async def commit(self, offsets: dict[TopicPartition, int]) -> None:
+        await self.commit_may_end.wait()
+        if self.commit_error:
+            raise self.commit_error
+        self.commits.append(offsets)
+
+    async def stop(self) -> None:
+        if self.stop_error:
+            raise self.stop_error
+
+
+@dataclass
+class Stage:
+    source: Source
+    consumer: FakeConsumer
+    metrics: Metrics
+    health: Health
+    run: asyncio.Task[None]
+
+    async def assign(self, *tps: TopicPartition) -> None:
+        await self.consumer.listener.on_partitions_assigned(set(tps))
+
+    async def revoke(self, *tps: TopicPartition) -> None:
+        await self.consumer.listener.on_partitions_revoked(set(tps))
+
+    async def take(self) -> list[Any]:
+        chunks = await asyncio.wait_for(self.source.next_batch(), 5)
+        assert chunks
+        return chunks
+
+    def acknowledge(self, chunks: list[Any]) -> None:
+        for assignment, records in chunks:
+            self.source.acknowledge(assignment, records[-1].offset + 1, len(records))
+
+
+async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
+    metrics, health = Metrics("test"), Health()
+    source = Source(Connection(("x:1",)), topics=["t"], group_id="g", metrics=metrics, health=health, **settings)
+
+    async def started() -> FakeConsumer:
+        return consumer
+
+    source._started_consumer = started  # type: ignore[method-assign, assignment]
+    run = asyncio.create_task(source.run())
+    await asyncio.sleep(0.01)
+    return Stage(source, consumer, metrics, health, run)
+
+
+@pytest.fixture
+async def consumer() -> AsyncIterator[FakeConsumer]:
+    yield FakeConsumer()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+async def until(condition: Any, seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_reader_does_not_outlive_its_revocation(consumer: FakeConsumer, turns: int) -> None:
+    """Its next read would take the next assignment's records. The committed offset arrives just before the revocation."""
+    consumer.committed_at, consumer.last_offset = 100, 120
+    consumer.knows_committed.clear()
+    consumer.reading.clear()
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    reader = stage.source._readers[stage.source._assignments[TP]]
+    await asyncio.sleep(0.01)
+    consumer.knows_committed.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await stage.revoke(TP)
+    assert reader.done()
+    await stage.assign(TP)
+    consumer.reading.set()
+    await until(lambda: len(stage.source._batcher) == 20)
+    offsets = [record.offset for _, records in await stage.take() for record in records]
+    assert offsets == list(range(100, 120))
+
+
+async def test_a_fault_during_a_revocation_keeps_its_name(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    revoking = asyncio.create_task(stage.revoke(TP))
+    await asyncio.sleep(0.01)
+    stage.source._fail(WrongSetting("no"))
+    await asyncio.sleep(0.01)
+    stage.acknowledge(chunks)
+    await asyncio.wait({revoking, stage.run}, timeout=5)
+    with pytest.raises(WrongSetting, match="no"):
+        stage.run.result()
+    assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
+
+
+async def test_an_error_in_a_rebalance_ends_the_session(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka would log it, and go on without the revocation."""
+    stage = await staged(consumer)
+    await stage.assign(TP)
+
+    def fail(*_: object) -> None:
+        raise LookupError("broken")
+
+    monkeypatch.setattr(stage.metrics, "forget_partition", fail)
+    await stage.revoke(TP)
+    await asyncio.wait({stage.run}, timeout=5)
+    assert isinstance(stage.run.exception(), LookupError)
+
+
+async def test_commits_that_fail_do_not_keep_a_session_from_ending(consumer: FakeConsumer) -> None:
+    consumer.commit_error = CommitFailedError("rebalancing")
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    for _ in range(20):
+        stage.acknowledge(await stage.take())
+        await asyncio.sleep(0)
+    stage.source._fail(WrongSetting("twin"))
+    await asyncio.wait({stage.run}, timeout=5)
+    assert isinstance(stage.run.exception(), WrongSetting)
+
+
+async def test_what_cannot_be_committed_at_the_end_is_told(consumer: FakeConsumer) -> None:
+    consumer.commit_may_end.clear()
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    assert await stage.source.close(0.2) > 0
+
+
+async def test_everything_committed_at_the_end_leaves_nothing(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    assert await stage.source.close(1) == 0
+
+
+async def test_a_stop_that_is_cancelled_inside_of_the_client_is_a_stop(consumer: FakeConsumer) -> None:
+    consumer.stop_error = asyncio.CancelledError()
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await stage.source.close(1)
+    await asyncio.wait({stage.run}, timeout=5)
+    assert stage.run.exception() is None
+
+
+async def test_many_partitions_read_no_further_ahead_than_few(consumer: FakeConsumer) -> None:
+    consumer.records_per_read = 1_000
+    stage = await staged(consumer, max_batch_texts=512)
+    await stage.assign(*(TopicPartition("t", number) for number in range(40)))
+    await asyncio.sleep(0.2)
+    assert 512 <= len(stage.source._batcher) < 2_048  # not 40,000
+
+
+async def test_lag_in_seconds_is_that_of_the_oldest_record_that_is_not_committed(consumer: FakeConsumer) -> None:
+    consumer.timestamp = int((time.time() - 10_000) * 1000)
+    consumer.last_offset = 10
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    consumer.timestamp = int(time.time() * 1000)
+    consumer.last_offset = 12
+    await until(lambda: len(stage.source._batcher) == 2)
+    await stage.source._measure(stage.source._assignments[TP], 12)
+    assert stage.metrics.lag_records.labels("t", 0)._value.get() == 2
+    assert stage.metrics.lag_seconds.labels("t", 0)._value.get() < 60
+
+
+async def test_a_gap_waits_until_what_was_read_before_it_is_done(consumer: FakeConsumer) -> None:
+    consumer.last_offset = 10
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    assignment = stage.source._assignments[TP]
+    assignment.is_out_of_range = True
+    await asyncio.sleep(0.05)
+    assert assignment.acknowledged == 0
+    assert consumer.positions[TP] == 10
+    stage.acknowledge(chunks)
+    consumer.last_offset = 510
+    await until(lambda: not assignment.is_out_of_range)
+    await until(lambda: {TP: 500} in consumer.commits)
+    assert (await stage.take())[0][1][0].offset == 500
+
+
+async def test_troubles_with_partitions_end_with_the_last_one(consumer: FakeConsumer) -> None:
+    consumer.commit_error = RequestTimedOutError()
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await until(lambda: "commit" in (stage.health.why_not_ready() or ""))
+    await stage.revoke(TP)
+    await stage.assign()
+    assert stage.health.why_not_ready() is None
+
+
+async def test_nothing_gathered_is_left_after_a_revocation(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: stage.metrics.queue_depth["gather"]._value.get() > 0)
+    await stage.revoke(TP)
+    assert stage.metrics.queue_depth["gather"]._value.get() == 0

@@ -1,0 +1,49 @@
+"""Deadlines and cancelling."""
+
+import asyncio
+
+import pytest
+
+from worker.tasks import cancelled, within
+
+
+async def test_within_answers_or_is_too_late() -> None:
+    assert await within(1, asyncio.sleep(0, "answer")) == "answer"
+    assert await within(None, asyncio.sleep(0, "answer")) == "answer"
+    with pytest.raises(TimeoutError):
+        await within(0.01, asyncio.sleep(10))
+
+
+async def test_a_cancel_is_not_swallowed_by_an_answer_that_is_just_there() -> None:
+    answer = asyncio.get_running_loop().create_future()
+
+    async def wait_twice() -> None:
+        await within(10, answer)
+        await asyncio.sleep(10)
+
+    task = asyncio.create_task(wait_twice())
+    await asyncio.sleep(0)
+    answer.set_result(None)
+    task.cancel()
+    await asyncio.wait({task}, timeout=1)
+    assert task.cancelled()
+
+
+async def test_cancelled_cancels_until_it_works() -> None:
+    misses = 2
+
+    async def stubborn() -> None:
+        nonlocal misses
+        while True:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                if not misses:
+                    raise
+                misses -= 1
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    await cancelled([task])
+    assert task.cancelled()
+    await cancelled([])

@@ -1,0 +1,249 @@
+"""``sentiment-worker bench``: this machine's speed with this model, and the settings to use. No Kafka."""
+
+import csv
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import orjson
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from worker.backend import BackendError
+from worker.exported import is_installed
+from worker.model import BUILTIN, SentimentModel
+from worker.settings import BenchSettings, WrongSetting
+from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS
+
+WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
+BATCHES: Final = (1, 8, 32, 128, 512)
+SAMPLE: Final = 2_048  # texts on which labels are compared
+
+log = logging.getLogger(__name__)
+Step = Callable[[str], None]
+
+
+class Engine(NamedTuple):
+    """What to load. ``is_exact``: its labels are those of float32 on a CPU."""
+
+    backend: str
+    dtype: str
+    is_exact: bool
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.dtype}"
+
+
+@dataclass
+class Measured:
+    """Texts per second by token budget, and how many labels are those of the first engine's."""
+
+    engine: Engine
+    texts_per_s: dict[int, float]
+    agreement: float
+
+    @property
+    def budget(self) -> int:
+        return max(self.texts_per_s, key=lambda budget: self.texts_per_s[budget])
+
+    @property
+    def speed(self) -> float:
+        return self.texts_per_s[self.budget]
+
+
+@dataclass
+class Report:
+    model: str
+    device: str
+    threads: int
+    texts: int
+    engines: list[Measured] = field(default_factory=list)
+    latency_ms: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Measured:
+        """The fastest of the exact ones."""
+        return max((each for each in self.engines if each.engine.is_exact), key=lambda each: each.speed)
+
+    def settings(self) -> str:
+        """Lines for the file of ``--config``."""
+        best = self.best
+        lines = [
+            f'device = "{self.device.partition(":")[0]}"', f'backend = "{best.engine.backend}"',
+            f'dtype = "{best.engine.dtype}"', f"max_batch_tokens = {best.budget}",
+        ]  # fmt: skip
+        if self.device == "cpu":
+            lines.append(f"cpu_threads = {self.threads}")
+        return "\n".join(lines)
+
+    def hours_per_million(self) -> float:
+        return 1e6 / self.best.speed / 3600
+
+    def as_json(self) -> bytes:
+        engines = [
+            {**each.engine._asdict(), "texts_per_s": {str(k): round(v, 1) for k, v in each.texts_per_s.items()},
+             "agreement": round(each.agreement, 6)} for each in self.engines
+        ]  # fmt: skip
+        answer = asdict(self) | {
+            "engines": engines,
+            "latency_ms": {str(size): round(ms, 3) for size, ms in self.latency_ms.items()},
+            "settings": self.settings(),
+            "hours_per_million": round(self.hours_per_million(), 4),
+        }
+        return orjson.dumps(answer, option=orjson.OPT_INDENT_2)
+
+
+def run(settings: BenchSettings) -> int:
+    """Measures and prints. Blocks for a minute or so; answers with the exit code. Raises UsersMistake."""
+    texts = _texts(settings.file)
+    with _progress(settings.json_output) as step:
+        report = measure(settings, texts, step)
+    if settings.json_output:
+        sys.stdout.buffer.write(report.as_json() + b"\n")
+    else:
+        _print(report)
+    return 0
+
+
+def measure(settings: BenchSettings, texts: Sequence[str], step: Step) -> Report:
+    """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
+    first = _load(settings, Engine("torch", "float32", True))
+    report = Report(first.name, str(first.device), torch.get_num_threads(), len(texts))
+    sample = list(texts[:SAMPLE])
+    wanted = first.get_sentiment(sample)
+    models: dict[Engine, SentimentModel] = {}
+    for engine in _engines(str(first.device)):
+        try:
+            model = first if engine == ("torch", "float32", True) else _load(settings, engine)
+        except BackendError as error:
+            log.info("%s is left out: %s", engine, error)
+            continue
+        models[engine] = model
+        agreement = sum(map(str.__eq__, wanted, model.get_sentiment(sample))) / len(sample)
+        report.engines.append(Measured(engine, {}, agreement))
+        for budget in _budgets(model):
+            step(f"{engine}, {budget} tokens")
+            model.max_batch_tokens = budget
+            report.engines[-1].texts_per_s[budget] = _texts_per_s(model, texts, settings.seconds)
+    best = models[report.best.engine]
+    best.max_batch_tokens = report.best.budget
+    for size in BATCHES:
+        step(f"latency of {size} texts")
+        report.latency_ms[size] = _latency_ms(best, texts[:size] if size <= len(texts) else texts, settings.seconds)
+    return report
+
+
+def _load(settings: BenchSettings, engine: Engine) -> SentimentModel:
+    return SentimentModel.load(
+        settings.model,
+        revision=settings.revision,
+        activation=settings.activation,
+        device=settings.device,
+        dtype=engine.dtype,
+        backend=engine.backend,
+        cpu_threads=settings.cpu_threads,
+    )
+
+
+def _engines(device: str) -> Iterator[Engine]:
+    yield Engine("torch", "float32", True)
+    if device != "cpu":
+        yield from (Engine("torch", "bfloat16", False), Engine("torch", "float16", False))
+        return
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        yield Engine("torch", "bfloat16", False)
+    if is_installed():
+        yield from (Engine("onnx", "float32", True), Engine("onnx", "int8", False))
+
+
+def _budgets(model: SentimentModel) -> list[int]:
+    budgets = CUDA_BUDGETS if model.device.type == "cuda" else CPU_BUDGETS[:-1]
+    return [budget for budget in budgets if budget >= model.max_tokens] or [model.max_tokens]
+
+
+def _texts_per_s(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:
+    windows = cycle([texts[begin : begin + WINDOW] for begin in range(0, len(texts), WINDOW)])
+    model.score(next(windows))
+    done, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or not done:
+        window = next(windows)
+        model.score(window)
+        done += len(window)
+    return done / passed if passed >= seconds else done / (time.perf_counter() - started)
+
+
+def _latency_ms(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:
+    """The median of the time that a batch takes, from texts to results."""
+    took: list[float] = []
+    while not took or (sum(took) < seconds and len(took) < 200):
+        started = time.perf_counter()
+        model.score(texts)
+        took.append(time.perf_counter() - started)
+    return 1000 * sorted(took)[len(took) // 2]
+
+
+def _texts(file: Path | None) -> list[str]:
+    """The file's lines, else the reviews that ship with the package; repeated until there are enough for a window."""
+    if file is None:
+        with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as reviews:
+            texts = [row["text"] for row in csv.DictReader(reviews)]
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise WrongSetting(f"file = {file} cannot be read: {error.strerror}") from None
+        texts = [line for line in lines if line.strip()]
+        if not texts:
+            raise WrongSetting(f"file = {file} has no line with a text; it should have one text a line")
+    return list(islice(cycle(texts), max(WINDOW, len(texts))))
+
+
+@contextmanager
+def _progress(is_quiet: bool) -> Iterator[Step]:
+    with Progress(console=Console(stderr=True), disable=is_quiet, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def step(what: str) -> None:
+            bar.update(task, description=what)
+
+        yield step
+
+
+def _print(report: Report) -> None:
+    console = Console()
+    console.print(f"{report.model} on {report.device}, {report.threads} CPU threads, {report.texts} texts")
+    console.print(_speeds(report))
+    console.print(_latencies(report))
+    console.print("Settings for this machine, as lines of the file that --config names:\n", style="bold")
+    console.print(report.settings() + "\n", markup=False, highlight=False)
+    quick = max(report.engines, key=lambda each: each.speed)
+    if not quick.engine.is_exact:
+        console.print(
+            f'dtype = "{quick.engine.dtype}" is {quick.speed / report.best.speed:.1f} times as fast; '
+            f"{quick.agreement:.2%} of its labels are the same."
+        )
+    console.print(f"A million texts take {report.hours_per_million():.2f} hours of this machine.")
+
+
+def _speeds(report: Report) -> Table:
+    budgets = sorted({budget for each in report.engines for budget in each.texts_per_s})
+    table = Table("texts/s by token budget", *map(str, budgets), "same labels")
+    for each in report.engines:
+        cells = [f"{each.texts_per_s[b]:,.0f}" if b in each.texts_per_s else "" for b in budgets]
+        table.add_row(str(each.engine), *cells, f"{each.agreement:.2%}")
+    return table
+
+
+def _latencies(report: Report) -> Table:
+    table = Table("texts in a batch", *map(str, report.latency_ms))
+    table.add_row(f"ms, {report.best.engine}", *(f"{ms:.1f}" for ms in report.latency_ms.values()))
+    return table
