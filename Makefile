@@ -8,14 +8,22 @@ TORCH ?= default
 TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
+LOCK ?= dev
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test bench compare check format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# The peers cap what the worker has newer, hence an environment of their own.
+bench:
+	$(MAKE) VENV=$(VENV)-bench LOCK=bench compare
+
+compare: $(INSTALLED)
+	$(BIN)/python -m benchmarks.end_to_end $(TEXTS) $(BENCH)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -31,7 +39,7 @@ lock: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/uv: requirements/uv.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -39,9 +47,9 @@ $(BIN)/uv: requirements/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	touch $@
 
-$(INSTALLED): $(BIN)/uv pyproject.toml requirements/dev.txt requirements/torch.txt
+$(INSTALLED): $(BIN)/uv pyproject.toml requirements/$(LOCK).txt requirements/torch.txt
 	@echo "Installing into $(VENV) ..."
-	$(UV) --require-hashes -r requirements/dev.txt
+	$(UV) --require-hashes -r requirements/$(LOCK).txt
 ifeq ($(TORCH),cpu)
 	$(UV) --torch-backend=cpu --constraint requirements/torch.txt torch==$(TORCH_VERSION) || \
 	  { echo "torch's CPU channel cannot be reached; taking the plain package"; \

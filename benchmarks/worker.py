@@ -11,12 +11,8 @@ It starts a Kafka as the tests do. Nothing else should run on the machine.
 
 import argparse
 import asyncio
-import csv
 import json
-import os
-import platform
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,21 +28,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
 )
 
+from benchmarks.common import WINDOW, alive, event, machine, make_checkpoint, ratio, read_texts, write
 from tests.broker import Broker, start_broker
-from tests.checkpoint import TOKENIZER
-from tests.process import WorkerProcess, workers_in
-from tests.topics import Kafka, Record, Topics
+from tests.process import workers_in
+from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
 from worker.inference import Inference
 from worker.metrics import Metrics
 from worker.model import SentimentModel
 
-RESULTS = Path(__file__).parent / "results"
-WINDOW = 512
 LINGER_MS = 10
 
 
@@ -66,10 +58,7 @@ def main() -> None:
             }
         finally:
             broker.close()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "worker.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (RESULTS / "worker.md").write_text(table(figures))
-    print(table(figures))
+    write("worker", figures, table(figures))
 
 
 def parsed_options() -> argparse.Namespace:
@@ -79,21 +68,6 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="times that the three take turns (default: 3)")
     parser.add_argument("--seconds", type=float, default=40, help="of light load, s (default: 40)")
     return parser.parse_args()
-
-
-def read_texts(path: Path) -> list[str]:
-    """Unique texts, shuffled with a fixed seed."""
-    with path.open(encoding="utf-8", newline="") as file:
-        texts = sorted({row["text"] for row in csv.DictReader(file) if row["text"].strip()})
-    random.Random(0).shuffle(texts)
-    return texts
-
-
-def make_checkpoint(folder: Path) -> Path:
-    shutil.copytree(TOKENIZER, folder)
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig.from_pretrained(TOKENIZER)).save_pretrained(folder)
-    return folder
 
 
 # Backlog.
@@ -119,11 +93,6 @@ def backlog(
         "worker / card loop": ratio(worker, speeds["card loop"]),
         "worker / engine": ratio(worker, speeds["engine"]),
     }
-
-
-def ratio(some: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    ratios = sorted(one / other for one, other in zip(some, others, strict=True))
-    return {"median": round(statistics.median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
 
 
 class CardLoop:
@@ -173,15 +142,6 @@ def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence
     )
     later = [moment for moment in published if moment > published[0]]
     return len(later) / (published[-1] - published[0])
-
-
-def event(number: int, text: str) -> Record:
-    return Record(key=str(number).encode(), value=json.dumps({"id": number, "text": text}).encode())
-
-
-def alive(worker: WorkerProcess) -> bool:
-    assert worker.is_running, worker.output[-2000:]
-    return True
 
 
 # Light load.
@@ -245,17 +205,6 @@ def help_seconds() -> dict[str, float]:
             times.append(time.perf_counter() - started)
         answers[" ".join(words)] = round(statistics.median(times), 3)
     return answers
-
-
-def machine(broker: Broker) -> dict[str, Any]:
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-        flags = next((line for line in lines if line.startswith("flags")), "").split()
-        model += ", " + "/".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags)
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "broker": broker.kind}
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -1,0 +1,82 @@
+"""What the benchmarks share: texts, a checkpoint, events, ratios, the machine, and where results go."""
+
+import csv
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from tests.broker import Broker
+from tests.checkpoint import TOKENIZER
+from tests.topics import Record
+
+RESULTS = Path(__file__).parent / "results"
+WINDOW = 512
+
+
+class Process(Protocol):
+    """What runs in a benchmark: the worker or a peer."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def is_running(self) -> bool: ...
+    @property
+    def output(self) -> str: ...
+    def terminate(self) -> int: ...
+
+
+def read_texts(path: Path) -> list[str]:
+    """Unique texts, shuffled with a fixed seed."""
+    with path.open(encoding="utf-8", newline="") as file:
+        texts = sorted({row["text"] for row in csv.DictReader(file) if row["text"].strip()})
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def make_checkpoint(folder: Path) -> Path:
+    shutil.copytree(TOKENIZER, folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig.from_pretrained(TOKENIZER)).save_pretrained(folder)
+    return folder
+
+
+def ratio(some: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    ratios = sorted(one / other for one, other in zip(some, others, strict=True))
+    return {"median": round(statistics.median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
+
+
+def event(number: int, text: str) -> Record:
+    return Record(key=str(number).encode(), value=json.dumps({"id": number, "text": text}).encode())
+
+
+def alive(process: Process) -> bool:
+    assert process.is_running, process.output[-2000:]
+    return True
+
+
+def machine(broker: Broker) -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        flags = next((line for line in lines if line.startswith("flags")), "").split()
+        model += ", " + "/".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags)
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "broker": broker.kind}
+
+
+def write(name: str, figures: dict[str, Any], table: str) -> None:
+    """Puts figures and their table into `results/`, and prints the table."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(table)
+    print(table)

@@ -1,0 +1,322 @@
+"""The worker beside its peers on a real Kafka: `python -m benchmarks.end_to_end TEXTS.csv`.
+
+Writes benchmarks/results/end_to_end.{json,md}. Each reads the same backlog of unique texts from 4 partitions, in a
+process of its own; in each round all take turns, in another order each time. Ratios are medians over the rounds.
+
+- model: a randomly initialised network of the card's architecture; the peers with transformers by the book (hf) and with
+  this project's own model class (ours).
+- plumbing: a model that costs nothing.
+
+All are measured from outside and in the same way: the ends of the output topic's partitions, asked every 50 ms. Speed is the
+slope from the first sample with a tenth of the results to the first with nine tenths; CPU is what the process used between
+the same two. So neither start nor loading counts, nor what a pipeline has finished beforehand: it is as full at both ends.
+The model's backend, threads and token budget are the same for all: what it measures at its own start differs by chance.
+
+Afterwards every event must have its result, under its own key.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from confluent_kafka.admin import OffsetSpec
+
+from benchmarks.common import WINDOW, Process, alive, event, machine, make_checkpoint, ratio, read_texts, write
+from tests.broker import Broker, start_broker
+from tests.process import WorkerProcess, environment
+from tests.topics import Kafka, Record, Topics
+
+PARTITIONS = 4
+INTERVAL_S = 0.05
+DEADLINE_S = 900
+TICKS = os.sysconf("SC_CLK_TCK")
+VERSIONS = ("faststream", "quixstreams", "confluent-kafka", "aiokafka", "torch", "transformers")
+PLUMBING_BATCH = 2_000
+
+Start = Callable[[Path, str, Topics], Process]
+"""Folder for its output, bootstrap, topics → the running process."""
+
+
+class Speed(NamedTuple):
+    events_per_s: float
+    cpu_s_per_1000: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What takes turns over the same events; the first is the worker."""
+
+    name: str
+    records: Sequence[Record]
+    contestants: dict[str, Start]
+
+
+def main() -> None:
+    options = parsed_options()
+    texts = read_texts(options.texts)
+    with tempfile.TemporaryDirectory() as name, closing(start_broker()) as broker:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder / "card")
+        engine = {name: getattr(options, name) for name in ("backend", "cpu_threads", "max_batch_tokens")}
+        cases = [model_case(checkpoint, texts, options.events, engine), plumbing_case(texts, options.plumbing_events)]
+        figures = {
+            "machine": {**machine(broker), "versions": versions()},
+            "engine": engine,
+            "rounds": options.rounds,
+            "cases": {case.name: compare(case, broker, folder, options.rounds) for case in cases if case.records},
+        }
+    write("end_to_end", figures, table(figures))
+
+
+def parsed_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="CSV file with a column text")
+    parser.add_argument("--events", type=int, default=20_000, help="events with a model; 0: none (default: 20000)")
+    parser.add_argument("--plumbing-events", type=int, default=200_000, help="without; 0: none (default: 200000)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that all take turns (default: 5)")
+    parser.add_argument("--backend", choices=("torch", "onnx"), default="torch", help="(default: torch)")
+    parser.add_argument("--cpu-threads", type=int, default=os.cpu_count(), help="(default: the cores)")
+    parser.add_argument("--max-batch-tokens", type=int, default=1024, help="(default: 1024)")
+    return parser.parse_args()
+
+
+# Who takes part.
+
+
+def model_case(checkpoint: Path, texts: Sequence[str], events: int, engine: dict[str, object]) -> Case:
+    contestants = {
+        "worker": worker("worker", model=checkpoint, **engine),
+        "faststream + hf": peer("faststream", "hf", WINDOW, model=checkpoint, **engine),
+        "quix + hf": peer("quix", "hf", WINDOW, model=checkpoint, **engine),
+        "faststream + ours": peer("faststream", "ours", WINDOW, model=checkpoint, **engine),
+        "quix + ours": peer("quix", "ours", WINDOW, model=checkpoint, **engine),
+    }
+    return Case("model", records(texts, events), contestants)
+
+
+def plumbing_case(texts: Sequence[str], events: int) -> Case:
+    contestants = {
+        "worker": worker("benchmarks.costless"),
+        "faststream": peer("faststream", "costless", PLUMBING_BATCH),
+        "quix": peer("quix", "costless", PLUMBING_BATCH),
+    }
+    return Case("plumbing", records(texts, events), contestants)
+
+
+def records(texts: Sequence[str], events: int) -> list[Record]:
+    """So many events, no text twice: from the second time on a text has a number."""
+    rounds = (divmod(number, len(texts)) for number in range(events))
+    return [event(number, texts[at] + (f" {times}" if times else "")) for number, (times, at) in enumerate(rounds)]
+
+
+def worker(module: str, **settings: object) -> Start:
+    def start(folder: Path, bootstrap: str, topics: Topics) -> Process:
+        return WorkerProcess(
+            folder,
+            module,
+            bootstrap_servers=bootstrap,
+            input_topics=topics.input,
+            output_topic=topics.output,
+            dead_letter_topic=topics.dead_letters,
+            group_id=topics.group,
+            cache_size=0,
+            max_batch_texts=WINDOW,
+            **settings,
+        )
+
+    return start
+
+
+def peer(name: str, engine: str, batch: int, **more: object) -> Start:
+    def start(folder: Path, bootstrap: str, topics: Topics) -> Process:
+        flags = {"engine": engine, "bootstrap": bootstrap, "input": topics.input, "output": topics.output}
+        return PeerProcess(folder, name, {**flags, "group": topics.group, "batch": batch, **more})
+
+    return start
+
+
+class PeerProcess:
+    """`python -m benchmarks.peers` with these flags; prints into a file in `folder`."""
+
+    def __init__(self, folder: Path, name: str, flags: dict[str, object]) -> None:
+        words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+        self._output = folder / f"{flags['group']}.out"
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.peers", name, *words],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(), cwd=folder,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def terminate(self, seconds: float = 60) -> int:
+        self._process.terminate()
+        return self._process.wait(seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+# Measuring.
+
+
+def compare(case: Case, broker: Broker, folder: Path, rounds: int) -> dict[str, Any]:
+    """Speeds and CPU of each by round, and the worker's over each peer's."""
+    speeds: dict[str, list[Speed]] = {name: [] for name in case.contestants}
+    for turn in range(rounds):
+        order = random.Random(turn).sample(list(case.contestants), len(case.contestants))
+        for name in order:
+            speeds[name].append(measured(case.contestants[name], broker, folder, case.records))
+            print(case.name, turn + 1, name, *(round(value, 3) for value in speeds[name][-1]), flush=True)
+    return summary(speeds, len(case.records))
+
+
+def summary(speeds: dict[str, list[Speed]], events: int) -> dict[str, Any]:
+    own, *peers = speeds
+    return {
+        "events": events,
+        "events_per_s": {name: [round(turn.events_per_s, 1) for turn in turns] for name, turns in speeds.items()},
+        "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
+        "speed, worker / peer": {peer: ratio(column(speeds[own], 0), column(speeds[peer], 0)) for peer in peers},
+        "CPU, worker / peer": {peer: ratio(column(speeds[own], 1), column(speeds[peer], 1)) for peer in peers},
+    }
+
+
+def column(turns: Sequence[Speed], which: int) -> list[float]:
+    return [turn[which] for turn in turns]
+
+
+def measured(start: Start, broker: Broker, folder: Path, sent: Sequence[Record]) -> Speed:
+    """One turn on topics of its own; AssertionError if an event has no result under its key."""
+    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
+    kafka.create_all(topics, PARTITIONS)
+    kafka.send(topics.input, sent)
+    with running(start(folder, broker.bootstrap, topics)) as process:
+        speed = slope(process, Ends(kafka, topics.output), len(sent))
+        process.terminate()
+    check(kafka.read(topics.output), sent)
+    for name in (topics.input, topics.output, topics.dead_letters):
+        kafka.delete(name)
+    return speed
+
+
+@contextmanager
+def running(process: Any) -> Iterator[Any]:
+    """Ends the process, whatever becomes of the turn."""
+    try:
+        yield process
+    finally:
+        if process.is_running:
+            process.kill()
+
+
+class Ends:
+    """The ends of a topic's partitions, with one request each time."""
+
+    def __init__(self, kafka: Kafka, topic: str) -> None:
+        self._admin = kafka.admin
+        self._asked = {place: OffsetSpec.latest() for place in kafka.partitions(topic)}
+
+    def count(self) -> int:
+        """Records ever published to the topic."""
+        return sum(answer.result(30).offset for answer in self._admin.list_offsets(self._asked).values())
+
+
+def slope(process: Process, ends: Ends, events: int) -> Speed:
+    """Blocks until all results are there; AssertionError if the process ends or takes too long."""
+    first = sample_at(process, ends, events // 10)
+    last = sample_at(process, ends, events * 9 // 10)
+    sample_at(process, ends, events)
+    results = last.results - first.results
+    return Speed(results / (last.at - first.at), 1000 * (last.cpu_s - first.cpu_s) / results)
+
+
+class Sample(NamedTuple):
+    at: float
+    results: int
+    cpu_s: float
+
+
+def sample_at(process: Process, ends: Ends, results: int) -> Sample:
+    """The first sample with so many results."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (count := ends.count()) < results:
+        assert alive(process)
+        assert time.monotonic() < deadline, f"{count} of {results} results:\n{process.output[-2000:]}"
+        time.sleep(INTERVAL_S)
+    return Sample(time.monotonic(), count, cpu_seconds(process.pid))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What all threads of a process have used so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def check(results: Sequence[Record], sent: Sequence[Record]) -> None:
+    found = {(record.key, json.loads(record.value or b"")["id"]) for record in results}
+    expected = {(record.key, (record.key or b"").decode()) for record in sent}
+    assert found == expected, f"{len(expected - found)} results are missing, {len(found - expected)} are not due"
+
+
+# The rest.
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONS}
+
+
+def table(figures: dict[str, Any]) -> str:
+    machine = figures["machine"]
+    listed = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    head = (
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {listed}. "
+        f"Medians of {figures['rounds']} rounds in turn; in brackets minimum and maximum."
+    )
+    return "\n".join([head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]) + "\n"
+
+
+def rows(name: str, case: dict[str, Any]) -> list[str]:
+    return [
+        "",
+        f"{name}, {case['events']:,} events",
+        "",
+        "| what | events/s | CPU s per 1,000 events | speed, worker / peer | CPU, worker / peer |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {who} | {statistics.median(speeds):,.0f} | {statistics.median(case['cpu_s_per_1000'][who]):.3f} "
+            f"| {shown(case['speed, worker / peer'].get(who))} | {shown(case['CPU, worker / peer'].get(who))} |"
+            for who, speeds in case["events_per_s"].items()
+        ),
+    ]
+
+
+def shown(value: dict[str, float] | None) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})" if value else "–"
+
+
+if __name__ == "__main__":
+    main()
