@@ -63,7 +63,7 @@ def alive(process: Process) -> bool:
     return True
 
 
-def machine(broker: Broker) -> dict[str, Any]:
+def machine(broker: Broker | None) -> dict[str, Any]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -71,7 +71,12 @@ def machine(broker: Broker) -> dict[str, Any]:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
         flags = next((line for line in lines if line.startswith("flags")), "").split()
         model += ", " + "/".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags)
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "broker": broker.kind}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "broker": broker.kind if broker else None,
+    }
 
 
 def write(name: str, figures: dict[str, Any], table: str) -> None:

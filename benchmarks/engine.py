@@ -12,6 +12,7 @@ And what int8 and bfloat16 change: labels that agree with float32's, and the lar
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from benchmarks.common import CardLoop, machine, make_checkpoint, median, ratio, read_texts, write_results
+from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_texts, write
+from benchmarks.worker import CardLoop
 from worker.exported import is_installed
 from worker.model import SentimentModel
 from worker.network import PackedLinear, PlainLinear, seconds
 
-WINDOW = 512
 Speed = Callable[[Sequence[str]], float]
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = name
         figures = measured(make_checkpoint(Path(name) / "card"), texts, options.rounds)
     figures["agreement"] = {kind: agreement("builtin", kind, texts) for kind in number_types()}
-    write_results("engine", figures, table(figures))
+    write("engine", figures, table(figures))
 
 
 def parsed_options() -> argparse.Namespace:
@@ -80,14 +81,14 @@ def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, A
     peak = peak_flops()
     floor = peak / flops_per_text(checkpoint, texts[: 4 * WINDOW])
     return {
-        "machine": machine(),
+        "machine": machine(None),
         "threads": torch.get_num_threads(),
         "texts_per_s": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         "over_card_loop": {name: ratio(values, speeds["card loop"]) for name, values in speeds.items()},
         "budgets": {name: model.max_batch_tokens for name, model in ours.items()},
         "peak_gflops": round(peak / 1e9, 1),
         "floor_texts_per_s": round(floor, 1),
-        "over_floor": {name: round(median(speeds[name]) / floor, 3) for name in ours},
+        "over_floor": {name: round(statistics.median(speeds[name]) / floor, 3) for name in ours},
         "difference": {name: compared(wanted, model.get_sentiment(sample, "proba")) for name, model in ours.items()},
     }
 
@@ -160,7 +161,7 @@ def peak_flops() -> float:
 
 def table(figures: dict[str, Any]) -> str:
     lines = [
-        f"Machine: {figures['machine']}; {figures['threads']} threads. Random network of the card's architecture, unique "
+        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. Random network of the card's architecture, unique "
         f"texts, medians of {len(figures['texts_per_s']['card loop'])} rounds in turn (least to most).",
         "",
         "| engine | texts/s | over the card's loop | over the floor | labels that agree | largest difference |",
@@ -170,7 +171,7 @@ def table(figures: dict[str, Any]) -> str:
         over = figures["over_card_loop"][name]
         difference = figures["difference"].get(name, {})
         lines.append(
-            f"| {name} | {median(values):.0f} | {over['median']} ({over['min']} to {over['max']}) | "
+            f"| {name} | {statistics.median(values):.0f} | {over['median']} ({over['min']} to {over['max']}) | "
             f"{figures['over_floor'].get(name, '')} | {difference.get('labels_that_agree', '')} | "
             f"{difference.get('largest_difference', '')} |"
         )

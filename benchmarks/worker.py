@@ -23,8 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -104,11 +106,17 @@ class CardLoop:
 
     def speed(self, texts: Sequence[str]) -> float:
         started = time.perf_counter()
-        for text in texts:
-            with torch.no_grad():
-                inputs = self._tokenizer(text, return_tensors="pt", truncation=True, padding=True)
-                torch.sigmoid(self._model(**inputs).logits).cpu().numpy()[0]
+        self.probabilities(texts)
         return len(texts) / (time.perf_counter() - started)
+
+    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.array([self._probabilities(text) for text in texts])
+
+    def _probabilities(self, text: str) -> NDArray[np.float32]:
+        with torch.no_grad():
+            inputs = self._tokenizer(text, return_tensors="pt", truncation=True, padding=True)
+            answer: NDArray[np.float32] = torch.sigmoid(self._model(**inputs).logits).cpu().numpy()[0]
+            return answer
 
 
 async def engine_speed(model: Any, texts: Sequence[str]) -> float:

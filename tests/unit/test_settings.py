@@ -247,6 +247,10 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("bootstrap_servers", "a:65536", "host:port"),
     ("bootstrap_servers", "http://a:x", "host:port"),
     ("bootstrap_servers", "a:９０９２", "host:port"),
+    ("bootstrap_servers", "kafka..svc:9092", "host:port"),
+    ("http_host", "x" * 64, "host's name or address"),
+    ("cpu_threads", "99999999999", "less than or equal to 1024"),
+    ("session_timeout_ms", "99999999999", "less than or equal to 2147483647"),
     ("input_topics", " , ", "at least one"),
     ("input_topics", "a,b c", "letters, digits, dots"),
     ("output_topic", "", "letters, digits, dots"),
@@ -288,7 +292,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("drain_timeout_s", "-5", "greater than 0"),
     ("drain_timeout_s", "inf", "a finite number"),
     ("revision", "", "at least 1 character"),
-    ("http_host", "", "at least 1 character"),
+    ("http_host", "", "host's name or address"),
     ("http_port", "65536", "less than or equal to 65535"),
     ("session_timeout_ms", "10", "greater than or equal to 1000"),
     ("request_timeout_ms", "10", "greater than or equal to 1000"),
@@ -332,6 +336,7 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         (SASL[:4], ["sasl_mechanism", "sasl_username", "WORKER_SASL_PASSWORD"]),
         (SASL, ["sasl_password", "WORKER_SASL_PASSWORD"]),
         (["--ssl-keyfile", __file__], ["ssl_keyfile", "ssl_certfile"]),
+        (["--fetch-max-wait-ms", "30000"], ["fetch_max_wait_ms", "request_timeout_ms"]),
         (["--ssl-cafile", "nowhere.pem"], ["ssl_cafile", "PEM file", "nowhere.pem"]),
         (["--ssl-certfile", "nowhere.pem"], ["ssl_certfile", "PEM file", "nowhere.pem"]),
         (["--ssl-certfile", __file__, "--ssl-keyfile", "nowhere.pem"], ["ssl_keyfile", "PEM file", "nowhere.pem"]),
@@ -429,6 +434,21 @@ def test_a_secret_is_refused_as_a_flag_and_in_the_file(name: str, toml: Callable
         assert name in sentence
         assert f"set WORKER_{name.upper()} or WORKER_{name.upper()}_FILE" in sentence
         assert SECRET not in sentence
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [f"--sasl_password={SECRET}"],
+        ["--sasl_password", SECRET],
+        ["--sasl-passwor", SECRET],
+        [f"--sasl-passwor={SECRET}"],
+    ],
+)
+def test_a_secret_behind_a_flag_that_is_none_is_not_printed(argv: list[str]) -> None:
+    sentence = refusal(*argv)
+    assert SECRET not in sentence
+    assert "sasl" in sentence
 
 
 @pytest.mark.parametrize("source", ["variable", "file"])
