@@ -161,8 +161,9 @@ def peak_flops() -> float:
 
 def table(figures: dict[str, Any]) -> str:
     lines = [
-        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. Random network of the card's architecture, unique "
-        f"texts, medians of {len(figures['texts_per_s']['card loop'])} rounds in turn (least to most).",
+        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. Random "
+        "network of the card's architecture, unique texts, medians of "
+        f"{len(figures['texts_per_s']['card loop'])} rounds in turn (least to most).",
         "",
         "| engine | texts/s | over the card's loop | over the floor | labels that agree | largest difference |",
         "| --- | --- | --- | --- | --- | --- |",
