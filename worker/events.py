@@ -6,11 +6,10 @@ The formats are those of the README's section on records.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import orjson
 
@@ -56,16 +55,14 @@ class Record(Protocol):
     def headers(self) -> Headers: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A record whose text can be scored."""
 
     id: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """Why a record becomes a dead letter. The message never holds any of its text."""
 
     stage: Stage
@@ -83,8 +80,7 @@ class Null(Enum):
 Decoded = Event | Failure | Null
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A record to publish. ``timestamp`` in ms, None for now. Its headers are a list: aiokafka takes nothing else."""
 
     key: bytes | None

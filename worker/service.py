@@ -1,6 +1,7 @@
 """The worker process: its parts made from the settings, its signals, its end."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -114,6 +115,8 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
     connection = _connection(settings)
     topics = split_names(settings.input_topics)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
+    gc.collect()
+    gc.freeze()  # torch brings 400,000 objects: a full collection would stop the event loop for a fifth of a second
     _tell_of_model(model, metrics)
     health.well("model")
     roles = {
