@@ -124,7 +124,7 @@ def test_an_unknown_command_is_refused(name: str) -> None:
             ["--linger-ms", "soon"],
             "linger_ms = 'soon' is wrong: it should be a valid number (flag --linger-ms, variable WORKER_LINGER_MS)",
         ),
-        (["--nosuch", "1"], "unrecognized arguments: --nosuch 1; `sentiment-worker run --help` lists the flags"),
+        (["--nosuch", "1"], "unrecognized argument: --nosuch; `sentiment-worker run --help` lists the flags"),
         (
             ["--config", "missing.toml"],
             "config: missing.toml cannot be read (No such file or directory); it should be a TOML file",

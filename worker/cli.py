@@ -82,7 +82,7 @@ def _bench(argv: Sequence[str]) -> int:
     from worker.settings import BenchSettings, load
 
     settings = load(BenchSettings, argv, "sentiment-worker bench")
-    logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format)
     from worker import bench
 
     return bench.run(settings)

@@ -143,8 +143,11 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
 class LogSettings(Settings):
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_level: LogLevel = Field("info", description="least severe level logged")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
 
 
@@ -273,6 +276,7 @@ class RunSettings(ModelSettings):
 class ClassifySettings(ModelSettings):
     """Score texts: arguments, or the lines of a file or of standard input (-). One JSON line each."""
 
+    log_level: LogLevel = Field("warning", description="least severe level logged")
     texts: CliPositionalArg[Words] = Field(
         [],
         description="texts to score, those that begin with -- behind a -- of its own; - for the lines of standard input",
@@ -285,6 +289,7 @@ class BenchSettings(CheckpointSettings):
 
     model_config = SettingsConfigDict(populate_by_name=True)
 
+    log_level: LogLevel = Field("warning", description="least severe level logged")
     file: Path | None = Field(None, description="texts to measure with, one a line, UTF-8; default: product reviews")
     seconds: float = Field(1, gt=0, le=600, description="of measuring for each figure, s")
     json_output: bool = Field(False, alias="json", description="print JSON")
@@ -302,6 +307,7 @@ class CorpusSettings(Settings):
 class EvaluateSettings(ModelSettings, CorpusSettings):
     """Macro-F1 per source and overall, with the confusion matrix, on labelled CSV files."""
 
+    log_level: LogLevel = Field("warning", description="least severe level logged")
     held_out_only: bool = Field(False, description="only the rows that train leaves out")
     format: Literal["table", "json"] = Field("table", description="what is printed")
 
