@@ -48,7 +48,7 @@ $(BIN)/uv: requirements/uv.txt
 	touch $@
 
 $(INSTALLED): $(BIN)/uv pyproject.toml requirements/$(LOCK).txt requirements/torch.txt
-	@echo "Installing into $(VENV) ..."
+	@echo "Installing into $(VENV): at first some 3 GB to download, 6 GB on disk; a tenth of it with TORCH=cpu ..."
 	$(UV) --require-hashes -r requirements/$(LOCK).txt
 ifeq ($(TORCH),cpu)
 	$(UV) --torch-backend=cpu --constraint requirements/torch.txt torch==$(TORCH_VERSION) || \

@@ -15,7 +15,7 @@ from tests.checkpoint import POISON, Oracle
 from tests.process import environment
 
 MODULE = (sys.executable, "-m", "worker")
-COMMANDS = ("run", "classify", "demo", "evaluate", "train")
+COMMANDS = ("run", "classify", "bench", "demo", "evaluate", "train")
 HEAVY = ("torch", "transformers", "aiokafka", "numpy", "pydantic", "aiohttp", "prometheus_client")
 FIELDS = [
     "id", "label", "score", "probabilities", "truncated", "model", "source", "event_time", "processed_at",
@@ -213,15 +213,43 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_classify_reads_the_lines_of_a_file_and_of_standard_input_alike(
     checkpoint: Path, oracle: Oracle, tmp_path: Path
 ) -> None:
-    content = "Хорошо, но дорого\r\n\n  \n«плохо»".encode() + b" \xff"
+    content = "Хорошо, но дорого\r\n\n  \n".encode() + b"\xff\n" + "«плохо»".encode()
     (tmp_path / "texts.txt").write_bytes(content)
     from_file = results(call("classify", "--model", checkpoint, "--file", "texts.txt", folder=tmp_path))
     from_input = results(call("classify", "--model", checkpoint, "-", stdin=content))
     assert without_time(from_file) == without_time(from_input)
-    assert [line.get("reason", "scored") for line in from_file] == ["scored", "empty_text", "empty_text", "scored"]
-    assert [line["id"] for line in from_file] == ["1", "2", "3", "4"]
+    outcomes = [line.get("reason", "scored") for line in from_file]
+    assert outcomes == ["scored", "empty_text", "empty_text", "invalid_utf8", "scored"]
+    assert [line["id"] for line in from_file] == ["1", "2", "3", "4", "5"]
     check_result(from_file[0], "Хорошо, но дорого", checkpoint, oracle)
-    check_result(from_file[3], "«плохо» \ufffd", checkpoint, oracle)
+    check_result(from_file[4], "«плохо»", checkpoint, oracle)
+
+
+def test_a_line_of_a_slow_pipe_is_answered_before_the_next_one_comes(checkpoint: Path) -> None:
+    command = [*MODULE, "classify", "--model", str(checkpoint), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for number in ("1", "2"):
+            process.stdin.write("да\n".encode())
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["id"] == number
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_texts_and_standard_input_do_not_mix() -> None:
+    assert "one of" in refused("classify", "-", "Хорошо")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_is_full_is_told_in_a_line(checkpoint: Path) -> None:
+    command = [*MODULE, "classify", "--model", str(checkpoint), "да"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment(), check=False, timeout=150)
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_settings_come_from_variables_too(checkpoint: Path) -> None:
@@ -238,3 +266,34 @@ def test_a_reader_that_has_seen_enough_hears_no_complaint(checkpoint: Path, tmp_
         assert json.loads(process.stdout.readline())["id"] == "1"
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+# --- Bench ---
+
+
+def test_bench_measures_every_engine_and_prints_settings_that_the_worker_takes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    done = call("bench", "--model", checkpoint, "--seconds", "0.05", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    engines = {(engine["backend"], engine["dtype"]) for engine in report["engines"]}
+    assert {("torch", "float32"), ("onnx", "float32"), ("onnx", "int8")} <= engines
+    exact = [engine for engine in report["engines"] if engine["is_exact"]]
+    assert all(engine["agreement"] == 1 for engine in exact)
+    assert all(speed > 0 for engine in report["engines"] for speed in engine["texts_per_s"].values())
+    assert list(report["latency_ms"]) == ["1", "8", "32", "128", "512"]
+    assert report["hours_per_million"] > 0
+    (tmp_path / "worker.toml").write_text(report["settings"])
+    with_settings = call("classify", "--config", tmp_path / "worker.toml", "--model", checkpoint, "да")
+    assert results(with_settings)[0]["id"] == "1"
+
+
+def test_bench_shows_a_table_and_lines_to_paste(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Хорошо, но дорого\n\nплохо\n")
+    done = call("bench", "--model", checkpoint, "--seconds", "0.05", "--file", tmp_path / "texts.txt")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"torch float32 +│", done.stdout)
+    assert re.search(r"^max_batch_tokens = \d+$", done.stdout, re.MULTILINE)
+    assert "A million texts take" in done.stdout
+    assert "no line with a text" in refused("bench", "--model", checkpoint, "--file", "/dev/null")

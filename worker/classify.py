@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 def run(settings: ClassifySettings) -> int:
     """Scores the texts that the settings name; the n-th has the id n. Blocks; answers with the exit code.
 
-    A text of white space alone gets a line with the reason in place of a label. Raises WrongSetting, ModelError.
+    What the worker would make a dead letter of gets a line with the reason in place of a label. Raises WrongSetting,
+    ModelError.
     """
     texts = _texts(settings)
     model = SentimentModel.load_as_set(settings)
@@ -38,7 +39,7 @@ def run(settings: ClassifySettings) -> int:
     return 0
 
 
-def _write(model: SentimentModel, batches: Iterable[list[str]]) -> None:
+def _write(model: SentimentModel, batches: Iterable[list[str | None]]) -> None:
     number = 0
     for batch in batches:
         for line in _lines(model, list(enumerate(batch, number + 1))):
@@ -47,16 +48,15 @@ def _write(model: SentimentModel, batches: Iterable[list[str]]) -> None:
         number += len(batch)
 
 
-def _texts(settings: ClassifySettings) -> Iterator[list[str]]:
+def _texts(settings: ClassifySettings) -> Iterator[list[str | None]]:
     """Texts in batches. Of a pipe whatever is there, so that a slow one has its answers at once."""
-    sources = [bool(settings.file), settings.texts == ["-"], bool(settings.texts) and settings.texts != ["-"]]
-    if sum(sources) != 1:
+    if bool(settings.file) == bool(settings.texts) or (len(settings.texts) > 1 and "-" in settings.texts):
         raise WrongSetting("classify takes one of: texts as arguments, --file FILE, or - for standard input")
     if settings.file:
         return _line_batches(_opened(settings.file))
     if settings.texts == ["-"]:
         return _line_batches(sys.stdin.buffer)
-    words = [text.encode(errors="surrogateescape").decode(errors="replace") for text in settings.texts]
+    words = [_decoded(text.encode(errors="surrogateescape")) for text in settings.texts]
     return (words[begin : begin + TEXTS_AT_ONCE] for begin in range(0, len(words), TEXTS_AT_ONCE))
 
 
@@ -67,7 +67,7 @@ def _opened(path: Path) -> BinaryIO:
         raise WrongSetting(f"file = {path} cannot be read: {error.strerror}") from None
 
 
-def _line_batches(file: BinaryIO) -> Iterator[list[str]]:
+def _line_batches(file: BinaryIO) -> Iterator[list[str | None]]:
     begun = b""
     while block := file.read1(BLOCK_BYTES):  # type: ignore[attr-defined]
         *lines, begun = (begun + block).split(b"\n")
@@ -77,15 +77,21 @@ def _line_batches(file: BinaryIO) -> Iterator[list[str]]:
         yield [_decoded(begun)]
 
 
-def _decoded(line: bytes) -> str:
-    return line.removesuffix(b"\r").decode(errors="replace")
+def _decoded(line: bytes) -> str | None:
+    """None for what is no UTF-8."""
+    try:
+        return line.removesuffix(b"\r").decode()
+    except UnicodeDecodeError:
+        return None
 
 
-def _lines(model: SentimentModel, batch: list[tuple[int, str]]) -> Iterator[bytes]:
-    with_words = [text for _, text in batch if text.strip()]
-    scored = iter(model.score(with_words))
+def _lines(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[bytes]:
+    scored = iter(model.score([text for _, text in batch if text and text.strip()]))
     processed_at = iso_time(time.time() * 1000)
     for number, text in batch:
+        if text is None:
+            yield orjson.dumps({"id": str(number), "reason": "invalid_utf8"})
+            continue
         if not text.strip():
             yield orjson.dumps({"id": str(number), "reason": "empty_text"})
             continue

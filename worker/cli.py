@@ -102,11 +102,13 @@ def _evaluate(argv: Sequence[str]) -> int:
     import rich
 
     from worker import logs
+    from worker.corpus import read_source
     from worker.settings import EvaluateSettings, load
 
     settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
     logs.configure(settings.log_level, settings.log_format)
     sources = _sources(settings)
+    _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
     from worker.evaluation import evaluate
     from worker.model import SentimentModel
 

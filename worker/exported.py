@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from worker.network import NEVER, LeanNetwork, PlainLinear
 
 log = logging.getLogger(__name__)
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # it would tell its maker of each session, and keep an id in a cache
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it has a handler of its own
 
 PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")

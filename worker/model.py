@@ -208,11 +208,13 @@ class SentimentModel:
         """The model card's function: the label, the score from -1 to 1, or the probabilities as LABELS, of a text.
 
         For a list of N texts a list of N, or an N x 3 array for ``proba``. Raises ValueError for another
-        ``return_type``, FloatingPointError where the network answers with what is no number.
+        ``return_type``, TypeError for what is no text, FloatingPointError where the network answers with what is no number.
         """
         if return_type not in ("label", "score", "proba"):
             raise ValueError(f"return_type is {return_type!r}; it should be label, score or proba")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text or ())
+        if text is None or not all(isinstance(each, str) for each in texts):
+            raise TypeError("get_sentiment takes a string or a list of strings")
         probabilities = self._probabilities(texts)
         if return_type == "proba":
             return probabilities[0] if isinstance(text, str) else probabilities
@@ -261,7 +263,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device is {name}, but torch finds no CUDA device here; device=cpu works everywhere")
+        raise ModelError(f"device is {name}, but torch finds no CUDA device here; cpu works everywhere")
     device = torch.device(name)
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ModelError(f"device is {name}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")

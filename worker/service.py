@@ -62,7 +62,9 @@ async def _run(settings: RunSettings) -> int:
         await monitor.start()
     except OSError as error:
         where = f"{settings.http_host}:{settings.http_port}"
-        raise WrongSetting(f"http_host and http_port: cannot listen on {where} ({error.strerror or error})") from None
+        raise WrongSetting(
+            f"http_host and http_port: cannot listen on {where}: {os.strerror(error.errno or 0)}"
+        ) from None
     log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
     stop = _on_signals()
     try:

@@ -93,7 +93,7 @@ def _path_in_object(value: str) -> str:
 
 
 def _width(value: int) -> int:
-    if value > 128 and value % 64:
+    if value >= 128 and value % 64:
         raise ValueError("it should be a multiple of 64, or below 128")
     return value
 
@@ -167,6 +167,12 @@ class CheckpointSettings(LogSettings):
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
         "auto", description="threads of the network on CPU; auto: measured at the start"
     )
+
+    @model_validator(mode="after")
+    def _has_a_revision(self) -> Self:
+        if self.revision and (self.model == "builtin" or Path(self.model).is_dir()):
+            raise ValueError(f"revision is of the hub, and model {self.model} is not from there; leave it out")
+        return self
 
 
 class ModelSettings(CheckpointSettings):
@@ -256,6 +262,10 @@ class RunSettings(ModelSettings):
                 )
         if self.fetch_max_wait_ms >= self.request_timeout_ms:
             raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
+        return self
+
+    @model_validator(mode="after")
+    def _is_secured_as_a_whole(self) -> Self:
         if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
             raise ValueError(
                 "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
@@ -264,6 +274,13 @@ class RunSettings(ModelSettings):
             raise ValueError(
                 "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
             )
+        if self.sasl_username and not self.sasl_mechanism:
+            raise ValueError("sasl_username goes with sasl_mechanism and security_protocol SASL_PLAINTEXT or SASL_SSL")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            if getattr(self, name) and not self.security_protocol.endswith("SSL"):
+                raise ValueError(
+                    f"{name} goes with security_protocol SSL or SASL_SSL; without them nothing is encrypted"
+                )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile needs ssl_certfile")
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
@@ -315,7 +332,7 @@ class EvaluateSettings(ModelSettings, CorpusSettings):
 class TrainSettings(CorpusSettings):
     """A checkpoint by the model card's recipe: a base fine-tuned, or a new small network."""
 
-    output: Path = Field(description="folder for the checkpoint")
+    output: Path = Field(description="folder for the checkpoint; files of the same names are replaced")
     base: str | None = Field(None, description="checkpoint to fine-tune, folder or hub name; default: a new network")
     seed: int = Field(1, description="with the same seed, machine and threads a CPU gives the same figures again")
     epochs: int = Field(2, ge=1, description="passes over the balanced rows in fine-tuning")
@@ -336,7 +353,7 @@ class TrainSettings(CorpusSettings):
     vocabulary: int = Field(8000, ge=100, description="new network: WordPieces")
     layers: int = Field(2, ge=1, description="new network: transformer layers")
     hidden: Annotated[int, AfterValidator(_width)] = Field(
-        128, ge=1, description="new network: width; the feed-forward part is four times as wide, a head has 64"
+        128, ge=1, description="new network: width, a multiple of 64 or below 128"
     )
     storage: Literal["float16", "float32"] = Field("float16", description="how weights are stored")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="what training computes in")
@@ -508,7 +525,7 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
 
 def _wish(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
-        return f"it should match {error['ctx']['pattern']}"
+        return "it should be auto, cpu, cuda or cuda:N"  # the one pattern that there is
     if error["type"] == "missing":
         return "it has to be given"
     message = (

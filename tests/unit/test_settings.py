@@ -21,6 +21,7 @@ from worker.settings import (
 )
 
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
+TLS = ["--security-protocol", "SSL"]
 SECRET = "hunter2-correct-horse"
 TABLE = {
     "bootstrap_servers": "localhost:9092",
@@ -282,7 +283,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("linger_ms", "nan", "it should be"),
     ("model", "", "at least 1 character"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),
-    ("device", "tpu", "auto|cpu|cuda"),
+    ("device", "tpu", "auto, cpu, cuda or cuda:N"),
     ("dtype", "int4", "'float32'"),
     ("backend", "tf", "'torch' or 'onnx'"),
     ("cpu_threads", "0", "greater than or equal to 1 or it should be 'auto'"),
@@ -335,11 +336,17 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         (["--sasl-mechanism", "PLAIN"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
         (SASL[:4], ["sasl_mechanism", "sasl_username", "WORKER_SASL_PASSWORD"]),
         (SASL, ["sasl_password", "WORKER_SASL_PASSWORD"]),
-        (["--ssl-keyfile", __file__], ["ssl_keyfile", "ssl_certfile"]),
+        (["--security-protocol", "SSL", "--ssl-keyfile", __file__], ["ssl_keyfile", "ssl_certfile"]),
+        (["--ssl-certfile", __file__], ["ssl_certfile", "security_protocol SSL", "nothing is encrypted"]),
+        (["--sasl-username", "u"], ["sasl_username", "sasl_mechanism"]),
+        (["--model", "builtin", "--revision", "v2"], ["revision", "builtin"]),
         (["--fetch-max-wait-ms", "30000"], ["fetch_max_wait_ms", "request_timeout_ms"]),
-        (["--ssl-cafile", "nowhere.pem"], ["ssl_cafile", "PEM file", "nowhere.pem"]),
-        (["--ssl-certfile", "nowhere.pem"], ["ssl_certfile", "PEM file", "nowhere.pem"]),
-        (["--ssl-certfile", __file__, "--ssl-keyfile", "nowhere.pem"], ["ssl_keyfile", "PEM file", "nowhere.pem"]),
+        ([*TLS, "--ssl-cafile", "nowhere.pem"], ["ssl_cafile", "PEM file", "nowhere.pem"]),
+        ([*TLS, "--ssl-certfile", "nowhere.pem"], ["ssl_certfile", "PEM file", "nowhere.pem"]),
+        (
+            [*TLS, "--ssl-certfile", __file__, "--ssl-keyfile", "nowhere.pem"],
+            ["ssl_keyfile", "PEM file", "nowhere.pem"],
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(argv: list[str], parts: list[str]) -> None:

@@ -145,9 +145,9 @@ def run(options: Options) -> int:
         sys.stderr.write(f"{error}\n{tail(folder / 'worker.log')}")
         adds_up = False
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped before it could add up.\n")
+        sys.stderr.write("Stopped before anything could add up.\n")
         shutil.rmtree(folder)
-        return 1
+        return 130
     if adds_up:
         shutil.rmtree(folder)
         return 0
