@@ -33,6 +33,7 @@ class CostlessModel:
     dtype = "float32"
     max_batch_tokens = 1_000_000
     max_tokens = 512
+    passes = 1
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return Tokens(len(texts))

@@ -2,14 +2,14 @@
 
 import logging
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from worker import exported
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
-from worker.tuning import keep_memory, tune_threads
+from worker.tuning import keep_memory, use_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +20,10 @@ class BackendError(UsersMistake):
     """The backend that is asked for cannot run this network."""
 
 
-def choose(network: Any, *, backend: str, is_int8: bool, cpu_threads: int | Literal["auto"] = "auto") -> Forward:
+def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     """The fastest forward of those that ``backend`` (auto, torch, onnx) allows; auto takes no other than exact ones.
 
-    Sets the number of torch's threads too, which ``auto`` finds by measuring.
+    On a CPU a pass takes one thread, the calling one.
 
     Blocks: what is measured takes a second, a first export several. Raises BackendError.
     """
@@ -32,12 +32,8 @@ def choose(network: Any, *, backend: str, is_int8: bool, cpu_threads: int | Lite
         _refuse_what_onnx_cannot(network, backend, is_int8)
     if network.device.type == "cpu":
         keep_memory()
-    if cpu_threads != "auto":
-        torch.set_num_threads(cpu_threads)
+        use_one_thread()
     lean = _lean(network)
-    if cpu_threads == "auto" and network.device.type == "cpu":
-        threads = tune_threads(lean or partial(_own_forward, network))
-        log.info("measured the threads", extra={"cpu_threads": threads})
     if lean is None:
         if wants_onnx:
             raise BackendError(
@@ -77,7 +73,7 @@ def _faster(network: Any, lean: LeanNetwork) -> Forward:
 
 
 def _exported(network: Any, *, is_int8: bool) -> exported.ExportedNetwork:
-    return exported.ExportedNetwork(exported.export(network, is_int8=is_int8), torch.get_num_threads())
+    return exported.ExportedNetwork(exported.export(network, is_int8=is_int8))
 
 
 def _refuse_what_onnx_cannot(network: Any, backend: str, is_int8: bool) -> None:

@@ -116,7 +116,7 @@ def run(settings: BenchSettings) -> int:
 def measure(settings: BenchSettings, texts: Sequence[str], step: Step) -> Report:
     """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
     first = _load(settings, Engine("torch", "float32", True))
-    report = Report(first.name, str(first.device), torch.get_num_threads(), len(texts))
+    report = Report(first.name, str(first.device), first.passes, len(texts))
     sample = list(texts[:SAMPLE])
     wanted = first.get_sentiment(sample)
     models: dict[Engine, SentimentModel] = {}

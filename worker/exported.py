@@ -29,13 +29,13 @@ VERSION: Final = "1"  # of what this module writes
 
 
 class ExportedNetwork:
-    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; one caller at a time."""
+    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; takes the calling thread alone."""
 
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path) -> None:
         import onnxruntime  # noqa: PLC0415 - an extra
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 

@@ -1,13 +1,12 @@
 """The threads that own tokenizer and network, and the only door to them.
 
-One thread tokenizes, one runs the network, so that the next micro-batch is tokenized while this one is in the network.
+One thread tokenizes, one runs the network, so that the next micro-batch is tokenized while this one is in the network. On
+a CPU the network's thread has others run passes beside it, one device batch each.
 What fails is told apart here: a poison text, memory that does not suffice, a device that is lost, a call that hangs.
 """
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from worker.batching import cut_by_length
 from worker.metrics import Metrics
 from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
+from worker.threads import Thread, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Model(Protocol):
     activation: Activation
     max_batch_tokens: int
     max_tokens: int
+    passes: int
 
     def tokenize(self, texts: Sequence[str], /) -> Any: ...
     def logits(self, ids: Sequence[Sequence[int]], /) -> NDArray[np.float32]: ...
@@ -53,47 +54,6 @@ class Model(Protocol):
 
 class InferenceLost(Exception):
     """Inference hangs, or its device is gone; this process cannot mend it."""
-
-
-class Thread:
-    """A daemon thread that runs one call after another. A daemon, for a native call that hangs cannot be joined."""
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.busy_since: float | None = None
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def call(self, function: Callable[..., Answer], *arguments: Any) -> asyncio.Future[Answer]:
-        """Queues a call; answers with a future of the running event loop. Does not block."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-
-        def settle(answer: Any, error: BaseException | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error else future.set_result(answer)
-
-        def run() -> None:
-            answer, error = None, None
-            try:
-                answer = function(*arguments)
-            except BaseException as raised:  # noqa: BLE001 - goes to whoever awaits
-                error = raised
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(settle, answer, error)
-
-        self._calls.put(run)
-        return future
-
-    def restart_clock(self) -> None:
-        """From the thread itself: what is being done goes on, and has just shown that it does not hang."""
-        self.busy_since = time.monotonic()
-
-    def _run(self) -> None:
-        while True:
-            call = self._calls.get()
-            self.busy_since = time.monotonic()
-            call()
-            self.busy_since = None
 
 
 @dataclass(slots=True)
@@ -292,8 +252,10 @@ class Inference:
     def _score(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
         """Answers for N token lists, by device batches within the budget."""
         answers: list[Sentiment | str] = [""] * len(ids)
-        for batch in cut_by_length([len(tokens) for tokens in ids], self._budget):
-            for index, answer in zip(batch, self._score_batch(model, [ids[i] for i in batch]), strict=True):
+        batches = cut_by_length([len(tokens) for tokens in ids], self._budget)
+        scored = side_by_side(model.passes, lambda batch: self._score_batch(model, [ids[i] for i in batch]), batches)
+        for batch, of_batch in zip(batches, scored, strict=True):
+            for index, answer in zip(batch, of_batch, strict=True):
                 answers[index] = answer
         return answers
 

@@ -1,7 +1,6 @@
 """A checkpoint: tokenizer and network, texts → token ids → logits. The only module that imports transformers.
 
-Every public function here blocks, and none may be called from an event loop. Tokenizing and the network may run on two
-threads at once, each on one.
+Every public function here blocks, and none may be called from an event loop. Tokenizing and the network may run at once.
 """
 
 import hashlib
@@ -20,7 +19,8 @@ from worker.batching import cut_by_length
 from worker.network import Forward
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
-from worker.tuning import tune_budget
+from worker.threads import side_by_side
+from worker.tuning import tune_budget, tune_threads, use_one_thread
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -67,7 +67,10 @@ class Tokens(NamedTuple):
 
 
 class SentimentModel:
-    """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens."""
+    """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens.
+
+    ``passes``: so many threads may call ``logits`` at once, and together are the fastest; 1 on a GPU.
+    """
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class SentimentModel:
         tokenizer: Any,
         network: Any,
         forward: Forward,
+        passes: int,
         dtype: str,
         columns: list[int],
         activation: Activation,
@@ -86,6 +90,7 @@ class SentimentModel:
         self.max_batch_tokens = max_batch_tokens
         self.device: torch.device = network.device
         self.dtype = dtype
+        self.passes = passes
         self.max_tokens = _max_tokens(tokenizer, network.config)
         self._tokenizer = tokenizer
         self._forward = forward
@@ -138,7 +143,11 @@ class SentimentModel:
         _tell_of_pickle(name_or_path, source, commit)
         network = network.to(where).eval()
         is_int8 = dtype == "int8"
-        forward = choose(network, backend=backend, is_int8=is_int8, cpu_threads=cpu_threads)
+        forward = choose(network, backend=backend, is_int8=is_int8)
+        passes = 1
+        if where.type == "cpu":
+            passes = tune_threads(forward) if cpu_threads == "auto" else cpu_threads
+            log.info("passes of the network side by side", extra={"cpu_threads": passes})
         if max_batch_tokens == "auto":
             max_batch_tokens = tune_budget(forward, where, _max_tokens(tokenizer, config))
         return cls(
@@ -146,6 +155,7 @@ class SentimentModel:
             tokenizer=tokenizer,
             network=network,
             forward=forward,
+            passes=passes,
             dtype="int8" if is_int8 else str(network.dtype).removeprefix("torch."),
             columns=columns,
             activation=activation,
@@ -193,6 +203,8 @@ class SentimentModel:
         padded = np.full((len(ids), width), self._padding, dtype=np.int64)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = tokens
+        if self.device.type == "cpu":
+            use_one_thread()
         with torch.inference_mode():
             output = self._forward(
                 torch.from_numpy(padded).to(self.device),
@@ -238,8 +250,10 @@ class SentimentModel:
 
     def _all_logits(self, ids: list[list[int]]) -> NDArray[np.float32]:
         logits = np.empty((len(ids), len(LABELS)), dtype=np.float32)
-        for batch in cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens):
-            logits[batch] = self.logits([ids[index] for index in batch])
+        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens)
+        answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
+        for batch, answer in zip(batches, answers, strict=True):
+            logits[batch] = answer
         return logits
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:

@@ -27,7 +27,7 @@ Forward = Callable[[Tensor, Tensor | None], Tensor]  # as LeanNetwork.__call__
 
 
 class LeanNetwork:
-    """Token ids → logits. Blocks for as long as the network takes; one caller at a time."""
+    """Token ids → logits. Blocks for as long as the network takes; several threads may call at once."""
 
     def __init__(self, network: Any, *, linear: "LinearKind | None" = None, fused_from: int | None = None) -> None:
         """From a network that ``is_covered``; its weights are copied as far as they are packed anew.
@@ -275,7 +275,7 @@ def _head(network: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def seconds(function: Callable[..., Tensor], *arguments: Any) -> float:
+def seconds(function: Callable[..., object], *arguments: Any) -> float:
     """The shortest of a few runs: of what a noisy machine shows, the nearest to the truth."""
     runs: list[float] = []
     while len(runs) < 2 or (len(runs) < 8 and sum(runs) < PATIENCE_S):

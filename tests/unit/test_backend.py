@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_onnx_runtime_gives_the_same_logits(make: type) -> None:
     torch.manual_seed(3)
     network = make()
-    forward = ExportedNetwork(export(network, is_int8=False), threads=2)
+    forward = ExportedNetwork(export(network, is_int8=False))
     lengths = [*range(1, 40), 64, 100, 255, 256, longest(network)]
     assert max(differences(network, forward, [length]) for length in lengths) < 1e-5
     draw = np.random.default_rng(5)
@@ -69,7 +69,7 @@ def test_a_cache_that_cannot_be_written_costs_an_export_and_no_more(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     network = bert(num_hidden_layers=1)
-    forward = ExportedNetwork(export(network, is_int8=False), threads=1)
+    forward = ExportedNetwork(export(network, is_int8=False))
     assert differences(network, forward, [7, 3]) < 1e-5
     assert "cannot be written" in caplog.text
 

@@ -27,12 +27,13 @@ class Model:
     name = "fake@1"
     activation: Activation = "sigmoid"
     max_tokens = 512
+    passes = 1
 
     def __init__(self, max_batch_tokens: int = 64) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.fault: Fault = lambda ids: None
         self.not_a_number: Callable[[Sequence[int]], bool] = lambda tokens: False
-        self.passes: list[list[int]] = []
+        self.seen: list[list[int]] = []
         self.tokenized: list[str] = []
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -43,7 +44,7 @@ class Model:
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         self.fault(ids)
-        self.passes.append([len(tokens) for tokens in ids])
+        self.seen.append([len(tokens) for tokens in ids])
         rows = [[np.nan] * 3 if self.not_a_number(tokens) else [sum(tokens) % 7, 1, -1] for tokens in ids]
         return np.array(rows, dtype=np.float32)
 
@@ -59,7 +60,7 @@ def model() -> Model:
 async def loaded(model: Model, **options: float) -> Inference:
     inference = Inference(Metrics("test"), **options)  # type: ignore[arg-type]
     await inference.load(lambda: model)
-    model.passes.clear()
+    model.seen.clear()
     model.tokenized.clear()
     return inference
 
@@ -82,7 +83,7 @@ async def test_answers_come_back_in_order_whatever_the_lengths(model: Model) -> 
     together = (await answers(inference, texts)).answers
     alone = [(await answers(inference, [text])).answers[0] for text in texts]
     assert together == alone
-    assert all(len(lengths) * max(lengths) <= 64 for lengths in model.passes)
+    assert all(len(lengths) * max(lengths) <= 64 for lengths in model.seen)
 
 
 async def test_a_text_that_was_cut_says_so(model: Model) -> None:
@@ -140,10 +141,21 @@ async def test_out_of_memory_halves_the_budget_and_goes_on() -> None:
     model.fault = lambda ids: only(lambda _: len(ids) * len(ids[0]) > 100, OutOfMemoryError())(ids)
     job = await answers(inference, [chr(65 + n) * 20 for n in range(40)])
     assert all(isinstance(answer, Sentiment) for answer in job.answers)
-    model.passes.clear()
+    model.seen.clear()
     again = await answers(inference, [chr(97 + n) * 20 for n in range(20)])
     assert all(isinstance(answer, Sentiment) for answer in again.answers)
-    assert len(model.passes) == 4, "the smaller budget is kept"
+    assert len(model.seen) == 4, "the smaller budget is kept"
+
+
+async def test_passes_run_side_by_side_and_answers_keep_their_places(model: Model) -> None:
+    model.passes = 2
+    both = threading.Barrier(2)
+    inference = await loaded(model)
+    model.fault = lambda ids: both.wait(10) and None
+    texts = ["a" * 40, "b" * 39, "c" * 38, "d" * 37]  # a device batch each
+    job = await answers(inference, texts)
+    model.fault = lambda ids: None
+    assert job.answers == (await answers(inference, texts)).answers
 
 
 async def test_a_text_that_never_fits_into_memory_is_no_poison(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +213,7 @@ async def test_time_runs_anew_for_each_device_batch() -> None:
     job = await answers(inference, [letter * 4 for letter in "abcdef"])
     watching.cancel()
     assert all(isinstance(answer, Sentiment) for answer in job.answers)
-    assert len(model.passes) == 6
+    assert len(model.seen) == 6
 
 
 async def test_loading_may_take_as_long_as_it_takes(model: Model) -> None:

@@ -125,7 +125,7 @@ def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCap
     network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     assert not is_covered(network)
     with caplog.at_level(logging.INFO):
-        forward = choose(network, backend="auto", is_int8=False, cpu_threads=2)
+        forward = choose(network, backend="auto", is_int8=False)
     assert [record.message for record in caplog.records] == [
         "the checkpoint takes its own forward: the lean one does not cover a AlbertForSequenceClassification"
     ]
@@ -137,7 +137,7 @@ def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.L
     torch.nn.init.normal_(network.bert.pooler.dense.weight)
     network.bert.pooler.activation = torch.nn.Identity()
     with caplog.at_level(logging.INFO):
-        forward = choose(network, backend="auto", is_int8=False, cpu_threads=2)
+        forward = choose(network, backend="auto", is_int8=False)
     assert not isinstance(forward, LeanNetwork)
     assert len(caplog.records) == 1
     assert differences(network, forward, [7, 3]) < 1e-5
