@@ -164,6 +164,10 @@ def peak_flops() -> dict[str, float]:
 
 
 def table(figures: dict[str, Any]) -> str:
+    floors = [
+        f"{name} {figures['peak_gflops'][name]:.0f} GFLOP/s, {floor:.0f} texts/s"
+        for name, floor in figures["floor_texts_per_s"].items()
+    ]
     lines = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. Random "
         "network of the card's architecture, unique texts, medians of "
@@ -183,11 +187,7 @@ def table(figures: dict[str, Any]) -> str:
     lines += [
         "",
         "Floor: the multiply-adds that the function needs, at the peak of torch's own products / of oneDNN's packed ones, in "
-        "the same run: "
-        + ", ".join(
-            f"{name} {figures['peak_gflops'][name]:.0f} GFLOP/s, {floor:.0f} texts/s"
-            for name, floor in figures["floor_texts_per_s"].items()
-        ),
+        f"the same run: {', '.join(floors)}.",
         "",
         "| number type, builtin checkpoint | texts | labels that agree with float32 | largest difference |",
         "| --- | --- | --- | --- |",
