@@ -9,6 +9,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
+SUITE ?= engine tokenizers worker load end_to_end
 
 .PHONY: demo test bench compare check format lock clean
 
@@ -18,9 +19,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 
-# The peers cap what the worker has newer, hence an environment of their own.
-bench:
+# All figures on an idle machine, about an hour: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to the
+# comparison with the peers, which cap what the worker has newer, hence an environment of their own.
+bench: $(INSTALLED)
+	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done
+ifneq ($(filter end_to_end,$(SUITE)),)
 	$(MAKE) VENV=$(VENV)-bench LOCK=bench compare
+endif
+	$(BIN)/python -m benchmarks.chart
 
 compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.end_to_end $(TEXTS) $(BENCH)

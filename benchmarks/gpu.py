@@ -11,7 +11,8 @@ It needs no network. In this order, and each part is written down as soon as it 
 - latency: publish to result at half the measured speed, in an open loop.
 
 The broker is a Kafka where tests would start one: bring a Java runtime and the folder of jars that tests keep in
-`$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`), or name a running one in TEST_KAFKA_BOOTSTRAP. Else it is librdkafka's mock cluster, which takes one consumer per group: then four workers have a topic and a group each.
+`$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`), or name a running one in TEST_KAFKA_BOOTSTRAP. Else it is
+librdkafka's mock cluster, which takes one consumer per group: then four workers have a topic and a group each.
 
 `--device cpu --quick` shows on any machine that the script works, and writes gpu-cpu.{json,md}: no figures of a GPU.
 """
