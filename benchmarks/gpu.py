@@ -306,7 +306,10 @@ def broker() -> Iterator[tuple[str, str]]:
 def backlog_speed(
     bootstrap: str, kind: str, folder: Path, settings: dict[str, Any], texts: Sequence[str], events: int, workers: int
 ) -> float:
-    """Results per second between a fifth and nine tenths of all; with the mock, each worker has its own topic."""
+    """Results per second from a fifth of all, or from when all workers are ready, to nine tenths.
+
+    With the mock, each worker has its own topic.
+    """
     client = Kafka(bootstrap)
     groups = [Topics.unique() for _ in range(workers if kind == "mock" else 1)]
     of_worker = [groups[number % len(groups)] for number in range(workers)]
@@ -331,7 +334,10 @@ def backlog_speed(
             found = count()
             return (time.monotonic(), found) if found >= least else None
 
+        for worker in running:
+            worker.wait_until_ready()
         begin = wait_for(lambda: reached(total * WARM_SHARE), "a fifth of the results", 300, every=0.05)
+        assert begin[1] < total * 0.7, "most events were scored before all workers were ready: raise --events"
         end = wait_for(lambda: reached(total * 0.9), "most of the results", 600, every=0.05)
         wait_for(lambda: reached(total), "all results", 120, every=0.2)
     return (end[1] - begin[1]) / (end[0] - begin[0])

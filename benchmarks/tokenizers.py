@@ -25,6 +25,7 @@ from worker.model import BUILTIN
 Ids = Sequence[Sequence[int]]
 Encode = Callable[[list[str]], Any]
 MAX_TOKENS = 512
+TURN = 8 * WINDOW
 EXAMPLES = 5  # of differing texts that the figures show, as escapes
 REFERENCE = "transformers"
 
@@ -216,18 +217,18 @@ def piece(random_: random.Random, texts: Sequence[str]) -> str:
 
 
 def speeds(encoders: dict[str, Encode], texts: list[str], rounds: int) -> dict[str, Any]:
-    batches = list(windows(texts[: 16 * WINDOW]))
-    count = sum(map(len, batches))
     walls: dict[str, list[float]] = {name: [] for name in encoders}
     cpus: dict[str, list[float]] = {name: [] for name in encoders}
     for turn in range(rounds + 1):  # the first warms up
+        begin = turn * TURN % (len(texts) - TURN)
+        batches = list(windows(texts[begin : begin + TURN]))  # new ones: libraries remember words, and some whole texts
         for name, encode in encoders.items():
             cpu, wall = time.process_time(), time.perf_counter()
             for batch in batches:
                 encode(batch)
             if turn:
-                walls[name].append(count / (time.perf_counter() - wall))
-                cpus[name].append((time.process_time() - cpu) / count * 1e6)
+                walls[name].append(TURN / (time.perf_counter() - wall))
+                cpus[name].append((time.process_time() - cpu) / TURN * 1e6)
     return {
         "texts_per_s": {name: [round(value) for value in values] for name, values in walls.items()},
         "cpu_us_per_text": {name: [round(value, 2) for value in values] for name, values in cpus.items()},
