@@ -48,6 +48,7 @@ ASKED = {
 }  # fmt: skip
 PARTITIONS = 8
 WARM_SHARE = 0.2
+LOADING_S = 300
 
 
 def main() -> None:
@@ -174,6 +175,7 @@ def engine(checkpoint: Path, options: argparse.Namespace, texts: Sequence[str]) 
     peak = matmul_peak(model.device, getattr(torch, options.dtype))
     flops = flops_per_text(checkpoint, texts[:2_048])
     floor = peak / flops
+    took, window = where_time_goes(model, windows[0])
     return {
         "texts": len(texts),
         "dtype": model.dtype,
@@ -186,7 +188,8 @@ def engine(checkpoint: Path, options: argparse.Namespace, texts: Sequence[str]) 
         "mflop_per_text": round(flops / 1e6, 1),
         "floor_texts_per_s": round(floor),
         "from ids / floor": round(statistics.median(speeds["from ids"]) / floor, 4),
-        "ms_of_a_window": where_time_goes(model, windows[0]),
+        "ms_of_a_window": took,
+        "window": window,
     }
 
 
@@ -199,8 +202,8 @@ async def overlapped(model: SentimentModel, windows: Sequence[list[str]]) -> Non
         ids = tokens.ids
 
 
-def where_time_goes(model: SentimentModel, window: list[str]) -> dict[str, float]:
-    """Milliseconds for one window: each step alone, and the passes together."""
+def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str, float], dict[str, int]]:
+    """Milliseconds for one window, each step alone and the passes together; and what is in it."""
     from worker.batching import cut_by_length
     from worker.sentiment import to_sentiments
 
@@ -223,7 +226,7 @@ def where_time_goes(model: SentimentModel, window: list[str]) -> dict[str, float
     if isinstance(model._run, Passes):
         took["device alone"] = round(device_ms(model, shaped, ids), 3)
     padded = sum(shape.rows * shape.width for _, shape in shaped)
-    return {**took, "texts": len(window), "passes": len(batches), "tokens": sum(lengths), "tokens_padded": padded}
+    return took, {"texts": len(window), "passes": len(batches), "tokens": sum(lengths), "padded": padded}
 
 
 def device_ms(model: SentimentModel, shaped: Sequence[Any], ids: Sequence[Any]) -> float:
@@ -335,7 +338,7 @@ def backlog_speed(
             return (time.monotonic(), found) if found >= least else None
 
         for worker in running:
-            worker.wait_until_ready()
+            worker.wait_for_status("/readyz", 200, LOADING_S)
         begin = wait_for(lambda: reached(total * WARM_SHARE), "a fifth of the results", 300, every=0.05)
         assert begin[1] < total * 0.7, "most events were scored before all workers were ready: raise --events"
         end = wait_for(lambda: reached(total * 0.9), "most of the results", 600, every=0.05)
@@ -372,7 +375,7 @@ def half_load(
     client.create_all(topics, PARTITIONS)
     with ExitStack() as stack:
         worker = started(stack, folder / topics.group, bootstrap, topics, settings)
-        worker.wait_until_ready()
+        worker.wait_for_status("/readyz", 200, LOADING_S)
         return asyncio.run(publish_to_result_ms(bootstrap, topics, texts, rate, int(rate * seconds)))
 
 
@@ -408,6 +411,7 @@ def table(figures: dict[str, Any]) -> str:
             ("from ids / floor", engine["from ids / floor"], None),
         ]
         rows += [(f"one window: {name}, ms", value, None) for name, value in engine["ms_of_a_window"].items()]
+        rows += [(f"one window: {name}", value, None) for name, value in engine["window"].items()]
     if kafka:
         words = {"1": "one worker, events/s", "2": "two workers, events/s", "4": "four workers, events/s"}
         rows += [(words[count], speed, ASKED.get(words[count])) for count, speed in kafka["events_per_s"].items()]
