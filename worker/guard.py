@@ -6,7 +6,7 @@ import ipaddress
 import logging
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from aiohttp import web, web_response
 
@@ -136,8 +136,7 @@ class _Connection(asyncio.Protocol):
         if len(self._open) >= CONNECTIONS:
             oldest = next(iter(self._open))
             self._open.pop(oldest).abort()
-        assert isinstance(transport, asyncio.Transport)
-        self._open[self] = transport
+        self._open[self] = cast("asyncio.Transport", transport)
         self._inner.connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -56,7 +56,9 @@ class Entrance:
 
     def connection(self) -> Connection:
         files = [self.settings.get(name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")]
-        context = tls_context(*(file and str(file) for file in files), None) if "SSL" in self._protocol else None
+        context = (
+            tls_context(*[str(file) if file else None for file in files], None) if "SSL" in self._protocol else None
+        )
         return Connection(
             (self.settings["bootstrap_servers"],),
             request_timeout_ms=10_000,

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 import pytest
+import uvloop
 from aiohttp import web
 
 from worker import guard as guarding
@@ -101,6 +102,12 @@ class Server:
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         await client.send(f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + (body or b""))
         return await client.receive(is_head=method == "HEAD")
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    """The worker's own loop: its transports and asyncio's differ."""
+    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture
