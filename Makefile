@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
 
-.PHONY: demo test bench compare check format lock clean
+.PHONY: demo test bench compare check audit format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -30,6 +30,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of every locked package, by the advisories of PyPI; one that cannot be looked up is a failure too.
+audit: $(BIN)/uv
+	for lock in runtime torch dev bench uv; do \
+	  $(BIN)/uv tool run pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
