@@ -180,9 +180,10 @@ async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: 
         assert answer.headers["Cache-Control"] == "no-store"
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
     client = await server.connect()
-    await client.send(b"no HTTP at all\r\n\r\n")
+    await client.send(b"<b>no HTTP at all\r\n\r\n")
     answer = await client.receive()
     assert answer.status == 400
+    assert answer.body == b"Bad Request\n", "and nothing of the request"
     assert answer.headers["Server"] == "sentiment-worker"
 
 
