@@ -133,11 +133,13 @@ class _Handler(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        return super().handle_error(request, status, exc, message and HTTPStatus(status).phrase + "\n")
+        level = logging.ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.DEBUG
+        log.log(level, "a request failed", extra={"status": status, "error": type(exc).__name__})
+        return super().handle_error(request, status, None, message and HTTPStatus(status).phrase + "\n")
 
-    def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        error = kwargs.pop("exc_info", None)
-        log.debug(*args, extra={"error": type(error).__name__}, **kwargs)
+    def log_exception(self, *_: Any, exc_info: BaseException | None = None) -> None:
+        if exc_info:
+            log.error("a connection failed", extra={"error": type(exc_info).__name__})
 
 
 class _Connection(asyncio.Protocol):

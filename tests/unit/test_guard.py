@@ -396,6 +396,25 @@ async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.Log
     client = await closed.connect()
     await client.send(b"GET /livez HTTP/1.1\r\nAuthorization: Bearer my-own-token\x00\r\nBroken my-own-token\r\n\r\n")
     assert (await client.receive()).status == 400
+    no_http = await closed.connect()
+    await no_http.send(b"my-own-token\r\n\r\n")
+    assert (await no_http.receive()).status == 400
     await closed.ask("GET", "/metrics?my-own-token", {"Authorization": "Bearer my-own-token"})
     assert "my-own-token" not in caplog.text
     assert TOKEN not in caplog.text
+
+
+async def test_a_page_that_fails_says_so_without_words(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(_: web.Request) -> web.Response:
+        raise ValueError("text of an event")
+
+    await server.stop()
+    other = Server()
+    other._monitor._app.router.add_get("/fail", fail)
+    await other.start()
+    answer = await other.ask("GET", "/fail", {"Accept": "text/html"})
+    await other.stop()
+    assert answer.status == 500
+    assert b"text of an event" not in answer.body
+    assert "a request failed" in caplog.text
+    assert "text of an event" not in caplog.text
