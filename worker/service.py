@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.events import Decoder, Encoder
+from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
 from worker.metrics import Metrics
@@ -23,6 +24,8 @@ from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from worker.model import SentimentModel
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ async def _run(settings: RunSettings) -> int:
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.trouble)
     health.hold("model", "loading")
-    monitor = Monitor(health, metrics, host=settings.http_host, port=settings.http_port)
+    guard = Guard(host=settings.http_host, token=_secret(settings.http_token), token_for=settings.http_token_for)
+    monitor = Monitor(health, metrics, guard, port=settings.http_port)
     try:
         await monitor.start()
     except OSError as error:
@@ -184,17 +188,15 @@ def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
 
 
 def _connection(settings: RunSettings) -> Connection:
-    def secret(name: str) -> str | None:
-        value = getattr(settings, name)
-        return value.get_secret_value() if value else None
-
     def path(name: str) -> str | None:
         value = getattr(settings, name)
         return str(value) if value else None
 
     context = None
     if settings.security_protocol.endswith("SSL"):
-        context = tls_context(path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), secret("ssl_key_password"))
+        context = tls_context(
+            path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), _secret(settings.ssl_key_password)
+        )
     return Connection(
         bootstrap_servers=split_names(settings.bootstrap_servers),
         client_id=settings.client_id,
@@ -202,9 +204,13 @@ def _connection(settings: RunSettings) -> Connection:
         security_protocol=settings.security_protocol,
         sasl_mechanism=settings.sasl_mechanism,
         sasl_username=settings.sasl_username,
-        sasl_password=secret("sasl_password"),
+        sasl_password=_secret(settings.sasl_password),
         ssl_context=context,
     )
+
+
+def _secret(value: "SecretStr | None") -> str | None:
+    return value.get_secret_value() if value else None
 
 
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
