@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from aiohttp import web
+
 from worker.inference import Inference, Model, is_out_of_memory
 from worker.metrics import Metrics
 from worker.settings import UsersMistake
@@ -36,6 +38,15 @@ class Reloader:
         self._tell = tell
         self._running: asyncio.Task[Model] | None = None
 
+    @property
+    def model_name(self) -> str | None:
+        """Of the model in use, name@revision; None before the first is loaded."""
+        return self._inference.model.name if self._inference.is_loaded else None
+
+    def add_to(self, app: web.Application) -> None:
+        """POST /reload. The application has to see to who may."""
+        app.router.add_post("/reload", self._answer)
+
     async def reload(self) -> Model:
         """The new model, once records are scored with it: after seconds, or as long as a download takes.
 
@@ -57,6 +68,16 @@ class Reloader:
             log.warning("no reload: %s", error)
         except ReloadFailed:
             pass  # told already
+
+    async def _answer(self, _: web.Request) -> web.Response:
+        before = self.model_name
+        try:
+            model = await self.reload()
+        except ReloadRefused as error:
+            return web.Response(text=f"no reload: {error}\n", status=409)
+        except ReloadFailed as error:
+            return web.Response(text=f"{before} stays in use: {error}\n", status=500)
+        return web.Response(text=f"{model.name} is in use\n")
 
     def _ended(self, task: "asyncio.Task[Model]") -> None:
         self._running = None

@@ -61,8 +61,14 @@ async def _run(settings: RunSettings) -> int:
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.trouble)
     health.hold("model", "loading")
+    reloader = Reloader(
+        inference,
+        metrics,
+        lambda old: _reloaded(settings, cast("SentimentModel", old)),
+        lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
+    )
     guard = Guard(host=settings.http_host, token=_secret(settings.http_token), token_for=settings.http_token_for)
-    monitor = Monitor(health, metrics, guard, port=settings.http_port)
+    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[reloader])
     try:
         await monitor.start()
     except OSError as error:
@@ -71,12 +77,6 @@ async def _run(settings: RunSettings) -> int:
             f"http_host and http_port: cannot listen on {where}: {os.strerror(error.errno or 0)}"
         ) from None
     log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
-    reloader = Reloader(
-        inference,
-        metrics,
-        lambda old: _reloaded(settings, cast("SentimentModel", old)),
-        lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
-    )
     stop = _on_signals(reloader)
     try:
         return await _work(settings, metrics, inference, health, stop)
