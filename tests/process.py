@@ -177,14 +177,14 @@ class Workers:
         self._folder = folder
         self._started: list[WorkerProcess] = []
 
-    def start(self, topics: Topics, **settings: object) -> WorkerProcess:
+    def start(self, topics: Topics, variables: Mapping[str, str] | None = None, **settings: object) -> WorkerProcess:
         names = {
             "input_topics": topics.input,
             "output_topic": topics.output,
             "dead_letter_topic": topics.dead_letters,
             "group_id": topics.group,
         }
-        worker = WorkerProcess(self._folder, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
+        worker = WorkerProcess(self._folder, variables=variables, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
         self._started.append(worker)
         return worker
 
