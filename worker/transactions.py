@@ -123,7 +123,7 @@ def _refusal_key(parcel: Parcel) -> RefusalKey:
 class PartitionSink(Sink):
     """A transactional producer, of one input partition. What is published counts once ``commit`` has returned.
 
-    Any failure raises Lost, and leaves it good for nothing but ``close``.
+    Any failure raises Lost, and leaves it good for nothing but ``close``. After a refusal ``limits`` are those of now.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PartitionSink(Sink):
         *,
         transactional_id: str,
         refusals: Refusals,
-        limits: Mapping[str, TopicLimits],
+        limits: dict[str, TopicLimits],
         metrics: Metrics,
         health: Health,
         compression_type: str = "none",
@@ -140,6 +140,7 @@ class PartitionSink(Sink):
         super().__init__(connection, limits=limits, metrics=metrics, health=health, compression_type=compression_type)
         self._transactional_id = transactional_id
         self._refusals = refusals
+        self._shared_limits = limits
         self._is_in_transaction = False
 
     async def open(self) -> None:
@@ -167,6 +168,8 @@ class PartitionSink(Sink):
             reason = REFUSALS.get(type(error))
             if reason:
                 self._refusals.note([parcels[place] for place in loads[0]], reason)
+                await self._refresh_limits()
+                self._shared_limits.update(self._limits)
             raise Lost(type(error).__name__) from error
         self._health.well("publish")
         return answers
@@ -350,7 +353,7 @@ class Transactions:
         self.group_id = group_id
         self.interval_s = interval_s
         self._connection = connection
-        self._limits = limits
+        self._limits = dict(limits)
         self._metrics = metrics
         self._health = health
         self._compression_type = compression_type
