@@ -146,10 +146,11 @@ class Decoder:
         found = _look_up(fields, self._id_path)
         if isinstance(found, str):
             return found
-        if type(found) is int and found:
+        if type(found) in (int, float) and (abs(found) >= 2**63 or (found == 0 and b"-0" in value)):
+            digits = _look_up(_loads_with_digits(value), self._id_path)  # orjson reads these as a float, and -0 as 0
+            found = digits if isinstance(digits, str) else found
+        if type(found) is int:
             return str(found)
-        if type(found) in (int, float) and (found == 0 or abs(found) >= 2**63):  # -0 reads as 0, what is large as a float
-            found = _look_up(_loads_with_digits(value), self._id_path)
         return found if isinstance(found, str) else _id_from_record(record)
 
 
@@ -238,9 +239,14 @@ def _iso_second(seconds: int) -> str:
 _MISSING: Final = object()
 # A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
 _LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
-# A string, an unfinished one to the end, or a number: its whole part and the rest. Possessive, so linear in the bytes.
+# Strings with what stands between them, an unfinished one to the end; or a number that may be too large for 64 bits or for
+# a float, or -0: its whole part and the rest. Possessive, and strings are taken many at once, so that it stays quick.
+_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+'
 _LITERAL: Final = re.compile(
-    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+|(-?+(?:0|[1-9]\d*+))((?:\.\d++)?+(?:[eE][+-]?+\d++)?+)', re.DOTALL
+    rb"%b(?:[^\"0-9-]*+%b)*+"
+    rb"|(?<![\d.eE+-])(?=-0|-?\d{19}|-?\d++(?:\.\d++)?+[eE]\+?+\d{3})"
+    rb"(-?+(?:0|[1-9]\d*+))((?:\.\d++)?+(?:[eE][+-]?+\d++)?+)" % (_STRING, _STRING),
+    re.DOTALL,
 )
 _DIGITS_OF_64_BITS: Final = 18  # so many always fit
 
@@ -259,20 +265,19 @@ def _loads(value: bytes) -> Any:
 
 
 def _loads_with_digits(value: bytes) -> Any:
-    """Valid JSON to Python, with strings of digits for integers of more than 64 bits, for 0 and for -0."""
+    """Valid JSON to Python, with strings of digits for integers of more than 18 digits and for -0."""
     return orjson.loads(_LITERAL.sub(_quoted, value))
 
 
 def _smaller(literal: re.Match[bytes]) -> bytes:
-    whole, _ = literal.groups()
-    if whole is None or not _LARGE_NUMBER.search(literal[0]):
+    if literal[1] is None or not _LARGE_NUMBER.search(literal[0]):
         return literal[0]
-    return b"-1e300" if whole.startswith(b"-") else b"1e300"
+    return b"-1e300" if literal[0].startswith(b"-") else b"1e300"
 
 
 def _quoted(literal: re.Match[bytes]) -> bytes:
-    whole, rest = literal.groups()
-    if whole and not rest and (len(whole) > _DIGITS_OF_64_BITS or whole in (b"0", b"-0")):
+    whole = literal[1]
+    if whole and not literal[2] and (len(whole) > _DIGITS_OF_64_BITS or whole == b"-0"):
         return b'"%b"' % whole
     return _smaller(literal)
 
