@@ -187,7 +187,8 @@ def _headers(rng: random.Random) -> Headers:
         return (("gigantic", rng.randbytes(300_000)),)
     if choice < 0.71:
         return tuple((f"h{number}", b"") for number in range(3_000))
-    name = rng.choice(("event.id", "Content-Type", "error.reason", "source.offset", "", text(rng), "trace"))
+    odd = text(rng).replace("\0", "")  # the tests' own client ends a name there
+    name = rng.choice(("event.id", "Content-Type", "error.reason", "source.offset", "", odd, "trace"))
     return ((name, rng.choice((None, b"", rng.randbytes(8), text(rng).encode()))),) * rng.randrange(1, 3)
 
 
