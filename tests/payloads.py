@@ -5,6 +5,7 @@ The oracle shares nothing with the worker: the standard library's JSON reader, m
 
 import json
 import random
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any, Final
 from tests.topics import Headers, Record
 
 MAX_TEXT_CHARS: Final = 100_000
+BRACKETS: Final = re.compile(r"[\[\]{}]")
+STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)', re.DOTALL)
 DEEPEST: Final = 1_024  # levels of JSON that are read
 MEGABYTE: Final = 1_000_000
 RESULT, TOMBSTONE, SKIPPED = "result", "tombstone", "skipped"
@@ -131,18 +134,9 @@ def _refuse_half_pairs(value: Any) -> None:
 
 def _depth(string: str) -> int:
     depth = deepest = 0
-    in_string = escaped = False
-    for letter in string:
-        if in_string:
-            in_string = escaped or letter != '"'
-            escaped = letter == "\\" and not escaped
-        elif letter == '"':
-            in_string = True
-        elif letter in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif letter in "]}":
-            depth -= 1
+    for bracket in BRACKETS.findall(STRINGS.sub("", string)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 

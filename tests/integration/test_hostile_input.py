@@ -5,11 +5,13 @@ lives; and every result is that of its text alone, whatever stood beside it in i
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+import torch
 
 from tests.checkpoint import Oracle
 from tests.payloads import RESULT, SKIPPED, TOMBSTONE, Verdict, records, verdict
@@ -23,6 +25,15 @@ SEED = 20_261_123
 COMBINATIONS = {("json", "result"): 3_400, ("json", "enrich"): 3_300, ("text", "result"): 3_300}
 ROOMY = {"max_message_bytes": 4_000_000}  # so that each dead letter goes out untouched
 ENRICHED = b',"sentiment":'
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle's network is so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("input_format", "output_mode"), COMBINATIONS)
