@@ -150,6 +150,9 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
 
+    def hang_up(self) -> None:
+        self._process.send_signal(signal.SIGHUP)
+
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 TokenFor = Literal["changes", "all"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-CONNECTIONS: Final = 64  # open at once; one more closes the oldest, so that nobody can keep the probes out
+CONNECTIONS: Final = 256  # open at once; one more closes the oldest, so that nobody can keep the probes out
 LINE_BYTES: Final = 4_096  # of a request line, and of a header
 HEADERS: Final = 64
 BODY_BYTES: Final = 16_384
@@ -157,7 +157,7 @@ class _Connection(asyncio.Protocol):
         if len(self._open) >= CONNECTIONS:
             oldest = next(iter(self._open))
             self._open.pop(oldest).abort()
-        self._open[self] = cast("asyncio.Transport", transport)
+        self._open[self] = cast("asyncio.Transport", transport)  # uvloop's are not of that class
         self._inner.connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:

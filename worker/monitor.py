@@ -1,5 +1,8 @@
 """The HTTP side: /metrics, /livez and /readyz. Served from before the model loads, until the very end."""
 
+from collections.abc import Iterable
+from typing import Protocol
+
 from aiohttp import web
 
 from worker.guard import Guard
@@ -7,10 +10,18 @@ from worker.health import Health
 from worker.metrics import CONTENT_TYPE, Metrics
 
 
+class Part(Protocol):
+    """Something with pages of its own."""
+
+    def add_to(self, app: web.Application) -> None: ...
+
+
 class Monitor:
     """Answers what ``guard`` lets through, on its host and ``port`` (0: any free port; ``port`` then says which)."""
 
-    def __init__(self, health: Health, metrics: Metrics, guard: Guard, *, port: int) -> None:
+    def __init__(
+        self, health: Health, metrics: Metrics, guard: Guard, *, port: int, parts: Iterable[Part] = ()
+    ) -> None:
         self.port = port
         self._guard = guard
         self._health = health
@@ -19,6 +30,8 @@ class Monitor:
         app.router.add_get("/metrics", self._answer_metrics)
         app.router.add_get("/livez", self._answer_livez)
         app.router.add_get("/readyz", self._answer_readyz)
+        for part in parts:
+            part.add_to(app)
         metrics.ready.set_function(lambda: float(health.why_not_ready() is None))
 
     async def start(self) -> None:
