@@ -347,6 +347,29 @@ def test_a_permission_to_ask_about_a_topic_is_not_enough(
     assert (kafka.count(topics.output), kafka.count(topics.dead_letters)) == (9, 1)
 
 
+def test_exactly_once_needs_its_transactional_ids(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
+    allow(secure, USER, topics, *NEEDED)
+    settings = {**entrance.settings, "delivery": "exactly-once"}
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
+    words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
+    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
+    assert len(worker.warnings(words)) == 1
+    assert "Traceback" not in worker.output
+    assert not kafka.read(topics.output)
+    name = f"{topics.group}/{topics.input}/0"
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
+    worker.wait_until_ready()
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert (len(kafka.read(topics.output)), len(kafka.read(topics.dead_letters))) == (9, 1)
+
+
 # --- Secrets ---
 
 TOKEN = "token-0123456789abcdef"
