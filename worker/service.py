@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.events import Decoder, Encoder
+from worker.flood import DeadLetterFlood, FloodGauge
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
 from worker.metrics import Metrics
@@ -86,7 +87,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, DeadLetterRefused) as error:
+    except (UnreadableRecord, DeadLetterRefused, DeadLetterFlood) as error:
         log.error("%s", error)
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -156,6 +157,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         inference=inference,
         encoder=Encoder(model=model.name, output_mode=settings.output_mode),
         sink=sink,
+        flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,

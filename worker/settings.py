@@ -213,6 +213,10 @@ class RunSettings(ModelSettings):
     text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
     id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
+    dead_letter_limit: float = Field(
+        0.5, ge=0, le=1, description="share of dead letters among the newest records that ends the worker; 0: none does"
+    )
+    dead_letter_window: int = Field(1_000, ge=1, le=INT32, description="of at least so many records, records")
     compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
         "none", description="of what is published"
     )
