@@ -9,8 +9,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
+IMAGE ?= sentiment-worker
+TARGET ?= cpu
 
-.PHONY: demo test fuzz bench compare check format lock clean
+.PHONY: demo test fuzz bench compare check format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -44,6 +46,18 @@ format: $(INSTALLED)
 
 lock: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
+
+# TARGET=cuda for NVIDIA's GPUs; DOCKER_BUILD holds options more, such as --build-arg BASE=registry.example/python:3.11.
+image:
+	docker build $(DOCKER_BUILD) --target $(TARGET) --tag $(IMAGE):$(TARGET) \
+	  --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$(shell git rev-parse HEAD) .
+
+image-test: image $(INSTALLED)
+	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
+
+dashboard: $(INSTALLED)
+	$(BIN)/python deploy/grafana/dashboard.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -155,22 +155,21 @@ class Decoder:
 
 
 class Encoder:
-    """Event and sentiment → result bytes. ``model`` is the name that results carry: name@revision."""
+    """Event and sentiment → result bytes."""
 
-    def __init__(self, *, model: str, output_mode: str = "result") -> None:
-        self._model = model
+    def __init__(self, *, output_mode: str = "result") -> None:
         self._is_enriched = output_mode == "enrich"
 
     def encode(
-        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, processed_at: str
+        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, model: str, processed_at: str
     ) -> Outgoing | Failure:
-        """The result record of one event; ``processed_at`` as of ``iso_time``."""
+        """The result record of one event; ``model`` is who scored it, name@revision, ``processed_at`` as of ``iso_time``."""
         try:
             event_time = iso_time(record.timestamp) if has_timestamp(record) else None
         except (ValueError, OverflowError):
             return Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
         source = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-        result = result_fields(event.id, sentiment, truncated, self._model, source, event_time, processed_at)
+        result = result_fields(event.id, sentiment, truncated, model, source, event_time, processed_at)
         value = orjson.dumps(result)
         if self._is_enriched:
             value = _spliced(record.value or b"", value)

@@ -1,10 +1,10 @@
 """A flood of records that cannot be scored ends the worker before the topic is drained into the dead letters."""
 
+import pytest
+
 from tests.process import Workers
 from tests.scenario import letter_place, wait_until_committed
 from tests.topics import Kafka, Record, Topics, numbered, repeated
-
-import pytest
 
 pytestmark = pytest.mark.kafka
 
