@@ -48,7 +48,7 @@ class FloodGauge:
     def _sentence(self, failed: int) -> str:
         (reason, times), *_ = self._reasons.most_common(1)
         return (
-            f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that reaches "
-            f"dead_letter_limit = {self._limit:g}; the records from there on are neither published nor committed; mend their "
-            "producer or this worker's settings, or raise the limit (0: none)"
+            f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
+            f"reaches dead_letter_limit = {self._limit:g}; the records from there on are neither published nor committed; "
+            "mend their producer or this worker's settings, or raise the limit (0: none)"
         )

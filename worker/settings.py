@@ -25,8 +25,6 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from worker.events import Reason
-
 PREFIX = "WORKER_"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
@@ -123,6 +121,8 @@ def _unshielded(words: list[str]) -> list[str]:
 
 
 def _reasons(words: list[str]) -> list[str]:
+    from worker.events import Reason  # noqa: PLC0415 - it brings numpy, and --help is quick
+
     reasons = _unshielded(words)
     if not set(reasons) <= set(get_args(Reason)):
         raise ValueError(f"it should be one of {', '.join(get_args(Reason))}")
