@@ -20,6 +20,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
   run        read events from Kafka, publish their sentiment, commit
   classify   score texts from arguments, a file or standard input; no Kafka
   bench      this machine's speed with a model, and the settings to use
+  replay     send dead letters back to the topics that they came from
   demo       the whole thing on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
@@ -91,6 +92,17 @@ def _bench(argv: Sequence[str]) -> int:
     return bench.run(settings)
 
 
+def _replay(argv: Sequence[str]) -> int:
+    from worker import logs
+    from worker.settings import ReplaySettings, load
+
+    settings = load(ReplaySettings, argv, "sentiment-worker replay")
+    logs.configure(settings.log_level, settings.log_format)
+    from worker import replay
+
+    return replay.run(settings)
+
+
 def _demo(argv: Sequence[str]) -> int:
     from worker.settings import DemoSettings, load
 
@@ -144,6 +156,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "classify": _classify,
     "bench": _bench,
+    "replay": _replay,
     "demo": _demo,
     "evaluate": _evaluate,
     "train": _train,

@@ -26,7 +26,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
-from worker.settings import WrongSetting
+from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,30 @@ class Connection:
     sasl_username: str | None = None
     sasl_password: str | None = field(default=None, repr=False)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @classmethod
+    def as_set(cls, settings: ConnectionSettings) -> "Connection":
+        """By the settings that commands with Kafka share. Reads certificates. Raises WrongSetting."""
+
+        def path(name: str) -> str | None:
+            value = getattr(settings, name)
+            return str(value) if value else None
+
+        context = None
+        if settings.security_protocol.endswith("SSL"):
+            context = tls_context(
+                path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), revealed(settings.ssl_key_password)
+            )
+        return cls(
+            bootstrap_servers=split_names(settings.bootstrap_servers),
+            client_id=settings.client_id,
+            request_timeout_ms=settings.request_timeout_ms,
+            security_protocol=settings.security_protocol,
+            sasl_mechanism=settings.sasl_mechanism,
+            sasl_username=settings.sasl_username,
+            sasl_password=revealed(settings.sasl_password),
+            ssl_context=context,
+        )
 
     @property
     def request_timeout_s(self) -> float:

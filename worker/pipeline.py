@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -30,6 +31,7 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
+from worker.flood import FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.sentiment import Sentiment
@@ -70,6 +72,16 @@ class MicroBatch:
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
 
+    def failures(self) -> Counter[Reason]:
+        """Why how many of its records cannot be scored."""
+        reasons: Counter[Reason] = Counter()
+        for part in self.parts:
+            reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+            texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
+            answers = self.job.answers[part.first_text : part.first_text + texts]
+            reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
+        return +reasons
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -104,6 +116,7 @@ class Pipeline:
         inference: Inference,
         encoder: Encoder,
         sink: Sink,
+        flood: FloodGauge,
         metrics: Metrics,
         output_topic: str,
         dead_letter_topic: str,
@@ -116,6 +129,7 @@ class Pipeline:
         self._inference = inference
         self._encoder = encoder
         self._sink = sink
+        self._flood = flood
         self._metrics = metrics
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
@@ -132,7 +146,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused,
+        DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -228,6 +243,7 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
+            self._flood.look_at(len(batch), batch.failures())
             if self._transactions:
                 await self._hand_over(batch, self._transactions)
                 continue
