@@ -287,7 +287,7 @@ class Pipeline:
         answer = job.answers[place]
         if not isinstance(answer, Sentiment):
             return self._dead_letter(record, Failure("infer", "inference_failed", answer or "no answer"))
-        encoded = self._encoder.encode(record, event, answer, job.truncated[place], processed_at)
+        encoded = self._encoder.encode(record, event, answer, job.truncated[place], job.model.name, processed_at)
         if isinstance(encoded, Failure):
             return self._dead_letter(record, encoded)
         return Outcome(record, encoded, sentiment=answer)
