@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -108,6 +108,7 @@ class Pipeline:
         dead_letter_topic: str,
         version: str,
         drain_timeout_s: float = 20,
+        watch: Callable[[list[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -119,6 +120,7 @@ class Pipeline:
         self._dead_letter_topic = dead_letter_topic
         self._version = version
         self._drain_timeout_s = drain_timeout_s
+        self._watch = watch
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -224,6 +226,7 @@ class Pipeline:
             while some := list(islice(outcomes, SLICE)):
                 await self._deliver(some)
                 self._count(some)
+                self._watch(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in batch.parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
