@@ -25,14 +25,14 @@ from worker.health import Health
 from worker.metrics import Metrics
 from worker.sentiment import Sentiment
 from worker.settings import Settings
-from worker.tasks import cancelled
+from worker.tasks import cancelled, within
 from worker.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
 VIEWERS: Final = 100
-PER_SECOND: Final = 20  # results shown, and dead letters
+PER_SECOND: Final = 8  # results shown, and dead letters: more could not be read
 PER_BATCH: Final = 4  # so that a second's results are not all of its first micro-batch
 KEPT: Final = 40
 STUCK_S: Final = 30  # a client that takes nothing for so long is dropped
@@ -204,17 +204,23 @@ class Console:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
             await response.prepare(request)
             await self._send(request, response)
+        except ConnectionError:
+            pass  # it has gone
+        except TimeoutError:
+            if request.transport:
+                request.transport.abort()
         finally:
             self._viewers -= 1
         return response
 
     async def _send(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Everything, then second after second. Raises ConnectionError, TimeoutError where nothing is taken."""
         transport = request.transport
         if transport is None:
             return
         transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, SOCKET_BYTES)
         coming = self._next
-        await response.write(self._hello())
+        await within(STUCK_S, response.write(self._hello()))
         stuck_s = 0
         while stuck_s < STUCK_S:
             await coming.wait()
@@ -225,8 +231,8 @@ class Console:
                 stuck_s += 1
             else:
                 stuck_s = 0
-                await response.write(self._second)  # does not wait: there is nothing before it
-        transport.abort()
+                await within(STUCK_S, response.write(self._second))
+        raise TimeoutError
 
 
 def shown_settings(settings: Settings) -> dict[str, str]:
@@ -249,7 +255,7 @@ def _hash_of(page: str, tag: str) -> str:
 
 
 def _message(kind: str, data: Mapping[str, Any]) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(data))
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(data, default=tuple))
 
 
 def _letter(record: Record, failure: Failure, now: float) -> list[Any]:
