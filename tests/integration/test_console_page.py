@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, chromium
 from tests.broker import free_port
+from tests.browser import Browser, chromium
 from tests.process import WorkerProcess, Workers
 from tests.topics import Kafka, Record, Topics
 from tests.waiting import wait_for
@@ -122,7 +122,9 @@ def test_it_says_why_the_worker_is_not_ready(topics: Topics, workers: Workers, b
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_every_screen_in_light_and_dark(topics: Topics, workers: Workers, browser: Browser, scheme: str, width: int) -> None:  # fmt: skip
+def test_it_fits_every_screen_in_light_and_dark(
+    topics: Topics, workers: Workers, browser: Browser, scheme: str, width: int
+) -> None:
     worker = workers.start(topics).wait_for_status("/livez", 200)
     browser.emulate(width=width, height=800, scheme=scheme, reduced_motion=True)
     browser.open(worker.url)
