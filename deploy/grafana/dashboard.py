@@ -319,7 +319,7 @@ def what_goes_wrong() -> Sequence[timeseries.Panel]:
             "Failed operations on Kafka",
             "short",
             {"{{operation}}": total(rate("kafka_errors_total"), "operation")},
-            "Per second, retried. No line: none has ever failed.",
+            "Per second. Each is tried again.",
             third=True,
         ),
         chart(
