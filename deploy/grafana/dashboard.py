@@ -3,7 +3,7 @@
 `make dashboard`, or `python deploy/grafana/dashboard.py`. Needs the extra `deploy`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ThresholdsMode,
     VariableRefresh,
 )
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 FILE: Final = Path(__file__).with_name("sentiment-worker.json")
 SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
@@ -28,6 +29,7 @@ CHART_HEIGHT: Final = 8
 STAT_HEIGHT: Final = 4
 
 Queries = Mapping[str, str]  # legend → expression
+Panel = stat.Panel | timeseries.Panel | heatmap.Panel
 
 
 def metric(name: str, *matchers: str) -> str:
@@ -267,7 +269,7 @@ def how_full() -> Sequence[timeseries.Panel]:
     )
 
 
-def what_do_people_say() -> Sequence[timeseries.Panel | heatmap.Panel]:
+def what_do_people_say() -> Sequence[Panel]:
     mix = chart(
         "Label mix",
         "percentunit",
@@ -292,7 +294,7 @@ def what_do_people_say() -> Sequence[timeseries.Panel | heatmap.Panel]:
         .datasource(SOURCE)
         .height(CHART_HEIGHT)
         .span(WIDTH // 3)
-        .with_target(target("{{le}}", total(rate("score_bucket"), "le")).format("heatmap"))
+        .with_target(target("{{le}}", total(rate("score_bucket"), "le")).format(PromQueryFormat.HEATMAP))
     )
     return mix, score.min(-1).max(1).decimals(2), spread
 
@@ -390,7 +392,7 @@ def what_does_it_use() -> Sequence[timeseries.Panel]:
     )
 
 
-ROWS: Final = {
+ROWS: Final[Mapping[str, Callable[[], Sequence[Panel]]]] = {
     "Is it working?": is_it_working,
     "Does it keep up?": does_it_keep_up,
     "How late are the results, and where does the time go?": how_late,
