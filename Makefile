@@ -61,8 +61,12 @@ image:
 image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
+# What is generated in deploy/: the dashboard, and the rules as the Prometheus operator wants them.
+RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
+	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
+	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
