@@ -42,9 +42,13 @@ class NotOursError(UnavailableError):
 
 @dataclass(frozen=True)
 class Extras:
-    """What a broker has beside its plain listener: listeners by name, each a protocol and a port, and properties."""
+    """What a broker has beside its plain listener: listeners by name, each a protocol and a port, and properties.
+
+    `advertised` says, by listener, where clients are sent to if not to its own port: a proxy's.
+    """
 
     listeners: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    advertised: Mapping[str, str] = field(default_factory=dict)
     properties: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -386,7 +390,9 @@ def server_properties(
         "process.roles": "broker,controller",
         "controller.quorum.voters": f"1@localhost:{controller_port}",
         "listeners": ",".join([*bound, f"CONTROLLER://localhost:{controller_port}"]),
-        "advertised.listeners": ",".join(f"{name}://{host}:{port}" for name, (_, port) in listeners.items()),
+        "advertised.listeners": ",".join(
+            f"{name}://{extras.advertised.get(name, f'{host}:{port}')}" for name, (_, port) in listeners.items()
+        ),
         "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
