@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for number, name in enumerate(names):
                 wait_until(fed + (number + 0.5) * options.events / options.rate / options.acts)
                 acts.append(played(stage, name, chance, fed))
-                say(options, f"{acts[-1]['at_s']:7.1f} s  {name}: {acts[-1]['what']}")
+                say(options, f"{acts[-1]['at_s']:7.1f} s +{acts[-1]['took_s']:5.1f}  {name}: {acts[-1]['what']}")
             stage.calm()
             stage.finish()
         except AssertionError as error:

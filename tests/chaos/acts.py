@@ -185,7 +185,7 @@ def unwritable(scene: Scene, chance: random.Random) -> str:
     slot = some_worker(scene, chance)
     slot.variables = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR"), UNWRITABLE)
     code = scene.fleet.terminate(slot)
-    wait_for(lambda: slot.worker is not None and slot.worker.status("/readyz") == 200, "a worker", 60)
+    wait_for(lambda: is_ready(slot), f"{slot.name} to be ready", 60)
     slot.variables = {}
     return f"{slot.name} is terminated ({code}), and starts again where it can write to no folder"
 
@@ -205,8 +205,20 @@ def lost_model(scene: Scene, slot: Slot, fault: str) -> str:
 
 
 def some_worker(scene: Scene, chance: random.Random) -> Slot:
-    wait_for(scene.fleet.running, "a running worker", 60)
-    return chance.choice(scene.fleet.running())
+    """One that is at work."""
+    wanted = [slot for slot in scene.fleet.slots if slot.is_wanted]
+    slot = chance.choice(wanted)
+    wait_for(lambda: is_ready(slot), f"{slot.name} to be ready", 120, describe=lambda: last_words(slot))
+    return slot
+
+
+def is_ready(slot: Slot) -> bool:
+    worker = slot.worker
+    return worker is not None and worker.status("/readyz") == 200
+
+
+def last_words(slot: Slot) -> str:
+    return slot.worker.output[-1500:] if slot.worker else "(it does not run)"
 
 
 ACTS: Final[dict[str, Act]] = {

@@ -55,7 +55,7 @@ class Feed(threading.Thread):
 
     def _send(self, number: int) -> None:
         record = record_of(number)
-        headers = list(record.headers)
+        headers: list[Any] = list(record.headers)
         self._producer.produce(self._topic, record.value, record.key, headers=headers, on_delivery=self._delivered)
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
@@ -250,10 +250,7 @@ class Scene:
 
     def audit(self) -> Audit:
         """Blocks; reads every topic once."""
-        given = (as_given(message) for message in read(self.broker.bootstrap, self.topics.input, PARTITIONS))
-        output = (as_seen(message) for message in read(self.broker.bootstrap, self.topics.output, PARTITIONS))
-        letters = (as_letter(message) for message in read(self.broker.bootstrap, self.topics.dead_letters, PARTITIONS))
-        return audit(given, output, letters)
+        return audited(self.kafka, self.topics)
 
 
 @contextlib.contextmanager
@@ -294,12 +291,20 @@ def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **s
 # What came of it.
 
 
-def read(bootstrap: str, topic: str, partitions: int, wait_s: float = 120) -> Iterator[Message]:
+def audited(kafka: Kafka, topics: Topics) -> Audit:
+    """Accounts for every event in these topics. Blocks; reads each once, with read_committed."""
+    given = (as_given(message) for message in read(kafka, topics.input))
+    output = (as_seen(message) for message in read(kafka, topics.output))
+    letters = (as_letter(message) for message in read(kafka, topics.dead_letters))
+    return audit(given, output, letters)
+
+
+def read(kafka: Kafka, topic: str, wait_s: float = 120) -> Iterator[Message]:
     """Every committed record, partition after partition; AssertionError where one cannot be read to its end."""
-    config = {"bootstrap.servers": bootstrap, "group.id": "auditor", "isolation.level": "read_committed"}
+    config = {"bootstrap.servers": kafka.bootstrap, "group.id": "auditor", "isolation.level": "read_committed"}
     consumer = Consumer({**config, "enable.auto.commit": False, "enable.partition.eof": True, "log_level": 0})
     try:
-        for partition in range(partitions):
+        for partition in range(len(kafka.partitions(topic))):
             place = TopicPartition(topic, partition)
             _, end = consumer.get_watermark_offsets(place, timeout=30)
             consumer.assign([TopicPartition(topic, partition, 0)])

@@ -2,8 +2,12 @@
 
 The file `FAULT_FILE` says how it fails, as long as it is there: `raise`, `shape`, `memory` or `hang SECONDS`. A text's
 logits follow from the number in it, so that a result shows whose it is; on texts that begin with POISON it always fails.
+
+`MUTE_FILE`: while it is there, the process's first consumer is given no record. `SILENCE_S` and `RECORDS_PER_PRODUCER`
+lower the limits of those names.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -11,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from aiokafka import AIOKafkaConsumer
 from numpy.typing import NDArray
 
 from benchmarks.costless import CostlessModel
 from tests.chaos.events import POISON, logit_of
-from worker import service
+from worker import service, sink, source
 from worker.cli import main
 from worker.settings import RunSettings
 
@@ -70,6 +75,33 @@ def load(_: RunSettings) -> Any:
     return FaultyModel(Path(fault) if fault else None)
 
 
+def lower_limits() -> None:
+    if "SILENCE_S" in os.environ:
+        source.SILENCE_S = float(os.environ["SILENCE_S"])  # type: ignore[misc]
+    if "RECORDS_PER_PRODUCER" in os.environ:
+        sink.Sink.__init__.__kwdefaults__["records_per_producer"] = int(os.environ["RECORDS_PER_PRODUCER"])
+
+
+def mute_first_consumer(file: Path) -> None:
+    made: list[AIOKafkaConsumer] = []
+
+    class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
+        def __init__(self, *topics: str, **options: Any) -> None:
+            super().__init__(*topics, **options)
+            made.append(self)
+
+        async def getmany(self, *places: Any, timeout_ms: int = 0, max_records: int | None = None) -> Any:
+            if self is made[0] and file.exists():
+                await asyncio.sleep(timeout_ms / 1000)
+                return {}
+            return await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
+
+    source.AIOKafkaConsumer = Consumer
+
+
 if __name__ == "__main__":
-    service._loaded = load
+    service._loaded = load  # type: ignore[assignment]
+    lower_limits()
+    if "MUTE_FILE" in os.environ:
+        mute_first_consumer(Path(os.environ["MUTE_FILE"]))
     main()
