@@ -85,13 +85,16 @@ def lower_limits() -> None:
 def mute_first_consumer(file: Path) -> None:
     made: list[AIOKafkaConsumer] = []
 
+    def is_mute(consumer: AIOKafkaConsumer) -> bool:
+        return consumer is made[0] and file.exists()
+
     class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
         def __init__(self, *topics: str, **options: Any) -> None:
             super().__init__(*topics, **options)
             made.append(self)
 
         async def getmany(self, *places: Any, timeout_ms: int = 0, max_records: int | None = None) -> Any:
-            if self is made[0] and file.exists():
+            if is_mute(self):
                 await asyncio.sleep(timeout_ms / 1000)
                 return {}
             return await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
