@@ -7,7 +7,6 @@ logits follow from the number in it, so that a result shows whose it is; on text
 lower the limits of those names.
 """
 
-import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -94,10 +93,12 @@ def mute_first_consumer(file: Path) -> None:
             made.append(self)
 
         async def getmany(self, *places: Any, timeout_ms: int = 0, max_records: int | None = None) -> Any:
-            if is_mute(self):
-                await asyncio.sleep(timeout_ms / 1000)
-                return {}
-            return await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
+            fetched = await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
+            if not is_mute(self):
+                return fetched
+            for place, records in fetched.items():
+                self.seek(place, records[0].offset)
+            return {}
 
     source.AIOKafkaConsumer = Consumer
 
