@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,11 +12,12 @@ import aiokafka.admin.client
 import aiokafka.client
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.conn import AIOKafkaConnection, CloseReason, collect_hosts, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
     IllegalSaslStateError,
+    KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
@@ -35,6 +36,23 @@ log = logging.getLogger(__name__)
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
 aiokafka.client.MetadataRequest = _metadata_request
 aiokafka.admin.client.MetadataRequest = _metadata_request
+
+
+def _while_it_is_open(send: Callable[..., Any]) -> Callable[..., Any]:
+    """uvloop raises RuntimeError where a connection that has just been reset is written to; aiokafka knows OSError alone."""
+
+    @functools.wraps(send)
+    def checked(connection: AIOKafkaConnection, *arguments: Any, **options: Any) -> Any:
+        if connection._writer is not None and connection._writer.is_closing():
+            connection.close(reason=CloseReason.CONNECTION_BROKEN)
+            raise KafkaConnectionError(f"Connection at {connection.host}:{connection.port} broken")
+        return send(connection, *arguments, **options)
+
+    return checked
+
+
+AIOKafkaConnection.send = _while_it_is_open(AIOKafkaConnection.send)
+AIOKafkaConnection._send_sasl_token = _while_it_is_open(AIOKafkaConnection._send_sasl_token)
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
