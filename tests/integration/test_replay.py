@@ -107,7 +107,7 @@ def test_what_dies_again_counts_its_replays(kafka: Kafka, topics: Topics, worker
     kafka.send(topics.input, [Record(b"{", b"key", (("error.reason", b"mine"), ("source.topic", b"mine")))])
     workers.start(topics, dead_letter_limit=0)
     for times in (1, 2):
-        wait_for(lambda: kafka.count(topics.dead_letters) == times, "the dead letter")  # noqa: B023
+        wait_for(lambda: kafka.count(topics.dead_letters) == times, "the dead letter", 180)  # noqa: B023
         assert counted(replay(kafka, topics))["all"] == [1, 0, 0]
         newest = kafka.read(topics.input)[-1]
         assert list(newest.headers) == [
