@@ -186,7 +186,7 @@ class SentimentModel:
         for index, text in enumerate(texts):
             length = prefix
             while len(ids[index]) <= self.max_tokens + WORD_TOKENS and length < len(text):
-                length *= 4
+                length = length * 4 if length == prefix else len(text)  # each text is looked at three times at most
                 ids[index] = self._encode([_prefix(text, length)])[0]
             if len(ids[index]) > self.max_tokens:
                 truncated[index] = True

@@ -541,7 +541,9 @@ def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
     assert not found.is_whole
 
 
-@pytest.mark.parametrize("headers", [[], [("error.stage", b"decode")], [("error.stage", b"x"), ("source.offset", b"y")]])
+@pytest.mark.parametrize(
+    "headers", [[], [("error.stage", b"decode")], [("error.stage", b"x"), ("source.offset", b"y")]]
+)
 def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
     assert original(FakeRecord(b"{}", headers=headers)) is None
 
@@ -562,7 +564,9 @@ def test_a_large_number_changes_nothing_about_the_depth_that_is_read(depth: int)
         assert isinstance(decoded, Event) == (depth <= 1_024), number
 
 
-@pytest.mark.parametrize("number", ["1e999.5", "01e999", "--1e999", "1e999e9", "+1e999", "1e999 1", "1e999\"\"", ".1e999"])
+@pytest.mark.parametrize(
+    "number", ["1e999.5", "01e999", "--1e999", "1e999e9", "+1e999", "1e999 1", '1e999""', ".1e999"]
+)
 def test_a_large_number_that_is_no_json_stays_none(number: str) -> None:
     decoded = decode(f'{{"text":"да","n":{number}}}')
     assert isinstance(decoded, Failure)

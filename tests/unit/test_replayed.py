@@ -31,7 +31,9 @@ def test_it_knows_what_has_been_replayed_also_after_a_commit(
 @given(st.lists(SPANS))
 def test_joined_spans_hold_the_same_offsets_and_never_touch(spans: list[tuple[int, int]]) -> None:
     found = joined(spans)
-    assert {o for begin, end in found for o in range(begin, end)} == {o for begin, end in spans for o in range(begin, end)}
+    assert {o for begin, end in found for o in range(begin, end)} == {
+        o for begin, end in spans for o in range(begin, end)
+    }
     assert all(one[1] < other[0] for one, other in zip(found, found[1:], strict=False))
 
 
