@@ -19,6 +19,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
 
   run        read events from Kafka, publish their sentiment, commit
   classify   score texts from arguments, a file or standard input; no Kafka
+  check      settings, model, brokers, topics and permissions, without consuming
   bench      this machine's speed with a model, and the settings to use
   replay     send dead letters back to the topics that they came from
   demo       the whole thing on an embedded broker
@@ -68,6 +69,19 @@ def _run(argv: Sequence[str]) -> int:
     from worker import service
 
     return service.run(settings)
+
+
+def _check(argv: Sequence[str]) -> int:
+    from worker import logs
+    from worker.settings import RunSettings, load, unknown_variables
+
+    settings = load(RunSettings, argv, "sentiment-worker check")
+    logs.configure("error", settings.log_format)
+    for name in unknown_variables(RunSettings):
+        print(f"warn  settings     the variable {name} sets nothing")
+    from worker import check
+
+    return check.run(settings)
 
 
 def _classify(argv: Sequence[str]) -> int:
@@ -154,6 +168,7 @@ def _train(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
+    "check": _check,
     "classify": _classify,
     "bench": _bench,
     "replay": _replay,

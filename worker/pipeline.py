@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -123,6 +123,7 @@ class Pipeline:
         version: str,
         drain_timeout_s: float = 20,
         transactions: Transactions | None = None,
+        watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -136,6 +137,7 @@ class Pipeline:
         self._version = version
         self._drain_timeout_s = drain_timeout_s
         self._transactions = transactions
+        self._watch = watch
         self._draining = asyncio.Event()
         if transactions:
             transactions.serve(source, self._deliver, self._count)
@@ -378,6 +380,7 @@ class Pipeline:
             sum(o.outgoing is not None and o.sentiment is None and o.failure is None for o in outcomes)
         )
         self._metrics.consumed(outcome.record.topic for outcome in outcomes)
+        self._watch(outcomes)
 
 
 def _first_error(tasks: Any) -> BaseException | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, wait_until_usable
+from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
@@ -68,7 +69,9 @@ async def _run(settings: RunSettings) -> int:
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
     guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
-    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[reloader])
+    tap = Tap(_decoder(settings), texts=settings.console_texts)
+    console = Console(metrics, health, tap, shown_settings(settings), version=worker_version())
+    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
     try:
         await monitor.start()
     except OSError as error:
@@ -76,18 +79,21 @@ async def _run(settings: RunSettings) -> int:
         raise WrongSetting(
             f"http_host and http_port: cannot listen on {where}: {os.strerror(error.errno or 0)}"
         ) from None
-    log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
+    log.info(
+        "serving the console, /metrics, /livez and /readyz",
+        extra={"address": f"http://{settings.http_host}:{monitor.port}"},
+    )
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, stop)
+        return await _work(settings, metrics, inference, health, tap, stop)
     finally:
         await monitor.stop()
 
 
 async def _work(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, stop: asyncio.Event
+    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, stop: asyncio.Event
 ) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health))
+    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +130,7 @@ def _whereabouts(error: Exception) -> dict[str, str]:
     }
 
 
-async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health) -> Pipeline:
+async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap) -> Pipeline:
     connection = Connection.as_set(settings)
     topics = split_names(settings.input_topics)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
@@ -167,16 +173,9 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
     sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
     if transactions is None:
         await sink.start()
-    decoder = Decoder(
-        input_format=settings.input_format,
-        output_mode=settings.output_mode,
-        text_field=settings.text_field,
-        id_field=settings.id_field,
-        max_text_chars=settings.max_text_chars,
-    )
     return Pipeline(
         source=source,
-        decoder=decoder,
+        decoder=_decoder(settings),
         inference=inference,
         encoder=Encoder(output_mode=settings.output_mode),
         sink=sink,
@@ -187,6 +186,17 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
         transactions=transactions,
+        watch=tap,
+    )
+
+
+def _decoder(settings: RunSettings) -> Decoder:
+    return Decoder(
+        input_format=settings.input_format,
+        output_mode=settings.output_mode,
+        text_field=settings.text_field,
+        id_field=settings.id_field,
+        max_text_chars=settings.max_text_chars,
     )
 
 

@@ -330,7 +330,7 @@ class RunSettings(ModelSettings, EventSettings):
     inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
     drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
     http_host: Annotated[str, AfterValidator(_host)] = Field(
-        "127.0.0.1", description="address for /metrics, /livez, /readyz"
+        "127.0.0.1", description="address for the console, /metrics, /livez, /readyz"
     )
     http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
     http_token: CliSuppress[Annotated[SecretStr, AfterValidator(_http_token)] | None] = None
@@ -339,6 +339,7 @@ class RunSettings(ModelSettings, EventSettings):
         description="what needs the token in WORKER_HTTP_TOKEN or the file WORKER_HTTP_TOKEN_FILE names: whatever changes "
         "something, or all but /livez and /readyz",
     )
+    console_texts: bool = Field(False, description="the console at / shows the newest results' texts too")
     session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
     fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
 

@@ -1,5 +1,7 @@
 """What has been replayed, against a plain set of offsets and reasons."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def test_joined_spans_hold_the_same_offsets_and_never_touch(spans: list[tuple[in
     assert {o for begin, end in found for o in range(begin, end)} == {
         o for begin, end in spans for o in range(begin, end)
     }
-    assert all(one[1] < other[0] for one, other in zip(found, found[1:], strict=False))
+    assert all(one[1] < other[0] for one, other in pairwise(found))
 
 
 def test_what_the_topic_has_lost_is_forgotten() -> None:
