@@ -7,7 +7,7 @@ position is after them, stays where it was: in aiokafka's fetcher, and in ``Runs
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -85,7 +85,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         while self._records.has_next():
             batch = self._records.next_batch()
             if self._is_for_us(batch):
-                records = iter(batch)
+                records = chain(batch)  # a batch itself lets iter() be called once alone, and islice calls it each time
                 while some := list(islice(records, self._limits[self._tp] - len(run))):
                     run += self._rows(some)
                     if len(run) >= self._limits[self._tp]:
