@@ -9,14 +9,29 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
+IMAGE ?= sentiment-worker
+TARGET ?= cpu
 
-.PHONY: demo test bench compare check format lock clean
+.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
+# CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900", for one.
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos $(CHAOS)
+	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
+
+# Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
+fuzz: $(INSTALLED)
+	$(UV) 'atheris>=3'
+	mkdir -p .fuzz
+	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
+	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
 # The peers cap what the worker has newer, hence an environment of their own.
 bench:
@@ -31,6 +46,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Known vulnerabilities of every locked package, by the advisories of PyPI; one that cannot be looked up is a failure too.
+audit: $(BIN)/uv
+	for lock in runtime torch dev bench uv; do \
+	  $(BIN)/uv tool run pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -38,8 +58,24 @@ format: $(INSTALLED)
 lock: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
 
+# TARGET=cuda for NVIDIA's GPUs; DOCKER_BUILD holds options more, such as --build-arg BASE=registry.example/python:3.11.
+image:
+	docker build $(DOCKER_BUILD) --target $(TARGET) --tag $(IMAGE):$(TARGET) \
+	  --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$(shell git rev-parse HEAD) .
+
+image-test: image $(INSTALLED)
+	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
+
+# What is generated in deploy/: the dashboard, and the rules as the Prometheus operator wants them.
+RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
+dashboard: $(INSTALLED)
+	$(BIN)/python deploy/grafana/dashboard.py
+	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
+	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
+
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/uv: requirements/uv.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -15,7 +15,7 @@ from tests.checkpoint import POISON, Oracle
 from tests.process import environment
 
 MODULE = (sys.executable, "-m", "worker")
-COMMANDS = ("run", "classify", "bench", "demo", "evaluate", "train")
+COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
 HEAVY = ("torch", "transformers", "aiokafka", "numpy", "pydantic", "aiohttp", "prometheus_client")
 FIELDS = [
     "id", "label", "score", "probabilities", "truncated", "model", "source", "event_time", "processed_at",
@@ -141,6 +141,15 @@ def test_a_wrong_setting_is_refused_in_one_line(arguments: list[str], sentence: 
 
 def test_a_wrong_variable_is_refused_in_one_line() -> None:
     assert refused("run", WORKER_HTTP_PORT="tcp://10.0.0.1:80").startswith("http_port = 'tcp://10.0.0.1:80' is wrong")
+
+
+def test_sigterm_is_heard_before_the_worker_has_begun() -> None:
+    """Process 1 of a container misses each signal that it has no handler for."""
+    code = (
+        "import os, signal, worker.settings; from worker.cli import main;"
+        "worker.settings.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(['run'])"
+    )
+    assert call("-c", code, program=(sys.executable,)).returncode == 0
 
 
 def test_a_secret_is_refused_as_a_flag_without_repeating_it() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,11 +12,12 @@ import aiokafka.admin.client
 import aiokafka.client
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.conn import AIOKafkaConnection, CloseReason, collect_hosts, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
     IllegalSaslStateError,
+    KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
@@ -24,8 +25,9 @@ from aiokafka.errors import (
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
 
+from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
-from worker.settings import WrongSetting
+from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,23 @@ log = logging.getLogger(__name__)
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
 aiokafka.client.MetadataRequest = _metadata_request
 aiokafka.admin.client.MetadataRequest = _metadata_request
+
+
+def _while_it_is_open(send: Callable[..., Any]) -> Callable[..., Any]:
+    """uvloop raises RuntimeError where a connection that has just been reset is written to; aiokafka knows OSError alone."""
+
+    @functools.wraps(send)
+    def checked(connection: AIOKafkaConnection, *arguments: Any, **options: Any) -> Any:
+        if connection._writer is not None and connection._writer.is_closing():
+            connection.close(reason=CloseReason.CONNECTION_BROKEN)
+            raise KafkaConnectionError(f"Connection at {connection.host}:{connection.port} broken")
+        return send(connection, *arguments, **options)
+
+    return checked
+
+
+AIOKafkaConnection.send = _while_it_is_open(AIOKafkaConnection.send)
+AIOKafkaConnection._send_sasl_token = _while_it_is_open(AIOKafkaConnection._send_sasl_token)
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -62,6 +81,30 @@ class Connection:
     sasl_username: str | None = None
     sasl_password: str | None = field(default=None, repr=False)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @classmethod
+    def as_set(cls, settings: ConnectionSettings) -> "Connection":
+        """By the settings that commands with Kafka share. Reads certificates. Raises WrongSetting."""
+
+        def path(name: str) -> str | None:
+            value = getattr(settings, name)
+            return str(value) if value else None
+
+        context = None
+        if settings.security_protocol.endswith("SSL"):
+            context = tls_context(
+                path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), revealed(settings.ssl_key_password)
+            )
+        return cls(
+            bootstrap_servers=split_names(settings.bootstrap_servers),
+            client_id=settings.client_id,
+            request_timeout_ms=settings.request_timeout_ms,
+            security_protocol=settings.security_protocol,
+            sasl_mechanism=settings.sasl_mechanism,
+            sasl_username=settings.sasl_username,
+            sasl_password=revealed(settings.sasl_password),
+            ssl_context=context,
+        )
 
     @property
     def request_timeout_s(self) -> float:
@@ -115,7 +158,10 @@ def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, p
     """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
     try:
         context: ssl.SSLContext = create_ssl_context(
-            cafile=cafile, certfile=certfile, keyfile=keyfile, password=password
+            cafile=cafile,
+            certfile=certfile,
+            keyfile=keyfile,
+            password=password or "",  # with None OpenSSL would ask for it on the terminal
         )
     except (ssl.SSLError, OSError, ValueError) as error:
         raise WrongSetting(f"ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from None
@@ -136,17 +182,17 @@ async def wait_until_usable(
         try:
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
-                missing = await _missing_topics(client, topics)
+                missing = await missing_topics(client, topics)
                 health.well("kafka")
                 if not missing:
                     names = [name for group in topics.values() for name in group]
                     limits = await _limits(client, names)
                     health.well("topics")
                     return limits
-            health.trouble("topics", missing)
+            health.trouble("topics", f"{missing}; waiting for it")
         except UNREACHABLE as error:
-            await _refuse_wrong_credentials(connection)
-            health.trouble("kafka", unreachable(connection, error))
+            hint = await refuse_wrong_credentials(connection)
+            health.trouble("kafka", unreachable(connection, error) + hint)
         finally:
             await _close(client)
         await backoff.wait()
@@ -184,7 +230,8 @@ def unreachable(connection: Connection, error: BaseException) -> str:
     return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
 
 
-async def _missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iterable[str]]) -> str:
+async def missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iterable[str]]) -> str:
+    """What is wrong with topics, by role (``{"input_topics": [...], …}``); nothing if they can be used."""
     roles = {name: role for role, names in topics.items() for name in names}
     found = {topic["topic"]: topic["error_code"] for topic in await client.describe_topics(list(roles))}
     troubles = [
@@ -192,7 +239,7 @@ async def _missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iter
         for name, role in roles.items()
         if (code := found.get(name, 3)) not in (0, 5)  # 5: a partition has no leader at the moment
     ]
-    return "; ".join(troubles) + ("; waiting for it" if troubles else "")
+    return "; ".join(troubles)
 
 
 async def _limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:
@@ -225,11 +272,12 @@ def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
     )
 
 
-async def _refuse_wrong_credentials(connection: Connection) -> None:
+async def refuse_wrong_credentials(connection: Connection) -> str:
     """Raises WrongSetting if a broker can be reached and refuses who we are, or is not who it should be.
 
-    aiokafka's own start hides that behind "unable to bootstrap".
+    aiokafka's own start hides that behind "unable to bootstrap". Answers with a hint for the log, or nothing.
     """
+    hint = ""
     options = connection.options()
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
         try:
@@ -240,14 +288,28 @@ async def _refuse_wrong_credentials(connection: Connection) -> None:
                 f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"
             ) from None
         except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", None) or error.reason or "TLS fails"
-            raise WrongSetting(
-                f"the broker {host}:{port} cannot be talked to by TLS: {reason}; check security_protocol, ssl_cafile and "
-                "the broker's name"
-            ) from None
+            raise WrongSetting(tls_sentence(f"{host}:{port}", error)) from None
         except UNREACHABLE:
+            hint = hint or await _refuse_wrong_tls(connection, host, port)
             continue
         connected.close()
+    return hint
+
+
+async def _refuse_wrong_tls(connection: Connection, host: str, port: int) -> str:
+    """Raises WrongSetting if it is TLS that a broker ends the connection for; a hint where that is not certain."""
+    if connection.ssl_context:
+        error = await tls_failure(host, port, connection.ssl_context, connection.request_timeout_s)
+        if isinstance(error, ssl.SSLEOFError | ConnectionResetError):  # it may also be a broker that is just starting
+            return f"; does it speak TLS there, as security_protocol {connection.security_protocol} says?"
+        if error:
+            raise WrongSetting(tls_sentence(f"{host}:{port}", error))
+    elif await wants_tls(host, port, connection.request_timeout_s):
+        raise WrongSetting(
+            f"the broker {host}:{port} wants TLS, and security_protocol is {connection.security_protocol}; it should be "
+            "SSL or SASL_SSL"
+        )
+    return ""
 
 
 async def _close(client: AIOKafkaAdminClient) -> None:

@@ -3,7 +3,6 @@
 The formats are those of the README's section on records.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -36,6 +35,7 @@ Row = TypeVar("Row", bound=tuple[Any, ...])
 
 CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
+COUNT_HEADER: Final = "replay.count"
 ENRICHED_FIELD: Final = "sentiment"
 
 
@@ -120,6 +120,16 @@ class Decoder:
             return self._decode_text(record, record.value)
         return self._decode_json(record, record.value)
 
+    def id_of(self, record: Record) -> str:
+        """The event's id, whatever else is wrong with the record."""
+        if self._is_text or record.value is None:
+            return _id_from_record(record)
+        try:
+            fields = _loads(record.value)
+        except orjson.JSONDecodeError:
+            return _id_from_record(record)
+        return self._id(record, record.value, fields)
+
     def _decode_text(self, record: Record, value: bytes) -> Decoded:
         try:
             text = value.decode()
@@ -158,25 +168,18 @@ class Decoder:
         return None
 
     def _id(self, record: Record, value: bytes, found: Any) -> str:
-        if type(found) is int and found:
+        if type(found) in (int, float) and (abs(found) >= 2**63 or (found == 0 and b"-0" in value)):
+            digits = _look_up(_loads_with_digits(value), self._id_path)  # orjson reads these as a float, and -0 as 0
+            found = digits if isinstance(digits, str) else found
+        if type(found) is int:
             return str(found)
-        if type(found) in (int, float):  # 0, which may be -0; or an integer that orjson reads as a float for its size
-            found = _look_up(_loads_with_digits(value), self._id_path)
-        if isinstance(found, _Digits):
-            return found.text
-        return _id_from_record(record)
-
-
-class _Digits:
-    def __init__(self, text: str) -> None:
-        self.text = text
+        return found if isinstance(found, str) else _id_from_record(record)
 
 
 class Encoder:
-    """Events and sentiments → result bytes. ``model`` is the name that results carry: name@revision."""
+    """Events and sentiments → result bytes."""
 
-    def __init__(self, *, model: str, output_mode: str = "result") -> None:
-        self._model = model
+    def __init__(self, *, output_mode: str = "result") -> None:
         self._is_enriched = output_mode == "enrich"
 
     def encode(
@@ -185,11 +188,12 @@ class Encoder:
         events: Sequence[Event],
         sentiments: Sequence[Sentiment],
         truncated: Sequence[bool],
+        model: str,
         processed_at: str,
     ) -> list[Outgoing | Failure]:
-        """The result records of N events of one partition; ``processed_at`` as of ``iso_time``.
+        """The result records of N events of one partition.
 
-        The value has the bytes that ``orjson.dumps`` makes of ``result_fields``, and takes a third of the time.
+        ``model`` is who scored them, name@revision; ``processed_at`` is as of ``iso_time``. The value has the bytes that ``orjson.dumps`` makes of ``result_fields``, and takes a third of the time.
         """
         if not records:
             return []
@@ -203,7 +207,7 @@ class Encoder:
             [record.offset for record in records],
             event_times,
         )
-        values: Iterable[bytes] = map(self._template(records[0], processed_at).__mod__, zip(*columns, strict=True))
+        values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
         if self._is_enriched:
             values = [_spliced(record.value or b"", value) for record, value in zip(records, values, strict=True)]
         results: list[Outgoing | Failure] = [
@@ -222,16 +226,15 @@ class Encoder:
                 )
         return results
 
-    def _template(self, record: Record, processed_at: str) -> bytes:
-        """Of the results of one partition; takes what differs between them, as JSON, in order."""
-        model, topic, now = (
-            orjson.dumps(word).replace(b"%", b"%%") for word in (self._model, record.topic, processed_at)
-        )
-        return (
-            b'{"id":%%b,"label":%%b,"score":%%b,'
-            b'"probabilities":{"negative":%%b,"neutral":%%b,"positive":%%b},"truncated":%%b,"model":%b,'
-            b'"source":{"topic":%b,"partition":%d,"offset":%%d},"event_time":%%b,"processed_at":%b}'
-        ) % (model, topic, record.partition, now)
+
+def _template(record: Record, model: str, processed_at: str) -> bytes:
+    """Of the results of one partition; takes what differs between them, as JSON, in order."""
+    by, topic, now = (orjson.dumps(word).replace(b"%", b"%%") for word in (model, record.topic, processed_at))
+    return (
+        b'{"id":%%b,"label":%%b,"score":%%b,'
+        b'"probabilities":{"negative":%%b,"neutral":%%b,"positive":%%b},"truncated":%%b,"model":%b,'
+        b'"source":{"topic":%b,"partition":%d,"offset":%%d},"event_time":%%b,"processed_at":%b}'
+    ) % (by, topic, record.partition, now)
 
 
 def result_fields(
@@ -276,6 +279,57 @@ def smaller_dead_letters(record: Record, failure: Failure, version: str) -> list
     ]
 
 
+class Original(NamedTuple):
+    """The record that a dead letter was made of, and why it was. ``is_whole``: its value has been kept."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    reason: str
+    is_whole: bool
+
+
+def original(letter: Record) -> Original | None:
+    """What a dead letter was made of; None for a record that is no dead letter.
+
+    What the worker has added is what stands behind the last ``error.stage``; the input may have headers of such names too.
+    """
+    names = [name for name, _ in letter.headers]
+    if "error.stage" not in names:
+        return None
+    begin = len(names) - 1 - names[::-1].index("error.stage")
+    added = {name: value or b"" for name, value in letter.headers[begin:]}
+    try:
+        return Original(
+            added["source.topic"].decode(),
+            int(added["source.partition"]),
+            int(added["source.offset"]),
+            int(added["source.timestamp"]),
+            letter.key,
+            letter.value,
+            [
+                *letter.headers[:begin],
+                *(header for header in letter.headers[begin:] if header[0] not in _ERROR_HEADERS),
+            ],
+            added["error.reason"].decode(),
+            "error.value_bytes" not in added,
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def revived(record: Original, id: str) -> Outgoing:
+    """The record to publish again: as it was, with its event's id in a header, and how often it has been replayed."""
+    times = max((_count(value) for name, value in record.headers if name == COUNT_HEADER), default=0) + 1
+    headers = [header for header in record.headers if header[0] not in (ID_HEADER, COUNT_HEADER)]
+    headers += [(ID_HEADER, id.encode()), (COUNT_HEADER, _ascii(times))]
+    return Outgoing(record.key, record.value, headers, record.timestamp if has_timestamp(record) else None)
+
+
 def has_timestamp(record: Record) -> bool:
     return record.timestamp is not None and record.timestamp >= 0
 
@@ -306,35 +360,61 @@ def _iso_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
+_ERROR_HEADERS: Final = {
+    "error.stage",
+    "error.reason",
+    "error.message",
+    "error.value_bytes",
+    "source.topic",
+    "source.partition",
+    "source.offset",
+    "source.timestamp",
+    "worker.version",
+}
 _MISSING: Final = object()
-_LARGE_NUMBER: Final = re.compile(rb"\d{300}|[eE]\+?\d{3}")
+# A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
+_LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
+# Strings with what stands between them, an unfinished one to the end; or a number that may be too large for 64 bits or for
+# a float, or -0: its whole part and the rest. Possessive, and strings are taken many at once, so that it stays quick.
+_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+'
+_LITERAL: Final = re.compile(
+    rb"%b(?:[^\"0-9-]*+%b)*+"
+    rb"|(?<![\d.eE+-])(?=-0|-?\d{19}|-?\d++(?:\.\d++)?+[eE]\+?+\d{3})"
+    rb"(-?+(?:0|[1-9]\d*+))((?:\.\d++)?+(?:[eE][+-]?+\d++)?+)" % (_STRING, _STRING),
+    re.DOTALL,
+)
+_DIGITS_OF_64_BITS: Final = 18  # so many always fit
 
 
 def _loads(value: bytes) -> Any:
-    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too; those go by the standard library."""
+    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too: it is given smaller ones."""
     try:
         return orjson.loads(value)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as error:
         if not _LARGE_NUMBER.search(value):
             raise
-        fields = _loads_with_digits(value)
-        if fields is None:
-            raise
-        return fields
+        try:
+            return orjson.loads(_LITERAL.sub(_smaller, value))
+        except orjson.JSONDecodeError:
+            raise error from None  # its position is one in the value
 
 
 def _loads_with_digits(value: bytes) -> Any:
-    """JSON to Python with integers as they are written; None for what is no JSON, or has half a surrogate pair."""
-    try:
-        fields = json.loads(value.decode(), parse_int=_Digits, parse_constant=_refuse_constant)
-        json.dumps(fields, ensure_ascii=False, default=repr).encode()
-    except (ValueError, RecursionError):
-        return None
-    return fields
+    """Valid JSON to Python, with strings of digits for integers of more than 18 digits and for -0."""
+    return orjson.loads(_LITERAL.sub(_quoted, value))
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _smaller(literal: re.Match[bytes]) -> bytes:
+    if literal[1] is None or not _LARGE_NUMBER.search(literal[0]):
+        return literal[0]
+    return b"-1e300" if literal[0].startswith(b"-") else b"1e300"
+
+
+def _quoted(literal: re.Match[bytes]) -> bytes:
+    whole = literal[1]
+    if whole and not literal[2] and (len(whole) > _DIGITS_OF_64_BITS or whole == b"-0"):
+        return b'"%b"' % whole
+    return _smaller(literal)
 
 
 def _finder(path: list[str]) -> Callable[[dict[str, Any]], Any]:
@@ -398,6 +478,10 @@ def _decimals(sentiments: Sequence[Sentiment]) -> list[list[bytes]]:
     six = np.rint(np.fromiter(numbers, float) * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
     written = orjson.dumps(six, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
     return [written[column::4] for column in range(4)]
+
+
+def _count(value: bytes | None) -> int:
+    return int(value) if value and value.isdigit() and len(value) < 10 else 0
 
 
 def _ascii(number: int) -> bytes:

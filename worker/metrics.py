@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -27,6 +28,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
+OPERATIONS = ("connect", "consume", "read", "publish", "commit", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
@@ -47,6 +49,10 @@ class BatchHistogram(Collector):
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
         self._counts, self._sum = counts, self._sum + float(np.sum(values))  # new ones: another thread may be reading
+
+    def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+        """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
+        return self._bounds, self._counts, self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """A sum of negative values goes down, which rate() would take for a restart: such a histogram has none."""
@@ -124,6 +130,7 @@ class Metrics:
         self.cache_hits = counter("cache_hits_total", "Texts answered from the cache")
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge("model_info", "The loaded model", ["model", "revision", "device", "dtype"])
+        self.reloads = counter("model_reloads_total", "Checkpoints loaded in the place of another", ["outcome"])
         gauge("build_info", "This build", ["version"]).labels(version).set(1)
         self._start_at_zero()
 
@@ -131,8 +138,12 @@ class Metrics:
         """Series that exist from the start: a rate over a counter that appears later misses its first step."""
         for label in LABELS:
             self.results_published.labels(label)
+        for outcome in ("done", "failed"):
+            self.reloads.labels(outcome)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
+        for operation in OPERATIONS:
+            self.kafka_errors.labels(operation)
 
     def text(self) -> bytes:
         """The exposition, as ``CONTENT_TYPE``; takes a few milliseconds."""
@@ -149,6 +160,11 @@ class Metrics:
         """``now`` in seconds since 1970."""
         self.last_success.set(now)
         self.device_memory.set(memory_bytes)
+
+    def tell_of_model(self, name: str, revision: str, device: str, dtype: str) -> None:
+        """The model in use from now on; the series of the one before goes."""
+        self.model_info.clear()
+        self.model_info.labels(name, revision, device, dtype).set(1)
 
     def consumed(self, topics: Iterable[str]) -> None:
         """The topics of records whose outcome has been acknowledged."""

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from typing import Any, Final
@@ -28,6 +29,7 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
+from worker.flood import FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
@@ -35,6 +37,7 @@ from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
+from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,16 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
+
+    def failures(self) -> Counter[Reason]:
+        """Why how many of its records cannot be scored."""
+        reasons: Counter[Reason] = Counter()
+        for part in self.parts:
+            reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+            texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
+            answers = self.job.answers[part.first_text : part.first_text + texts]
+            reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
+        return +reasons
 
 
 @dataclass(slots=True)
@@ -105,23 +118,31 @@ class Pipeline:
         inference: Inference,
         encoder: Encoder,
         sink: Sink,
+        flood: FloodGauge,
         metrics: Metrics,
         output_topic: str,
         dead_letter_topic: str,
         version: str,
         drain_timeout_s: float = 20,
+        transactions: Transactions | None = None,
+        watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self._source = source
         self._decoder = decoder
         self._inference = inference
         self._encoder = encoder
         self._sink = sink
+        self._flood = flood
         self._metrics = metrics
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
         self._version = version
         self._drain_timeout_s = drain_timeout_s
+        self._transactions = transactions
+        self._watch = watch
         self._draining = asyncio.Event()
+        if transactions:
+            transactions.serve(source, self._deliver, self._count)
 
     def drain(self) -> None:
         """Stops taking records; ``run`` ends when what is in flight is published and committed. Answers at once."""
@@ -129,7 +150,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused,
+        DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -142,6 +164,8 @@ class Pipeline:
             "encode": asyncio.create_task(self._encode(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
         }
+        if self._transactions:
+            tasks["transactions"] = asyncio.create_task(self._transactions.watch())
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,6 +182,8 @@ class Pipeline:
                     f"{uncommitted} records are published and could not be committed; they are repeated"
                 )
             await self._sink.close(max(1.0, deadline - time.monotonic()))
+            if self._transactions:
+                await self._transactions.close(max(1.0, deadline - time.monotonic()))
         finally:
             await cancelled([draining, *tasks.values()])
         if broken:
@@ -187,13 +213,14 @@ class Pipeline:
         """Publishes what inference has finished, and nothing that it has not."""
         await cancelled([tasks["tokenize"], tasks["score"]])
         encode, publish = tasks["encode"], tasks["publish"]
-        if encode.done() or publish.done():
+        if publish.done():
             return
+        last = stages.encoded if encode.done() else stages.scored
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                closing = asyncio.create_task(stages.scored.put(None))
-                await asyncio.wait({encode, publish, closing}, return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait({encode, publish}, return_when=asyncio.FIRST_EXCEPTION)
+                closing = asyncio.create_task(last.put(None))
+                await asyncio.wait({encode, publish, closing}, return_when=asyncio.FIRST_EXCEPTION)
+                await asyncio.wait({publish} if encode.done() and encode.exception() else {encode, publish})
 
     # Stages.
 
@@ -217,14 +244,27 @@ class Pipeline:
         await stages.scored.put(None)
 
     async def _encode(self, stages: Stages) -> None:
-        """Beside publishing: what is encoded while a micro-batch waits for its acknowledgement goes out right after it."""
+        """Encodes beside publishing: what is ready when a micro-batch has been acknowledged goes out as one.
+
+        With transactions they take over from here.
+        """
         while (batch := await stages.scored.get()) is not None:
             self._metrics.queue_depth["scored"].dec(len(batch))
+            self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
+            if not batch.parts:
+                continue
+            self._flood.look_at(len(batch), batch.failures())
             for part in batch.parts:
                 for outcomes in self._outcomes(part, batch.job):
-                    part.outcomes += outcomes
+                    if self._transactions:  # which count and acknowledge them once they are committed
+                        await self._transactions.put(part.assignment, outcomes)
+                    else:
+                        part.outcomes += outcomes
                     await asyncio.sleep(0)
-            await stages.encoded.put(batch)
+            if not self._transactions:
+                await stages.encoded.put(batch)
+        if self._transactions:
+            await self._transactions.finish()
         await stages.encoded.put(None)
 
     async def _publish(self, stages: Stages) -> None:
@@ -235,8 +275,9 @@ class Pipeline:
             parts = [part for batch in batches for part in batch.parts]
             outcomes = list(chain.from_iterable(part.outcomes for part in parts))
             for begin in range(0, len(outcomes), SLICE):
-                await self._deliver(outcomes[begin : begin + SLICE])
-                self._count(outcomes[begin : begin + SLICE])
+                some = outcomes[begin : begin + SLICE]
+                await self._deliver(some, self._sink)
+                self._count(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
@@ -267,19 +308,13 @@ class Pipeline:
         for begin in range(0, len(part.records), SLICE):
             records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
             are_events = [type(event) is Event for event in decoded]
-            end = first_text + sum(are_events)
-            results = self._results(
-                list(compress(records, are_events)),
-                list(compress(decoded, are_events)),  # type: ignore[arg-type]
-                job.answers[first_text:end],
-                job.truncated[first_text:end],
-                processed_at,
-            )
+            events: list[Event] = list(compress(decoded, are_events))  # type: ignore[arg-type]
+            results = iter(self._results(list(compress(records, are_events)), events, job, first_text, processed_at))
             yield [
                 next(results) if is_event else self._without_text(record, event)  # type: ignore[arg-type]
                 for record, event, is_event in zip(records, decoded, are_events, strict=True)
             ]
-            first_text = end
+            first_text += len(events)
 
     def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
         if isinstance(decoded, Failure):
@@ -287,53 +322,50 @@ class Pipeline:
         return Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
 
     def _results(
-        self,
-        records: list[Record],
-        events: list[Event],
-        answers: list[Sentiment | str | None],
-        truncated: list[bool],
-        processed_at: str,
-    ) -> Iterator[Outcome]:
+        self, records: list[Record], events: list[Event], job: Job, first_text: int, processed_at: str
+    ) -> list[Outcome]:
+        end = first_text + len(events)
+        answers = job.answers[first_text:end]
         are_scored = [type(answer) is Sentiment for answer in answers]
         encoded = iter(
             self._encoder.encode(
                 list(compress(records, are_scored)),
                 list(compress(events, are_scored)),
                 list(compress(answers, are_scored)),  # type: ignore[arg-type]
-                list(compress(truncated, are_scored)),
+                list(compress(job.truncated[first_text:end], are_scored)),
+                job.model.name,
                 processed_at,
             )
         )
-        for record, answer in zip(records, answers, strict=True):
-            if not isinstance(answer, Sentiment):
-                yield self._dead_letter(record, Failure("infer", "inference_failed", answer or "no answer"))
-                continue
-            result = next(encoded)
-            if isinstance(result, Failure):
-                yield self._dead_letter(record, result)
-            else:
-                yield Outcome(record, result, None, answer)
+        results = [
+            next(encoded) if is_scored else Failure("infer", "inference_failed", str(answer or "no answer"))
+            for answer, is_scored in zip(answers, are_scored, strict=True)
+        ]
+        return [
+            self._dead_letter(record, result) if type(result) is Failure else Outcome(record, result, None, answer)  # type: ignore[arg-type]
+            for record, result, answer in zip(records, results, answers, strict=True)
+        ]
 
     def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
         return Outcome(record, dead_letter(record, failure, self._version), failure)
 
     # Delivery.
 
-    async def _deliver(self, outcomes: list[Outcome]) -> None:
+    async def _deliver(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
-        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing])
+        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing], sink)
         for outcome, reason in refused:
             if outcome.failure is None:
                 outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
                 outcome.sentiment = None
                 outcome.outgoing = dead_letter(outcome.record, outcome.failure, self._version)
-        refused = await self._send([outcome for outcome, _ in refused])
+        refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
             for outcome, _ in refused:
                 if outcome.failure:
                     outcome.outgoing = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
-            refused = await self._send([outcome for outcome, _ in refused])
+            refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
 
     def _refuse_unless(self, refused: list[tuple[Outcome, Reason]], expected: Reason | None) -> None:
@@ -351,22 +383,23 @@ class Pipeline:
                 f"{record.offset} in no form ({reason}); {advice.get(reason, 'see the broker')}"
             )
 
-    async def _send(self, outcomes: list[Outcome]) -> list[tuple[Outcome, Reason]]:
+    async def _send(self, outcomes: list[Outcome], sink: Sink) -> list[tuple[Outcome, Reason]]:
         parcels = [
             Parcel(
                 self._dead_letter_topic if outcome.failure else self._output_topic,
                 outcome.outgoing,
                 outcome.record.partition,
+                outcome.record.offset,
             )
             for outcome in outcomes
             if outcome.outgoing
         ]
         if not parcels:
             return []
-        answers = await self._sink.publish(parcels)
+        answers = await sink.publish(parcels)
         return [(outcome, reason) for outcome, reason in zip(outcomes, answers, strict=True) if reason]
 
-    def _count(self, outcomes: list[Outcome]) -> None:
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()
         scored = [outcome for outcome in outcomes if outcome.sentiment is not None]
         sentiments = [outcome.sentiment for outcome in scored if outcome.sentiment is not None]
@@ -380,6 +413,7 @@ class Pipeline:
         self._metrics.records_skipped.inc(sum(outcome.outgoing is None for outcome in others))
         self._metrics.tombstones.inc(sum(o.outgoing is not None and o.failure is None for o in others))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
+        self._watch(outcomes)
 
 
 async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[MicroBatch]:
