@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.chaos.acts import ACTS, plan
 from tests.chaos.driver import Fleet, Scene, scene
+from tests.waiting import wait_for
 
 
 def main() -> int:
@@ -53,14 +54,19 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     acts: list[dict[str, Any]] = []
     failures: list[str] = []
     with scene(folder, events=options.events, rate=options.rate, delivery=options.delivery) as stage:
+        share = options.events // max(1, options.acts)
+        stage.feed.allowed = share
         stage.feed.start()
         fed = time.monotonic()
         try:
             for number, name in enumerate(names):
-                wait_until(fed + (number + 0.5) * options.events / options.rate / options.acts)
+                half = share * number + share // 2
+                wait_for(lambda half=half: stage.feed.offered >= half, "the feed", 600)  # type: ignore[misc]
                 acts.append(played(stage, name, chance, fed))
+                stage.feed.allowed += share
                 say(options, f"{acts[-1]['at_s']:7.1f} s +{acts[-1]['took_s']:5.1f}  {name}: {acts[-1]['what']}")
             stage.calm()
+            stage.feed.allowed = options.events
             stage.finish()
         except AssertionError as error:
             failures.append(str(error))
@@ -85,10 +91,6 @@ def played(stage: Scene, name: str, chance: random.Random, fed: float) -> dict[s
     began = time.monotonic()
     what = ACTS[name](stage, chance)
     return {"at_s": round(began - fed, 1), "took_s": round(time.monotonic() - began, 1), "act": name, "what": what}
-
-
-def wait_until(moment: float) -> None:
-    time.sleep(max(0.0, moment - time.monotonic()))
 
 
 def memory_mb(fleet: Fleet) -> dict[str, float]:
