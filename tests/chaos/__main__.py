@@ -6,6 +6,7 @@ Exit code 0 only if the audit passes. The seed, which is printed, gives the same
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +21,8 @@ from tests.waiting import wait_for
 
 def main() -> int:
     options = parsed_options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that broker and workers end with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     say(options, f"seed {options.seed}: {options.events:,} events, {options.acts} acts, {options.delivery}")
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name) if options.keep is None else options.keep
