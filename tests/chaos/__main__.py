@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 half = share * number + share // 2
                 wait_for(lambda half=half: stage.feed.offered >= half, "the feed", 600)  # type: ignore[misc]
                 acts.append(played(stage, name, chance, fed))
-                stage.feed.allowed += share
+                stage.feed.allowed = max(stage.feed.allowed, share * (number + 2))
                 say(options, f"{acts[-1]['at_s']:7.1f} s +{acts[-1]['took_s']:5.1f}  {name}: {acts[-1]['what']}")
             stage.calm()
             stage.feed.allowed = options.events

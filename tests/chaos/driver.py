@@ -24,6 +24,7 @@ SLOTS: Final = 4  # workers at most; each has a listener of its own, behind a pr
 WORKERS: Final = 3
 SESSION_S: Final = 6.0
 TICK_S: Final = 0.02
+TRICKLE: Final = 50
 MODEL: Final = "tests.chaos.model"
 BACK_S: Final = 180.0  # to have done everything, once nothing disturbs any more
 
@@ -67,6 +68,10 @@ class Feed(threading.Thread):
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
             self._refused.append(str(error))
+
+    def trickle(self) -> None:
+        """Some events more are allowed, for an act that needs load."""
+        self.allowed = min(self._events, self.allowed + TRICKLE)
 
     def finish(self) -> int:
         """Waits for the last event; how many have been published."""
