@@ -28,6 +28,7 @@ from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
+from worker.unpacking import bound_unpacking
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
 aiokafka.client.MetadataRequest = _metadata_request
 aiokafka.admin.client.MetadataRequest = _metadata_request
+bound_unpacking()
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
