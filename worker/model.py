@@ -96,6 +96,7 @@ class SentimentModel:
         self._forward = forward
         self._columns = columns
         self._padding = tokenizer.pad_token_id or 0
+        self._closing = _closing_tokens(tokenizer)
 
     @classmethod
     def load(
@@ -187,11 +188,15 @@ class SentimentModel:
         for index, text in enumerate(texts):
             length = prefix
             while len(ids[index]) <= self.max_tokens + WORD_TOKENS and length < len(text):
-                length *= 4
+                length = length * 4 if length == prefix else len(text)  # each text is looked at three times at most
                 ids[index] = self._encode([_prefix(text, length)])[0]
             if len(ids[index]) > self.max_tokens:
                 truncated[index] = True
-                ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+                if length == prefix:
+                    ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+                else:  # once more would take as long again
+                    last = len(ids[index]) - self._closing
+                    ids[index] = ids[index][: self.max_tokens - self._closing] + ids[index][last:]
         return Tokens(ids, truncated)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
@@ -262,6 +267,12 @@ class SentimentModel:
             texts, padding=False, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
         )
         return [tokens or [self._padding] for tokens in encoded["input_ids"]]
+
+
+def _closing_tokens(tokenizer: Any) -> int:
+    """How many special tokens stand behind each text, such as [SEP]."""
+    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(mask[::-1].index(0)) if 0 in mask else 0
 
 
 def _prefix(text: str, length: int) -> str:

@@ -21,6 +21,7 @@ from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.health import Health
+from worker.permissions import Permissions
 from worker.settings import WrongSetting
 
 pytestmark = pytest.mark.kafka
@@ -459,3 +460,35 @@ def test_a_command_with_secrets_prints_none(tmp_path: Path) -> None:
         assert done.returncode == (0 if arguments == ["--help"] else 2)
         for secret in secrets.values():
             assert secret not in done.stdout + done.stderr
+
+
+# --- What may be done is asked without doing it ---
+
+
+async def test_permissions_are_found_out_one_by_one(secure: SecureKafka, kafka: Kafka, topics: Topics) -> None:
+    kafka.create(topics.input)
+    secure.forbid_all(USER)
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    secure.allow(USER, GROUP, topics.group, DESCRIBE)
+    name = f"{topics.group}/{topics.input}/0"
+    asked = {
+        "read": lambda it: it.may_read(topics.input),
+        "write": lambda it: it.may_write(topics.input),
+        "join": lambda it: it.may_join(topics.group),
+        "transact": lambda it: it.may_transact(name, topics.input),
+    }
+
+    async def answers() -> dict[str, bool]:
+        permissions = Permissions(by_login(secure, "PLAIN").connection())
+        await permissions.start([topics.input])
+        try:
+            return {what: await ask(permissions) for what, ask in asked.items()}
+        finally:
+            await permissions.close()
+
+    assert await answers() == dict.fromkeys(asked, False)
+    secure.allow(USER, TOPIC, topics.input, READ, WRITE)
+    secure.allow(USER, GROUP, topics.group, READ)
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
+    assert await answers() == dict.fromkeys(asked, True)
+    assert kafka.read(topics.input) == []
