@@ -9,14 +9,23 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
+IMAGE ?= sentiment-worker
+TARGET ?= cpu
 
-.PHONY: demo test bench compare check format lock clean
+.PHONY: demo test fuzz bench compare check format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
+fuzz: $(INSTALLED)
+	$(UV) 'atheris>=3'
+	mkdir -p .fuzz
+	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
+	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
 # The peers cap what the worker has newer, hence an environment of their own.
 bench:
@@ -38,8 +47,20 @@ format: $(INSTALLED)
 lock: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
 
+# TARGET=cuda for NVIDIA's GPUs; DOCKER_BUILD holds options more, such as --build-arg BASE=registry.example/python:3.11.
+image:
+	docker build $(DOCKER_BUILD) --target $(TARGET) --tag $(IMAGE):$(TARGET) \
+	  --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$(shell git rev-parse HEAD) .
+
+image-test: image $(INSTALLED)
+	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
+
+dashboard: $(INSTALLED)
+	$(BIN)/python deploy/grafana/dashboard.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/uv: requirements/uv.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -26,6 +26,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"real Kafka: {line}")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """A test that would look into a broker that is not ours is skipped, with the reason."""
+    try:
+        return (yield)
+    except NotOursError as reason:
+        pytest.skip(str(reason))
+
+
 def broker_or_reason(config: pytest.Config, *, controllable: bool, extras: Extras | None = None) -> Broker:
     """A running broker. Without one the test is skipped, and on CI it fails: there it must have run."""
     try:

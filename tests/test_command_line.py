@@ -143,6 +143,15 @@ def test_a_wrong_variable_is_refused_in_one_line() -> None:
     assert refused("run", WORKER_HTTP_PORT="tcp://10.0.0.1:80").startswith("http_port = 'tcp://10.0.0.1:80' is wrong")
 
 
+def test_sigterm_is_heard_before_the_worker_has_begun() -> None:
+    """Process 1 of a container misses each signal that it has no handler for."""
+    code = (
+        "import os, signal, worker.settings; from worker.cli import main;"
+        "worker.settings.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(['run'])"
+    )
+    assert call("-c", code, program=(sys.executable,)).returncode == 0
+
+
 def test_a_secret_is_refused_as_a_flag_without_repeating_it() -> None:
     sentence = refused("run", "--sasl-password", "hunter2")
     assert "WORKER_SASL_PASSWORD" in sentence

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
+    # Until the service has handlers of its own: for a container's process 1 the system's default is to miss the signal.
+    signal.signal(signal.SIGTERM, lambda *_: _end(0))
     from worker import logs
     from worker.settings import RunSettings, load, unknown_variables
 

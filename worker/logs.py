@@ -55,6 +55,8 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     handler.setFormatter(ConsoleFormatter() if use_console else JsonFormatter())
     if level != "debug":
         handler.addFilter(_is_our_own)
+        # By a handler of torch's own it says at import that triton, which nothing here uses, is not there.
+        logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

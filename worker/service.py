@@ -23,6 +23,7 @@ from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, split_names
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
+from worker.transactions import Transactions
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -144,6 +145,17 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     limits = await wait_until_usable(connection, roles, health)
+    transactions = None
+    if settings.delivery == "exactly-once":
+        transactions = Transactions(
+            connection,
+            group_id=settings.group_id,
+            limits=limits,
+            metrics=metrics,
+            health=health,
+            compression_type=settings.compression_type,
+            interval_s=settings.transaction_ms / 1000,
+        )
     source = Source(
         connection,
         topics=topics,
@@ -155,11 +167,13 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
+        transactions=transactions,
         metrics=metrics,
         health=health,
     )
     sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
-    await sink.start()
+    if transactions is None:
+        await sink.start()
     return Pipeline(
         source=source,
         decoder=_decoder(settings),
@@ -172,6 +186,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
         watch=tap,
+        transactions=transactions,
     )
 
 

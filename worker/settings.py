@@ -212,7 +212,13 @@ class RunSettings(ModelSettings):
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed", description="whether to skip records of aborted transactions"
     )
-    delivery: Literal["at-least-once"] = Field("at-least-once", description="delivery guarantee")
+    delivery: Literal["at-least-once", "exactly-once"] = Field(
+        "at-least-once",
+        description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
+    )
+    transaction_ms: float = Field(
+        100, ge=0, le=10_000, description="with exactly-once, a partition's results are committed so often, ms"
+    )
     input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
     output_mode: Literal["result", "enrich"] = Field(
         "result", description="result: a new object; enrich: the input object with the field sentiment"
@@ -274,6 +280,10 @@ class RunSettings(ModelSettings):
                 raise ValueError(
                     f"{name} is one of input_topics: the worker would read what it wrote; take another topic"
                 )
+        if self.delivery == "exactly-once" and self.isolation_level == "read_uncommitted":
+            raise ValueError(
+                "delivery exactly-once needs isolation_level read_committed: an aborted input record has no result"
+            )
         if self.fetch_max_wait_ms >= self.request_timeout_ms:
             raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
         return self

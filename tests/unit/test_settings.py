@@ -34,6 +34,7 @@ TABLE = {
     "auto_offset_reset": "earliest",
     "isolation_level": "read_committed",
     "delivery": "at-least-once",
+    "transaction_ms": 100,
     "input_format": "json",
     "output_mode": "result",
     "text_field": "text",
