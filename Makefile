@@ -12,7 +12,7 @@ LOCK ?= dev
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
 
-.PHONY: demo test fuzz bench compare check format lock image image-test dashboard clean
+.PHONY: demo test fuzz bench compare check audit format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -39,6 +39,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of every locked package, by the advisories of PyPI; one that cannot be looked up is a failure too.
+audit: $(BIN)/uv
+	for lock in runtime torch dev bench uv; do \
+	  $(BIN)/uv tool run pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
