@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -27,6 +28,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
+OPERATIONS = ("connect", "consume", "read", "publish", "commit", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
@@ -47,6 +49,10 @@ class BatchHistogram(Collector):
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
         self._counts, self._sum = counts, self._sum + float(np.sum(values))  # new ones: another thread may be reading
+
+    def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+        """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
+        return self._bounds, self._counts, self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """A sum of negative values goes down, which rate() would take for a restart: such a histogram has none."""
@@ -136,6 +142,8 @@ class Metrics:
             self.reloads.labels(outcome)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
+        for operation in OPERATIONS:
+            self.kafka_errors.labels(operation)
 
     def text(self) -> bytes:
         """The exposition, as ``CONTENT_TYPE``; takes a few milliseconds."""

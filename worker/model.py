@@ -140,6 +140,7 @@ class SentimentModel:
                 kind = HubUnreachable if _is_of_the_network(error) else ModelError
                 raise kind(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
+        _refuse_tokens_without_rows(name_or_path, tokenizer, network)
         _tell_of_pickle(name_or_path, source, commit)
         network = _in_own_memory(network.to(where).eval())
         is_int8 = dtype == "int8"
@@ -299,6 +300,10 @@ def _columns(config: Any) -> list[int]:
         raise ModelError(
             f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}"
         )
+    if sorted(names.values()) != list(range(len(LABELS))):
+        raise ModelError(
+            f"model: its labels should be numbered 0 to 2, and this checkpoint has: {sorted(names.values())}"
+        )
     return [names[label] for label in LABELS]
 
 
@@ -323,6 +328,15 @@ def _refuse_untrained(name: str, loading: Any) -> None:
         raise ModelError(
             f"model {name} is no finished classifier: its file lacks {len(missing)} weights ({missing[0]}, …), which would "
             "be random"
+        )
+
+
+def _refuse_tokens_without_rows(name: str, tokenizer: Any, network: Any) -> None:
+    """On a GPU, a text with such a token would take the device away from every other text."""
+    highest, rows = max(tokenizer.get_vocab().values(), default=0), network.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ModelError(
+            f"model {name} cannot be used: its tokenizer gives ids up to {highest}, and its network has {rows} embeddings"
         )
 
 
