@@ -37,7 +37,7 @@ from worker.metrics import Metrics
 from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tasks import cancelled
+from worker.tasks import cancelled, within
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
@@ -211,6 +211,9 @@ class Pipeline:
         await cancelled([tasks["tokenize"], tasks["score"]])
         publish = tasks["publish"]
         if publish.done():
+            if self._transactions:  # what was handed over before it broke
+                with contextlib.suppress(Exception):
+                    await within(max(0.0, deadline - time.monotonic()), self._transactions.finish())
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
