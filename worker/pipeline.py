@@ -36,7 +36,7 @@ from worker.records import Record
 from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tasks import cancelled
+from worker.tasks import cancelled, within
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
@@ -214,6 +214,9 @@ class Pipeline:
         await cancelled([tasks["tokenize"], tasks["score"]])
         encode, publish = tasks["encode"], tasks["publish"]
         if publish.done():
+            if self._transactions:  # what was handed over before it broke
+                with contextlib.suppress(Exception):
+                    await within(max(0.0, deadline - time.monotonic()), self._transactions.finish())
             return
         last = stages.encoded if encode.done() else stages.scored
         with contextlib.suppress(TimeoutError):
