@@ -12,13 +12,20 @@ LOCK ?= dev
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
 
-.PHONY: demo test bench compare check format lock image image-test dashboard clean
+.PHONY: demo test fuzz bench compare check format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
+fuzz: $(INSTALLED)
+	$(UV) 'atheris>=3'
+	mkdir -p .fuzz
+	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
+	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
 # The peers cap what the worker has newer, hence an environment of their own.
 bench:
@@ -57,7 +64,7 @@ dashboard: $(INSTALLED)
 	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/uv: requirements/uv.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -17,6 +17,8 @@ import tarfile
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ class UnavailableError(Exception):
 
 class NotOursError(UnavailableError):
     """The test stops its broker, and the one given is not ours to stop."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a broker has beside its plain listener: listeners by name, each a protocol and a port, and properties."""
+
+    listeners: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
 
 
 class Broker(ABC):
@@ -107,7 +117,9 @@ class ExternalBroker(Broker):
     kind = "external"
     controllable = False
 
-    def __init__(self) -> None:
+    def __init__(self, extras: Extras | None = None) -> None:
+        if extras:
+            raise UnavailableError("an external broker's listeners are its own")
         self.bootstrap = os.environ.get("TEST_KAFKA_BOOTSTRAP", "")
         if not self.bootstrap:
             raise UnavailableError("TEST_KAFKA_BOOTSTRAP is not set")
@@ -139,7 +151,7 @@ class DockerBroker(Broker):
         "exec $kafka kafka.Kafka /tmp/server.properties"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, extras: Extras | None = None) -> None:
         from docker.errors import DockerException
         from requests.exceptions import RequestException
         from testcontainers.core.container import DockerContainer
@@ -154,13 +166,16 @@ class DockerBroker(Broker):
         host = client.host()
         port = free_port()
         self.bootstrap = f"{'127.0.0.1' if host == 'localhost' else host}:{port}"
-        properties = server_properties(f"PLAINTEXT://0.0.0.0:{port}", self.bootstrap, free_port(), self.log_dir)
+        extras = extras or Extras()
+        properties = server_properties("0.0.0.0", self.bootstrap, free_port(), self.log_dir, extras)
         self._container = (
             DockerContainer(f"apache/kafka:{VERSION}")
             .with_bind_ports(port, port)
             .with_env("SERVER_PROPERTIES", as_text(properties))
             .with_command(["sh", "-c", self.run.format(heap=HEAP, id=uuid.uuid4())])
         )
+        for _, extra in extras.listeners.values():
+            self._container.with_bind_ports(extra, extra)
         self._created = False
 
     def _launch(self) -> None:
@@ -243,7 +258,7 @@ class JavaBroker(Broker):
 
     kind = "java"
 
-    def __init__(self) -> None:
+    def __init__(self, extras: Extras | None = None) -> None:
         if shutil.which("java") is None:
             raise UnavailableError("there is no java")
         self._classpath = f"{kafka_jars()}/*"
@@ -252,7 +267,8 @@ class JavaBroker(Broker):
         self._home = Path(tempfile.mkdtemp(prefix="kafka-for-tests-"))
         self._log_dir = self._home / "data"
         self._config = self._home / "server.properties"
-        properties = server_properties(f"PLAINTEXT://{self.bootstrap}", self.bootstrap, free_port(), str(self._log_dir))
+        extras = extras or Extras()
+        properties = server_properties("127.0.0.1", self.bootstrap, free_port(), str(self._log_dir), extras)
         self._config.write_text(as_text(properties))
         self._process: subprocess.Popen[bytes] | None = None
         self._is_paused = False
@@ -315,12 +331,12 @@ KINDS: dict[str, type[ExternalBroker] | type[DockerBroker] | type[JavaBroker]] =
 }
 
 
-def start_broker(*, controllable: bool = False) -> Broker:
+def start_broker(*, controllable: bool = False, extras: Extras | None = None) -> Broker:
     """A running broker of the first kind that this machine has; UnavailableError with every reason when it has none."""
     reasons = []
     for kind in allowed_kinds(controllable):
         try:
-            broker = KINDS[kind]()
+            broker = KINDS[kind](extras)
             started(broker)
         except NotOursError:
             raise
@@ -357,15 +373,21 @@ def answers(bootstrap: str) -> bool:
         return False
 
 
-def server_properties(listener: str, advertised: str, controller_port: int, log_dir: str) -> dict[str, str]:
+def server_properties(
+    interface: str, bootstrap: str, controller_port: int, log_dir: str, extras: Extras
+) -> dict[str, str]:
     """One KRaft node. Topics are created on request of any metadata: a client that asks carelessly is found out."""
+    host, _, port = bootstrap.rpartition(":")
+    listeners = {"PLAINTEXT": ("PLAINTEXT", int(port)), **extras.listeners}
+    bound = [f"{name}://{interface}:{port}" for name, (_, port) in listeners.items()]
+    protocols = {name: protocol for name, (protocol, _) in listeners.items()} | {"CONTROLLER": "PLAINTEXT"}
     return {
         "node.id": "1",
         "process.roles": "broker,controller",
         "controller.quorum.voters": f"1@localhost:{controller_port}",
-        "listeners": f"{listener},CONTROLLER://localhost:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{advertised}",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listeners": ",".join([*bound, f"CONTROLLER://localhost:{controller_port}"]),
+        "advertised.listeners": ",".join(f"{name}://{host}:{port}" for name, (_, port) in listeners.items()),
+        "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
         "log.dirs": log_dir,
@@ -380,6 +402,7 @@ def server_properties(listener: str, advertised: str, controller_port: int, log_
         "broker.heartbeat.interval.ms": "1000",
         "group.initial.rebalance.delay.ms": "0",
         "group.min.session.timeout.ms": "1000",
+        **extras.properties,
     }
 
 

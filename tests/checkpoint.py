@@ -15,9 +15,9 @@ LABELS = ("negative", "neutral", "positive")
 POISON = "irrigation"  # one token of the vocabulary; a text with this word has logits that are no numbers
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, seed: int = 7) -> Path:
     """A BERT of one layer with the real tokenizer; its answers differ from text to text."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)

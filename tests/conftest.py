@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker, NotOursError, UnavailableError, start_broker
+from tests.broker import Broker, Extras, NotOursError, UnavailableError, start_broker
 from tests.checkpoint import Oracle, make_checkpoint
 from tests.process import Workers, workers_in
 from tests.topics import Kafka, Topics
@@ -26,10 +26,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"real Kafka: {line}")
 
 
-def broker_or_reason(config: pytest.Config, *, controllable: bool) -> Broker:
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """A test that would look into a broker that is not ours is skipped, with the reason."""
+    try:
+        return (yield)
+    except NotOursError as reason:
+        pytest.skip(str(reason))
+
+
+def broker_or_reason(config: pytest.Config, *, controllable: bool, extras: Extras | None = None) -> Broker:
     """A running broker. Without one the test is skipped, and on CI it fails: there it must have run."""
     try:
-        broker = start_broker(controllable=controllable)
+        broker = start_broker(controllable=controllable, extras=extras)
     except NotOursError as reason:
         pytest.skip(str(reason))
     except UnavailableError as reason:

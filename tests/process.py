@@ -7,7 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,14 @@ class Metrics:
 
 
 class WorkerProcess:
-    """`python -m worker run` with these settings, or another module with its command line; prints into `folder`."""
+    """`python -m worker run` with these settings, or another module with its command line; prints into `folder`.
 
-    def __init__(self, folder: Path, module: str = "worker", **settings: object) -> None:
+    `variables` are its environment's, beside those of `environment`.
+    """
+
+    def __init__(
+        self, folder: Path, module: str = "worker", variables: Mapping[str, str] | None = None, **settings: object
+    ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         flags = {"http_port": port, "log_format": "json", **settings}
@@ -66,7 +71,12 @@ class WorkerProcess:
         self._output, self._errors = folder / f"{port}.out", folder / f"{port}.err"
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment(), cwd=folder
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env={**environment(), **(variables or {})},
+                cwd=folder,
             )
 
     @property
@@ -140,6 +150,9 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
 
+    def hang_up(self) -> None:
+        self._process.send_signal(signal.SIGHUP)
+
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
 
@@ -164,14 +177,14 @@ class Workers:
         self._folder = folder
         self._started: list[WorkerProcess] = []
 
-    def start(self, topics: Topics, **settings: object) -> WorkerProcess:
+    def start(self, topics: Topics, variables: Mapping[str, str] | None = None, **settings: object) -> WorkerProcess:
         names = {
             "input_topics": topics.input,
             "output_topic": topics.output,
             "dead_letter_topic": topics.dead_letters,
             "group_id": topics.group,
         }
-        worker = WorkerProcess(self._folder, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
+        worker = WorkerProcess(self._folder, variables=variables, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
         self._started.append(worker)
         return worker
 

@@ -59,8 +59,8 @@ def test_interrupted_while_it_starts_it_ends_soon():
         assert "Starting the worker" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
-    assert process.returncode == 1
-    assert err == "Stopped before it could add up.\n"
+    assert process.returncode == 130
+    assert err == "Stopped before anything could add up.\n"
 
 
 def test_on_a_terminal_it_draws():

@@ -24,6 +24,7 @@ from aiokafka.errors import (
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
 
+from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
@@ -115,7 +116,10 @@ def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, p
     """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
     try:
         context: ssl.SSLContext = create_ssl_context(
-            cafile=cafile, certfile=certfile, keyfile=keyfile, password=password
+            cafile=cafile,
+            certfile=certfile,
+            keyfile=keyfile,
+            password=password or "",  # with None OpenSSL would ask for it on the terminal
         )
     except (ssl.SSLError, OSError, ValueError) as error:
         raise WrongSetting(f"ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from None
@@ -145,8 +149,8 @@ async def wait_until_usable(
                     return limits
             health.trouble("topics", missing)
         except UNREACHABLE as error:
-            await _refuse_wrong_credentials(connection)
-            health.trouble("kafka", unreachable(connection, error))
+            hint = await _refuse_wrong_credentials(connection)
+            health.trouble("kafka", unreachable(connection, error) + hint)
         finally:
             await _close(client)
         await backoff.wait()
@@ -225,11 +229,12 @@ def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
     )
 
 
-async def _refuse_wrong_credentials(connection: Connection) -> None:
+async def _refuse_wrong_credentials(connection: Connection) -> str:
     """Raises WrongSetting if a broker can be reached and refuses who we are, or is not who it should be.
 
-    aiokafka's own start hides that behind "unable to bootstrap".
+    aiokafka's own start hides that behind "unable to bootstrap". Answers with a hint for the log, or nothing.
     """
+    hint = ""
     options = connection.options()
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
         try:
@@ -240,14 +245,28 @@ async def _refuse_wrong_credentials(connection: Connection) -> None:
                 f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"
             ) from None
         except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", None) or error.reason or "TLS fails"
-            raise WrongSetting(
-                f"the broker {host}:{port} cannot be talked to by TLS: {reason}; check security_protocol, ssl_cafile and "
-                "the broker's name"
-            ) from None
+            raise WrongSetting(tls_sentence(f"{host}:{port}", error)) from None
         except UNREACHABLE:
+            hint = hint or await _refuse_wrong_tls(connection, host, port)
             continue
         connected.close()
+    return hint
+
+
+async def _refuse_wrong_tls(connection: Connection, host: str, port: int) -> str:
+    """Raises WrongSetting if it is TLS that a broker ends the connection for; a hint where that is not certain."""
+    if connection.ssl_context:
+        error = await tls_failure(host, port, connection.ssl_context, connection.request_timeout_s)
+        if isinstance(error, ssl.SSLEOFError | ConnectionResetError):  # it may also be a broker that is just starting
+            return f"; does it speak TLS there, as security_protocol {connection.security_protocol} says?"
+        if error:
+            raise WrongSetting(tls_sentence(f"{host}:{port}", error))
+    elif await wants_tls(host, port, connection.request_timeout_s):
+        raise WrongSetting(
+            f"the broker {host}:{port} wants TLS, and security_protocol is {connection.security_protocol}; it should be "
+            "SSL or SASL_SSL"
+        )
+    return ""
 
 
 async def _close(client: AIOKafkaAdminClient) -> None:

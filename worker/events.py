@@ -3,7 +3,6 @@
 The formats are those of the README's section on records.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -147,37 +146,30 @@ class Decoder:
         found = _look_up(fields, self._id_path)
         if isinstance(found, str):
             return found
-        if type(found) is int and found:
+        if type(found) in (int, float) and (abs(found) >= 2**63 or (found == 0 and b"-0" in value)):
+            digits = _look_up(_loads_with_digits(value), self._id_path)  # orjson reads these as a float, and -0 as 0
+            found = digits if isinstance(digits, str) else found
+        if type(found) is int:
             return str(found)
-        if type(found) in (int, float):  # 0, which may be -0; or an integer that orjson reads as a float for its size
-            found = _look_up(_loads_with_digits(value), self._id_path)
-        if isinstance(found, _Digits):
-            return found.text
-        return _id_from_record(record)
-
-
-class _Digits:
-    def __init__(self, text: str) -> None:
-        self.text = text
+        return found if isinstance(found, str) else _id_from_record(record)
 
 
 class Encoder:
-    """Event and sentiment → result bytes. ``model`` is the name that results carry: name@revision."""
+    """Event and sentiment → result bytes."""
 
-    def __init__(self, *, model: str, output_mode: str = "result") -> None:
-        self._model = model
+    def __init__(self, *, output_mode: str = "result") -> None:
         self._is_enriched = output_mode == "enrich"
 
     def encode(
-        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, processed_at: str
+        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, model: str, processed_at: str
     ) -> Outgoing | Failure:
-        """The result record of one event; ``processed_at`` as of ``iso_time``."""
+        """The result record of one event; ``model`` is who scored it, name@revision, ``processed_at`` as of ``iso_time``."""
         try:
             event_time = iso_time(record.timestamp) if has_timestamp(record) else None
         except (ValueError, OverflowError):
             return Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
         source = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-        result = result_fields(event.id, sentiment, truncated, self._model, source, event_time, processed_at)
+        result = result_fields(event.id, sentiment, truncated, model, source, event_time, processed_at)
         value = orjson.dumps(result)
         if self._is_enriched:
             value = _spliced(record.value or b"", value)
@@ -244,34 +236,49 @@ def _iso_second(seconds: int) -> str:
 
 
 _MISSING: Final = object()
-_LARGE_NUMBER: Final = re.compile(rb"\d{300}|[eE]\+?\d{3}")
+# A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
+_LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
+# Strings with what stands between them, an unfinished one to the end; or a number that may be too large for 64 bits or for
+# a float, or -0: its whole part and the rest. Possessive, and strings are taken many at once, so that it stays quick.
+_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+'
+_LITERAL: Final = re.compile(
+    rb"%b(?:[^\"0-9-]*+%b)*+"
+    rb"|(?<![\d.eE+-])(?=-0|-?\d{19}|-?\d++(?:\.\d++)?+[eE]\+?+\d{3})"
+    rb"(-?+(?:0|[1-9]\d*+))((?:\.\d++)?+(?:[eE][+-]?+\d++)?+)" % (_STRING, _STRING),
+    re.DOTALL,
+)
+_DIGITS_OF_64_BITS: Final = 18  # so many always fit
 
 
 def _loads(value: bytes) -> Any:
-    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too; those go by the standard library."""
+    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too: it is given smaller ones."""
     try:
         return orjson.loads(value)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as error:
         if not _LARGE_NUMBER.search(value):
             raise
-        fields = _loads_with_digits(value)
-        if fields is None:
-            raise
-        return fields
+        try:
+            return orjson.loads(_LITERAL.sub(_smaller, value))
+        except orjson.JSONDecodeError:
+            raise error from None  # its position is one in the value
 
 
 def _loads_with_digits(value: bytes) -> Any:
-    """JSON to Python with integers as they are written; None for what is no JSON, or has half a surrogate pair."""
-    try:
-        fields = json.loads(value.decode(), parse_int=_Digits, parse_constant=_refuse_constant)
-        json.dumps(fields, ensure_ascii=False, default=repr).encode()
-    except (ValueError, RecursionError):
-        return None
-    return fields
+    """Valid JSON to Python, with strings of digits for integers of more than 18 digits and for -0."""
+    return orjson.loads(_LITERAL.sub(_quoted, value))
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _smaller(literal: re.Match[bytes]) -> bytes:
+    if literal[1] is None or not _LARGE_NUMBER.search(literal[0]):
+        return literal[0]
+    return b"-1e300" if literal[0].startswith(b"-") else b"1e300"
+
+
+def _quoted(literal: re.Match[bytes]) -> bytes:
+    whole = literal[1]
+    if whole and not literal[2] and (len(whole) > _DIGITS_OF_64_BITS or whole == b"-0"):
+        return b'"%b"' % whole
+    return _smaller(literal)
 
 
 def _look_up(fields: Any, path: list[str]) -> Any:

@@ -25,7 +25,7 @@ os.environ.setdefault(
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it has a handler of its own
 
 PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
-VERSION: Final = "1"  # of what this module writes
+VERSION: Final = "2"  # of what this module writes
 
 
 class ExportedNetwork:
@@ -84,9 +84,15 @@ def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
     if is_int8:
         from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - an extra
 
+        # Products alone: rows of embeddings are only looked up, and bytes would make them coarser for no speed.
         # Without VNNI the products of two full bytes overflow 16 bits: reduce_range keeps weights to seven.
         quantize_dynamic(
-            plain, folder / name, weight_type=QuantType.QInt8, per_channel=True, reduce_range=not _has_vnni()
+            plain,
+            folder / name,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=not _has_vnni(),
         )
 
 

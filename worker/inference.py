@@ -105,6 +105,7 @@ class Inference:
         self._cache_size = cache_size
         self._tokenizer = Thread("tokenizer")
         self._network = Thread("network")
+        self._loader = Thread("loader")
         self._model: Model | None = None
         self._cache = Cache(0)
         self._budget = 0
@@ -118,6 +119,10 @@ class Inference:
             raise RuntimeError("no model is loaded yet")
         return self._model
 
+    @property
+    def is_loaded(self) -> bool:
+        return self._model is not None
+
     async def load(self, loader: Callable[[], Model]) -> Model:
         """Loads a model on the thread that will own it and warms it up. Raises what the loader raises.
 
@@ -128,6 +133,17 @@ class Inference:
         await self._network.call(self._warm_up, model)
         self._model, self._cache = model, Cache(self._cache_size)
         self._metrics.inference_succeeded(time.time(), model.memory_bytes())
+        return model
+
+    async def reload(self, loader: Callable[[], Model]) -> Model:
+        """Loads a model beside the one in use, warms it up, and puts it in its place between two jobs.
+
+        Loading has a thread of its own, and scoring goes on. A job that has begun ends with the model that it began with.
+        Raises what the loader or the new model raises, ValueError for one whose numbers are none; the old one then stays.
+        """
+        model = await self._loader.call(lambda: _warmed(loader()))
+        self._budget = model.max_batch_tokens
+        self._model, self._cache = model, Cache(self._cache_size)
         return model
 
     def trouble(self) -> str | None:
@@ -267,7 +283,7 @@ class Inference:
                 raise ValueError(f"logits of shape {logits.shape}")
             sentiments = to_sentiments(logits, model.activation)
         except Exception as error:  # noqa: BLE001 - torch raises what it likes
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 return self._score_with_less_memory(model, ids)
             return self._isolate(model, ids, f"the network failed: {_name(error)}")
         if self._model is not None:  # not while warming up
@@ -313,7 +329,7 @@ class Inference:
             try:
                 model.logits(ids)
             except Exception as error:  # noqa: BLE001 - torch raises what it likes
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     continue
             return self._score_batch(model, ids)
         raise InferenceLost(f"out of memory for a single text of {len(ids[0])} tokens")
@@ -327,6 +343,17 @@ class Inference:
         return logits.shape == (1, len(LABELS)) and bool(np.isfinite(logits).all())
 
 
+def _warmed(model: Model) -> Model:
+    """On the loader's thread, beside a network that is at work: so without that one's clock and memory budget."""
+    ids = model.tokenize([(KNOWN_GOOD + " ") * max(WARM_UP_LENGTHS)]).ids[0]
+    for length in WARM_UP_LENGTHS:
+        model.logits([ids[:length]] * max(1, min(16, model.max_batch_tokens // length)))
+    logits = model.logits(model.tokenize([KNOWN_GOOD]).ids)
+    if logits.shape != (1, len(LABELS)) or not np.isfinite(logits).all():
+        raise ValueError("the model does not answer a known-good text with finite numbers")
+    return model
+
+
 def _digest(text: str) -> bytes:
     return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
@@ -336,7 +363,7 @@ def _name(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
     )

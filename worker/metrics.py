@@ -27,7 +27,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
-OPERATIONS = ("connect", "consume", "read", "publish", "commit", "lag")
+OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
@@ -125,6 +125,7 @@ class Metrics:
         self.cache_hits = counter("cache_hits_total", "Texts answered from the cache")
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge("model_info", "The loaded model", ["model", "revision", "device", "dtype"])
+        self.reloads = counter("model_reloads_total", "Checkpoints loaded in the place of another", ["outcome"])
         gauge("build_info", "This build", ["version"]).labels(version).set(1)
         self._start_at_zero()
 
@@ -132,6 +133,8 @@ class Metrics:
         """Series that exist from the start: a rate over a counter that appears later misses its first step."""
         for label in LABELS:
             self.results_published.labels(label)
+        for outcome in ("done", "failed"):
+            self.reloads.labels(outcome)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
         for operation in OPERATIONS:
@@ -152,6 +155,11 @@ class Metrics:
         """``now`` in seconds since 1970."""
         self.last_success.set(now)
         self.device_memory.set(memory_bytes)
+
+    def tell_of_model(self, name: str, revision: str, device: str, dtype: str) -> None:
+        """The model in use from now on; the series of the one before goes."""
+        self.model_info.clear()
+        self.model_info.labels(name, revision, device, dtype).set(1)
 
     def consumed(self, topics: Iterable[str]) -> None:
         """The topics of records whose outcome has been acknowledged."""

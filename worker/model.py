@@ -141,7 +141,7 @@ class SentimentModel:
                 raise kind(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
         _tell_of_pickle(name_or_path, source, commit)
-        network = network.to(where).eval()
+        network = _in_own_memory(network.to(where).eval())
         is_int8 = dtype == "int8"
         forward = choose(network, backend=backend, is_int8=is_int8)
         passes = 1
@@ -307,6 +307,14 @@ def _max_tokens(tokenizer: Any, config: Any) -> int:
     if config.model_type in ROBERTA_LIKE:
         positions -= (config.pad_token_id or 0) + 1
     return int(min(positions, tokenizer.model_max_length))
+
+
+def _in_own_memory(network: Any) -> Any:
+    """On a CPU the weights are pages of the file, and would change, or end the process, when it is overwritten."""
+    if network.device.type == "cpu":
+        for tensor in network.parameters():
+            tensor.data = tensor.data.clone()
+    return network
 
 
 def _refuse_untrained(name: str, loading: Any) -> None:

@@ -1,35 +1,45 @@
 """The HTTP side: /metrics, /livez and /readyz. Served from before the model loads, until the very end."""
 
+from collections.abc import Iterable
+from typing import Protocol
+
 from aiohttp import web
 
+from worker.guard import Guard
 from worker.health import Health
 from worker.metrics import CONTENT_TYPE, Metrics
 
 
-class Monitor:
-    """Answers GET and HEAD alone, on ``host``:``port`` (0: any free port; ``port`` then says which)."""
+class Part(Protocol):
+    """Something with pages of its own."""
 
-    def __init__(self, health: Health, metrics: Metrics, *, host: str, port: int) -> None:
+    def add_to(self, app: web.Application) -> None: ...
+
+
+class Monitor:
+    """Answers what ``guard`` lets through, on its host and ``port`` (0: any free port; ``port`` then says which)."""
+
+    def __init__(
+        self, health: Health, metrics: Metrics, guard: Guard, *, port: int, parts: Iterable[Part] = ()
+    ) -> None:
         self.port = port
-        self._host = host
+        self._guard = guard
         self._health = health
         self._metrics = metrics
-        app = web.Application()
+        app = self._app = guard.application()
         app.router.add_get("/metrics", self._answer_metrics)
         app.router.add_get("/livez", self._answer_livez)
         app.router.add_get("/readyz", self._answer_readyz)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        for part in parts:
+            part.add_to(app)
         metrics.ready.set_function(lambda: float(health.why_not_ready() is None))
 
     async def start(self) -> None:
         """Begins to answer. Raises OSError where the address is taken or not this machine's."""
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self.port, shutdown_timeout=1)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        self.port = await self._guard.listen(self._app, self.port)
 
     async def stop(self) -> None:
-        await self._runner.cleanup()
+        await self._guard.close()
 
     async def _answer_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})

@@ -36,6 +36,7 @@ from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
+from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Pipeline:
         dead_letter_topic: str,
         version: str,
         drain_timeout_s: float = 20,
+        transactions: Transactions | None = None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -119,7 +121,10 @@ class Pipeline:
         self._dead_letter_topic = dead_letter_topic
         self._version = version
         self._drain_timeout_s = drain_timeout_s
+        self._transactions = transactions
         self._draining = asyncio.Event()
+        if transactions:
+            transactions.serve(source, self._deliver, self._count)
 
     def drain(self) -> None:
         """Stops taking records; ``run`` ends when what is in flight is published and committed. Answers at once."""
@@ -139,6 +144,8 @@ class Pipeline:
             "score": asyncio.create_task(self._score(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
         }
+        if self._transactions:
+            tasks["transactions"] = asyncio.create_task(self._transactions.watch())
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -155,6 +162,8 @@ class Pipeline:
                     f"{uncommitted} records are published and could not be committed; they are repeated"
                 )
             await self._sink.close(max(1.0, deadline - time.monotonic()))
+            if self._transactions:
+                await self._transactions.close(max(1.0, deadline - time.monotonic()))
         finally:
             await cancelled([draining, *tasks.values()])
         if broken:
@@ -219,14 +228,28 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
+            if self._transactions:
+                await self._hand_over(batch, self._transactions)
+                continue
             started = time.monotonic()
             outcomes = self._outcomes(batch)
             while some := list(islice(outcomes, SLICE)):
-                await self._deliver(some)
+                await self._deliver(some, self._sink)
                 self._count(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in batch.parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
+        if self._transactions:
+            await self._transactions.finish()
+
+    async def _hand_over(self, batch: MicroBatch, transactions: Transactions) -> None:
+        """To their partitions' transactions, which count and acknowledge them once they are committed."""
+        outcomes = self._outcomes(batch)
+        for part in batch.parts:
+            for begin in range(0, len(part.records), SLICE):
+                count = min(SLICE, len(part.records) - begin)
+                await transactions.put(part.assignment, list(islice(outcomes, count)))
+                await asyncio.sleep(0)
 
     def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:
         for part in parts:
@@ -264,7 +287,7 @@ class Pipeline:
         answer = job.answers[place]
         if not isinstance(answer, Sentiment):
             return self._dead_letter(record, Failure("infer", "inference_failed", answer or "no answer"))
-        encoded = self._encoder.encode(record, event, answer, job.truncated[place], processed_at)
+        encoded = self._encoder.encode(record, event, answer, job.truncated[place], job.model.name, processed_at)
         if isinstance(encoded, Failure):
             return self._dead_letter(record, encoded)
         return Outcome(record, encoded, sentiment=answer)
@@ -274,21 +297,21 @@ class Pipeline:
 
     # Delivery.
 
-    async def _deliver(self, outcomes: list[Outcome]) -> None:
+    async def _deliver(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
-        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing])
+        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing], sink)
         for outcome, reason in refused:
             if outcome.failure is None:
                 outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
                 outcome.sentiment = None
                 outcome.outgoing = dead_letter(outcome.record, outcome.failure, self._version)
-        refused = await self._send([outcome for outcome, _ in refused])
+        refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
             for outcome, _ in refused:
                 if outcome.failure:
                     outcome.outgoing = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
-            refused = await self._send([outcome for outcome, _ in refused])
+            refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
 
     def _refuse_unless(self, refused: list[tuple[Outcome, Reason]], expected: Reason | None) -> None:
@@ -306,22 +329,23 @@ class Pipeline:
                 f"{record.offset} in no form ({reason}); {advice.get(reason, 'see the broker')}"
             )
 
-    async def _send(self, outcomes: list[Outcome]) -> list[tuple[Outcome, Reason]]:
+    async def _send(self, outcomes: list[Outcome], sink: Sink) -> list[tuple[Outcome, Reason]]:
         parcels = [
             Parcel(
                 self._dead_letter_topic if outcome.failure else self._output_topic,
                 outcome.outgoing,
                 outcome.record.partition,
+                outcome.record.offset,
             )
             for outcome in outcomes
             if outcome.outgoing
         ]
         if not parcels:
             return []
-        answers = await self._sink.publish(parcels)
+        answers = await sink.publish(parcels)
         return [(outcome, reason) for outcome, reason in zip(outcomes, answers, strict=True) if reason]
 
-    def _count(self, outcomes: list[Outcome]) -> None:
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()
         scored = [outcome for outcome in outcomes if outcome.sentiment]
         self._metrics.published(

@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.events import Decoder, Encoder
+from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
 from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
+from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, split_names
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
+from worker.transactions import Transactions
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from worker.model import SentimentModel
 
 log = logging.getLogger(__name__)
@@ -57,7 +62,14 @@ async def _run(settings: RunSettings) -> int:
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.trouble)
     health.hold("model", "loading")
-    monitor = Monitor(health, metrics, host=settings.http_host, port=settings.http_port)
+    reloader = Reloader(
+        inference,
+        metrics,
+        lambda old: _reloaded(settings, cast("SentimentModel", old)),
+        lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
+    )
+    guard = Guard(host=settings.http_host, token=_secret(settings.http_token), token_for=settings.http_token_for)
+    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[reloader])
     try:
         await monitor.start()
     except OSError as error:
@@ -66,7 +78,7 @@ async def _run(settings: RunSettings) -> int:
             f"http_host and http_port: cannot listen on {where}: {os.strerror(error.errno or 0)}"
         ) from None
     log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
-    stop = _on_signals()
+    stop = _on_signals(reloader)
     try:
         return await _work(settings, metrics, inference, health, stop)
     finally:
@@ -127,6 +139,17 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     limits = await wait_until_usable(connection, roles, health)
+    transactions = None
+    if settings.delivery == "exactly-once":
+        transactions = Transactions(
+            connection,
+            group_id=settings.group_id,
+            limits=limits,
+            metrics=metrics,
+            health=health,
+            compression_type=settings.compression_type,
+            interval_s=settings.transaction_ms / 1000,
+        )
     source = Source(
         connection,
         topics=topics,
@@ -138,11 +161,13 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
+        transactions=transactions,
         metrics=metrics,
         health=health,
     )
     sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
-    await sink.start()
+    if transactions is None:
+        await sink.start()
     decoder = Decoder(
         input_format=settings.input_format,
         output_mode=settings.output_mode,
@@ -154,13 +179,14 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         source=source,
         decoder=decoder,
         inference=inference,
-        encoder=Encoder(model=model.name, output_mode=settings.output_mode),
+        encoder=Encoder(output_mode=settings.output_mode),
         sink=sink,
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
+        transactions=transactions,
     )
 
 
@@ -170,18 +196,22 @@ def _loaded(settings: RunSettings) -> "SentimentModel":
     return SentimentModel.load_as_set(settings)
 
 
-def _connection(settings: RunSettings) -> Connection:
-    def secret(name: str) -> str | None:
-        value = getattr(settings, name)
-        return value.get_secret_value() if value else None
+def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
+    """The setting's model as it is now. What was measured at the start stays: measured beside scoring it would be wrong."""
+    measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
+    return _loaded(settings.model_copy(update=measured))
 
+
+def _connection(settings: RunSettings) -> Connection:
     def path(name: str) -> str | None:
         value = getattr(settings, name)
         return str(value) if value else None
 
     context = None
     if settings.security_protocol.endswith("SSL"):
-        context = tls_context(path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), secret("ssl_key_password"))
+        context = tls_context(
+            path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), _secret(settings.ssl_key_password)
+        )
     return Connection(
         bootstrap_servers=split_names(settings.bootstrap_servers),
         client_id=settings.client_id,
@@ -189,19 +219,26 @@ def _connection(settings: RunSettings) -> Connection:
         security_protocol=settings.security_protocol,
         sasl_mechanism=settings.sasl_mechanism,
         sasl_username=settings.sasl_username,
-        sasl_password=secret("sasl_password"),
+        sasl_password=_secret(settings.sasl_password),
         ssl_context=context,
     )
 
 
+def _secret(value: "SecretStr | None") -> str | None:
+    return value.get_secret_value() if value else None
+
+
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    metrics.model_info.labels(name, revision, str(model.device), model.dtype).set(1)
+    metrics.tell_of_model(name, revision, str(model.device), model.dtype)
     log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": model.dtype})
 
 
-def _on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
+def _on_signals(reloader: Reloader) -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process. SIGHUP reloads the model.
+
+    A terminal that is closed sends SIGHUP too; it drains then, as no process should outlive its terminal unasked.
+    """
     stop = asyncio.Event()
 
     def stop_or_end() -> None:
@@ -211,9 +248,29 @@ def _on_signals() -> asyncio.Event:
         stop.set()
 
     loop = asyncio.get_running_loop()
+    had_terminal = _has_terminal()
+    reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps tasks by weak references alone
+
+    def reload_or_stop() -> None:
+        if had_terminal and not _has_terminal():
+            stop.set()
+            return
+        task = loop.create_task(reloader.or_log())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload_or_stop)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop_or_end)
     return stop
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _drain(pipeline: Pipeline, health: Health) -> None:

@@ -27,8 +27,9 @@ PREFIX = "WORKER_"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
 INT32 = 2**31 - 1
-SECRETS = ("sasl_password", "ssl_key_password")
+SECRETS = ("http_token", "sasl_password", "ssl_key_password")
 PORT = re.compile(r"[0-9]{1,5}")
+HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
 
@@ -83,6 +84,12 @@ def _topic(value: str) -> str:
 def _topics(value: str) -> str:
     for name in split_names(_names(value)):
         _topic(name)
+    return value
+
+
+def _http_token(value: SecretStr) -> SecretStr:
+    if not HTTP_TOKEN.fullmatch(value.get_secret_value()):
+        raise ValueError("it should be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints")
     return value
 
 
@@ -205,7 +212,13 @@ class RunSettings(ModelSettings):
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed", description="whether to skip records of aborted transactions"
     )
-    delivery: Literal["at-least-once"] = Field("at-least-once", description="delivery guarantee")
+    delivery: Literal["at-least-once", "exactly-once"] = Field(
+        "at-least-once",
+        description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
+    )
+    transaction_ms: float = Field(
+        100, ge=0, le=10_000, description="with exactly-once, a partition's results are committed so often, ms"
+    )
     input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
     output_mode: Literal["result", "enrich"] = Field(
         "result", description="result: a new object; enrich: the input object with the field sentiment"
@@ -225,6 +238,12 @@ class RunSettings(ModelSettings):
         "127.0.0.1", description="address for /metrics, /livez, /readyz"
     )
     http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
+    http_token: CliSuppress[Annotated[SecretStr, AfterValidator(_http_token)] | None] = None
+    http_token_for: Literal["changes", "all"] = Field(
+        "changes",
+        description="what needs the token in WORKER_HTTP_TOKEN or the file WORKER_HTTP_TOKEN_FILE names: whatever changes "
+        "something, or all but /livez and /readyz",
+    )
     session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
     request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="for one request to a broker, ms")
     fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
@@ -260,6 +279,10 @@ class RunSettings(ModelSettings):
                 raise ValueError(
                     f"{name} is one of input_topics: the worker would read what it wrote; take another topic"
                 )
+        if self.delivery == "exactly-once" and self.isolation_level == "read_uncommitted":
+            raise ValueError(
+                "delivery exactly-once needs isolation_level read_committed: an aborted input record has no result"
+            )
         if self.fetch_max_wait_ms >= self.request_timeout_ms:
             raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
         return self
@@ -276,6 +299,8 @@ class RunSettings(ModelSettings):
             )
         if self.sasl_username and not self.sasl_mechanism:
             raise ValueError("sasl_username goes with sasl_mechanism and security_protocol SASL_PLAINTEXT or SASL_SSL")
+        if self.http_token_for == "all" and not self.http_token:
+            raise ValueError("http_token_for all needs http_token, from WORKER_HTTP_TOKEN or WORKER_HTTP_TOKEN_FILE")
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             if getattr(self, name) and not self.security_protocol.endswith("SSL"):
                 raise ValueError(
@@ -520,7 +545,9 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
     if name not in kind.model_fields:
         return f"{name} is no setting; `--help` lists them"
     given = "" if name in SECRETS or first["type"] == "missing" else f" = {first['input']!r}"
-    return f"{name}{given} is wrong: {wants} (flag {_flag(name)}, variable {PREFIX}{name.upper()})"
+    variable = PREFIX + name.upper()
+    where = f"variable {variable} or {variable}_FILE" if name in SECRETS else f"flag {_flag(name)}, variable {variable}"
+    return f"{name}{given} is wrong: {wants} ({where})"
 
 
 def _wish(error: ErrorDetails) -> str:

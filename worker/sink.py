@@ -5,7 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -40,11 +40,15 @@ REFUSALS: Final[dict[type[BaseException], Reason]] = {
 
 
 class Parcel(NamedTuple):
-    """A record on its way out. ``origin`` is the input partition, which places a record that has no key."""
+    """A record on its way out. ``origin`` is the input partition, which places a record that has no key.
+
+    ``offset`` is the input record's, by which transactions know it again.
+    """
 
     topic: str
     record: Outgoing
     origin: int
+    offset: int = -1
 
 
 Lane = tuple[str, int]  # an output topic's partition: what is in one lane stays in order
@@ -144,7 +148,7 @@ class Sink:
     async def _lanes(self, parcels: Sequence[Parcel], answers: list[Reason | None]) -> dict[Lane, list[Load]]:
         loads: defaultdict[Lane, Load] = defaultdict(list)
         partitions = {topic: await self._partitions(topic) for topic in {parcel.topic for parcel in parcels}}
-        for place, (topic, record, origin) in enumerate(parcels):
+        for place, (topic, record, origin, _) in enumerate(parcels):
             if answers[place] is None:
                 loads[topic, partition_for(record.key, origin, partitions[topic])].append(place)
         return {lane: [load] for lane, load in loads.items()}
@@ -261,27 +265,33 @@ class Sink:
     async def _started_producer(self) -> AIOKafkaProducer:
         backoff = Backoff()
         while True:
-            producer = AIOKafkaProducer(
-                **self._connection.options(),
-                acks="all",
-                enable_idempotence=True,
-                compression_type=self._compression_type,
-                max_batch_size=BATCH_BYTES,
-                linger_ms=0,
-            )
             try:
-                await within(self._connection.request_timeout_s, producer.start())
+                producer = await self._new_producer()
             except UNREACHABLE as error:
                 self._health.trouble("producer", unreachable(self._connection, error))
-                await stopped(producer, "producer", 5)
                 await backoff.wait()
-            except asyncio.CancelledError:
-                await stopped(producer, "producer", 5)
-                raise
             else:
                 self._health.well("producer")
                 self._records_sent = 0
                 return producer
+
+    async def _new_producer(self, **options: Any) -> AIOKafkaProducer:
+        """A producer that is connected; ``options`` as of aiokafka. Raises what is in UNREACHABLE."""
+        producer = AIOKafkaProducer(
+            **self._connection.options(),
+            acks="all",
+            enable_idempotence=True,
+            compression_type=self._compression_type,
+            max_batch_size=BATCH_BYTES,
+            linger_ms=0,
+            **options,
+        )
+        try:
+            await within(self._connection.request_timeout_s, producer.start())
+        except BaseException:
+            await stopped(producer, "producer", 5)
+            raise
+        return producer
 
     async def _discard_producer(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None

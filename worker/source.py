@@ -20,6 +20,7 @@ from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
     GroupAuthorizationFailedError,
+    GroupCoordinatorNotAvailableError,
     IllegalStateError,
     InvalidSessionTimeoutError,
     KafkaError,
@@ -37,6 +38,7 @@ from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
+from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,12 @@ class Assignment:
     # of each read that is not acknowledged: the offset after it, and its first record's timestamp
     waiting: deque[tuple[int, int]] = field(default_factory=deque)
 
+    def reach(self, next_offset: int) -> None:
+        """What was read before ``next_offset`` is acknowledged."""
+        self.acknowledged = next_offset
+        while self.waiting and self.waiting[0][0] <= next_offset:
+            self.waiting.popleft()
+
     def is_idle(self) -> bool:
         """Nothing read is still to be acknowledged."""
         return self.delivered is not None and self.acknowledged == self.delivered
@@ -106,6 +114,8 @@ class Source:
 
     ``run`` does the work; ``next_batch``, ``acknowledge`` and ``drop`` are for the pipeline. On a revocation the records
     that have not set out are dropped, those under way are waited for and committed, within ``revoke_timeout_s``.
+
+    With ``transactions`` those commit instead: ``advance`` takes the place of ``acknowledge``.
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class Source:
         fetch_max_wait_ms: int = 500,
         max_batch_texts: int = 512,
         linger_s: float = 0.01,
+        transactions: Transactions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
@@ -135,6 +146,7 @@ class Source:
         self._isolation_level = isolation_level
         self._session_timeout_ms = session_timeout_ms
         self._fetch_max_wait_ms = fetch_max_wait_ms
+        self._transactions = transactions
         self._clock = clock
         # revoke deadline < rebalance timeout < request timeout, for JoinGroup waits in a request for the slowest member
         self._rebalance_timeout_ms = int(connection.request_timeout_ms * 0.8)
@@ -144,6 +156,7 @@ class Source:
         self._consumer: AIOKafkaConsumer | None = None
         self._assignments: dict[TopicPartition, Assignment] = {}
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -176,13 +189,18 @@ class Source:
         """Everything of this partition before ``next_offset`` has been published; ``records`` of it just now."""
         assignment.under_way -= records
         if assignment.is_owned:
-            assignment.acknowledged = next_offset
+            assignment.reach(next_offset)
             assignment.uncommitted += records
-            while assignment.waiting and assignment.waiting[0][0] <= next_offset:
-                assignment.waiting.popleft()
             self._acknowledged.set()
         else:
             self._metrics.duplicates_possible.inc(records)
+        self._settled.set()
+
+    def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        """Everything of this partition before ``next_offset`` has been published and committed."""
+        assignment.under_way -= records
+        assignment.reach(next_offset)
+        assignment.committed = next_offset
         self._settled.set()
 
     def drop(self, assignment: Assignment, records: int) -> None:
@@ -301,11 +319,39 @@ class Source:
         if self._is_stopping or self._consumer is None:
             return
         for tp in sorted(partitions):
-            assignment = self._assignments[tp] = Assignment(tp)
-            reader = self._readers[assignment] = asyncio.create_task(self._read_forever(assignment))
-            reader.add_done_callback(self._reader_ended)
+            self._accept(tp)
         self._health.well("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
+
+    def _accept(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
+        """Begins to read a partition; ``after`` its reader until now has ended."""
+        assignment = self._assignments[tp] = Assignment(tp)
+        reader = self._readers[assignment] = asyncio.create_task(self._read_forever(assignment, after))
+        reader.add_done_callback(self._reader_ended)
+
+    def restart(self, assignment: Assignment) -> None:
+        """Begins a partition anew from its committed offset; what was read of it goes no further.
+
+        Nothing happens, but for that, if the partition is being taken away.
+        """
+        if self._assignments.get(assignment.tp) is not assignment:
+            return
+        is_to_go_on = assignment.accepts and not self._is_stopping
+        if self._transactions:
+            self._transactions.retire(assignment)
+        assignment.accepts = assignment.is_owned = False
+        self._discard(assignment)
+        if len(self._batcher) < self._capacity:
+            self._room.set()
+        del self._assignments[assignment.tp]
+        reader = self._readers.pop(assignment, None)
+        if reader is not None:
+            reader.cancel()
+            self._retiring.add(reader)
+            reader.add_done_callback(self._retiring.discard)
+        if is_to_go_on:
+            self._accept(assignment.tp, reader)
+        self._settled.set()
 
     async def _on_revoked(self, partitions: set[TopicPartition]) -> None:
         async with self._revoking:  # the group and the end of a session may both call
@@ -320,10 +366,12 @@ class Source:
         for assignment in assignments:
             assignment.accepts = False
         # They end before anything else: one that lives on would take records of the next assignment.
-        await cancelled([self._readers.pop(assignment) for assignment in assignments])
+        await cancelled([*(self._readers.pop(assignment) for assignment in assignments), *self._retiring])
         for assignment in assignments:
             self._discard(assignment)
         self._room.set()
+        if self._transactions:
+            self._transactions.settle(assignments)
         await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
         await self._commit_before(started + self._revoke_timeout_s)
         for assignment in assignments:
@@ -350,6 +398,8 @@ class Source:
         if not assignment.is_owned:
             return
         assignment.accepts = assignment.is_owned = False
+        if self._transactions:
+            self._transactions.release(assignment)
         self._metrics.duplicates_possible.inc(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
@@ -380,8 +430,10 @@ class Source:
         if not reader.cancelled() and reader.exception() is not None:
             self._fail(reader.exception())  # type: ignore[arg-type]
 
-    async def _read_forever(self, assignment: Assignment) -> None:
+    async def _read_forever(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
         backoff = Backoff()
+        if after is not None:
+            await cancelled([after])
         while assignment.accepts:
             try:
                 await self._find_place(assignment)
@@ -394,6 +446,9 @@ class Source:
             except OffsetOutOfRangeError:
                 assignment.is_out_of_range = True
             except NoOffsetForPartitionError:
+                if self._transactions and assignment.delivered is not None:
+                    self.restart(assignment)  # where to begin holds for a producer that has done nothing yet alone
+                    return
                 assignment.delivered = None
             except UNREADABLE as error:
                 self._be_careful(assignment, error)
@@ -431,9 +486,14 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        consumer = self._live_consumer()
         timeout_s = self._connection.request_timeout_s
+        if self._transactions:
+            await self._confirm_membership()
+            await self._transactions.take_over(assignment)
+        consumer = self._live_consumer()
         committed = await within(timeout_s, consumer.committed(assignment.tp))
+        if self._transactions:
+            self._transactions.found(assignment, committed)
         if committed is None:
             offset = await self._end_to_begin_at(assignment.tp)
             log.info("no committed offset", extra={"partition": _name(assignment.tp), "begin_at": offset})
@@ -444,6 +504,15 @@ class Source:
         if committed is None and self._auto_offset_reset == "latest":
             assignment.committed = None  # where this process began holds, also if it dies before its first result
             self._acknowledged.set()
+
+    async def _confirm_membership(self) -> None:
+        """Who was thrown out of the group, and has not heard of it yet, must not fence the partition's new owner."""
+        coordinator = self._live_consumer()._coordinator
+        if await within(self._connection.request_timeout_s, coordinator._do_heartbeat()):
+            return
+        if coordinator.generation <= 0:
+            raise IllegalStateError("no longer a member of the group")
+        raise GroupCoordinatorNotAvailableError
 
     async def _reset(self, assignment: Assignment) -> None:
         gone = assignment.delivered
@@ -553,6 +622,14 @@ class Source:
                 if assignment.acknowledged is not None and assignment.acknowledged != assignment.committed
             ]
             if not due or self._consumer is None:
+                return True
+            if self._transactions:
+                # Offsets that no record belongs to. By the partitions' producers too: one way for all keeps them in order.
+                offsets_alone = self._transactions.commit((assignment, offset) for assignment, offset, _ in due)
+                try:
+                    await within(timeout_s, offsets_alone)
+                except TimeoutError:
+                    return False
                 return True
             started = time.monotonic()
             try:

@@ -64,3 +64,4 @@ class Thread:
             self.busy_since = time.monotonic()
             call()
             self.busy_since = None
+            del call  # what it holds, a model perhaps, need not wait for the next one

@@ -58,7 +58,7 @@ def id_of(json_id: str, headers: Headers = (), **options: Any) -> str:
 
 
 def encode(record: FakeRecord, event: Event, output_mode: str = "result", truncated: bool = False) -> Outgoing:
-    outgoing = Encoder(model=MODEL, output_mode=output_mode).encode(record, event, CARD, truncated, PROCESSED_AT)
+    outgoing = Encoder(output_mode=output_mode).encode(record, event, CARD, truncated, MODEL, PROCESSED_AT)
     assert isinstance(outgoing, Outgoing)
     return outgoing
 
@@ -137,7 +137,7 @@ def test_times_have_milliseconds_in_utc(milliseconds: float, text: str) -> None:
 @pytest.mark.parametrize("output_mode", ["result", "enrich"])
 def test_a_timestamp_beyond_the_year_9999_is_a_dead_letter(timestamp: int, output_mode: str) -> None:
     record = FakeRecord('{"text":"да"}'.encode(), timestamp=timestamp)
-    failure = Encoder(model=MODEL, output_mode=output_mode).encode(record, Event("1", "да"), CARD, False, PROCESSED_AT)
+    failure = Encoder(output_mode=output_mode).encode(record, Event("1", "да"), CARD, False, MODEL, PROCESSED_AT)
     assert isinstance(failure, Failure)
     assert (failure.stage, failure.reason) == ("publish", "invalid_timestamp")
     letter = dead_letter(record, failure, "0.1.0")

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.waiting import wait_for
 from worker import inference as inference_module
 from worker.inference import KNOWN_GOOD, Inference, InferenceLost, Job
 from worker.metrics import Metrics
@@ -272,3 +274,74 @@ async def test_the_model_is_owned_by_threads_of_its_own(model: Model) -> None:
 
 async def test_nothing_to_score_is_no_error(model: Model) -> None:
     assert (await answers(await loaded(model), [])).answers == []
+
+
+class Recorded(Model):
+    """Of another name, with other answers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(max_batch_tokens=32)
+        self.name = name
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        return -super().logits(ids)
+
+
+async def test_a_reload_scores_new_jobs_with_the_new_model_and_lets_old_ones_end_with_theirs(model: Model) -> None:
+    inference = await loaded(model, cache_size=10)
+    begun = await inference.tokenize(["текст"])
+    await inference.reload(lambda: Recorded("fake@2"))
+    assert inference.model.name == "fake@2"
+    assert (await inference.score(begun)).model.name == "fake@1"
+    after = await answers(inference, ["текст"])
+    assert after.model.name == "fake@2"
+    assert after.answers != begun.answers, "the cache holds an answer of the old model"
+
+
+async def test_scoring_goes_on_while_another_model_loads(model: Model) -> None:
+    inference = await loaded(model)
+    proceed = threading.Event()
+
+    def slow() -> Model:
+        assert proceed.wait(10)
+        return Recorded("fake@2")
+
+    reloading = asyncio.create_task(inference.reload(slow))
+    job = await answers(inference, ["текст"])
+    assert job.model is model
+    assert not reloading.done()
+    proceed.set()
+    await reloading
+
+
+@pytest.mark.parametrize("fault", ["load", "warm up", "not a number"])
+async def test_a_model_that_fails_is_not_taken(model: Model, fault: str) -> None:
+    inference = await loaded(model, cache_size=10)
+    before = await answers(inference, ["текст"])
+    worse = Recorded("fake@2")
+    if fault == "warm up":
+        worse.fault = only(lambda tokens: True, OutOfMemoryError())
+    if fault == "not a number":
+        worse.not_a_number = lambda tokens: True
+
+    def load() -> Model:
+        if fault == "load":
+            raise OSError("no such file")
+        return worse
+
+    with pytest.raises((OSError, OutOfMemoryError, ValueError)):
+        await inference.reload(load)
+    model.seen.clear()
+    after = await answers(inference, ["текст"])
+    assert after.model is model
+    assert after.answers == before.answers
+    assert model.seen == [], "the cache is gone"
+
+
+async def test_the_old_model_is_freed(model: Model) -> None:
+    inference = Inference(Metrics("test"), cache_size=10)
+    await inference.load(lambda: Recorded("fake@1"))
+    await answers(inference, ["текст"])
+    old = weakref.ref(inference.model)
+    await inference.reload(lambda: Recorded("fake@2"))
+    wait_for(lambda: old() is None, "the old model to go", 10)

@@ -34,6 +34,7 @@ TABLE = {
     "auto_offset_reset": "earliest",
     "isolation_level": "read_committed",
     "delivery": "at-least-once",
+    "transaction_ms": 100,
     "input_format": "json",
     "output_mode": "result",
     "text_field": "text",
@@ -55,6 +56,8 @@ TABLE = {
     "drain_timeout_s": 20,
     "http_host": "127.0.0.1",
     "http_port": 8080,
+    "http_token": None,
+    "http_token_for": "changes",
     "security_protocol": "PLAINTEXT",
     "sasl_mechanism": None,
     "sasl_username": None,
@@ -295,6 +298,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("revision", "", "at least 1 character"),
     ("http_host", "", "host's name or address"),
     ("http_port", "65536", "less than or equal to 65535"),
+    ("http_token_for", "nothing", "'changes' or 'all'"),
     ("session_timeout_ms", "10", "greater than or equal to 1000"),
     ("request_timeout_ms", "10", "greater than or equal to 1000"),
     ("fetch_max_wait_ms", "0", "greater than or equal to 1"),
@@ -338,6 +342,7 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         (SASL, ["sasl_password", "WORKER_SASL_PASSWORD"]),
         (["--security-protocol", "SSL", "--ssl-keyfile", __file__], ["ssl_keyfile", "ssl_certfile"]),
         (["--ssl-certfile", __file__], ["ssl_certfile", "security_protocol SSL", "nothing is encrypted"]),
+        (["--http-token-for", "all"], ["http_token_for all", "WORKER_HTTP_TOKEN_FILE"]),
         (["--sasl-username", "u"], ["sasl_username", "sasl_mechanism"]),
         (["--model", "builtin", "--revision", "v2"], ["revision", "builtin"]),
         (["--fetch-max-wait-ms", "30000"], ["fetch_max_wait_ms", "request_timeout_ms"]),
@@ -415,13 +420,30 @@ def test_a_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("name", ["sasl_password", "ssl_key_password"])
 def test_a_secret_comes_from_a_file_without_its_line_ending(
     name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").write_bytes(f" {SECRET} {ending}".encode())
     monkeypatch.setenv(f"WORKER_{name.upper()}_FILE", str(tmp_path / "secret"))
     assert getattr(run_settings(), name).get_secret_value() == f" {SECRET} "
+
+
+def test_a_token_comes_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text(SECRET + "\n")
+    monkeypatch.setenv("WORKER_HTTP_TOKEN_FILE", str(tmp_path / "token"))
+    settings = run_settings("--http-token-for", "all")
+    assert settings.http_token is not None
+    assert settings.http_token.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize("token", ["short", "x" * 15, "пароль" * 5, "two words and more", "x" * 1_025])
+def test_a_token_that_no_header_can_hold_or_that_can_be_guessed(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_HTTP_TOKEN", token)
+    sentence = refusal()
+    assert sentence.startswith("http_token is wrong: it should be 16 or more letters")
+    assert "flag" not in sentence
+    assert token not in sentence
 
 
 def test_a_secret_given_twice_or_in_no_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

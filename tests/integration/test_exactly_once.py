@@ -1,0 +1,202 @@
+"""Each input record comes out once for a reader with read_committed, whatever happens to the workers."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import orjson
+import pytest
+from confluent_kafka import Producer
+
+from tests.broker import Broker
+from tests.process import WorkerProcess, Workers
+from tests.scenario import letter_place, result_place, wait_until_committed
+from tests.topics import Kafka, Load, Record, Topics, numbered
+from tests.waiting import holds_for, wait_for
+
+pytestmark = pytest.mark.kafka
+
+EXACTLY: dict[str, object] = {"delivery": "exactly-once", "cache_size": 0}
+
+
+@pytest.fixture
+def load(kafka: Kafka, topics: Topics) -> Iterator[Load]:
+    """1,000 events a second into a topic of four partitions, from `start` on."""
+    kafka.create_all(topics, 4)
+    load = Load(kafka, topics.input, 1000)
+    yield load
+    load.end()
+
+
+def assert_once(kafka: Kafka, topics: Topics, sent: list[Record]) -> None:
+    """Every record sent came out once, as what it has to become."""
+    output, letters = kafka.read(topics.output), kafka.read(topics.dead_letters)
+    results = Counter(result_place(record) for record in output if record.value is not None)
+    dead = Counter(map(letter_place, letters))
+    nulls = Counter(record.key for record in output if record.value is None)
+    twice = [place for place, times in (results + dead).items() if times > 1]
+    assert not twice, f"{len(twice)} came out twice, such as {twice[:3]}"
+    good = {record.place for record in sent if record.value not in (None, b"{")}
+    lost = good - set(results)
+    assert not lost, f"{len(lost)} of {len(sent)} are lost, such as {sorted(lost)[:3]}"
+    assert set(results) == good
+    assert set(dead) == {record.place for record in sent if record.value == b"{"}
+    assert nulls == Counter(record.key for record in sent if record.value is None)
+
+
+def assert_all_counted(workers: list[WorkerProcess], sent: list[Record]) -> None:
+    """For workers that were not killed: what they count is what they committed."""
+    for worker in workers:
+        metrics = worker.metrics
+        assert metrics.get("duplicates_possible_total") == 0
+        assert metrics.get("records_consumed_total") == metrics.outcomes
+    assert sum(worker.metrics.outcomes for worker in workers) == len(sent)
+
+
+def mixed(number: int) -> Record:
+    """Of a hundred records one is a tombstone and one cannot be scored."""
+    record = numbered(number)
+    kinds = {7: Record(None, b"null %d" % number), 8: Record(b"{", record.key)}
+    return kinds.get(number % 100, record)
+
+
+def test_killed_workers(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    """Results, dead letters and tombstones, with workers killed again and again in the middle of transactions."""
+    kafka.create_all(topics, 4)
+    sent = kafka.send(topics.input, map(mixed, range(20_000)))
+    for goal in (4_000, 9_000, 14_000):
+        worker = workers.start(topics, max_batch_texts=64, **EXACTLY)
+        wait_for(lambda goal=goal: kafka.count(topics.output) >= goal, f"{goal} results", every=0.01)  # type: ignore[misc]
+        worker.kill()
+    assert 0 < sum(kafka.committed(topics.group, topics.input).values()) < 20_000, "killed half-way"
+    worker = workers.start(topics, **EXACTLY).wait_until_assigned(4)
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert_once(kafka, topics, sent)
+    uncommitted = len(kafka.read(topics.output, committed_only=False)) - len(kafka.read(topics.output))
+    assert uncommitted > 0, "no worker was killed within a transaction: this has shown nothing"
+
+
+def test_a_zombie_and_workers_that_join_and_leave(kafka: Kafka, topics: Topics, workers: Workers, load: Load) -> None:
+    first = workers.start(topics, **EXACTLY).wait_until_assigned(4)
+    load.start()
+    wait_for(lambda: kafka.count(topics.output) >= 1_000, "1,000 results")
+    first.pause()
+    second = workers.start(topics, **EXACTLY).wait_until_assigned(4)  # after the first one's session
+    before = kafka.count(topics.output)
+    wait_for(lambda: kafka.count(topics.output) > before + 1_000, "1,000 results more")
+    first.resume()
+    first.wait_until_assigned(2)
+    assert second.is_running
+    assert second.terminate() == 0
+    first.wait_until_assigned(4)
+    third = workers.start(topics, **EXACTLY).wait_until_assigned(2)
+    before = kafka.count(topics.output)
+    wait_for(lambda: kafka.count(topics.output) > before + 1_000, "1,000 results more")
+    assert first.terminate() == 0
+    third.wait_until_assigned(4)
+    sent = load.stop()
+    wait_until_committed(kafka, topics)
+    lags = dict.fromkeys("0123", 0.0)
+    wait_for(lambda: third.metrics.by("partition", "consumer_lag_records") == lags, "a lag of 0")
+    assert third.metrics.get("duplicates_possible_total") == 0
+    assert third.terminate() == 0
+    assert_once(kafka, topics, sent)
+
+
+def test_another_process_with_the_same_transactional_id(
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
+) -> None:
+    """It fences the worker, which is still the owner by the group: it takes the partition back, and the others go on."""
+    worker = workers.start(topics, **EXACTLY).wait_until_assigned(4)
+    load.start()
+    for partition in (0, 0, 1):
+        before = kafka.count(topics.output)
+        wait_for(lambda before=before: kafka.count(topics.output) > before + 500, "500 results more")  # type: ignore[misc]
+        errors = worker.metrics.get("kafka_errors_total", operation="transaction")
+        stranger = {
+            "bootstrap.servers": kafka.bootstrap,
+            "transactional.id": f"{topics.group}/{topics.input}/{partition}",
+        }
+        Producer(stranger).init_transactions(30)
+        wait_for(
+            lambda errors=errors: worker.metrics.get("kafka_errors_total", operation="transaction") > errors,  # type: ignore[misc]
+            "the worker to notice",
+        )
+    sent = load.stop()
+    wait_until_committed(kafka, topics)
+    worker.wait_until_ready()
+    assert worker.metrics.get("rebalances_total") == 1
+    wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")
+    assert_all_counted([worker], sent)
+    assert worker.lines("Traceback") == []
+    assert worker.terminate() == 0
+    assert_once(kafka, topics, sent)
+
+
+def test_records_that_the_broker_refuses_within_a_transaction(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    """It cannot be foreseen how large a compressed batch is: the transaction is done again, with a dead letter in it."""
+    kafka.create_all(topics, 1)
+    worker = workers.start(topics, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
+    kafka.set_config(topics.output, "max.message.bytes", 20_000)
+    kafka.set_config(topics.output, "message.timestamp.after.max.ms", 60_000)
+    records = [numbered(number) for number in range(400)]
+    large = (("h", os.urandom(30_000)),)
+    records[60] = Record(orjson.dumps({"text": "большой"}), b"large", large)
+    records[61] = Record(orjson.dumps({"text": "большой"}), b"large too", large)
+    records[140] = Record(orjson.dumps({"text": "завтра"}), b"early", (), int(time.time() * 1000) + 600_000)
+    sent = kafka.send(topics.input, records)
+    wait_until_committed(kafka, topics)
+    wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")
+    assert_all_counted([worker], sent)
+    assert worker.metrics.counts_by("reason", "dead_letters_total") == {"result_too_large": 2, "invalid_timestamp": 1}
+    assert worker.terminate() == 0
+    letters = Counter(map(letter_place, kafka.read(topics.dead_letters)))
+    assert letters == dict.fromkeys([(topics.input, 0, offset) for offset in (60, 61, 140)], 1)
+    offsets = [place[2] for record in kafka.read(topics.output) if (place := result_place(record))]
+    assert offsets == [offset for offset in range(400) if offset not in (60, 61, 140)], "each once and in order"
+
+
+def test_sigterm_under_load(kafka: Kafka, topics: Topics, workers: Workers, load: Load) -> None:
+    """What is under way is committed before it ends."""
+    worker = workers.start(topics, transaction_ms=2_000, **EXACTLY).wait_until_assigned(4)
+    load.start()
+    wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results")
+    began = time.monotonic()
+    assert worker.terminate() == 0
+    assert time.monotonic() - began < 20, "drained within drain_timeout_s"
+    assert not kafka.members(topics.group), "it left the group"
+    results = kafka.read(topics.output)
+    assert len(results) == sum(kafka.committed(topics.group, topics.input).values())
+    assert len(results) == len(kafka.read(topics.output, committed_only=False)), "nothing was aborted"
+    workers.start(topics, **EXACTLY)
+    sent = load.stop()
+    wait_until_committed(kafka, topics)
+    assert_once(kafka, topics, sent)
+
+
+@pytest.mark.parametrize("outage", ["stop", "kill"])
+def test_the_broker_goes_away_under_load(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers, outage: str
+) -> None:
+    kafka = Kafka(fragile_broker.bootstrap)
+    kafka.create_all(topics, 4)
+    worker = fragile_workers.start(topics, **EXACTLY).wait_until_assigned(4)
+    load = Load(kafka, topics.input, 500)
+    load.start()
+    try:
+        wait_for(lambda: kafka.count(topics.output) >= 1_000, "1,000 results")
+        getattr(fragile_broker, outage)()
+        holds_for(lambda: worker.is_running and worker.status("/livez") == 200, "the worker is alive", 10)
+        assert worker.status("/readyz") == 503
+        fragile_broker.start()
+        worker.wait_until_ready()
+        before = kafka.count(topics.output)
+        wait_for(lambda: kafka.count(topics.output) >= before + 1_000, "new results")
+    finally:
+        load.end()
+    sent = load.stop()
+    wait_until_committed(kafka, topics, 120)
+    assert worker.terminate() == 0
+    assert_once(kafka, topics, sent)

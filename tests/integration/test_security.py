@@ -1,0 +1,340 @@
+"""A broker that demands credentials, certificates and permissions: what works, and what is said of what does not."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka.admin import AclOperation, ResourceType
+
+from tests.conftest import broker_or_reason
+from tests.process import Workers, workers_in
+from tests.scenario import wait_until_committed
+from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
+from tests.topics import Kafka, Record, Topics, numbered
+from tests.waiting import holds_for, wait_for
+from worker.cluster import Connection, tls_context, wait_until_usable
+from worker.health import Health
+from worker.settings import WrongSetting
+
+pytestmark = pytest.mark.kafka
+
+MECHANISMS = ("PLAIN", *SCRAM)
+READ, WRITE, DESCRIBE = AclOperation.READ, AclOperation.WRITE, AclOperation.DESCRIBE
+TOPIC, GROUP = ResourceType.TOPIC, ResourceType.GROUP
+
+
+@pytest.fixture(scope="module")
+def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    security = Security.made(tmp_path_factory.mktemp("certificates"))
+    broker = broker_or_reason(request.config, controllable=True, extras=security.extras)
+    yield SecureKafka(broker, security)
+    broker.close()
+
+
+@pytest.fixture
+def kafka(secure: SecureKafka) -> Kafka:
+    """The tests' own client, which may do everything."""
+    return Kafka(secure.bootstrap)
+
+
+@pytest.fixture
+def secure_workers(secure: SecureKafka, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
+    with workers_in(secure.bootstrap, checkpoint, tmp_path) as workers:
+        yield workers
+
+
+class Entrance:
+    """How one client comes in: the settings of a worker, and a connection made as the worker makes it."""
+
+    def __init__(
+        self, secure: SecureKafka, listener: str, protocol: str, password: str | None = None, **how: Any
+    ) -> None:
+        self.password = password
+        self.settings = {"bootstrap_servers": secure.address(listener), "security_protocol": protocol, **how}
+
+    def connection(self) -> Connection:
+        files = [self.settings.get(name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")]
+        context = tls_context(*(file and str(file) for file in files), None) if "SSL" in self._protocol else None
+        return Connection(
+            (self.settings["bootstrap_servers"],),
+            request_timeout_ms=10_000,
+            security_protocol=self._protocol,
+            sasl_mechanism=self.settings.get("sasl_mechanism"),
+            sasl_username=self.settings.get("sasl_username"),
+            sasl_password=self.password,
+            ssl_context=context,
+        )
+
+    def variables(self, folder: Path) -> dict[str, str]:
+        """The environment of its worker: the password's file."""
+        if self.password is None:
+            return {}
+        (folder / "password").write_text(self.password + "\n")
+        (folder / "password").chmod(0o600)
+        return {"WORKER_SASL_PASSWORD_FILE": str(folder / "password")}
+
+    @property
+    def _protocol(self) -> str:
+        protocol: str = self.settings["security_protocol"]
+        return protocol
+
+
+def by_login(secure: SecureKafka, mechanism: str, listener: str = "LOGIN", **other: Any) -> Entrance:
+    trust = {"ssl_cafile": secure.authority.cafile} if listener == "LOGIN" else {}
+    protocol = "SASL_SSL" if listener == "LOGIN" else "SASL_PLAINTEXT"
+    how = {"sasl_mechanism": mechanism, "sasl_username": USER, "password": PASSWORD, **trust, **other}
+    return Entrance(secure, listener, protocol, **how)
+
+
+def by_certificate(secure: SecureKafka, authority: Authority | None = None) -> Entrance:
+    certfile, keyfile = (authority or secure.authority).issue_files(CERTIFIED)
+    return Entrance(
+        secure, "MUTUAL", "SSL", ssl_cafile=secure.authority.cafile, ssl_certfile=certfile, ssl_keyfile=keyfile
+    )
+
+
+def by_tls(secure: SecureKafka, listener: str = "TLS", **other: Any) -> Entrance:
+    return Entrance(secure, listener, "SSL", **{"ssl_cafile": secure.authority.cafile, **other})
+
+
+async def enter(entrance: Entrance, topic: str) -> None:
+    await asyncio.wait_for(wait_until_usable(entrance.connection(), {"input_topics": [topic]}, Health()), 60)
+
+
+# --- What works ---
+
+
+@pytest.fixture
+def topic(kafka: Kafka, topics: Topics, secure: SecureKafka) -> str:
+    """A topic that every user of these tests may ask about."""
+    kafka.create(topics.input)
+    for user in (USER, CERTIFIED):
+        secure.allow(user, TOPIC, topics.input, DESCRIBE)
+    return topics.input
+
+
+@pytest.mark.parametrize("listener", ["LOGIN", "OPENLOGIN"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+async def test_the_right_password_is_let_in(secure: SecureKafka, topic: str, mechanism: str, listener: str) -> None:
+    await enter(by_login(secure, mechanism, listener), topic)
+
+
+async def test_the_right_certificate_is_let_in(secure: SecureKafka, topic: str) -> None:
+    await enter(by_certificate(secure), topic)
+    await enter(by_tls(secure), topic)
+
+
+# --- What is refused ---
+
+
+def strangers(secure: SecureKafka, folder: Path) -> dict[str, tuple[Entrance, list[str]]]:
+    """Who is not let in, and what is said of it."""
+    other = Authority(folder, "other")
+    login = ["refuses the login", USER, "check the user, the password and the mechanism"]
+    expired_certfile, expired_keyfile = secure.authority.issue_files("late", days=-1)
+    return {
+        **{
+            f"wrong password {name}": (by_login(secure, name, password="guessed"), [*login, name])
+            for name in MECHANISMS
+        },
+        **{
+            f"unknown user {name}": (
+                by_login(secure, name, sasl_username="nobody"),
+                ["refuses the login", "nobody", name],
+            )
+            for name in MECHANISMS
+        },
+        "wrong password, open": (by_login(secure, "PLAIN", "OPENLOGIN", password="guessed"), login),
+        "unknown authority": (by_tls(secure, ssl_cafile=other.cafile), ["certificate", "ssl_cafile"]),
+        "the system's authorities": (by_tls(secure, ssl_cafile=None), ["certificate", "ssl_cafile"]),
+        "unknown authority, login": (
+            by_login(secure, "PLAIN", ssl_cafile=other.cafile),
+            ["certificate", "ssl_cafile"],
+        ),
+        "wrong host name": (by_tls(secure, "MISNAMED"), ["IP address mismatch", "the broker's name"]),
+        "expired": (by_tls(secure, "EXPIRED"), ["certificate has expired"]),
+        "no certificate": (by_tls(secure, "MUTUAL"), ["ssl_certfile"]),
+        "another authority's certificate": (by_certificate(secure, other), ["ssl_certfile"]),
+        "an expired certificate": (
+            by_tls(secure, "MUTUAL", ssl_certfile=expired_certfile, ssl_keyfile=expired_keyfile),
+            ["ssl_certfile"],
+        ),
+        "no TLS where it is wanted": (Entrance(secure, "TLS", "PLAINTEXT"), ["wants TLS", "SSL or SASL_SSL"]),
+        "no TLS for a login": (
+            Entrance(secure, "LOGIN", "SASL_PLAINTEXT", PASSWORD, sasl_mechanism="SCRAM-SHA-256", sasl_username=USER),
+            ["wants TLS", "SSL or SASL_SSL"],
+        ),
+    }
+
+
+STRANGERS = (
+    *(f"{what} {name}" for what in ("wrong password", "unknown user") for name in MECHANISMS),
+    "wrong password, open",
+    "unknown authority",
+    "the system's authorities",
+    "unknown authority, login",
+    "wrong host name",
+    "expired",
+    "no certificate",
+    "another authority's certificate",
+    "an expired certificate",
+    "no TLS where it is wanted",
+    "no TLS for a login",
+)
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+async def test_who_is_refused_is_told_so_in_a_sentence(secure: SecureKafka, tmp_path: Path, who: str) -> None:
+    entrance, words = strangers(secure, tmp_path)[who]
+    with pytest.raises(WrongSetting) as refusal:
+        await enter(entrance, "any")
+    sentence = str(refusal.value)
+    assert all(word in sentence for word in words)
+    assert "\n" not in sentence
+    assert PASSWORD not in sentence
+    assert "guessed" not in sentence
+
+
+async def test_a_listener_without_tls_is_waited_for_with_a_hint(
+    secure: SecureKafka, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a broker that is starting, behind something that accepts for it: not certain enough to end."""
+    waiting = asyncio.create_task(enter(by_tls(secure, "OPENLOGIN"), "any"))
+    while "does it speak TLS there" not in caplog.text:
+        assert not waiting.done()
+        await asyncio.sleep(0.1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+def test_a_key_with_a_password(secure: SecureKafka) -> None:
+    """Which OpenSSL would ask for on the terminal."""
+    certfile, keyfile = map(str, secure.authority.issue_files("locked", password=PASSWORD))
+    tls_context(None, certfile, keyfile, PASSWORD)
+    for wrong in (None, "", "guessed"):
+        with pytest.raises(WrongSetting, match="ssl_key") as refusal:
+            tls_context(None, certfile, keyfile, wrong)
+        assert PASSWORD not in str(refusal.value)
+        assert "guessed" not in str(refusal.value)
+
+
+# --- The whole worker ---
+
+NEEDED = {  # what the README says a worker needs
+    "input": (TOPIC, (READ,)),
+    "output": (TOPIC, (WRITE,)),
+    "dead_letters": (TOPIC, (WRITE,)),
+    "group": (GROUP, (READ,)),
+}
+
+
+def allow(secure: SecureKafka, user: str, topics: Topics, *roles: str) -> None:
+    for role in roles:
+        kind, operations = NEEDED[role]
+        secure.allow(user, kind, getattr(topics, role), *operations)
+
+
+ENTRANCES: dict[str, Callable[[SecureKafka], Entrance]] = {
+    "PLAIN by TLS": lambda secure: by_login(secure, "PLAIN"),
+    "SCRAM-SHA-256, open": lambda secure: by_login(secure, "SCRAM-SHA-256", "OPENLOGIN"),
+    "SCRAM-SHA-512 by TLS": lambda secure: by_login(secure, "SCRAM-SHA-512"),
+    "certificate": by_certificate,
+}
+
+
+@pytest.mark.parametrize("way", ENTRANCES)
+def test_a_worker_with_just_what_it_needs(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path, way: str
+) -> None:
+    entrance = ENTRANCES[way](secure)
+    kafka.create_all(topics)
+    allow(secure, CERTIFIED if way == "certificate" else USER, topics, *NEEDED)
+    kafka.send(topics.input, [*map(numbered, range(99)), Record(b"{", b"key")])
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings)
+    worker.wait_until_ready()
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert (kafka.count(topics.output), kafka.count(topics.dead_letters)) == (99, 1)
+    assert not worker.warnings()
+
+
+@pytest.mark.parametrize(
+    "who", ["wrong password SCRAM-SHA-512", "unknown authority", "wrong host name", "expired", "no certificate"]
+)
+def test_a_worker_that_is_refused_ends_with_a_sentence(
+    secure: SecureKafka, topics: Topics, secure_workers: Workers, tmp_path: Path, who: str
+) -> None:
+    entrance, words = strangers(secure, tmp_path)[who]
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings)
+    assert worker.wait(90) == 2
+    (sentence,) = worker.lines("sentiment-worker: ")
+    assert all(word in sentence for word in words)
+    assert "Traceback" not in worker.output
+    assert not worker.warnings()
+
+
+MISSING = {  # a role without its permission, and what is said of it
+    "input": "input_topics: topic {} may not be read about (ACL)",
+    "output": "output_topic: topic {} may not be read about (ACL)",
+    "dead_letters": "dead_letter_topic: topic {} may not be read about (ACL)",
+    "group": "no permission to read as group {} (ACL)",
+}
+
+
+@pytest.mark.parametrize("role", MISSING)
+def test_a_missing_permission_is_told_once_and_waited_for(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path, role: str
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics)
+    kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
+    allow(secure, USER, topics, *(set(NEEDED) - {role}))
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings)
+    words = MISSING[role].format(getattr(topics, role))
+    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
+    assert len(worker.warnings(words)) == 1
+    assert "Traceback" not in worker.output
+    assert len(worker.warnings()) < 5
+    allow(secure, USER, topics, role)
+    worker.wait_until_ready()
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert (kafka.count(topics.output), kafka.count(topics.dead_letters)) == (9, 1)
+
+
+WITHDRAWN = {
+    "input": "no permission to read {} (ACL)",
+    "output": "cannot publish to topic {}: no permission (ACL)",
+    "dead_letters": "cannot publish to topic {}: no permission (ACL)",
+    "group": "group {} (ACL)",
+}
+
+
+@pytest.mark.parametrize("role", WITHDRAWN)
+def test_a_permission_to_ask_about_a_topic_is_not_enough(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path, role: str
+) -> None:
+    """A worker finds out while it runs: it may see every topic, and its permission is taken away."""
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    allow(secure, USER, topics, *NEEDED)
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings).wait_until_assigned(1)
+    secure.forbid_all(USER)
+    for name in (topics.input, topics.output, topics.dead_letters):
+        secure.allow(USER, TOPIC, name, DESCRIBE)
+    allow(secure, USER, topics, *(set(NEEDED) - {role}))
+    kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
+    words = WITHDRAWN[role].format(getattr(topics, role))
+    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
+    assert len(worker.warnings(words)) == 1
+    assert "Traceback" not in worker.output
+    assert len(worker.warnings()) < 8
+    allow(secure, USER, topics, role)
+    wait_until_committed(kafka, topics)
+    worker.wait_until_ready()
+    assert worker.terminate() == 0
+    assert (kafka.count(topics.output), kafka.count(topics.dead_letters)) == (9, 1)

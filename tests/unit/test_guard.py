@@ -1,0 +1,393 @@
+"""The HTTP side against who should not be there: methods, tokens, sizes, slow and many clients."""
+
+import asyncio
+import base64
+import gzip
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import NamedTuple
+
+import pytest
+from aiohttp import web
+
+from worker import guard as guarding
+from worker.guard import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Guard, TokenFor
+from worker.health import Health
+from worker.metrics import Metrics
+from worker.monitor import Monitor
+
+TOKEN = "0123456789abcdef-secret"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+BASIC = {"Authorization": "Basic " + base64.b64encode(f"anyone:{TOKEN}".encode()).decode()}
+PATHS = ("/metrics", "/livez", "/readyz")
+SECONDS = 30
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Client:
+    """One connection, on which every byte is the test's own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self._writer.write(data)
+        await asyncio.wait_for(self._writer.drain(), SECONDS)
+
+    async def receive(self, *, is_head: bool = False) -> Answer:
+        head = await asyncio.wait_for(self._reader.readuntil(b"\r\n\r\n"), SECONDS)
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.title(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        length = 0 if is_head else int(headers.get("Content-Length", 0))
+        return Answer(int(first.split()[1]), headers, await asyncio.wait_for(self._reader.readexactly(length), SECONDS))
+
+    async def is_closed(self) -> bool:
+        """Waits until the other side has closed the connection."""
+        try:
+            while await asyncio.wait_for(self._reader.read(65_536), SECONDS):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Server:
+    """A monitor as the worker has it, with a route that changes something beside."""
+
+    def __init__(self, host: str = "127.0.0.1", token: str | None = None, token_for: TokenFor = "changes") -> None:
+        health = Health()
+        guard = Guard(host=host, token=token, token_for=token_for)
+        self.changes: list[bytes] = []
+        self._monitor = Monitor(health, Metrics("test"), guard, port=0)
+        self._monitor._app.router.add_post("/change", self._change)
+        self._clients: list[Client] = []
+
+    async def _change(self, request: web.Request) -> web.Response:
+        self.changes.append(await request.read())
+        return web.Response(text="changed\n")
+
+    async def start(self) -> "Server":
+        await self._monitor.start()
+        return self
+
+    async def stop(self) -> None:
+        for client in self._clients:
+            client.close()
+        await asyncio.wait_for(self._monitor.stop(), SECONDS)
+
+    async def connect(self) -> Client:
+        client = Client(*await asyncio.open_connection("127.0.0.1", self._monitor.port))
+        self._clients.append(client)
+        return client
+
+    async def ask(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes | None = None
+    ) -> Answer:
+        client = await self.connect()
+        fields = {
+            "Host": "localhost",
+            **({} if body is None else {"Content-Length": str(len(body))}),
+            **(headers or {}),
+        }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        await client.send(f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + (body or b""))
+        return await client.receive(is_head=method == "HEAD")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = await Server().start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def guarded() -> AsyncIterator[Server]:
+    """One with a token, for changes."""
+    server = await Server(token=TOKEN).start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def closed() -> AsyncIterator[Server]:
+    """One with a token, for everything."""
+    server = await Server(token=TOKEN, token_for="all").start()
+    yield server
+    await server.stop()
+
+
+# --- Methods and paths ---
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_reading_is_answered(server: Server, path: str) -> None:
+    get, head = await server.ask("GET", path), await server.ask("HEAD", path)
+    assert get.status == head.status == 200
+    assert get.body
+    assert int(head.headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
+async def test_other_methods_are_not_allowed(guarded: Server, method: str, path: str) -> None:
+    answer = await guarded.ask(method, path, BEARER, b"x")
+    assert answer.status == 405
+    assert answer.headers["Allow"] == "GET,HEAD"
+
+
+async def test_a_method_that_is_none_is_refused(server: Server) -> None:
+    assert (await server.ask("FROBNICATE", "/metrics")).status == 400
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../etc/passwd",
+        "/metrics/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/livez%00",
+        "/Livez",
+    ],
+)
+async def test_a_path_leads_to_no_file(server: Server, path: str) -> None:
+    answer = await server.ask("GET", path)
+    assert answer.status == 404
+    assert b"root:" not in answer.body
+
+
+async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: Server) -> None:
+    for answer in (await server.ask("GET", "/metrics"), await server.ask("GET", "/nowhere")):
+        assert answer.headers["Server"] == "sentiment-worker"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+    client = await server.connect()
+    await client.send(b"no HTTP at all\r\n\r\n")
+    answer = await client.receive()
+    assert answer.status == 400
+    assert answer.headers["Server"] == "sentiment-worker"
+
+
+# --- The token ---
+
+
+async def test_without_a_token_nothing_can_be_changed(server: Server) -> None:
+    for headers in ({}, BEARER, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
+        answer = await server.ask("POST", "/change", headers, b"x")
+        assert answer.status == 403
+        assert b"http_token" in answer.body
+    assert not server.changes
+
+
+async def test_with_the_token_something_can_be_changed(guarded: Server) -> None:
+    assert (await guarded.ask("POST", "/change", BEARER, b"x")).status == 200
+    assert (await guarded.ask("POST", "/change", {"Authorization": f"bearer {TOKEN}"}, b"y")).status == 200
+    assert guarded.changes == [b"x", b"y"]
+
+
+WRONG = [
+    "",
+    "Bearer",
+    "Bearer ",
+    TOKEN,
+    f"Bearer {TOKEN[:-1]}",
+    f"Bearer {TOKEN}x",
+    f"Bearer {TOKEN.upper()}",
+    f"Token {TOKEN}",
+    "Basic ",
+    "Basic ???",
+    "Basic " + base64.b64encode(b"anyone:wrong").decode(),
+    "Basic " + base64.b64encode(TOKEN.encode()).decode(),
+]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, BASIC["Authorization"]])  # a browser sends Basic from any site's page
+async def test_with_another_token_nothing_is_changed(guarded: Server, wrong: str) -> None:
+    answer = await guarded.ask("POST", "/change", {"Authorization": wrong}, b"x")
+    assert answer.status == 401
+    assert answer.headers["Www-Authenticate"] == 'Bearer realm="sentiment-worker"'
+    assert TOKEN.encode() not in answer.body
+    assert not guarded.changes
+
+
+async def test_reading_is_free_unless_all_needs_the_token(guarded: Server, closed: Server) -> None:
+    for path in PATHS:
+        assert (await guarded.ask("GET", path)).status == 200
+    for method in ("GET", "HEAD"):
+        assert (await closed.ask(method, "/metrics")).status == 401
+        assert (await closed.ask(method, "/nowhere")).status == 401, "and does not tell what there is"
+        assert (await closed.ask(method, "/metrics", BEARER)).status == 200
+        assert (await closed.ask(method, "/metrics", BASIC)).status == 200
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_all_needs_the_right_token(closed: Server, wrong: str) -> None:
+    assert (await closed.ask("GET", "/metrics", {"Authorization": wrong})).status == 401
+
+
+async def test_probes_never_need_a_token(closed: Server) -> None:
+    for path in ("/livez", "/readyz"):
+        assert (await closed.ask("GET", path)).status == 200
+
+
+# --- Another site's page ---
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example"]
+)
+async def test_a_page_that_turned_its_name_to_this_machine_reads_nothing(server: Server, host: str) -> None:
+    answer = await server.ask("GET", "/metrics", {"Host": host})
+    assert answer.status == 421
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.0.0.1", "[::1]:8080", "[::1]", "10.1.2.3:80"]
+)
+async def test_this_machines_own_names_are_answered(server: Server, host: str) -> None:
+    assert (await server.ask("GET", "/metrics", {"Host": host})).status == 200
+
+
+async def test_an_address_for_others_has_any_name() -> None:
+    server = await Server(host="0.0.0.0").start()
+    try:
+        assert (await server.ask("GET", "/metrics", {"Host": "worker.example"})).status == 200
+    finally:
+        await server.stop()
+
+
+# --- Sizes ---
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /" + b"x" * LINE_BYTES + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (LINE_BYTES + 1) + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: x\r\n" * HEADERS + b"\r\n",
+    ],
+    ids=["a long line", "a long header", "many headers"],
+)
+async def test_a_large_head_is_refused(server: Server, request_head: bytes) -> None:
+    client = await server.connect()
+    await client.send(request_head)
+    assert (await client.receive()).status == 400
+    assert await client.is_closed()
+
+
+async def test_a_head_without_end_is_not_collected(server: Server) -> None:
+    client = await server.connect()
+
+    async def flood() -> None:
+        await client.send(b"GET /livez HTTP/1.1\r\nX: ")
+        while True:
+            await client.send(b"x" * 65_536)
+
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(flood(), SECONDS)
+
+
+async def test_a_large_body_is_refused(guarded: Server) -> None:
+    assert (await guarded.ask("POST", "/change", BEARER, b"x" * BODY_BYTES)).status == 200
+    client = await guarded.connect()
+    head = f"POST /change HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
+    await client.send(head + b"Content-Length: 100000000\r\n\r\n")
+    assert (await client.receive()).status == 413
+    chunked = await guarded.connect()
+    await chunked.send(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b"x" * 4_096 + b"\r\n")
+    await chunked.send(4 * (b"1000\r\n" + b"x" * 4_096 + b"\r\n"))
+    assert (await chunked.receive()).status == 413
+    assert len(guarded.changes) == 1
+
+
+async def test_a_packed_body_is_not_unpacked(guarded: Server) -> None:
+    packed = gzip.compress(bytes(10_000_000))[:BODY_BYTES]
+    answer = await guarded.ask("POST", "/change", {**BEARER, "Content-Encoding": "gzip"}, packed)
+    assert answer.status == 200
+    assert guarded.changes == [packed]
+
+
+async def test_a_body_behind_a_get_is_not_waited_for(server: Server) -> None:
+    client = await server.connect()
+    await client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nx")
+    assert (await client.receive()).status == 200
+    assert await client.is_closed()
+
+
+# --- Slow and many clients ---
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarding, "IDLE_S", 0.5)
+    monkeypatch.setattr(guarding, "BODY_S", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_head_that_comes_a_byte_at_a_time_ends(server: Server) -> None:
+    client = await server.connect()
+
+    async def trickle() -> None:
+        await client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n")
+        while True:
+            await client.send(b"x")
+            await asyncio.sleep(0.05)
+
+    trickling = asyncio.create_task(trickle())
+    assert await client.is_closed()
+    trickling.cancel()
+    await asyncio.gather(trickling, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_says_nothing_is_sent_away(server: Server) -> None:
+    assert await (await server.connect()).is_closed()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_body_that_does_not_come_ends(guarded: Server) -> None:
+    client = await guarded.connect()
+    head = f"POST /change HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n"
+    await client.send(head.encode() + b"x")
+    assert (await client.receive()).status == 408
+    assert not guarded.changes
+
+
+async def test_many_clients_keep_nobody_out(server: Server) -> None:
+    """Connections that stay open without a word: the oldest make room."""
+    crowd = [await server.connect() for _ in range(CONNECTIONS * 3)]
+    assert (await server.ask("GET", "/livez")).status == 200
+    assert all([await client.is_closed() for client in crowd[:CONNECTIONS]])
+    await crowd[-1].send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (await crowd[-1].receive()).status == 200, "the newest are still there"
+    assert len(server._monitor._guard._open) <= CONNECTIONS
+
+
+async def test_clients_that_do_not_read_keep_nobody_out(server: Server) -> None:
+    for _ in range(CONNECTIONS + 1):
+        await (await server.connect()).send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+    assert (await server.ask("GET", "/readyz")).status == 200
+
+
+# --- What is logged ---
+
+
+async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    client = await closed.connect()
+    await client.send(b"GET /livez HTTP/1.1\r\nAuthorization: Bearer my-own-token\x00\r\nBroken my-own-token\r\n\r\n")
+    assert (await client.receive()).status == 400
+    await closed.ask("GET", "/metrics?my-own-token", {"Authorization": "Bearer my-own-token"})
+    assert "my-own-token" not in caplog.text
+    assert TOKEN not in caplog.text
