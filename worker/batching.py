@@ -6,7 +6,15 @@ is gone (a revoked partition) can be dropped without touching the others.
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+A_PASS_TOKENS: Final = 2_048  # what a GPU computes in the time that one more pass takes to be sent and fetched
+
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""Of one text."""
 
 Source = TypeVar("Source", bound=Hashable)
 Item = TypeVar("Item")
@@ -70,19 +78,45 @@ class MicroBatcher(Generic[Source, Item]):
         return dropped
 
 
-def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut_by_length(lengths: Sequence[int], max_tokens: int, widths: Sequence[int] = ()) -> list[list[int]]:
     """Cuts texts into device batches, longest first, each at most ``max_tokens`` when padded to its longest.
 
     ``lengths`` are in tokens. Answers with lists of indices into ``lengths``, each index once; a text that is longer than
     ``max_tokens`` goes alone. Longest first, so that memory that does not suffice is found out at once.
+
+    ``widths``, ascending, are those that the device pads to, if it is not any. Then texts of one width are kept together,
+    as long as padding them to the width before would cost more than a pass of their own.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    tokens = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-tokens, kind="stable")
+    sizes = np.maximum(1, tokens)
+    if not widths:
+        return _cut(order.tolist(), sizes[order].tolist(), max_tokens)
+    padded = np.append(np.asarray(widths), sizes.max(initial=1))[np.searchsorted(widths, sizes[order])]
+    return _cut_by_width(order.tolist(), padded, max_tokens)
+
+
+def _cut(order: list[int], sizes: list[int], max_tokens: int) -> list[list[int]]:
+    batches = []
+    begin = 0
+    while begin < len(order):
+        end = begin + max(1, max_tokens // sizes[begin])
+        batches.append(order[begin:end])
+        begin = end
+    return batches
+
+
+def _cut_by_width(order: list[int], padded: NDArray[np.int64], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
-    width = 0
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(index)
+    begin, width = 0, 0
+    borders = [*(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(order)]
+    for end in borders if order else []:
+        own = int(padded[begin])
+        joins = batches and (end - begin) * (width - own) <= A_PASS_TOKENS
+        if joins and (len(batches[-1]) + end - begin) * width <= max_tokens:
+            batches[-1].extend(order[begin:end])
         else:
-            batches.append([index])
-            width = max(1, lengths[index])
+            width = own
+            batches.extend(_cut(order[begin:end], [own] * (end - begin), max_tokens))
+        begin = end
     return batches
