@@ -193,7 +193,8 @@ class Encoder:
     ) -> list[Outgoing | Failure]:
         """The result records of N events of one partition.
 
-        ``model`` is who scored them, name@revision; ``processed_at`` is as of ``iso_time``. The value has the bytes that ``orjson.dumps`` makes of ``result_fields``, and takes a third of the time.
+        ``model`` is who scored them, name@revision; ``processed_at`` is as of ``iso_time``.
+        The value has the bytes that ``orjson.dumps`` makes of ``result_fields``, and takes a third of the time.
         """
         if not records:
             return []
