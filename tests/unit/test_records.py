@@ -133,18 +133,10 @@ async def test_another_aiokafka_is_read_in_its_own_way() -> None:
 
 
 def test_aiokafka_has_inside_what_is_relied_on() -> None:
-    names = [
-        "_tp",
-        "_records",
-        "_aborted_transactions",
-        "_aborted_producers",
-        "_check_crcs",
-        "_isolation_level",
-        "next_fetch_offset",
-        "_records_iterator",
-        "_consume_aborted_up_to",
-        "_contains_abort_marker",
-    ]
+    names = {
+        "_tp", "_records", "_aborted_transactions", "_aborted_producers", "_check_crcs", "_isolation_level",
+        "next_fetch_offset", "_records_iterator", "_consume_aborted_up_to", "_contains_abort_marker",
+    }  # fmt: skip
     assert [name for name in names if not hasattr(fetched(b""), name)] == []
     assert "self._records = collections.OrderedDict()" in getsource(Fetcher.__init__)
     assert "self._records[tp] = FetchResult(" in getsource(Fetcher._proc_fetch_request)
