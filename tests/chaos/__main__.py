@@ -7,12 +7,15 @@ import argparse
 import json
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from confluent_kafka import KafkaException
 
 from tests.chaos.acts import ACTS, plan
 from tests.chaos.driver import Fleet, Scene, scene
@@ -71,8 +74,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             stage.calm()
             stage.feed.allowed = options.events
             stage.finish()
-        except AssertionError as error:
-            failures.append(str(error))
+        except (AssertionError, subprocess.TimeoutExpired, KafkaException) as error:
+            failures.append(f"the run ended early: {error}")  # what it has done is accounted for all the same
         say(options, "auditing ...")
         found = stage.audit()
     failures += found.failures(options.delivery) + stage.fleet.surprises

@@ -270,9 +270,8 @@ def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **s
     ports = [free_port() for _ in range(2 * SLOTS)]
     names = [f"WAY{number}" for number in range(SLOTS)]
     extras = Extras(
-        {name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
-        {name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
-        {"offsets.retention.minutes": "10000"},
+        listeners={name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
+        advertised={name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
     )
     broker = start_broker(controllable=True, extras=extras)
     host = broker.bootstrap.rpartition(":")[0]
