@@ -41,7 +41,7 @@ def shows(browser: Browser, selector: str, *words: str, seconds: float = DEADLIN
 
 def look(browser: Browser, worker: WorkerProcess) -> None:
     browser.open(worker.url)
-    shows(browser, "#status", "ready")
+    wait_for(lambda: browser.text("#status") == "ready", "the page to say ready", DEADLINE_S)
 
 
 def test_it_shows_what_was_sent(kafka: Kafka, topics: Topics, workers: Workers, browser: Browser) -> None:
