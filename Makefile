@@ -11,14 +11,21 @@ INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
+SUITE ?= engine tokenizers worker load end_to_end
 
-.PHONY: demo test fuzz bench compare check audit format lock image image-test dashboard clean
+.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
+# CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900", for one.
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos $(CHAOS)
+	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
 
 # Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
 fuzz: $(INSTALLED)
@@ -27,9 +34,14 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
 	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
-# The peers cap what the worker has newer, hence an environment of their own.
-bench:
+# All figures on an idle machine, about an hour: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to the
+# comparison with the peers, which cap what the worker has newer, hence an environment of their own.
+bench: $(INSTALLED)
+	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done
+ifneq ($(filter end_to_end,$(SUITE)),)
 	$(MAKE) VENV=$(VENV)-bench LOCK=bench compare
+endif
+	$(BIN)/python -m benchmarks.chart
 
 compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.end_to_end $(TEXTS) $(BENCH)
@@ -61,8 +73,12 @@ image:
 image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
+# What is generated in deploy/: the dashboard, and the rules as the Prometheus operator wants them.
+RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
+	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
+	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
+OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
@@ -141,6 +142,8 @@ class Metrics:
             self.reloads.labels(outcome)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
+        for operation in OPERATIONS:
+            self.kafka_errors.labels(operation)
 
     def text(self) -> bytes:
         """The exposition, as ``CONTENT_TYPE``; takes a few milliseconds."""

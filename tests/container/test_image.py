@@ -139,6 +139,7 @@ def test_the_image_has_a_numeric_user_labels_and_no_compiler() -> None:
     assert labels["org.opencontainers.image.title"] == "sentiment-worker"
     version = docker("run", "--rm", "--read-only", IMAGE, "--version").strip()
     assert labels["org.opencontainers.image.version"] == version
-    look = "for tool in cc gcc clang ld nvcc ptxas uv; do command -v $tool; done; ls /opt/worker/lib/*/site-packages | grep -x triton"
+    tools = "for tool in cc gcc clang ld nvcc ptxas uv; do command -v $tool; done"
+    look = f"{tools}; ls /opt/worker/lib/*/site-packages | grep -x triton"
     found = docker("run", "--rm", "--read-only", "--entrypoint", "sh", IMAGE, "-c", look, check=False)
     assert found == ""

@@ -21,6 +21,7 @@ from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.health import Health
+from worker.permissions import Permissions
 from worker.settings import WrongSetting
 
 pytestmark = pytest.mark.kafka
@@ -300,7 +301,7 @@ def test_a_missing_permission_is_told_once_and_waited_for(
     allow(secure, USER, topics, *(set(NEEDED) - {role}))
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings)
     words = MISSING[role].format(getattr(topics, role))
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -335,7 +336,7 @@ def test_a_permission_to_ask_about_a_topic_is_not_enough(
     allow(secure, USER, topics, *(set(NEEDED) - {role}))
     kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
     words = WITHDRAWN[role].format(getattr(topics, role))
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -357,7 +358,7 @@ def test_exactly_once_needs_its_transactional_ids(
     settings = {**entrance.settings, "delivery": "exactly-once"}
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
     words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -427,7 +428,7 @@ def test_no_secret_is_ever_printed_or_served(
     worker.wait_for_status("/livez", 200)
     served = everything_served(worker)
     if kind == "well":
-        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission")
+        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission", 120)
         allow(secure, USER, topics, "dead_letters")
         kafka.send(topics.input, map(numbered, range(9)))
         wait_until_committed(kafka, topics)
@@ -459,3 +460,35 @@ def test_a_command_with_secrets_prints_none(tmp_path: Path) -> None:
         assert done.returncode == (0 if arguments == ["--help"] else 2)
         for secret in secrets.values():
             assert secret not in done.stdout + done.stderr
+
+
+# --- What may be done is asked without doing it ---
+
+
+async def test_permissions_are_found_out_one_by_one(secure: SecureKafka, kafka: Kafka, topics: Topics) -> None:
+    kafka.create(topics.input)
+    secure.forbid_all(USER)
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    secure.allow(USER, GROUP, topics.group, DESCRIBE)
+    name = f"{topics.group}/{topics.input}/0"
+    asked = {
+        "read": lambda it: it.may_read(topics.input),
+        "write": lambda it: it.may_write(topics.input),
+        "join": lambda it: it.may_join(topics.group),
+        "transact": lambda it: it.may_transact(name, topics.input),
+    }
+
+    async def answers() -> dict[str, bool]:
+        permissions = Permissions(by_login(secure, "PLAIN").connection())
+        await permissions.start([topics.input])
+        try:
+            return {what: await ask(permissions) for what, ask in asked.items()}
+        finally:
+            await permissions.close()
+
+    assert await answers() == dict.fromkeys(asked, False)
+    secure.allow(USER, TOPIC, topics.input, READ, WRITE)
+    secure.allow(USER, GROUP, topics.group, READ)
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
+    assert await answers() == dict.fromkeys(asked, True)
+    assert kafka.read(topics.input) == []

@@ -1,0 +1,40 @@
+"""Every setting that deploy/ gives to a worker is one, and has a value that the worker takes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.manifests import DEPLOY, OVERLAYS, container, read, settings_of_the_pod
+from worker.settings import RunSettings, load, unknown_variables
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded(variables: dict[str, str], *arguments: str) -> RunSettings:
+    assert variables
+    assert unknown_variables(RunSettings, variables) == []
+    return load(RunSettings, arguments, "run", variables)
+
+
+def of_the_image() -> dict[str, str]:
+    text = (ROOT / "Dockerfile").read_text()
+    words = [word for word in text.split() if word.startswith("WORKER_")]
+    return dict(word.split("=") for word in words)
+
+
+def test_the_image_answers_to_others_than_itself() -> None:
+    assert loaded(of_the_image()).http_host == "0.0.0.0"
+
+
+def test_compose() -> None:
+    worker = read(DEPLOY / "compose.yaml")["services"]["worker"]
+    given = {name: str(value) for name, value in worker["environment"].items()}
+    settings = loaded(of_the_image() | given)
+    assert float(worker["stop_grace_period"].removesuffix("s")) > settings.drain_timeout_s
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kubernetes(overlay: str) -> None:
+    (command, *flags) = container(overlay)["args"]
+    assert command == "run"
+    loaded(settings_of_the_pod(overlay), *flags)
