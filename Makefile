@@ -11,6 +11,7 @@ INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
+SUITE ?= engine tokenizers worker load end_to_end
 
 .PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
 
@@ -33,9 +34,14 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
 	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
-# The peers cap what the worker has newer, hence an environment of their own.
-bench:
+# All figures on an idle machine, about an hour: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to the
+# comparison with the peers, which cap what the worker has newer, hence an environment of their own.
+bench: $(INSTALLED)
+	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done
+ifneq ($(filter end_to_end,$(SUITE)),)
 	$(MAKE) VENV=$(VENV)-bench LOCK=bench compare
+endif
+	$(BIN)/python -m benchmarks.chart
 
 compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.end_to_end $(TEXTS) $(BENCH)

@@ -34,6 +34,7 @@ class CostlessModel:
     max_batch_tokens = 1_000_000
     max_tokens = 512
     passes = 1
+    widths = ()
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return Tokens(len(texts))

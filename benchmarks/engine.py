@@ -179,15 +179,16 @@ def table(figures: dict[str, Any]) -> str:
     for name, values in figures["texts_per_s"].items():
         over = figures["over_card_loop"][name]
         difference = figures["difference"].get(name, {})
+        floor = " / ".join(map(str, figures["over_floor"].get(name, {}).values()))
         lines.append(
             f"| {name} | {statistics.median(values):.0f} | {over['median']} ({over['min']} to {over['max']}) | "
-            f"{' / '.join(map(str, figures['over_floor'].get(name, {}).values()))} | {difference.get('labels_that_agree', '')} | "
+            f"{floor} | {difference.get('labels_that_agree', '')} | "
             f"{difference.get('largest_difference', '')} |"
         )
     lines += [
         "",
-        "Floor: the multiply-adds that the function needs, at the peak of torch's own products / of oneDNN's packed ones, in "
-        f"the same run: {', '.join(floors)}.",
+        "Floor: the multiply-adds that the function needs, at the peak of torch's own products / of oneDNN's packed ones, "
+        f"in the same run: {', '.join(floors)}.",
         "",
         "| number type, builtin checkpoint | texts | labels that agree with float32 | largest difference |",
         "| --- | --- | --- | --- |",

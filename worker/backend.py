@@ -1,19 +1,43 @@
 """Which forward a loaded network gets: the lean one in torch or in ONNX Runtime, or its own."""
 
+import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worker import exported
+from worker.batching import TokenIds, cut_by_length
+from worker.cuda import AGREEMENT, expected_agreement
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
+from worker.tokenizing import Ids
 from worker.tuning import keep_memory, use_one_thread
 
 log = logging.getLogger(__name__)
 
 EXAMPLE_LENGTH = 64
+COMPARED_TOKENS = 8_192  # of a batch of examples
+
+
+class Run(Protocol):
+    """N token lists → logits (N, labels), in one pass. ``widths``: those that texts are padded to; none if any."""
+
+    widths: Sequence[int]
+
+    def __call__(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
+
+
+class Choice(NamedTuple):
+    """A forward, its number type, and another one for texts that it gives no finite logits for, if there is one."""
+
+    forward: Forward
+    dtype: str
+    exact: Forward | None = None
 
 
 class BackendError(UsersMistake):
@@ -52,6 +76,72 @@ def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     ):
         return lean
     return _faster(network, lean)
+
+
+def choose_on_cuda(
+    network: Any, *, backend: str, dtype: str, columns: Sequence[int], examples: Sequence[Ids]
+) -> Choice:
+    """``choose`` for a network in float32 on a GPU where ``dtype`` is auto, for any other as it is.
+
+    Auto is half precision if labels are expected to agree on 99.9 % of texts like the examples, of which only ``columns`` of
+    the logits are looked at; else float32, with products in TF32. Half is float16: it has eight times bfloat16's precision,
+    and what does not fit its range shows, as a logit that is not finite, and is computed again in float32.
+    """
+    forward = choose(network, backend=backend, is_int8=dtype == "int8")
+    if dtype != "auto":
+        return Choice(forward, name_of(network.dtype))
+    half = choose(copy.deepcopy(network).half(), backend=backend, is_int8=False)
+    exact_logits, half_logits = (_logits_of(each, examples, network.device)[:, columns] for each in (forward, half))
+    agreement = expected_agreement(exact_logits, half_logits)
+    log.info("compared half precision", extra={"expected_agreement": f"{agreement:.4%}", "texts": len(examples)})
+    if agreement >= AGREEMENT:
+        return Choice(half, "float16", forward)
+    torch.set_float32_matmul_precision("high")
+    return Choice(forward, "float32")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As in settings."""
+    return str(dtype).removeprefix("torch.")
+
+
+class PaddedPasses:
+    """Passes on a CPU, padded to the longest text. The calling thread computes; for any number of threads."""
+
+    widths: Sequence[int] = ()
+
+    def __init__(self, forward: Forward, padding: int) -> None:
+        self._forward = forward
+        self._padding = padding
+
+    def __call__(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        padded, lengths = padded_ids(ids, self._padding)
+        use_one_thread()
+        with torch.inference_mode():
+            output = self._forward(
+                torch.from_numpy(padded), None if lengths.min() == padded.shape[1] else torch.from_numpy(lengths)
+            )
+        answer: NDArray[np.float32] = output.float().numpy()
+        return answer
+
+
+def padded_ids(ids: Sequence[TokenIds], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token lists as ids (N, T), T the longest, and their lengths (N)."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    padded = np.full((len(ids), lengths.max()), padding, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(ids)
+    return padded, lengths
+
+
+def _logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) -> NDArray[np.float32]:
+    batches = cut_by_length([len(ids) for ids in examples], COMPARED_TOKENS)
+    logits: dict[int, NDArray[np.float32]] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            padded, lengths = padded_ids([examples[index] for index in batch], 0)
+            output = forward(torch.from_numpy(padded).to(device), torch.from_numpy(lengths).to(device))
+            logits.update(zip(batch, output.float().cpu().numpy(), strict=True))
+    return np.array([logits[index] for index in range(len(examples))])
 
 
 def _lean(network: Any) -> LeanNetwork | None:

@@ -6,7 +6,15 @@ is gone (a revoked partition) can be dropped without touching the others.
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+A_PASS_TOKENS: Final = 2_048  # what a GPU computes in the time that one more pass takes to be sent and fetched
+
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""Of one text."""
 
 Source = TypeVar("Source", bound=Hashable)
 Item = TypeVar("Item")
@@ -22,7 +30,7 @@ class MicroBatcher(Generic[Source, Item]):
     def __init__(self, max_items: int, linger_s: float) -> None:
         self._max_items = max_items
         self._linger_s = linger_s
-        self._chunks: deque[tuple[Source, deque[Item], float]] = deque()
+        self._chunks: deque[tuple[Source, Sequence[Item], float]] = deque()
         self._size = 0
 
     def __len__(self) -> int:
@@ -31,7 +39,7 @@ class MicroBatcher(Generic[Source, Item]):
     def add(self, source: Source, items: Sequence[Item], now: float) -> None:
         """Items of one source, in order, that arrived at ``now``, in seconds of any steady clock."""
         if items:
-            self._chunks.append((source, deque(items), now))
+            self._chunks.append((source, items, now))
             self._size += len(items)
 
     def oldest(self) -> float | None:
@@ -50,15 +58,15 @@ class MicroBatcher(Generic[Source, Item]):
         room = self._max_items
         taken: list[tuple[Source, list[Item]]] = []
         while self._chunks and room:
-            source, items, _ = self._chunks[0]
-            run = [items.popleft() for _ in range(min(room, len(items)))]
+            source, items, arrived = self._chunks.popleft()
+            run = items[:room]
+            if len(items) > room:
+                self._chunks.appendleft((source, items[room:], arrived))
             room -= len(run)
             if taken and taken[-1][0] == source:
                 taken[-1][1].extend(run)
             else:
-                taken.append((source, run))
-            if not items:
-                self._chunks.popleft()
+                taken.append((source, list(run)))
         self._size -= self._max_items - room
         return taken
 
@@ -70,19 +78,45 @@ class MicroBatcher(Generic[Source, Item]):
         return dropped
 
 
-def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut_by_length(lengths: Sequence[int], max_tokens: int, widths: Sequence[int] = ()) -> list[list[int]]:
     """Cuts texts into device batches, longest first, each at most ``max_tokens`` when padded to its longest.
 
     ``lengths`` are in tokens. Answers with lists of indices into ``lengths``, each index once; a text that is longer than
     ``max_tokens`` goes alone. Longest first, so that memory that does not suffice is found out at once.
+
+    ``widths``, ascending, are those that the device pads to, if it is not any. Then texts of one width are kept together,
+    as long as padding them to the width before would cost more than a pass of their own.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    tokens = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-tokens, kind="stable")
+    sizes = np.maximum(1, tokens)
+    if not widths:
+        return _cut(order.tolist(), sizes[order].tolist(), max_tokens)
+    padded = np.append(np.asarray(widths), sizes.max(initial=1))[np.searchsorted(widths, sizes[order])]
+    return _cut_by_width(order.tolist(), padded, max_tokens)
+
+
+def _cut(order: list[int], sizes: list[int], max_tokens: int) -> list[list[int]]:
+    batches = []
+    begin = 0
+    while begin < len(order):
+        end = begin + max(1, max_tokens // sizes[begin])
+        batches.append(order[begin:end])
+        begin = end
+    return batches
+
+
+def _cut_by_width(order: list[int], padded: NDArray[np.int64], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
-    width = 0
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(index)
+    begin, width = 0, 0
+    borders = [*(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(order)]
+    for end in borders if order else []:
+        own = int(padded[begin])
+        joins = batches and (end - begin) * (width - own) <= A_PASS_TOKENS
+        if joins and (len(batches[-1]) + end - begin) * width <= max_tokens:
+            batches[-1].extend(order[begin:end])
         else:
-            batches.append([index])
-            width = max(1, lengths[index])
+            width = own
+            batches.extend(_cut(order[begin:end], [own] * (end - begin), max_tokens))
+        begin = end
     return batches

@@ -1,6 +1,5 @@
 """``sentiment-worker bench``: this machine's speed with this model, and the settings to use. No Kafka."""
 
-import csv
 import logging
 import sys
 import time
@@ -19,7 +18,8 @@ from rich.table import Table
 
 from worker.backend import BackendError
 from worker.exported import is_installed
-from worker.model import BUILTIN, SentimentModel
+from worker.model import SentimentModel
+from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
 from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS
 
@@ -194,8 +194,7 @@ def _latency_ms(model: SentimentModel, texts: Sequence[str], seconds: float) -> 
 def _texts(file: Path | None) -> list[str]:
     """The file's lines, else the reviews that ship with the package; repeated until there are enough for a window."""
     if file is None:
-        with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as reviews:
-            texts = [row["text"] for row in csv.DictReader(reviews)]
+        texts = list(read_reviews())
     else:
         try:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.batching import cut_by_length
+from worker.batching import TokenIds, cut_by_length
 from worker.metrics import Metrics
 from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
 from worker.threads import Thread, side_by_side
@@ -35,7 +35,7 @@ Answer = TypeVar("Answer")
 
 
 class Tokens(Protocol):
-    ids: list[list[int]]
+    ids: list[TokenIds]
     truncated: list[bool]
 
 
@@ -47,9 +47,10 @@ class Model(Protocol):
     max_batch_tokens: int
     max_tokens: int
     passes: int
+    widths: Sequence[int]
 
     def tokenize(self, texts: Sequence[str], /) -> Any: ...
-    def logits(self, ids: Sequence[Sequence[int]], /) -> NDArray[np.float32]: ...
+    def logits(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
     def memory_bytes(self) -> int: ...
 
 
@@ -69,7 +70,7 @@ class Job:
     digests: list[bytes]
     answers: list[Sentiment | str | None]
     truncated: list[bool]
-    ids: list[list[int]] = field(default_factory=list)  # of the distinct texts that the cache does not have
+    ids: list[TokenIds] = field(default_factory=list)  # of the distinct texts that the cache does not have
     places: list[list[int]] = field(default_factory=list)  # where each of those stands in the job
 
 
@@ -250,7 +251,7 @@ class Inference:
         if not self._is_well(model):
             raise InferenceLost("the model does not answer a known-good text with finite numbers")
 
-    def _tokenize(self, model: Model, texts: list[str]) -> tuple[list[list[int]], list[bool], list[str | None]]:
+    def _tokenize(self, model: Model, texts: list[str]) -> tuple[list[TokenIds], list[bool], list[str | None]]:
         try:
             tokens = model.tokenize(texts)
             return tokens.ids, tokens.truncated, [None] * len(texts)
@@ -266,17 +267,17 @@ class Inference:
                 raise InferenceLost(f"the tokenizer fails on a known-good text: {_name(worse)}") from worse
             return [[]], [False], [f"the tokenizer failed: {_name(error)}"]
 
-    def _score(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+    def _score(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
         """Answers for N token lists, by device batches within the budget."""
         answers: list[Sentiment | str] = [""] * len(ids)
-        batches = cut_by_length([len(tokens) for tokens in ids], self._budget)
+        batches = cut_by_length([len(tokens) for tokens in ids], self._budget, model.widths)
         scored = side_by_side(model.passes, lambda batch: self._score_batch(model, [ids[i] for i in batch]), batches)
         for batch, of_batch in zip(batches, scored, strict=True):
             for index, answer in zip(batch, of_batch, strict=True):
                 answers[index] = answer
         return answers
 
-    def _score_batch(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+    def _score_batch(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
         self._network.restart_clock()
         try:
             logits = model.logits(ids)
@@ -296,13 +297,13 @@ class Inference:
             raise InferenceLost(f"all {len(ids)} texts of a device batch fail, together and one by one")
         return answers
 
-    def _doubt(self, model: Model, tokens: list[int], *, alone: bool) -> list[Sentiment | str]:
+    def _doubt(self, model: Model, tokens: TokenIds, *, alone: bool) -> list[Sentiment | str]:
         """A text with a logit that is not finite: once more alone, before it is called poison."""
         if not alone:
             return self._score_batch(model, [tokens])
         return self._isolate(model, [tokens], "a logit is not finite")
 
-    def _isolate(self, model: Model, ids: list[list[int]], why: str) -> list[Sentiment | str]:
+    def _isolate(self, model: Model, ids: list[TokenIds], why: str) -> list[Sentiment | str]:
         """Halves a failed device batch until the poison text is found; a device that fails a good text too is lost."""
         if not self._is_well(model):
             raise InferenceLost(f"{why}, and a known-good text fails too")
@@ -311,7 +312,7 @@ class Inference:
         half = len(ids) // 2
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
 
-    def _score_with_less_memory(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+    def _score_with_less_memory(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
         _free_memory()
         if len(ids) == 1:
             return self._wait_for_memory(model, ids)
@@ -321,7 +322,7 @@ class Inference:
         half = len(ids) // 2
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
 
-    def _wait_for_memory(self, model: Model, ids: list[list[int]]) -> list[Sentiment | str]:
+    def _wait_for_memory(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
         """One text that is out of memory is no poison: any other of its length would be, too."""
         for seconds in MEMORY_PATIENCE_S:
             time.sleep(seconds)

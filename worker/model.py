@@ -9,18 +9,20 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.backend import choose
-from worker.batching import cut_by_length
-from worker.network import Forward
+from worker.backend import Choice, PaddedPasses, Run, choose, choose_on_cuda, name_of
+from worker.batching import TokenIds, cut_by_length
+from worker.cuda import PASSES, passes_on
+from worker.reviews import read_reviews
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
-from worker.tuning import tune_budget, tune_threads, use_one_thread
+from worker.tokenizing import Encode, Ids, choose_encode
+from worker.tuning import tune_budget, tune_threads
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -62,40 +64,46 @@ class HubUnreachable(ModelError):
 class Tokens(NamedTuple):
     """N tokenized texts: their ids, each at most the model's maximum, and whether a text was cut for it."""
 
-    ids: list[list[int]]
+    ids: list[Ids]
     truncated: list[bool]
 
 
 class SentimentModel:
     """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens.
 
-    ``passes``: so many threads may call ``logits`` at once, and together are the fastest; 1 on a GPU.
+    ``passes``: so many threads may call ``logits`` at once, and together are the fastest. ``widths``: those that texts are
+    padded to, ascending; none if any.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        tokenizer: Any,
-        network: Any,
-        forward: Forward,
+        encode: Encode,
+        run: Run,
+        device: torch.device,
         passes: int,
         dtype: str,
         columns: list[int],
         activation: Activation,
+        max_tokens: int,
         max_batch_tokens: int,
+        padding: int,
+        closing: int,
     ) -> None:
         self.name = name
         self.activation: Activation = activation
         self.max_batch_tokens = max_batch_tokens
-        self.device: torch.device = network.device
+        self.device = device
         self.dtype = dtype
         self.passes = passes
-        self.max_tokens = _max_tokens(tokenizer, network.config)
-        self._tokenizer = tokenizer
-        self._forward = forward
+        self.widths = run.widths
+        self.max_tokens = max_tokens
+        self._encode = encode
+        self._run = run
         self._columns = columns
-        self._padding = tokenizer.pad_token_id or 0
+        self._padding = padding
+        self._closing = closing
 
     @classmethod
     def load(
@@ -143,24 +151,46 @@ class SentimentModel:
         _refuse_tokens_without_rows(name_or_path, tokenizer, network)
         _tell_of_pickle(name_or_path, source, commit)
         network = _in_own_memory(network.to(where).eval())
-        is_int8 = dtype == "int8"
-        forward = choose(network, backend=backend, is_int8=is_int8)
-        passes = 1
-        if where.type == "cpu":
-            passes = tune_threads(forward) if cpu_threads == "auto" else cpu_threads
-            log.info("passes of the network side by side", extra={"cpu_threads": passes})
+        encode = choose_encode(tokenizer)
+        longest, padding = _max_tokens(tokenizer, config), tokenizer.pad_token_id or 0
+        if where.type == "cuda":
+            choice = choose_on_cuda(
+                network, backend=backend, dtype=dtype, columns=columns, examples=encode(read_reviews(), longest)
+            )
+        else:
+            forward = choose(network, backend=backend, is_int8=dtype == "int8")
+            choice = Choice(forward, "int8" if dtype == "int8" else name_of(network.dtype))
         if max_batch_tokens == "auto":
-            max_batch_tokens = tune_budget(forward, where, _max_tokens(tokenizer, config))
+            max_batch_tokens = tune_budget(choice.forward, where, longest)
+        run: Run
+        if where.type == "cuda":
+            passes = PASSES
+            run = passes_on(
+                where,
+                choice.forward,
+                choice.exact,
+                longest=longest,
+                budget=max_batch_tokens,
+                labels=config.num_labels,
+                padding=padding,
+            )
+        else:
+            passes = tune_threads(choice.forward) if cpu_threads == "auto" else cpu_threads
+            run = PaddedPasses(choice.forward, padding)
+            log.info("passes of the network side by side", extra={"cpu_threads": passes})
         return cls(
             name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
-            tokenizer=tokenizer,
-            network=network,
-            forward=forward,
+            encode=encode,
+            run=run,
+            device=where,
             passes=passes,
-            dtype="int8" if is_int8 else str(network.dtype).removeprefix("torch."),
+            dtype=choice.dtype,
             columns=columns,
             activation=activation,
+            max_tokens=longest,
             max_batch_tokens=max_batch_tokens,
+            padding=padding,
+            closing=_closing_tokens(tokenizer),
         )
 
     @classmethod
@@ -183,35 +213,34 @@ class SentimentModel:
             return Tokens([], [])
         prefix = self.max_tokens * CHARS_PER_TOKEN
         ids = self._encode([_prefix(text, prefix) for text in texts])
+        padding = np.array([self._padding], dtype=np.int32)
         truncated = [False] * len(texts)
         for index, text in enumerate(texts):
-            length = prefix
-            while len(ids[index]) <= self.max_tokens + WORD_TOKENS and length < len(text):
-                length *= 4
-                ids[index] = self._encode([_prefix(text, length)])[0]
-            if len(ids[index]) > self.max_tokens:
-                truncated[index] = True
-                ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+            if len(text) > prefix or len(ids[index]) > self.max_tokens:
+                ids[index], truncated[index] = self._cut(text, ids[index], prefix)
+            elif not len(ids[index]):
+                ids[index] = padding
         return Tokens(ids, truncated)
 
-    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Logits (N, 3), columns as LABELS, of N tokenized texts in one pass of the network, padded to the longest.
+    def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
+        """The ids of one text, of which those of its first ``prefix`` characters are given, and whether it was cut."""
+        length = prefix
+        while len(ids) <= self.max_tokens + WORD_TOKENS and length < len(text):
+            length = length * 4 if length == prefix else len(text)  # each text is looked at three times at most
+            (ids,) = self._encode([_prefix(text, length)])
+        if len(ids) <= self.max_tokens:
+            return ids, False
+        if length == prefix:
+            return self._encode([_prefix(text, length)], self.max_tokens)[0], True
+        last = len(ids) - self._closing  # to have it cut would take as long again
+        return np.concatenate([ids[: self.max_tokens - self._closing], ids[last:]]), True
+
+    def logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        """Logits (N, 3), columns as LABELS, of N tokenized texts in one pass of the network.
 
         Raises what torch raises, torch.OutOfMemoryError among it.
         """
-        lengths = [len(tokens) for tokens in ids]
-        width = max(lengths)
-        padded = np.full((len(ids), width), self._padding, dtype=np.int64)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = tokens
-        if self.device.type == "cpu":
-            use_one_thread()
-        with torch.inference_mode():
-            output = self._forward(
-                torch.from_numpy(padded).to(self.device),
-                None if min(lengths) == width else torch.tensor(lengths, device=self.device),
-            )
-        return cast("NDArray[np.float32]", output.float().cpu().numpy()[:, self._columns])
+        return self._run(ids)[:, self._columns]
 
     def memory_bytes(self) -> int:
         """Device memory in use, bytes; 0 on CPU, where it is the process's own."""
@@ -249,19 +278,19 @@ class SentimentModel:
             raise FloatingPointError("the network answered with a logit that is not finite")
         return to_probabilities(logits, self.activation)
 
-    def _all_logits(self, ids: list[list[int]]) -> NDArray[np.float32]:
+    def _all_logits(self, ids: Sequence[Ids]) -> NDArray[np.float32]:
         logits = np.empty((len(ids), len(LABELS)), dtype=np.float32)
-        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens)
+        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.widths)
         answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
             logits[batch] = answer
         return logits
 
-    def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
-        encoded = self._tokenizer(
-            texts, padding=False, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
-        )
-        return [tokens or [self._padding] for tokens in encoded["input_ids"]]
+
+def _closing_tokens(tokenizer: Any) -> int:
+    """How many special tokens stand behind each text, such as [SEP]."""
+    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(mask[::-1].index(0)) if 0 in mask else 0
 
 
 def _prefix(text: str, length: int) -> str:

@@ -5,6 +5,7 @@ It gives the logits of the checkpoint's own network, but for rounding, and is fa
 - query, key and value are one product;
 - the last layer is computed for the first token alone, as far as the head reads no other: a quarter of three layers;
 - on a CPU, products go through oneDNN with weights that are packed once, where that is measured to be faster;
+- on a GPU, heads are widened with zeros to a multiple of eight, without which its fused attention refuses them;
 - attention is computed by the way that is measured to be faster for the head's size and the texts' length.
 """
 
@@ -21,6 +22,7 @@ EXAMPLE_TOKENS: Final = 512  # of what is measured: about one device batch on a 
 ATTENTION_LENGTHS: Final = (512, 384, 256, 192, 128, 96, 64)  # the longer, the better for the fused kernel
 NEVER: Final = 2**31
 PATIENCE_S: Final = 0.05
+GPU_HEAD_SIZES: Final = 8  # a multiple of it
 
 Linear = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # as LeanNetwork.__call__
@@ -29,19 +31,29 @@ Forward = Callable[[Tensor, Tensor | None], Tensor]  # as LeanNetwork.__call__
 class LeanNetwork:
     """Token ids → logits. Blocks for as long as the network takes; several threads may call at once."""
 
-    def __init__(self, network: Any, *, linear: "LinearKind | None" = None, fused_from: int | None = None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        *,
+        linear: "LinearKind | None" = None,
+        fused_from: int | None = None,
+        head_sizes: int | None = None,
+    ) -> None:
         """From a network that ``is_covered``; its weights are copied as far as they are packed anew.
 
         ``linear`` and ``fused_from``, the shortest text whose attention takes the fused kernel, are measured if not given.
+        ``head_sizes``: heads are widened to a multiple of it; by default to what the device's kernels ask for.
         """
         config = network.config
         body = network.base_model
+        if head_sizes is None:
+            head_sizes = GPU_HEAD_SIZES if network.device.type == "cuda" else 1
         kind = linear or _fastest_linear(body.encoder.layer[0].attention.self.query)
         activation = config.hidden_act if isinstance(config.hidden_act, str) else ""
         *earlier, last = body.encoder.layer
         self._embeddings = _Embeddings(body.embeddings, _first_position(config))
-        self._layers = [_Layer(layer, kind, activation) for layer in earlier]
-        self._last = _LastLayer(last, kind, activation)
+        self._layers = [_Layer(layer, kind, activation, head_sizes) for layer in earlier]
+        self._last = _LastLayer(last, kind, activation, head_sizes)
         self._head = _head(network)
         if fused_from is None:
             fused_from = _fused_from(self._last.heads, self._last.head_size, network.dtype, network.device)
@@ -99,15 +111,36 @@ class _Embeddings:
 class _Block:
     """What follows attention, the same in every layer: rows (M, width) → rows (M, width)."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
-        self.heads: int = source.attention.self.num_attention_heads
-        self.head_size: int = source.attention.self.attention_head_size
-        self._output = kind.of(_weights(source.attention.output.dense))
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
+        attention = source.attention.self
+        self.heads: int = attention.num_attention_heads
+        self.head_size: int = -(-attention.attention_head_size // head_sizes) * head_sizes
+        self._extra = self.head_size - int(attention.attention_head_size)
+        self._output = kind.of(self._from_heads(_weights(source.attention.output.dense)))
         self._output_norm = source.attention.output.LayerNorm
         self._up = kind.of(_weights(source.intermediate.dense), is_gelu=activation == "gelu")
         self._activation = None if activation == "gelu" else source.intermediate.intermediate_act_fn
         self._down = kind.of(_weights(source.output.dense))
         self._down_norm = source.output.LayerNorm
+
+    def _to_heads(self, *layers: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Layers whose outputs are heads, with zeros behind each head: they add nothing to a score or a sum."""
+        if not self._extra:
+            return list(layers)
+        return [
+            (
+                functional.pad(weight.view(self.heads, -1, weight.shape[1]), (0, 0, 0, self._extra)).flatten(0, 1),
+                functional.pad(bias.view(self.heads, -1), (0, self._extra)).flatten(),
+            )
+            for weight, bias in layers
+        ]
+
+    def _from_heads(self, layer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The layer that reads heads, with zeros for what is behind each."""
+        weight, bias = layer
+        if not self._extra:
+            return layer
+        return functional.pad(weight.view(len(weight), self.heads, -1), (0, self._extra)).flatten(1, 2), bias
 
     def _finished(self, attended: Tensor, residual: Tensor) -> Tensor:
         hidden = _normed(self._output(attended).add_(residual), self._output_norm)
@@ -118,10 +151,12 @@ class _Block:
 
 
 class _Layer(_Block):
-    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
-        super().__init__(source, kind, activation)
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
+        super().__init__(source, kind, activation, head_sizes)
         attention = source.attention.self
-        self._query_key_value = kind.of(_query_weights(attention), *map(_weights, (attention.key, attention.value)))
+        self._query_key_value = kind.of(
+            *self._to_heads(_query_weights(attention), _weights(attention.key), _weights(attention.value))
+        )
 
     def __call__(self, hidden: Tensor, shape: torch.Size, bias: Tensor | None, attend: "Attend") -> Tensor:
         parts = self._query_key_value(hidden).view(*shape, 3, self.heads, self.head_size)
@@ -133,11 +168,11 @@ class _Layer(_Block):
 class _LastLayer(_Block):
     """The layer of which only the first token's row is used: rows (N · T, width) → rows (N, width)."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str) -> None:
-        super().__init__(source, kind, activation)
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
+        super().__init__(source, kind, activation, head_sizes)
         attention = source.attention.self
-        self._query = kind.of(_query_weights(attention))
-        self._key_value = kind.of(_weights(attention.key), _weights(attention.value))
+        self._query = kind.of(*self._to_heads(_query_weights(attention)))
+        self._key_value = kind.of(*self._to_heads(_weights(attention.key), _weights(attention.value)))
 
     def __call__(self, hidden: Tensor, shape: torch.Size, bias: Tensor | None) -> Tensor:
         first = hidden.view(*shape, -1)[:, 0]

@@ -161,3 +161,23 @@ def test_texts_without_tokens_are_cut_too(count: int, max_tokens: int) -> None:
 
 def test_equal_lengths_keep_their_order() -> None:
     assert cut_by_length([3, 5, 3, 5, 3], max_tokens=10) == [[1, 3], [0, 2, 4]]
+
+
+WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@patient
+@given(LENGTHS, BUDGETS)
+def test_with_widths_each_text_is_still_cut_once_and_within_the_budget(lengths: list[int], max_tokens: int) -> None:
+    batches = cut_by_length(lengths, max_tokens, WIDTHS)
+    assert Counter(index for batch in batches for index in batch) == Counter(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        width = next((width for width in WIDTHS if width >= longest), longest)
+        assert len(batch) == 1 or len(batch) * width <= max_tokens
+
+
+def test_a_width_with_many_texts_is_kept_apart_and_one_with_few_joins_the_longer() -> None:
+    many, few = [500] + [60] * 100, [500] + [60] * 2
+    assert list(map(len, cut_by_length(many, 65_536, WIDTHS))) == [1, 100]
+    assert list(map(len, cut_by_length(few, 65_536, WIDTHS))) == [3]

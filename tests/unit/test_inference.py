@@ -30,6 +30,7 @@ class Model:
     activation: Activation = "sigmoid"
     max_tokens = 512
     passes = 1
+    widths = ()
 
     def __init__(self, max_batch_tokens: int = 64) -> None:
         self.max_batch_tokens = max_batch_tokens

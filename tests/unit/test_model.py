@@ -92,7 +92,7 @@ def test_the_card_on_its_own_weights() -> None:
 
 
 def test_the_card_s_token_ids(model: SentimentModel) -> None:
-    assert model.tokenize([CARD_TEXT]).ids == [CARD_IDS]
+    assert model.tokenize([CARD_TEXT]).ids[0].tolist() == CARD_IDS
 
 
 def test_the_card_s_arithmetic(model: SentimentModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,19 +134,29 @@ def test_texts_are_cut_at_512_tokens_as_the_tokenizer_cuts_them(model: Sentiment
         "\u200b" * 6_000 + "хорошо " * 600,
     ]
     tokens = model.tokenize(texts)
-    assert tokens.ids == tokenizer(texts, truncation=True, max_length=512)["input_ids"]
+    assert [ids.tolist() for ids in tokens.ids] == tokenizer(texts, truncation=True, max_length=512)["input_ids"]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     assert tokens.truncated == [length > 512 for length in lengths]
+
+
+@pytest.mark.parametrize("beginning", ["😀" * 5_000, "\u0301" * 30_000, "а" * 101 + " ", "ab " * 50])
+def test_a_long_text_that_has_few_tokens_at_first_is_cut_as_the_library_cuts(
+    model: SentimentModel, tokenizer: Any, beginning: str
+) -> None:
+    text = beginning + " слово за словом" * 1_500
+    tokens = model.tokenize(["да", text])
+    assert tokens.ids[1] == tokenizer(text, truncation=True, max_length=512)["input_ids"]
+    assert tokens.truncated == [False, True]
 
 
 def test_only_a_prefix_of_a_long_text_is_looked_at(model: SentimentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
     encode = model._encode
 
-    def counting(texts: list[str], **options: Any) -> list[list[int]]:
+    def counting(texts: list[str], max_length: int | None = None) -> Any:
         nonlocal seen
         seen += sum(map(len, texts))
-        return encode(texts, **options)
+        return encode(texts, max_length)
 
     monkeypatch.setattr(model, "_encode", counting)
     model.tokenize(["очень длинный отзыв, " * 50_000])

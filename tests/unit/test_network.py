@@ -146,3 +146,16 @@ def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.L
 def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
     assert isinstance(SentimentModel.load(str(checkpoint), backend="torch")._forward, LeanNetwork)
     assert isinstance(SentimentModel.load("builtin", backend="torch")._forward, LeanNetwork)
+
+
+def test_widened_heads_give_the_same_logits(network: Any) -> None:
+    if not is_covered(network):
+        pytest.skip("takes its own forward")
+    ids = torch.randint(8, 300, (5, 33), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([33, 7, 1, 20, 12])
+    with torch.inference_mode():
+        plain = LeanNetwork(network, linear=PlainLinear, fused_from=lean.NEVER)(ids, lengths)
+        for fused_from in (0, lean.NEVER):
+            wide = LeanNetwork(network, linear=PlainLinear, fused_from=fused_from, head_sizes=8)
+            assert wide._last.head_size % 8 == 0
+            torch.testing.assert_close(wide(ids, lengths), plain, rtol=1e-5, atol=1e-5)

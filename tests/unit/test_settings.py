@@ -131,7 +131,9 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     _, listed = capsys.readouterr().out.split("options:")
     shown = re.sub(r"-\n\s+", "-", listed)  # argparse breaks lines at hyphens
     options = re.split(r"\n  (?=--)", shown)
-    described = {option.split()[0]: " ".join(option.split()) for option in options if option.startswith("--")}
+    described = {
+        option.split()[0].rstrip(","): " ".join(option.split()) for option in options if option.startswith("--")
+    }
     for name, default in TABLE.items():
         flag = "--" + name.replace("_", "-")
         if name in SECRETS:

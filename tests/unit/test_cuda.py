@@ -1,0 +1,265 @@
+"""Passes on a GPU: the shapes, the wire and the graph table without one; the device itself where there is one."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from worker.backend import choose_on_cuda
+from worker.cuda import AGREEMENT, Graphs, Passes, Replay, Shape, Shapes, expected_agreement, pack, unpacked
+from worker.model import SentimentModel
+
+TEXTS = st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=40), min_size=1, max_size=20)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@given(st.integers(1, 600), st.integers(1, 40_000), st.integers(1, 3_000), st.integers(1, 600))
+def test_a_shape_holds_what_it_is_for(longest: int, budget: int, count: int, length: int) -> None:
+    rows, width = Shapes(longest, budget).of(count, min(length, longest))
+    assert rows >= count
+    assert min(length, longest) <= width <= longest
+
+
+def test_padding_adds_at_most_half_and_every_full_pass_has_its_shape() -> None:
+    shapes = Shapes(512, 16_384)
+    assert shapes.widths == (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    for length in range(16, 513):
+        assert shapes.of(1, length).width < 1.5 * length
+    for width in shapes.widths:
+        assert shapes.of(16_384 // width, width) in shapes.all()
+
+
+def test_shapes_are_few_and_the_largest_is_first() -> None:
+    shapes = Shapes(512, 65_536).all()
+    sizes = [rows * width for rows, width in shapes]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(shapes)) == len(shapes) <= 250
+
+
+def test_more_texts_than_the_budget_has_room_for_get_a_shape_of_their_own() -> None:
+    assert Shapes(512, 1_024).of(100, 500) == Shape(100, 512)
+
+
+@given(TEXTS, st.integers(0, 3), st.integers(0, 9), st.integers(0, 999))
+def test_what_is_packed_comes_out_padded_whatever_lay_behind_it(
+    texts: list[list[int]], more_rows: int, wider: int, stale: int
+) -> None:
+    shape = Shape(len(texts) + more_rows, max(map(len, texts)) + wider)
+    wire = np.full(shape.rows * (shape.width + 1), stale, dtype=np.int32)
+    end = pack(texts, shape, wire)
+    assert end == shape.rows + sum(map(len, texts))
+    ids, lengths = unpacked(torch.from_numpy(wire), shape, padding=7)
+    for row, text in enumerate(texts):
+        assert ids[row].tolist() == text + [7] * (shape.width - len(text))
+    assert lengths.tolist() == [*map(len, texts), *[1] * more_rows]
+    assert (ids[len(texts) :] == 7).all()
+
+
+def test_arrays_are_packed_as_lists_are() -> None:
+    wires = [np.zeros(12, dtype=np.int32) for _ in range(2)]
+    pack([[1, 2], [3]], Shape(3, 3), wires[0])
+    pack([np.array([1, 2], np.int32), np.array([3], np.int32)], Shape(3, 3), wires[1])
+    assert wires[0].tolist() == wires[1].tolist() == [2, 1, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]
+
+
+# Graphs.
+
+
+def replay() -> Replay:
+    return Replay(lambda: None, torch.zeros(1))
+
+
+def test_a_shape_that_takes_too_much_memory_has_no_graph_and_smaller_ones_have() -> None:
+    graphs, large, small = Graphs(), Shape(8, 512), Shape(8, 16)
+    graphs.fill(
+        [large, small], needs=lambda shape: shape.rows * shape.width, capture=lambda _: replay(), most_bytes=1_000
+    )
+    assert graphs.get(large) is None
+    assert graphs.get(small) is not None
+
+
+def test_after_a_failed_capture_the_rest_takes_the_plain_forward() -> None:
+    def capture(shape: Shape) -> Replay:
+        if shape.rows == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return replay()
+
+    graphs = Graphs()
+    graphs.fill([Shape(rows, 16) for rows in (3, 2, 1)], needs=lambda _: 0, capture=capture, most_bytes=1)
+    assert [graphs.get(Shape(rows, 16)) is not None for rows in (3, 2, 1)] == [True, False, False]
+
+
+def test_capturing_ends_when_patience_does() -> None:
+    graphs, times = Graphs(), iter([0.0, 1.0, 100.0])
+    shapes = [Shape(rows, 16) for rows in (3, 2, 1)]
+    graphs.fill(shapes, needs=lambda _: 0, capture=lambda _: replay(), most_bytes=1, clock=lambda: next(times))
+    assert len(graphs) == 1
+
+
+# Passes, over a device that is none.
+
+
+class HostSlot:
+    def __init__(self, shape: Shape) -> None:
+        self.wire = np.zeros(shape.rows * (shape.width + 1), dtype=np.int32)
+        self.answer: NDArray[np.float32] = np.empty(0, np.float32)
+
+
+class HostLane:
+    """Answers with a text's length and its first id; fails or breaks where it is told to."""
+
+    def __init__(self, fails_on: int = -1, breaks_on: int = -1) -> None:
+        self.fails_on, self.breaks_on = fails_on, breaks_on
+        self.settled = 0
+        self.slots = 0
+
+    def slot(self, shape: Shape) -> HostSlot:
+        self.slots += 1
+        return HostSlot(shape)
+
+    def dispatch(self, slot: HostSlot, shape: Shape, _: int) -> None:
+        ids, lengths = unpacked(torch.from_numpy(slot.wire), shape, 0)
+        if (ids == self.fails_on).any():
+            raise RuntimeError("out of memory")
+        slot.answer = torch.stack([lengths.float(), ids[:, 0].float()], dim=1).numpy()
+        slot.answer[(ids == self.breaks_on).any(1).numpy()] = np.inf
+
+    def fetch(self, slot: HostSlot, count: int) -> NDArray[np.float32]:
+        return slot.answer[:count].copy()
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+def answers(passes: Passes, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    answer: list[list[float]] = passes(texts).tolist()
+    return answer
+
+
+def test_answers_come_in_order_and_buffers_are_used_again() -> None:
+    lane = HostLane()
+    passes = Passes(lane, Shapes(64, 256))
+    assert answers(passes, [[5, 6, 7], [8]]) == [[3, 5], [1, 8]]
+    assert answers(passes, [[9]]) == [[1, 9]]
+    assert lane.slots == 1
+    assert answers(passes, [[1] * 64] * 4) == [[64, 1]] * 4
+    assert lane.slots == 2
+
+
+def test_a_failed_pass_settles_the_device_and_the_next_one_has_its_own_buffers() -> None:
+    lane = HostLane(fails_on=13)
+    passes = Passes(lane, Shapes(64, 256))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        passes([[1], [13]])
+    assert lane.settled == 1
+    assert answers(passes, [[2]]) == [[1, 2]]
+
+
+def test_what_has_no_finite_logits_is_computed_exactly() -> None:
+    passes = Passes(HostLane(breaks_on=13), Shapes(64, 256), Passes(HostLane(), Shapes(64, 256)))
+    assert answers(passes, [[1], [2, 13], [3]]) == [[1, 1], [2, 2], [1, 3]]
+
+
+def test_several_threads_may_be_in_a_pass() -> None:
+    passes, wrong = Passes(HostLane(), Shapes(64, 256)), []
+
+    def work(first: int) -> None:
+        for length in range(1, 60):
+            if answers(passes, [[first] * length, [first]]) != [[length, first], [1, first]]:
+                wrong.append(length)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Half precision.
+
+
+def test_agreement_follows_how_far_leads_change() -> None:
+    random = np.random.default_rng(0)
+    exact = random.normal(size=(2_000, 3)).astype(np.float32)
+    others = [exact + random.normal(size=exact.shape).astype(np.float32) * noise for noise in (1e-5, 1e-3, 3e-2)]
+    expected = [expected_agreement(exact, other) for other in others]
+    assert expected[0] > 0.9999
+    assert expected[1] > AGREEMENT
+    assert expected[2] < AGREEMENT
+    wide = random.normal(size=(1_000_000, 3)).astype(np.float32)
+    noisy = wide + random.normal(size=wide.shape).astype(np.float32) * 3e-2
+    actual = (wide.argmax(1) == noisy.argmax(1)).mean()
+    assert 1 - expected[2] == pytest.approx(2 * (1 - actual), rel=0.5)  # careful by half
+
+
+def test_no_agreement_where_half_precision_gives_no_number_or_all_labels_tie() -> None:
+    exact = np.ones((100, 3), np.float32)
+    assert expected_agreement(exact, np.full((100, 3), np.nan, np.float32)) == 0
+    assert expected_agreement(exact, exact) < AGREEMENT
+
+
+def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not(builtin: Any) -> None:
+    network, examples = builtin
+    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    assert choice.dtype == "float16"
+    assert choice.exact is not None
+    with torch.no_grad():
+        network.classifier.bias.fill_(1_000)  # where half precision has steps of a half
+    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    assert choice.dtype == "float32"
+    assert choice.exact is None
+
+
+@pytest.fixture
+def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The builtin network, and the ids of reviews; what it sets for products stays as it was."""
+    from transformers import AutoModelForSequenceClassification
+
+    from worker.model import BUILTIN
+    from worker.reviews import read_reviews
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    network = AutoModelForSequenceClassification.from_pretrained(BUILTIN, attn_implementation="eager").eval()
+    model = SentimentModel.load("builtin", device="cpu", backend="torch", max_batch_tokens=512, cpu_threads=1)
+    return network, model.tokenize(read_reviews()[:64]).ids
+
+
+# On a device.
+
+
+@needs_gpu
+def test_graphs_and_half_precision_answer_as_the_cpu_does() -> None:
+    exact = SentimentModel.load("builtin", device="cpu", backend="torch")
+    texts = ["Хорошо, спасибо.", "плохо " * 300, *("Отличный товар, беру второй раз. " * n for n in range(1, 70))]
+    wanted = exact.get_sentiment(texts, "proba")
+    for dtype, tolerance in (("float32", 1e-5), ("auto", 5e-3)):
+        model = SentimentModel.load("builtin", device="cuda", dtype=dtype)
+        for _ in range(3):
+            assert np.abs(model.get_sentiment(texts, "proba") - wanted).max() < tolerance
+
+
+@needs_gpu
+def test_threads_that_share_the_device_get_their_own_answers() -> None:
+    model = SentimentModel.load("builtin", device="cuda")
+    ids = model.tokenize([f"Отзыв номер {number}, товар хороший." * (number % 9 + 1) for number in range(64)]).ids
+    wanted = [model.logits([each]) for each in ids]
+    found: dict[int, NDArray[np.float32]] = {}
+
+    def work(begin: int) -> None:
+        for number in range(begin, len(ids), 4):
+            found[number] = model.logits([ids[number], ids[0]])[:1]
+
+    threads = [threading.Thread(target=work, args=(begin,)) for begin in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, answer in found.items():
+        np.testing.assert_allclose(answer, wanted[number], atol=1e-2)
