@@ -288,6 +288,8 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("linger_ms", "-1", "greater than or equal to 0"),
     ("linger_ms", "60001", "less than or equal to 60000"),
     ("linger_ms", "soon", "a valid number"),
+    ("transaction_ms", "-1", "greater than or equal to 0"),
+    ("transaction_ms", "10001", "less than or equal to 10000"),
     ("linger_ms", "nan", "it should be"),
     ("model", "", "at least 1 character"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),
@@ -339,6 +341,10 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
     ("argv", "parts"),
     [
         (["--output-mode", "enrich", "--input-format", "text"], ["output_mode enrich", "input_format json"]),
+        (
+            ["--delivery", "exactly-once", "--isolation-level", "read_uncommitted"],
+            ["delivery exactly-once", "isolation_level read_committed"],
+        ),
         (["--input-topics", "a, b", "--output-topic", "b"], ["output_topic", "input_topics", "another topic"]),
         (["--dead-letter-topic", "texts"], ["dead_letter_topic", "input_topics", "another topic"]),
         (["--security-protocol", "SASL_PLAINTEXT"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
