@@ -74,7 +74,7 @@ TABLE = {
     "log_level": "info",
     "log_format": "auto",
 }
-NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms"}
+NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
 
 
 @pytest.fixture(autouse=True)
