@@ -12,13 +12,19 @@ LOCK ?= dev
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
 
-.PHONY: demo test fuzz bench compare check format lock image image-test dashboard clean
+.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
+# CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900", for one.
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos $(CHAOS)
+	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
 
 # Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
 fuzz: $(INSTALLED)
@@ -39,6 +45,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of every locked package, by the advisories of PyPI; one that cannot be looked up is a failure too.
+audit: $(BIN)/uv
+	for lock in runtime torch dev bench uv; do \
+	  $(BIN)/uv tool run pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -83,11 +83,13 @@ def percentiles(times: Sequence[float]) -> dict[str, float]:
 
 
 async def publish_to_result_ms(
-    bootstrap: str, topics: Topics, texts: Sequence[str], rate: float, events: int
+    bootstrap: str, topics: Topics, texts: Sequence[str], rate: float, events: int, isolation: str = "read_uncommitted"
 ) -> list[float]:
     """Open loop: an event sets out when it is due, whatever became of those before; time counts from when it was due."""
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
-    consumer = AIOKafkaConsumer(topics.output, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer(
+        topics.output, bootstrap_servers=bootstrap, auto_offset_reset="earliest", isolation_level=isolation
+    )
     await producer.start()
     await consumer.start()
     due: list[float] = []

@@ -42,10 +42,16 @@ class NotOursError(UnavailableError):
 
 @dataclass(frozen=True)
 class Extras:
-    """What a broker has beside its plain listener: listeners by name, each a protocol and a port, and properties."""
+    """What a broker has beside its plain listener: listeners by name, each a protocol and a port, and properties.
+
+    `advertised` says, by listener, where clients are sent to if not to its own port: a proxy's. Nodes of one cluster have
+    one `cluster_id`.
+    """
 
     listeners: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    advertised: Mapping[str, str] = field(default_factory=dict)
     properties: Mapping[str, str] = field(default_factory=dict)
+    cluster_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 
 class Broker(ABC):
@@ -172,7 +178,7 @@ class DockerBroker(Broker):
             DockerContainer(f"apache/kafka:{VERSION}")
             .with_bind_ports(port, port)
             .with_env("SERVER_PROPERTIES", as_text(properties))
-            .with_command(["sh", "-c", self.run.format(heap=HEAP, id=uuid.uuid4())])
+            .with_command(["sh", "-c", self.run.format(heap=HEAP, id=extras.cluster_id)])
         )
         for _, extra in extras.listeners.values():
             self._container.with_bind_ports(extra, extra)
@@ -269,6 +275,7 @@ class JavaBroker(Broker):
         self._config = self._home / "server.properties"
         extras = extras or Extras()
         properties = server_properties("127.0.0.1", self.bootstrap, free_port(), str(self._log_dir), extras)
+        self._cluster_id = extras.cluster_id
         self._config.write_text(as_text(properties))
         self._process: subprocess.Popen[bytes] | None = None
         self._is_paused = False
@@ -279,7 +286,7 @@ class JavaBroker(Broker):
     def _launch(self) -> None:
         with (self._home / "broker.log").open("ab") as log:
             if not self._log_dir.exists():
-                arguments = ("format", "-t", str(uuid.uuid4()), "-c", str(self._config))
+                arguments = ("format", "-t", self._cluster_id, "-c", str(self._config))
                 subprocess.run(self._java("kafka.tools.StorageTool", *arguments), stdout=log, stderr=log, check=True)
             command = self._java("kafka.Kafka", str(self._config))
             self._process = subprocess.Popen(
@@ -386,7 +393,9 @@ def server_properties(
         "process.roles": "broker,controller",
         "controller.quorum.voters": f"1@localhost:{controller_port}",
         "listeners": ",".join([*bound, f"CONTROLLER://localhost:{controller_port}"]),
-        "advertised.listeners": ",".join(f"{name}://{host}:{port}" for name, (_, port) in listeners.items()),
+        "advertised.listeners": ",".join(
+            f"{name}://{extras.advertised.get(name, f'{host}:{port}')}" for name, (_, port) in listeners.items()
+        ),
         "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",

@@ -62,7 +62,7 @@ class WorkerProcess:
     def __init__(
         self, folder: Path, module: str = "worker", variables: Mapping[str, str] | None = None, **settings: object
     ) -> None:
-        port = free_port()
+        port = settings.get("http_port") or free_port()
         self.url = f"http://127.0.0.1:{port}"
         flags = {"http_port": port, "log_format": "json", **settings}
         command = [sys.executable, "-m", module, "run"]

@@ -15,7 +15,7 @@ from tests.checkpoint import POISON, Oracle
 from tests.process import environment
 
 MODULE = (sys.executable, "-m", "worker")
-COMMANDS = ("run", "classify", "bench", "demo", "evaluate", "train")
+COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
 HEAVY = ("torch", "transformers", "aiokafka", "numpy", "pydantic", "aiohttp", "prometheus_client")
 FIELDS = [
     "id", "label", "score", "probabilities", "truncated", "model", "source", "event_time", "processed_at",

@@ -118,6 +118,7 @@ class Kafka:
         """`config`'s names are written with underscores for dots."""
         values = {key.replace("_", "."): str(value) for key, value in config.items()}
         self.admin.create_topics([NewTopic(name, partitions, 1, config=values)])[name].result(30)
+        wait_for(lambda: name in self.names(), f"the broker to know {name}")
 
     def delete(self, name: str) -> None:
         self.admin.delete_topics([name])[name].result(30)

@@ -19,7 +19,9 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
 
   run        read events from Kafka, publish their sentiment, commit
   classify   score texts from arguments, a file or standard input; no Kafka
+  check      settings, model, brokers, topics and permissions, without consuming
   bench      this machine's speed with a model, and the settings to use
+  replay     send dead letters back to the topics that they came from
   demo       the whole thing on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
@@ -69,6 +71,19 @@ def _run(argv: Sequence[str]) -> int:
     return service.run(settings)
 
 
+def _check(argv: Sequence[str]) -> int:
+    from worker import logs
+    from worker.settings import RunSettings, load, unknown_variables
+
+    settings = load(RunSettings, argv, "sentiment-worker check")
+    logs.configure("error", settings.log_format)
+    for name in unknown_variables(RunSettings):
+        print(f"warn  settings     the variable {name} sets nothing")
+    from worker import check
+
+    return check.run(settings)
+
+
 def _classify(argv: Sequence[str]) -> int:
     from worker import logs
     from worker.settings import ClassifySettings, load
@@ -89,6 +104,17 @@ def _bench(argv: Sequence[str]) -> int:
     from worker import bench
 
     return bench.run(settings)
+
+
+def _replay(argv: Sequence[str]) -> int:
+    from worker import logs
+    from worker.settings import ReplaySettings, load
+
+    settings = load(ReplaySettings, argv, "sentiment-worker replay")
+    logs.configure(settings.log_level, settings.log_format)
+    from worker import replay
+
+    return replay.run(settings)
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -142,8 +168,10 @@ def _train(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
+    "check": _check,
     "classify": _classify,
     "bench": _bench,
+    "replay": _replay,
     "demo": _demo,
     "evaluate": _evaluate,
     "train": _train,

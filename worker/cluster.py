@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,11 +12,12 @@ import aiokafka.admin.client
 import aiokafka.client
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.conn import AIOKafkaConnection, CloseReason, collect_hosts, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
     IllegalSaslStateError,
+    KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
@@ -26,7 +27,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
-from worker.settings import WrongSetting
+from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,23 @@ log = logging.getLogger(__name__)
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
 aiokafka.client.MetadataRequest = _metadata_request
 aiokafka.admin.client.MetadataRequest = _metadata_request
+
+
+def _while_it_is_open(send: Callable[..., Any]) -> Callable[..., Any]:
+    """uvloop raises RuntimeError where a connection that has just been reset is written to; aiokafka knows OSError alone."""
+
+    @functools.wraps(send)
+    def checked(connection: AIOKafkaConnection, *arguments: Any, **options: Any) -> Any:
+        if connection._writer is not None and connection._writer.is_closing():
+            connection.close(reason=CloseReason.CONNECTION_BROKEN)
+            raise KafkaConnectionError(f"Connection at {connection.host}:{connection.port} broken")
+        return send(connection, *arguments, **options)
+
+    return checked
+
+
+AIOKafkaConnection.send = _while_it_is_open(AIOKafkaConnection.send)
+AIOKafkaConnection._send_sasl_token = _while_it_is_open(AIOKafkaConnection._send_sasl_token)
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -63,6 +81,30 @@ class Connection:
     sasl_username: str | None = None
     sasl_password: str | None = field(default=None, repr=False)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @classmethod
+    def as_set(cls, settings: ConnectionSettings) -> "Connection":
+        """By the settings that commands with Kafka share. Reads certificates. Raises WrongSetting."""
+
+        def path(name: str) -> str | None:
+            value = getattr(settings, name)
+            return str(value) if value else None
+
+        context = None
+        if settings.security_protocol.endswith("SSL"):
+            context = tls_context(
+                path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), revealed(settings.ssl_key_password)
+            )
+        return cls(
+            bootstrap_servers=split_names(settings.bootstrap_servers),
+            client_id=settings.client_id,
+            request_timeout_ms=settings.request_timeout_ms,
+            security_protocol=settings.security_protocol,
+            sasl_mechanism=settings.sasl_mechanism,
+            sasl_username=settings.sasl_username,
+            sasl_password=revealed(settings.sasl_password),
+            ssl_context=context,
+        )
 
     @property
     def request_timeout_s(self) -> float:
@@ -140,16 +182,16 @@ async def wait_until_usable(
         try:
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
-                missing = await _missing_topics(client, topics)
+                missing = await missing_topics(client, topics)
                 health.well("kafka")
                 if not missing:
                     names = [name for group in topics.values() for name in group]
                     limits = await _limits(client, names)
                     health.well("topics")
                     return limits
-            health.trouble("topics", missing)
+            health.trouble("topics", f"{missing}; waiting for it")
         except UNREACHABLE as error:
-            hint = await _refuse_wrong_credentials(connection)
+            hint = await refuse_wrong_credentials(connection)
             health.trouble("kafka", unreachable(connection, error) + hint)
         finally:
             await _close(client)
@@ -188,7 +230,8 @@ def unreachable(connection: Connection, error: BaseException) -> str:
     return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
 
 
-async def _missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iterable[str]]) -> str:
+async def missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iterable[str]]) -> str:
+    """What is wrong with topics, by role (``{"input_topics": [...], …}``); nothing if they can be used."""
     roles = {name: role for role, names in topics.items() for name in names}
     found = {topic["topic"]: topic["error_code"] for topic in await client.describe_topics(list(roles))}
     troubles = [
@@ -196,7 +239,7 @@ async def _missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Iter
         for name, role in roles.items()
         if (code := found.get(name, 3)) not in (0, 5)  # 5: a partition has no leader at the moment
     ]
-    return "; ".join(troubles) + ("; waiting for it" if troubles else "")
+    return "; ".join(troubles)
 
 
 async def _limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:
@@ -229,7 +272,7 @@ def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
     )
 
 
-async def _refuse_wrong_credentials(connection: Connection) -> str:
+async def refuse_wrong_credentials(connection: Connection) -> str:
     """Raises WrongSetting if a broker can be reached and refuses who we are, or is not who it should be.
 
     aiokafka's own start hides that behind "unable to bootstrap". Answers with a hint for the log, or nothing.

@@ -32,6 +32,7 @@ Headers = Sequence[tuple[str, bytes | None]]
 
 CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
+COUNT_HEADER: Final = "replay.count"
 ENRICHED_FIELD: Final = "sentiment"
 
 
@@ -108,6 +109,16 @@ class Decoder:
         if self._is_text:
             return self._decode_text(record, record.value)
         return self._decode_json(record, record.value)
+
+    def id_of(self, record: Record) -> str:
+        """The event's id, whatever else is wrong with the record."""
+        if self._is_text or record.value is None:
+            return _id_from_record(record)
+        try:
+            fields = _loads(record.value)
+        except orjson.JSONDecodeError:
+            return _id_from_record(record)
+        return self._id(record, record.value, fields)
 
     def _decode_text(self, record: Record, value: bytes) -> Decoded:
         try:
@@ -220,6 +231,57 @@ def smaller_dead_letters(record: Record, failure: Failure, version: str) -> list
     ]
 
 
+class Original(NamedTuple):
+    """The record that a dead letter was made of, and why it was. ``is_whole``: its value has been kept."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    reason: str
+    is_whole: bool
+
+
+def original(letter: Record) -> Original | None:
+    """What a dead letter was made of; None for a record that is no dead letter.
+
+    What the worker has added is what stands behind the last ``error.stage``; the input may have headers of such names too.
+    """
+    names = [name for name, _ in letter.headers]
+    if "error.stage" not in names:
+        return None
+    begin = len(names) - 1 - names[::-1].index("error.stage")
+    added = {name: value or b"" for name, value in letter.headers[begin:]}
+    try:
+        return Original(
+            added["source.topic"].decode(),
+            int(added["source.partition"]),
+            int(added["source.offset"]),
+            int(added["source.timestamp"]),
+            letter.key,
+            letter.value,
+            [
+                *letter.headers[:begin],
+                *(header for header in letter.headers[begin:] if header[0] not in _ERROR_HEADERS),
+            ],
+            added["error.reason"].decode(),
+            "error.value_bytes" not in added,
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def revived(record: Original, id: str) -> Outgoing:
+    """The record to publish again: as it was, with its event's id in a header, and how often it has been replayed."""
+    times = max((_count(value) for name, value in record.headers if name == COUNT_HEADER), default=0) + 1
+    headers = [header for header in record.headers if header[0] not in (ID_HEADER, COUNT_HEADER)]
+    headers += [(ID_HEADER, id.encode()), (COUNT_HEADER, _ascii(times))]
+    return Outgoing(record.key, record.value, headers, record.timestamp if has_timestamp(record) else None)
+
+
 def has_timestamp(record: Record) -> bool:
     return record.timestamp is not None and record.timestamp >= 0
 
@@ -235,6 +297,17 @@ def _iso_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
+_ERROR_HEADERS: Final = {
+    "error.stage",
+    "error.reason",
+    "error.message",
+    "error.value_bytes",
+    "source.topic",
+    "source.partition",
+    "source.offset",
+    "source.timestamp",
+    "worker.version",
+}
 _MISSING: Final = object()
 # A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
 _LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
@@ -315,6 +388,10 @@ def _spliced(own: bytes, result: bytes) -> bytes:
 
 def _six(number: float) -> float:
     return round(number, 6) + 0.0  # no negative zero
+
+
+def _count(value: bytes | None) -> int:
+    return int(value) if value and value.isdigit() and len(value) < 10 else 0
 
 
 def _ascii(number: int) -> bytes:

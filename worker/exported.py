@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import stat
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -29,7 +30,10 @@ VERSION: Final = "2"  # of what this module writes
 
 
 class ExportedNetwork:
-    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; takes the calling thread alone."""
+    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; takes the calling thread alone.
+
+    ``file`` is read by the process's own user or root's work alone: raises PermissionError for any other.
+    """
 
     def __init__(self, file: Path) -> None:
         import onnxruntime  # noqa: PLC0415 - an extra
@@ -37,7 +41,7 @@ class ExportedNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(_read_own(file), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None:
@@ -54,15 +58,16 @@ def is_installed() -> bool:
 def export(network: Any, *, is_int8: bool) -> Path:
     """The ONNX file of a network that LeanNetwork covers: from the cache folder, or written there first, in seconds.
 
-    Where the folder cannot be written, into a temporary one. Raises what torch's exporter raises.
+    Where the folder cannot be written or is another user's, into a temporary one. Raises what torch's exporter raises.
     """
     name = f"{_digest(network)}{'.int8' if is_int8 else ''}.onnx"
     folder = _cache_folder()
-    if not (folder / name).exists():
+    if not (_is_own(folder) and _is_own(folder / name)):
         folder = _writable(folder)
         log.info("exporting the network for ONNX Runtime", extra={"file": str(folder / name)})
         with tempfile.TemporaryDirectory(dir=folder) as workplace:
             _write(network, Path(workplace), name, is_int8)
+            (Path(workplace) / name).chmod(0o600)
             (Path(workplace) / name).replace(folder / name)  # at once, for another process may want it too
     return folder / name
 
@@ -124,12 +129,34 @@ def _cache_folder() -> Path:
 
 def _writable(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not _is_own(folder):
+            raise PermissionError(0, "others may write there")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         log.warning("the cache folder %s cannot be written (%s): exporting anew at every start", folder, error.strerror)
         return Path(tempfile.mkdtemp(prefix="sentiment-worker-"))
     return folder
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder is there, and nobody but this user and root can have written to it."""
+    try:
+        return _is_trusted(path.stat())
+    except OSError:
+        return False
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read_own(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        if not _is_trusted(os.fstat(opened.fileno())):  # of what was opened: the name may have changed its meaning
+            raise PermissionError(f"{file} may have been written by another user")
+        return opened.read()
 
 
 def _has_vnni() -> bool:

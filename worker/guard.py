@@ -6,9 +6,12 @@ import ipaddress
 import logging
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
-from typing import Final, Literal, cast
+from http import HTTPStatus
+from typing import Any, Final, Literal, cast
 
 from aiohttp import web, web_response
+
+log = logging.getLogger(__name__)
 
 TokenFor = Literal["changes", "all"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -58,26 +61,27 @@ class Guard:
 
     async def listen(self, app: web.Application, port: int) -> int:
         """Begins to answer, and returns the port. Raises OSError where the address is taken or not this machine's."""
-        self._runner = runner = web.AppRunner(
-            app,
-            access_log=None,
+        self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
+        await runner.setup()
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: self._connection(runner, loop), self._host, port)
+        listening: int = self._server.sockets[0].getsockname()[1]
+        return listening
+
+    def _connection(self, runner: web.AppRunner, loop: asyncio.AbstractEventLoop) -> "_Connection":
+        assert runner.server is not None
+        handler = _Handler(
+            runner.server,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,  # a few bytes could become many
-            handle_signals=False,
             keepalive_timeout=IDLE_S,
             lingering_time=1,
-            logger=_logger(),
             max_field_size=LINE_BYTES,
             max_headers=HEADERS,
             max_line_size=LINE_BYTES,
-            shutdown_timeout=1,
         )
-        await runner.setup()
-        server = runner.server
-        assert server is not None
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(server(), self._open), self._host, port)
-        listening: int = self._server.sockets[0].getsockname()[1]
-        return listening
+        return _Connection(handler, self._open)
 
     async def close(self) -> None:
         """Ends every connection, within a second or two; may be called without ``listen``."""
@@ -119,6 +123,23 @@ class Guard:
         for wanted in schemes:
             refusal.headers.add("WWW-Authenticate", f'{wanted} realm="sentiment-worker"')
         raise refusal
+
+
+class _Handler(web.RequestHandler):
+    """Answers and logs errors without their words: they hold parts of the request, a token perhaps."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        level = logging.ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.DEBUG
+        log.log(level, "a request failed", extra={"status": status, "error": type(exc).__name__})
+        return super().handle_error(request, status, None, message and HTTPStatus(status).phrase + "\n")
+
+    def log_exception(self, *_: Any, exc_info: BaseException | None = None) -> None:
+        if exc_info:
+            log.error("a connection failed", extra={"error": type(exc_info).__name__})
 
 
 class _Connection(asyncio.Protocol):
@@ -180,18 +201,3 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _is_loopback(host: str) -> bool:
     address = _address(host)
     return address.is_loopback if address else host.lower() == "localhost"
-
-
-def _logger() -> logging.Logger:
-    """aiohttp's own, without the words of its errors: they hold parts of requests, a token perhaps."""
-    logger = logging.getLogger("aiohttp.server")
-    if _without_words not in logger.filters:
-        logger.addFilter(_without_words)
-    return logger
-
-
-def _without_words(record: logging.LogRecord) -> bool:
-    if record.exc_info and record.exc_info[0]:
-        record.error = record.exc_info[0].__name__
-    record.exc_info = record.exc_text = None
-    return True

@@ -7,6 +7,7 @@ What fails is told apart here: a poison text, memory that does not suffice, a de
 
 import asyncio
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -370,7 +371,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _free_memory() -> None:
-    import torch  # noqa: PLC0415 - a model without torch (as in tests) has nothing to free
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # a model without torch has nothing to free, and no memory to load it either
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

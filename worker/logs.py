@@ -47,7 +47,8 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     """Sends logs to ``stream`` (default: stderr). ``level`` as in the settings; ``log_format`` auto, console or json.
 
     The libraries' own loggers are kept quiet unless the level is debug: they repeat every retry, where the worker tells
-    of a trouble once and of its end.
+    of a trouble once and of its end. What aiokafka's connections say at debug is never logged: each request as it is,
+    the one with the password among them.
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -57,6 +58,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         handler.addFilter(_is_our_own)
         # By a handler of torch's own it says at import that triton, which nothing here uses, is not there.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+    logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

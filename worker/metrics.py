@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -48,6 +49,10 @@ class BatchHistogram(Collector):
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
         self._counts, self._sum = counts, self._sum + float(np.sum(values))  # new ones: another thread may be reading
+
+    def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+        """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
+        return self._bounds, self._counts, self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """A sum of negative values goes down, which rate() would take for a restart: such a histogram has none."""

@@ -96,6 +96,7 @@ class SentimentModel:
         self._forward = forward
         self._columns = columns
         self._padding = tokenizer.pad_token_id or 0
+        self._closing = _closing_tokens(tokenizer)
 
     @classmethod
     def load(
@@ -140,6 +141,7 @@ class SentimentModel:
                 kind = HubUnreachable if _is_of_the_network(error) else ModelError
                 raise kind(_cannot_load(name_or_path, error)) from error
         _refuse_untrained(name_or_path, loading)
+        _refuse_tokens_without_rows(name_or_path, tokenizer, network)
         _tell_of_pickle(name_or_path, source, commit)
         network = _in_own_memory(network.to(where).eval())
         is_int8 = dtype == "int8"
@@ -186,11 +188,15 @@ class SentimentModel:
         for index, text in enumerate(texts):
             length = prefix
             while len(ids[index]) <= self.max_tokens + WORD_TOKENS and length < len(text):
-                length *= 4
+                length = length * 4 if length == prefix else len(text)  # each text is looked at three times at most
                 ids[index] = self._encode([_prefix(text, length)])[0]
             if len(ids[index]) > self.max_tokens:
                 truncated[index] = True
-                ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+                if length == prefix:
+                    ids[index] = self._encode([_prefix(text, length)], truncation=True, max_length=self.max_tokens)[0]
+                else:  # once more would take as long again
+                    last = len(ids[index]) - self._closing
+                    ids[index] = ids[index][: self.max_tokens - self._closing] + ids[index][last:]
         return Tokens(ids, truncated)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
@@ -263,6 +269,12 @@ class SentimentModel:
         return [tokens or [self._padding] for tokens in encoded["input_ids"]]
 
 
+def _closing_tokens(tokenizer: Any) -> int:
+    """How many special tokens stand behind each text, such as [SEP]."""
+    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(mask[::-1].index(0)) if 0 in mask else 0
+
+
 def _prefix(text: str, length: int) -> str:
     """At most ``length`` characters, cut at white space, where no token of the beginning depends on what follows."""
     if len(text) <= length:
@@ -299,6 +311,10 @@ def _columns(config: Any) -> list[int]:
         raise ModelError(
             f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}"
         )
+    if sorted(names.values()) != list(range(len(LABELS))):
+        raise ModelError(
+            f"model: its labels should be numbered 0 to 2, and this checkpoint has: {sorted(names.values())}"
+        )
     return [names[label] for label in LABELS]
 
 
@@ -323,6 +339,15 @@ def _refuse_untrained(name: str, loading: Any) -> None:
         raise ModelError(
             f"model {name} is no finished classifier: its file lacks {len(missing)} weights ({missing[0]}, …), which would "
             "be random"
+        )
+
+
+def _refuse_tokens_without_rows(name: str, tokenizer: Any, network: Any) -> None:
+    """On a GPU, a text with such a token would take the device away from every other text."""
+    highest, rows = max(tokenizer.get_vocab().values(), default=0), network.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ModelError(
+            f"model {name} cannot be used: its tokenizer gives ids up to {highest}, and its network has {rows} embeddings"
         )
 
 

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -30,6 +31,7 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
+from worker.flood import FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.sentiment import Sentiment
@@ -70,6 +72,16 @@ class MicroBatch:
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
 
+    def failures(self) -> Counter[Reason]:
+        """Why how many of its records cannot be scored."""
+        reasons: Counter[Reason] = Counter()
+        for part in self.parts:
+            reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+            texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
+            answers = self.job.answers[part.first_text : part.first_text + texts]
+            reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
+        return +reasons
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -104,24 +116,28 @@ class Pipeline:
         inference: Inference,
         encoder: Encoder,
         sink: Sink,
+        flood: FloodGauge,
         metrics: Metrics,
         output_topic: str,
         dead_letter_topic: str,
         version: str,
         drain_timeout_s: float = 20,
         transactions: Transactions | None = None,
+        watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self._source = source
         self._decoder = decoder
         self._inference = inference
         self._encoder = encoder
         self._sink = sink
+        self._flood = flood
         self._metrics = metrics
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
         self._version = version
         self._drain_timeout_s = drain_timeout_s
         self._transactions = transactions
+        self._watch = watch
         self._draining = asyncio.Event()
         if transactions:
             transactions.serve(source, self._deliver, self._count)
@@ -132,7 +148,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused,
+        DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -228,6 +245,7 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
+            self._flood.look_at(len(batch), batch.failures())
             if self._transactions:
                 await self._hand_over(batch, self._transactions)
                 continue
@@ -362,6 +380,7 @@ class Pipeline:
             sum(o.outgoing is not None and o.sentiment is None and o.failure is None for o in outcomes)
         )
         self._metrics.consumed(outcome.record.topic for outcome in outcomes)
+        self._watch(outcomes)
 
 
 def _first_error(tasks: Any) -> BaseException | None:

@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.cluster import Connection, tls_context, wait_until_usable
+from worker.cluster import Connection, wait_until_usable
+from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
+from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
@@ -19,14 +21,12 @@ from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
-from worker.settings import RunSettings, UsersMistake, WrongSetting, split_names
+from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
 from worker.transactions import Transactions
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from worker.model import SentimentModel
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,10 @@ async def _run(settings: RunSettings) -> int:
         lambda old: _reloaded(settings, cast("SentimentModel", old)),
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
-    guard = Guard(host=settings.http_host, token=_secret(settings.http_token), token_for=settings.http_token_for)
-    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[reloader])
+    guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
+    tap = Tap(_decoder(settings), texts=settings.console_texts)
+    console = Console(metrics, health, tap, shown_settings(settings), version=worker_version())
+    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
     try:
         await monitor.start()
     except OSError as error:
@@ -77,18 +79,21 @@ async def _run(settings: RunSettings) -> int:
         raise WrongSetting(
             f"http_host and http_port: cannot listen on {where}: {os.strerror(error.errno or 0)}"
         ) from None
-    log.info("serving /metrics, /livez and /readyz", extra={"address": f"http://{settings.http_host}:{monitor.port}"})
+    log.info(
+        "serving the console, /metrics, /livez and /readyz",
+        extra={"address": f"http://{settings.http_host}:{monitor.port}"},
+    )
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, stop)
+        return await _work(settings, metrics, inference, health, tap, stop)
     finally:
         await monitor.stop()
 
 
 async def _work(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, stop: asyncio.Event
+    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, stop: asyncio.Event
 ) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health))
+    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -98,7 +103,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, DeadLetterRefused) as error:
+    except (UnreadableRecord, DeadLetterRefused, DeadLetterFlood) as error:
         log.error("%s", error)
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -125,8 +130,8 @@ def _whereabouts(error: Exception) -> dict[str, str]:
     }
 
 
-async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health) -> Pipeline:
-    connection = _connection(settings)
+async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap) -> Pipeline:
+    connection = Connection.as_set(settings)
     topics = split_names(settings.input_topics)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
     gc.collect()
@@ -168,25 +173,30 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
     sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
     if transactions is None:
         await sink.start()
-    decoder = Decoder(
-        input_format=settings.input_format,
-        output_mode=settings.output_mode,
-        text_field=settings.text_field,
-        id_field=settings.id_field,
-        max_text_chars=settings.max_text_chars,
-    )
     return Pipeline(
         source=source,
-        decoder=decoder,
+        decoder=_decoder(settings),
         inference=inference,
         encoder=Encoder(output_mode=settings.output_mode),
         sink=sink,
+        flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
         transactions=transactions,
+        watch=tap,
+    )
+
+
+def _decoder(settings: RunSettings) -> Decoder:
+    return Decoder(
+        input_format=settings.input_format,
+        output_mode=settings.output_mode,
+        text_field=settings.text_field,
+        id_field=settings.id_field,
+        max_text_chars=settings.max_text_chars,
     )
 
 
@@ -200,32 +210,6 @@ def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
     """The setting's model as it is now. What was measured at the start stays: measured beside scoring it would be wrong."""
     measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
     return _loaded(settings.model_copy(update=measured))
-
-
-def _connection(settings: RunSettings) -> Connection:
-    def path(name: str) -> str | None:
-        value = getattr(settings, name)
-        return str(value) if value else None
-
-    context = None
-    if settings.security_protocol.endswith("SSL"):
-        context = tls_context(
-            path("ssl_cafile"), path("ssl_certfile"), path("ssl_keyfile"), _secret(settings.ssl_key_password)
-        )
-    return Connection(
-        bootstrap_servers=split_names(settings.bootstrap_servers),
-        client_id=settings.client_id,
-        request_timeout_ms=settings.request_timeout_ms,
-        security_protocol=settings.security_protocol,
-        sasl_mechanism=settings.sasl_mechanism,
-        sasl_username=settings.sasl_username,
-        sasl_password=_secret(settings.sasl_password),
-        ssl_context=context,
-    )
-
-
-def _secret(value: "SecretStr | None") -> str | None:
-    return value.get_secret_value() if value else None
 
 
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:

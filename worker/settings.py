@@ -6,10 +6,12 @@ come from the environment alone, or from the file that ``WORKER_…_FILE`` names
 
 import os
 import re
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -28,6 +30,8 @@ DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
 INT32 = 2**31 - 1
 SECRETS = ("http_token", "sasl_password", "ssl_key_password")
+AGO = re.compile(r"([0-9]{1,6})([smhd])")
+SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 PORT = re.compile(r"[0-9]{1,5}")
 HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
@@ -41,6 +45,10 @@ class UsersMistake(Exception):
 
 class WrongSetting(UsersMistake):
     """A setting, a flag or a file of settings is wrong."""
+
+
+def revealed(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
 
 
 def split_names(value: str) -> tuple[str, ...]:
@@ -112,7 +120,35 @@ def _unshielded(words: list[str]) -> list[str]:
     ]
 
 
+def _reasons(words: list[str]) -> list[str]:
+    from worker.events import Reason  # noqa: PLC0415 - it brings numpy, and --help is quick
+
+    reasons = _unshielded(words)
+    if not set(reasons) <= set(get_args(Reason)):
+        raise ValueError(f"it should be one of {', '.join(get_args(Reason))}")
+    return reasons
+
+
+def moment_ms(value: str) -> int:
+    """``2026-11-23T10:00Z`` (without a zone: UTC), or how long ago (``30m``), in ms since 1970. Raises ValueError."""
+    ago = AGO.fullmatch(value)
+    if ago:
+        return int((time.time() - int(ago[1]) * SECONDS[ago[2]]) * 1000)
+    moment = datetime.fromisoformat(value)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _moment(value: str) -> str:
+    try:
+        moment_ms(value)
+    except (ValueError, OverflowError):
+        raise ValueError("it should be a time such as 2026-11-23T10:00Z, or how long ago: 30m, 2h, 7d") from None
+    return value
+
+
 Words = Annotated[list[str], AfterValidator(_unshielded)]
+Reasons = Annotated[list[str], AfterValidator(_reasons)]
+Moment = Annotated[str, AfterValidator(_moment)]
 Servers = Annotated[str, AfterValidator(_servers)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Topics = Annotated[str, AfterValidator(_topics)]
@@ -194,59 +230,12 @@ class ModelSettings(CheckpointSettings):
     )
 
 
-class RunSettings(ModelSettings):
-    """Read text events from Kafka, publish their sentiment, commit."""
+class ConnectionSettings(LogSettings):
+    """How to reach the brokers."""
 
     bootstrap_servers: Servers = Field("localhost:9092", description="brokers, host:port, separated by commas")
-    input_topics: Topics = Field("texts", description="topics to read, separated by commas")
-    output_topic: Topic = Field("sentiment", description="topic for results")
-    dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
-    group_id: str = Field("sentiment-worker", min_length=1, description="consumer group")
-    group_instance_id: str | None = Field(
-        None, min_length=1, description="static membership: a name of this process's own in the group"
-    )
     client_id: str = Field("sentiment-worker", min_length=1, description="name of this client in the brokers' logs")
-    auto_offset_reset: Literal["earliest", "latest"] = Field(
-        "earliest", description="where to begin when the group has no offset, or it is gone"
-    )
-    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
-        "read_committed", description="whether to skip records of aborted transactions"
-    )
-    delivery: Literal["at-least-once", "exactly-once"] = Field(
-        "at-least-once",
-        description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
-    )
-    transaction_ms: float = Field(
-        100, ge=0, le=10_000, description="with exactly-once, a partition's results are committed so often, ms"
-    )
-    input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
-    output_mode: Literal["result", "enrich"] = Field(
-        "result", description="result: a new object; enrich: the input object with the field sentiment"
-    )
-    text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
-    id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
-    max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
-    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
-        "none", description="of what is published"
-    )
-    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
-    linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
-    cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
-    inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
-    drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
-    http_host: Annotated[str, AfterValidator(_host)] = Field(
-        "127.0.0.1", description="address for /metrics, /livez, /readyz"
-    )
-    http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
-    http_token: CliSuppress[Annotated[SecretStr, AfterValidator(_http_token)] | None] = None
-    http_token_for: Literal["changes", "all"] = Field(
-        "changes",
-        description="what needs the token in WORKER_HTTP_TOKEN or the file WORKER_HTTP_TOKEN_FILE names: whatever changes "
-        "something, or all but /livez and /readyz",
-    )
-    session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
     request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="for one request to a broker, ms")
-    fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
@@ -268,6 +257,93 @@ class RunSettings(ModelSettings):
     ssl_key_password: CliSuppress[SecretStr | None] = None
 
     @model_validator(mode="after")
+    def _is_secured_as_a_whole(self) -> Self:
+        if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
+            raise ValueError(
+                "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
+            )
+        if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
+            raise ValueError(
+                "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
+            )
+        if self.sasl_username and not self.sasl_mechanism:
+            raise ValueError("sasl_username goes with sasl_mechanism and security_protocol SASL_PLAINTEXT or SASL_SSL")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            if getattr(self, name) and not self.security_protocol.endswith("SSL"):
+                raise ValueError(
+                    f"{name} goes with security_protocol SSL or SASL_SSL; without them nothing is encrypted"
+                )
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile needs ssl_certfile")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            path: Path | None = getattr(self, name)
+            if path and not path.is_file():
+                raise ValueError(f"{name} should be a PEM file, and {path} is none")
+        return self
+
+
+class EventSettings(ConnectionSettings):
+    """What both the worker and a replay know about events."""
+
+    dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
+    group_id: str = Field("sentiment-worker", min_length=1, description="consumer group")
+    input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
+    id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
+
+
+class RunSettings(ModelSettings, EventSettings):
+    """Read text events from Kafka, publish their sentiment, commit."""
+
+    input_topics: Topics = Field("texts", description="topics to read, separated by commas")
+    output_topic: Topic = Field("sentiment", description="topic for results")
+    group_instance_id: str | None = Field(
+        None, min_length=1, description="static membership: a name of this process's own in the group"
+    )
+    auto_offset_reset: Literal["earliest", "latest"] = Field(
+        "earliest", description="where to begin when the group has no offset, or it is gone"
+    )
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed", description="whether to skip records of aborted transactions"
+    )
+    delivery: Literal["at-least-once", "exactly-once"] = Field(
+        "at-least-once",
+        description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
+    )
+    transaction_ms: float = Field(
+        100, ge=0, le=10_000, description="with exactly-once, a partition's results are committed so often, ms"
+    )
+    output_mode: Literal["result", "enrich"] = Field(
+        "result", description="result: a new object; enrich: the input object with the field sentiment"
+    )
+    text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
+    max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
+    dead_letter_limit: float = Field(
+        0.5, ge=0, le=1, description="share of dead letters among the newest records that ends the worker; 0: none does"
+    )
+    dead_letter_window: int = Field(1_000, ge=1, le=INT32, description="of at least so many records, records")
+    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
+        "none", description="of what is published"
+    )
+    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
+    linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
+    cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
+    inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
+    drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
+    http_host: Annotated[str, AfterValidator(_host)] = Field(
+        "127.0.0.1", description="address for the console, /metrics, /livez, /readyz"
+    )
+    http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
+    http_token: CliSuppress[Annotated[SecretStr, AfterValidator(_http_token)] | None] = None
+    http_token_for: Literal["changes", "all"] = Field(
+        "changes",
+        description="what needs the token in WORKER_HTTP_TOKEN or the file WORKER_HTTP_TOKEN_FILE names: whatever changes "
+        "something, or all but /livez and /readyz",
+    )
+    console_texts: bool = Field(False, description="the console at / shows the newest results' texts too")
+    session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
+    fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Self:
         topics = split_names(self.input_topics)
         if self.output_mode == "enrich" and self.input_format == "text":
@@ -283,35 +359,31 @@ class RunSettings(ModelSettings):
             raise ValueError(
                 "delivery exactly-once needs isolation_level read_committed: an aborted input record has no result"
             )
+        if self.http_token_for == "all" and not self.http_token:
+            raise ValueError("http_token_for all needs http_token, from WORKER_HTTP_TOKEN or WORKER_HTTP_TOKEN_FILE")
         if self.fetch_max_wait_ms >= self.request_timeout_ms:
             raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
         return self
 
+
+class ReplaySettings(EventSettings):
+    """Send dead letters back to the topics that they came from, each once."""
+
+    log_level: LogLevel = Field("warning", description="least severe level logged")
+    reason: Reasons = Field([], description="only dead letters of this reason; may be repeated; default: all")
+    since: Moment | None = Field(
+        None, description="only those written from then on: 2026-11-23T10:00Z, or how long ago: 30m, 2h, 7d"
+    )
+    until: Moment | None = Field(None, description="only those written before then, likewise")
+    dry_run: bool = Field(False, description="count them, and send nothing")
+    replay_group_id: str | None = Field(
+        None, min_length=1, description="consumer group that remembers what has been replayed; default: group_id.replay"
+    )
+
     @model_validator(mode="after")
-    def _is_secured_as_a_whole(self) -> Self:
-        if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
-            raise ValueError(
-                "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
-            )
-        if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
-            raise ValueError(
-                "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
-            )
-        if self.sasl_username and not self.sasl_mechanism:
-            raise ValueError("sasl_username goes with sasl_mechanism and security_protocol SASL_PLAINTEXT or SASL_SSL")
-        if self.http_token_for == "all" and not self.http_token:
-            raise ValueError("http_token_for all needs http_token, from WORKER_HTTP_TOKEN or WORKER_HTTP_TOKEN_FILE")
-        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-            if getattr(self, name) and not self.security_protocol.endswith("SSL"):
-                raise ValueError(
-                    f"{name} goes with security_protocol SSL or SASL_SSL; without them nothing is encrypted"
-                )
-        if self.ssl_keyfile and not self.ssl_certfile:
-            raise ValueError("ssl_keyfile needs ssl_certfile")
-        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-            path: Path | None = getattr(self, name)
-            if path and not path.is_file():
-                raise ValueError(f"{name} should be a PEM file, and {path} is none")
+    def _has_a_span(self) -> Self:
+        if self.since and self.until and moment_ms(self.since) >= moment_ms(self.until):
+            raise ValueError("since should be before until: nothing can be both")
         return self
 
 
@@ -500,6 +572,9 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
         raise WrongSetting(f"config: {path} cannot be read ({error.strerror}); it should be a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WrongSetting(f"config: {path} is not valid TOML: {error}") from None
+    if issubclass(kind, EventSettings):  # one file for the worker and its replays
+        others = RunSettings.model_fields.keys() - kind.model_fields.keys() - set(SECRETS)
+        values = {name: value for name, value in values.items() if name not in others}
     for name, value in values.items():
         if name in SECRETS:
             raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")

@@ -199,7 +199,8 @@ class Source:
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
         """Everything of this partition before ``next_offset`` has been published and committed."""
         assignment.under_way -= records
-        assignment.reach(next_offset)
+        if records:  # an offset alone is acknowledged already, and perhaps a later one too
+            assignment.reach(next_offset)
         assignment.committed = next_offset
         self._settled.set()
 

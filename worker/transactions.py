@@ -64,7 +64,7 @@ def due_at(
 
 
 def least_interval_s(partitions: int, commit_s: float) -> float:
-    """How far apart transactions of one partition are: as if those of all partitions were committed one by one.
+    """How far apart the transactions of a partition are at least, where so many commit: as if one did after the other.
 
     Nothing for a single partition, which cannot begin one before the last has ended.
     """
@@ -366,6 +366,7 @@ class Transactions:
         self._refusals: dict[TopicPartition, Refusals] = {}
         self._backoffs: dict[TopicPartition, Backoff] = {}
         self._in_doubt: dict[TopicPartition, list[Page]] = {}
+        self._troubled: set[TopicPartition] = set()  # their last transaction was lost
         self._waiting: set[TopicPartition] = set()  # for the producer that they need
         self._farewells: set[asyncio.Task[None]] = set()
         self._broken: list[BaseException] = []
@@ -408,8 +409,10 @@ class Transactions:
 
     def found(self, assignment: "Assignment", committed: int | None) -> None:
         """The committed offset, read after the partition was taken over: it tells what became of a commit in doubt."""
-        pages = self._in_doubt.pop(assignment.tp, None)
-        if pages and committed is not None and committed >= pages[-1].next_offset:
+        pages = self._in_doubt.pop(assignment.tp, [])
+        is_done = all(committed is not None and committed >= page.next_offset for page in pages)
+        if is_done:  # and nothing has to be committed again, which would tell that all is well
+            self._well(assignment.tp)
             for page in pages:
                 self._count(page.outcomes)
 
@@ -435,10 +438,9 @@ class Transactions:
         self.retire(assignment)
         self._refusals.pop(assignment.tp, None)
         self._in_doubt.pop(assignment.tp, None)
-        self._backoffs.pop(assignment.tp, None)
+        self._well(assignment.tp)
         if not self._writers:
-            for part in ("transactions", "publish"):
-                self._health.well(part)
+            self._health.well("publish")
 
     # For the pipeline.
 
@@ -494,14 +496,15 @@ class Transactions:
         return not self._room.is_set() and writer.weight * len(self._writers) >= self._weight
 
     def observe(self, publish_s: float, commit_s: float) -> None:
+        """How long a transaction took: to publish, and to commit beside others, which share what it costs."""
+        beside = sum(1 for writer in self._writers.values() if writer.committing)
         self._metrics.stage_seconds["publish"].observe(publish_s)
         self._metrics.stage_seconds["commit"].observe(commit_s)
-        self._commit_s = COST_MEMORY * self._commit_s + (1 - COST_MEMORY) * commit_s
+        self._commit_s = COST_MEMORY * self._commit_s + (1 - COST_MEMORY) * commit_s / max(1, beside)
 
     def committed(self, writer: Writer, pages: Sequence[Page], weight: int) -> None:
-        self._health.well("transactions")
         tp = writer.assignment.tp
-        self._backoffs.pop(tp, None)
+        self._well(tp)
         self._refusals[tp].forget_before(pages[-1].next_offset)
         for page in pages:
             if page.outcomes:
@@ -556,23 +559,33 @@ class Transactions:
         self._room.set()
 
     def _give_up(self, writer: Writer, reason: Lost) -> None:
-        tp, cause = writer.assignment.tp, reason.__cause__
+        tp = writer.assignment.tp
         self._metrics.kafka_errors.labels("transaction").inc()
         log.warning(
             "a transaction is given up, and its records are worked on again",
             extra={"partition": f"{tp.topic}-{tp.partition}", "reason": str(reason)},
         )
-        if isinstance(cause, GroupAuthorizationFailedError):
-            self._health.trouble("transactions", f"no permission to commit as group {self.group_id} (ACL)")
-        elif isinstance(cause, TopicAuthorizationFailedError):
-            self._health.trouble("transactions", "no permission to publish (ACL)")
-        elif not isinstance(cause, ProducerFenced):
-            self._health.trouble("transactions", f"cannot commit a transaction ({reason})")
-        self._backoffs.setdefault(tp, Backoff())
         if writer.assignment.is_owned:
             self._in_doubt[tp] = writer.committing
+            self._backoffs.setdefault(tp, Backoff())
+            if not isinstance(reason.__cause__, (ProducerFenced, *REFUSALS)):
+                self._troubled.add(tp)
+                self._health.trouble("transactions", self._why_it_was_lost(reason))
         self.retire(writer.assignment)
         self._owner.restart(writer.assignment)
+
+    def _why_it_was_lost(self, reason: Lost) -> str:
+        if isinstance(reason.__cause__, GroupAuthorizationFailedError):
+            return f"no permission to commit as group {self.group_id} (ACL)"
+        if isinstance(reason.__cause__, TopicAuthorizationFailedError):
+            return "no permission to publish (ACL)"
+        return f"cannot commit a transaction ({reason})"
+
+    def _well(self, tp: TopicPartition) -> None:
+        self._backoffs.pop(tp, None)
+        self._troubled.discard(tp)
+        if not self._troubled:
+            self._health.well("transactions")
 
     def retire(self, assignment: "Assignment") -> None:
         """This assignment's work is dropped; the partition may be taken over again."""

@@ -43,7 +43,7 @@ def test_each_record_becomes_what_the_oracle_says(
     hostile = records(SEED + len(input_format + output_mode), COMBINATIONS[input_format, output_mode])
     verdicts = {str(number): verdict(record, input_format, output_mode) for number, record in enumerate(hostile)}
     cases = {name: Case(hostile[int(name)], found.outcome) for name, found in verdicts.items()}
-    settings = {"input_format": input_format, "output_mode": output_mode}
+    settings = {"input_format": input_format, "output_mode": output_mode, "dead_letter_limit": 0}
     sizes = TopicSizes((4, 3, 2), ROOMY, ROOMY, ROOMY)
     story = play(kafka, workers, cases, settings=settings, sizes=sizes)
 

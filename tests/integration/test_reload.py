@@ -11,7 +11,7 @@ import pytest
 
 from tests.broker import Broker
 from tests.checkpoint import make_checkpoint
-from tests.process import Workers, WorkerProcess, workers_in
+from tests.process import WorkerProcess, Workers, workers_in
 from tests.topics import Kafka, Load, Topics, numbered
 from tests.waiting import wait_for
 

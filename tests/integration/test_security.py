@@ -1,6 +1,11 @@
 """A broker that demands credentials, certificates and permissions: what works, and what is said of what does not."""
 
 import asyncio
+import base64
+import http.client
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +14,14 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
-from tests.process import Workers, workers_in
+from tests.process import WorkerProcess, Workers, environment, workers_in
 from tests.scenario import wait_until_committed
 from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
 from worker.cluster import Connection, tls_context, wait_until_usable
 from worker.health import Health
+from worker.permissions import Permissions
 from worker.settings import WrongSetting
 
 pytestmark = pytest.mark.kafka
@@ -56,7 +62,9 @@ class Entrance:
 
     def connection(self) -> Connection:
         files = [self.settings.get(name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")]
-        context = tls_context(*(file and str(file) for file in files), None) if "SSL" in self._protocol else None
+        context = (
+            tls_context(*[str(file) if file else None for file in files], None) if "SSL" in self._protocol else None
+        )
         return Connection(
             (self.settings["bootstrap_servers"],),
             request_timeout_ms=10_000,
@@ -338,3 +346,149 @@ def test_a_permission_to_ask_about_a_topic_is_not_enough(
     worker.wait_until_ready()
     assert worker.terminate() == 0
     assert (kafka.count(topics.output), kafka.count(topics.dead_letters)) == (9, 1)
+
+
+def test_exactly_once_needs_its_transactional_ids(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
+    allow(secure, USER, topics, *NEEDED)
+    settings = {**entrance.settings, "delivery": "exactly-once"}
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
+    words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
+    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
+    assert len(worker.warnings(words)) == 1
+    assert "Traceback" not in worker.output
+    assert not kafka.read(topics.output)
+    name = f"{topics.group}/{topics.input}/0"
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
+    worker.wait_until_ready()
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert (len(kafka.read(topics.output)), len(kafka.read(topics.dead_letters))) == (9, 1)
+
+
+# --- Secrets ---
+
+TOKEN = "token-0123456789abcdef"
+KEY_PASSWORD = "password-of-the-key"
+GUESS = "guessed-by-a-client"
+
+
+def forms(secret: str) -> list[str]:
+    """A secret as it may be printed."""
+    plain = secret.encode()
+    login = f"\0{USER}\0{secret}".encode()
+    return [secret, plain.hex(), *(base64.b64encode(each).decode().rstrip("=")[:-1] for each in (plain, login))]
+
+
+def everything_served(worker: WorkerProcess) -> str:
+    """Each address with the token, without and with another one; what is no request; what does not exist."""
+    served = ""
+    port = int(worker.url.rpartition(":")[2])
+    for path in ("/", "/metrics", "/livez", "/readyz", "/reload", "/nowhere", f"/?token={GUESS}"):
+        for method in ("GET", "HEAD", "POST"):
+            for token in (None, TOKEN, GUESS):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                connection.request(method, path, headers={"Authorization": f"Bearer {token}"} if token else {})
+                answer = connection.getresponse()
+                served += f"{answer.status} {answer.reason} {answer.getheaders()} {answer.read(200_000)!r}"
+                connection.close()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+        raw.sendall(f"GET /metrics HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
+        served += repr(raw.recv(65_536))
+    return served
+
+
+@pytest.mark.parametrize("source", ["variables", "files"])
+@pytest.mark.parametrize("kind", ["well", "refused"])
+def test_no_secret_is_ever_printed_or_served(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path, source: str, kind: str
+) -> None:
+    certfile, keyfile = secure.authority.issue_files("with-a-password", password=KEY_PASSWORD)
+    entrance = by_login(
+        secure, "SCRAM-SHA-256" if kind == "well" else "PLAIN", ssl_certfile=certfile, ssl_keyfile=keyfile
+    )
+    password = PASSWORD if kind == "well" else "a-wrong-but-secret-one"
+    secrets = {"SASL_PASSWORD": password, "HTTP_TOKEN": TOKEN, "SSL_KEY_PASSWORD": KEY_PASSWORD}
+    variables = {}
+    for name, secret in secrets.items():
+        (tmp_path / name).write_text(secret)
+        (tmp_path / name).chmod(0o600)
+        by_file = source == "files"
+        variables[f"WORKER_{name}{'_FILE' if by_file else ''}"] = str(tmp_path / name) if by_file else secret
+    if kind == "well":
+        kafka.create_all(topics)
+        allow(secure, USER, topics, "input", "output", "group")  # and not the dead letters: that is told
+    settings = {**entrance.settings, "log_level": "debug", "http_token_for": "all"}
+    worker = secure_workers.start(topics, variables, **settings)
+    worker.wait_for_status("/livez", 200)
+    served = everything_served(worker)
+    if kind == "well":
+        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission")
+        allow(secure, USER, topics, "dead_letters")
+        kafka.send(topics.input, map(numbered, range(9)))
+        wait_until_committed(kafka, topics)
+        served += everything_served(worker)
+        assert "sentiment_worker_records_consumed_total" in served
+        assert worker.terminate() == 0
+    else:
+        assert worker.wait(120) == 2
+    assert '"level":"DEBUG"' in worker.output
+    for secret in secrets.values():
+        assert not [form for form in forms(secret) if form in worker.output + served]
+    assert not [form for form in forms(GUESS) if form in worker.output]
+
+
+def test_a_command_with_secrets_prints_none(tmp_path: Path) -> None:
+    secrets = {"SASL_PASSWORD": PASSWORD, "HTTP_TOKEN": "too-short-token", "SSL_KEY_PASSWORD": KEY_PASSWORD}
+    variables = {f"WORKER_{name}": secret for name, secret in secrets.items()}
+    for arguments in (["--help"], ["--sasl-password", PASSWORD], [], ["--nosuch", PASSWORD], ["--log-level", "loud"]):
+        command = [sys.executable, "-m", "worker", "run", *arguments]
+        done = subprocess.run(
+            command,
+            env={**environment(), **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == (0 if arguments == ["--help"] else 2)
+        for secret in secrets.values():
+            assert secret not in done.stdout + done.stderr
+
+
+# --- What may be done is asked without doing it ---
+
+
+async def test_permissions_are_found_out_one_by_one(secure: SecureKafka, kafka: Kafka, topics: Topics) -> None:
+    kafka.create(topics.input)
+    secure.forbid_all(USER)
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    secure.allow(USER, GROUP, topics.group, DESCRIBE)
+    name = f"{topics.group}/{topics.input}/0"
+    asked = {
+        "read": lambda it: it.may_read(topics.input),
+        "write": lambda it: it.may_write(topics.input),
+        "join": lambda it: it.may_join(topics.group),
+        "transact": lambda it: it.may_transact(name, topics.input),
+    }
+
+    async def answers() -> dict[str, bool]:
+        permissions = Permissions(by_login(secure, "PLAIN").connection())
+        await permissions.start([topics.input])
+        try:
+            return {what: await ask(permissions) for what, ask in asked.items()}
+        finally:
+            await permissions.close()
+
+    assert await answers() == dict.fromkeys(asked, False)
+    secure.allow(USER, TOPIC, topics.input, READ, WRITE)
+    secure.allow(USER, GROUP, topics.group, READ)
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
+    assert await answers() == dict.fromkeys(asked, True)
+    assert kafka.read(topics.input) == []

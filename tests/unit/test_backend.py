@@ -1,6 +1,7 @@
 """ONNX Runtime gives the lean network's logits; which forward is taken, kept and refused."""
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,3 +109,52 @@ def test_what_cannot_be_done_is_refused_in_a_sentence() -> None:
         choose(albert, backend="onnx", is_int8=False)
     with pytest.raises(BackendError, match="dtype int8 covers"):
         choose(albert, backend="auto", is_int8=True)
+
+
+def planted(network: torch.nn.Module, cache: Path, mode: int) -> Path:
+    """What a neighbour leaves under the name that the next export will have."""
+    file = export(network, is_int8=False)
+    file.write_bytes(b"planted")
+    file.chmod(mode)
+    return file
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
+def test_a_file_that_others_may_have_written_is_not_loaded(cache: Path, mode: int) -> None:
+    torch.manual_seed(11)
+    network = bert(num_hidden_layers=1)
+    file = planted(network, cache, mode)
+    with pytest.raises(PermissionError):
+        ExportedNetwork(file)
+    assert export(network, is_int8=False) == file
+    assert file.read_bytes() != b"planted"
+    assert file.stat().st_mode & 0o777 == 0o600
+    ExportedNetwork(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user, which root alone can")
+def test_a_file_of_another_user_is_not_loaded(cache: Path) -> None:
+    torch.manual_seed(12)
+    file = planted(bert(num_hidden_layers=1), cache, 0o600)
+    os.chown(file, 12_345, 12_345)
+    with pytest.raises(PermissionError):
+        ExportedNetwork(file)
+
+
+def test_a_folder_that_others_may_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "sentiment-worker" / "onnx"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    file = export(bert(num_hidden_layers=1), is_int8=False)
+    assert file.parent != folder
+    assert not list(folder.iterdir())
+    assert "others may write there" in caplog.text
+    ExportedNetwork(file)
+
+
+def test_the_cache_folder_is_this_users_alone(cache: Path) -> None:
+    export(bert(num_hidden_layers=1), is_int8=False)
+    assert cache.stat().st_mode & 0o777 == 0o700

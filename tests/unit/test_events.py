@@ -22,7 +22,9 @@ from worker.events import (
     dead_letter,
     has_timestamp,
     iso_time,
+    original,
     result_fields,
+    revived,
     smaller_dead_letters,
     tombstone,
 )
@@ -495,3 +497,77 @@ def test_any_object_that_is_enriched_reads_as_before_with_one_field_more(
         assert sentiment["label"] == "negative"
         without = published.replace(b',"sentiment":' + orjson.dumps(sentiment), b"")
         assert without == value
+
+
+# --- Dead letters back to records ---
+
+
+def as_letter(outgoing: Outgoing) -> FakeRecord:
+    return FakeRecord(outgoing.value, outgoing.key, outgoing.headers, TEN + 5, "dead", 0, 7)
+
+
+@pytest.mark.parametrize("timestamp", [TEN, 0, -1])
+def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
+    own = [("trace", b"1"), ("error.stage", b"the input's"), ("source.topic", None), ("event.id", b"me")]
+    record = FakeRecord(b"{", b"k", own, timestamp)
+    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    assert found is not None
+    assert found == (record.topic, 3, 1201, timestamp, b"k", b"{", own, "too_large", True)
+    outgoing = revived(found, Decoder().id_of(found))
+    assert outgoing.timestamp == (None if timestamp < 0 else timestamp)
+    assert outgoing.headers == [*own[:3], ("event.id", b"me"), ("replay.count", b"1")]
+    assert (outgoing.key, outgoing.value) == (b"k", b"{")
+
+
+def test_headers_that_others_have_added_behind_are_kept() -> None:
+    letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
+    letter.headers.append(("mirrored.by", b"x"))
+    found = original(as_letter(letter))
+    assert found is not None
+    assert found.headers == [("mirrored.by", b"x")]
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"1", b"2"), (b"41", b"42"), (b"x", b"1"), (None, b"1")])
+def test_a_replay_counts_on(before: bytes | None, after: bytes) -> None:
+    found = original(as_letter(dead_letter(FakeRecord(b"{", headers=[("replay.count", before)]), FAILURE, "1.0")))
+    assert found is not None
+    assert revived(found, "1").headers == [("event.id", b"1"), ("replay.count", after)]
+
+
+@pytest.mark.parametrize("smaller", [0, 1])
+def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
+    found = original(as_letter(smaller_dead_letters(FakeRecord(b"{"), FAILURE, "1.0")[smaller]))
+    assert found is not None
+    assert not found.is_whole
+
+
+@pytest.mark.parametrize(
+    "headers", [[], [("error.stage", b"decode")], [("error.stage", b"x"), ("source.offset", b"y")]]
+)
+def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
+    assert original(FakeRecord(b"{}", headers=headers)) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "id"),
+    [(b'{"id":7,"text":5}', "7"), (b"{", "texts-3-1201"), (b"[1]", "texts-3-1201"), (None, "texts-3-1201")],
+)
+def test_an_event_has_an_id_whatever_else_is_wrong(value: bytes | None, id: str) -> None:
+    assert Decoder().id_of(FakeRecord(value)) == id
+
+
+@pytest.mark.parametrize("depth", [900, 1_023, 1_024, 5_000])
+def test_a_large_number_changes_nothing_about_the_depth_that_is_read(depth: int) -> None:
+    for number in ("1", "1e999", "9" * 250 + "e99"):
+        value = f'{{"text":"да","x":{"[" * (depth - 1)}{number}{"]" * (depth - 1)}}}'
+        decoded = decode(value)
+        assert isinstance(decoded, Event) == (depth <= 1_024), number
+
+
+@pytest.mark.parametrize(
+    "number", ["1e999.5", "01e999", "--1e999", "1e999e9", "+1e999", "1e999 1", '1e999""', ".1e999"]
+)
+def test_a_large_number_that_is_no_json_stays_none(number: str) -> None:
+    decoded = decode(f'{{"text":"да","n":{number}}}')
+    assert isinstance(decoded, Failure)
+    assert decoded.reason == "invalid_json"

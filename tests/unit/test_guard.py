@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 import pytest
+import uvloop
 from aiohttp import web
 
 from worker import guard as guarding
@@ -103,6 +104,12 @@ class Server:
         return await client.receive(is_head=method == "HEAD")
 
 
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    """The worker's own loop: its transports and asyncio's differ."""
+    return uvloop.EventLoopPolicy()
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     server = await Server().start()
@@ -173,9 +180,10 @@ async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: 
         assert answer.headers["Cache-Control"] == "no-store"
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
     client = await server.connect()
-    await client.send(b"no HTTP at all\r\n\r\n")
+    await client.send(b"<b>no HTTP at all\r\n\r\n")
     answer = await client.receive()
     assert answer.status == 400
+    assert answer.body == b"Bad Request\n", "and nothing of the request"
     assert answer.headers["Server"] == "sentiment-worker"
 
 
@@ -294,7 +302,7 @@ async def test_a_head_without_end_is_not_collected(server: Server) -> None:
         while True:
             await client.send(b"x" * 65_536)
 
-    with pytest.raises(ConnectionError):
+    with pytest.raises((ConnectionError, RuntimeError)):  # uvloop says it by the latter
         await asyncio.wait_for(flood(), SECONDS)
 
 
@@ -388,6 +396,25 @@ async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.Log
     client = await closed.connect()
     await client.send(b"GET /livez HTTP/1.1\r\nAuthorization: Bearer my-own-token\x00\r\nBroken my-own-token\r\n\r\n")
     assert (await client.receive()).status == 400
+    no_http = await closed.connect()
+    await no_http.send(b"my-own-token\r\n\r\n")
+    assert (await no_http.receive()).status == 400
     await closed.ask("GET", "/metrics?my-own-token", {"Authorization": "Bearer my-own-token"})
     assert "my-own-token" not in caplog.text
     assert TOKEN not in caplog.text
+
+
+async def test_a_page_that_fails_says_so_without_words(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(_: web.Request) -> web.Response:
+        raise ValueError("text of an event")
+
+    await server.stop()
+    other = Server()
+    other._monitor._app.router.add_get("/fail", fail)
+    await other.start()
+    answer = await other.ask("GET", "/fail", {"Accept": "text/html"})
+    await other.stop()
+    assert answer.status == 500
+    assert b"text of an event" not in answer.body
+    assert "a request failed" in caplog.text
+    assert "text of an event" not in caplog.text

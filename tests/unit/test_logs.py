@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.protocol.admin import SaslAuthenticateRequest_v1
 
 from worker import logs
 
@@ -153,3 +154,13 @@ def test_configured_again_nothing_is_told_twice() -> None:
     logging.getLogger("worker").info("hello")
     assert first.getvalue() == ""
     assert len(json_lines(second)) == 1
+
+
+def test_requests_to_brokers_are_not_logged_even_at_debug() -> None:
+    """One of them holds the password."""
+    stream = configured("debug")
+    request = SaslAuthenticateRequest_v1(sasl_auth_bytes=b"user\x00user\x00hunter2")
+    logging.getLogger("aiokafka.conn").debug("Request to %s:%d %d: %s", "broker", 9092, 1, request)
+    logging.getLogger("aiokafka.consumer").debug("said")
+    assert "hunter2" not in stream.getvalue()
+    assert "said" in stream.getvalue()

@@ -52,12 +52,15 @@ TABLE = {
     "backend": "auto",
     "cpu_threads": "auto",
     "cache_size": 65_536,
+    "dead_letter_limit": 0.5,
+    "dead_letter_window": 1_000,
     "inference_timeout_s": 60,
     "drain_timeout_s": 20,
     "http_host": "127.0.0.1",
     "http_port": 8080,
     "http_token": None,
     "http_token_for": "changes",
+    "console_texts": False,
     "security_protocol": "PLAINTEXT",
     "sasl_mechanism": None,
     "sasl_username": None,
@@ -128,7 +131,7 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     _, listed = capsys.readouterr().out.split("options:")
     shown = re.sub(r"-\n\s+", "-", listed)  # argparse breaks lines at hyphens
     options = re.split(r"\n  (?=--)", shown)
-    described = {option.split()[0]: " ".join(option.split()) for option in options if option.startswith("--")}
+    described = {option.split()[0].rstrip(","): " ".join(option.split()) for option in options if option.startswith("--")}
     for name, default in TABLE.items():
         flag = "--" + name.replace("_", "-")
         if name in SECRETS:

@@ -1,0 +1,349 @@
+"""The scene of a run: a broker behind proxies, a fleet of workers that are started again when they end, and a feed."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+
+from tests.broker import Broker, Extras, free_port, start_broker
+from tests.chaos.auditor import Audit, Given, Seen, audit
+from tests.chaos.events import NUMBER, RESULT, TOMBSTONE, kind_of, record_of, score_of
+from tests.chaos.proxy import Proxy
+from tests.process import WorkerProcess
+from tests.topics import Kafka, Topics, sending_config
+from tests.waiting import wait_for
+
+PARTITIONS: Final = 6
+SLOTS: Final = 4  # workers at most; each has a listener of its own, behind a proxy of its own
+WORKERS: Final = 3
+SESSION_S: Final = 6.0
+TICK_S: Final = 0.02
+MODEL: Final = "tests.chaos.model"
+BACK_S: Final = 180.0  # to have done everything, once nothing disturbs any more
+
+
+class Feed(threading.Thread):
+    """Publishes the events 0 to `events` - 1 at a steady rate; outlives whatever happens to the broker."""
+
+    def __init__(self, bootstrap: str, topic: str, events: int, rate: float) -> None:
+        super().__init__(daemon=True)
+        config = {**sending_config(), "message.timeout.ms": 0, "enable.idempotence": True, "linger.ms": 5}
+        quiet = {"bootstrap.servers": bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 500}
+        self._producer = Producer({**quiet, **config, "error_cb": lambda _: None})
+        self._topic = topic
+        self._events = events
+        self._rate = rate
+        self._stopping = threading.Event()
+        self._refused: list[str] = []
+        self.offered = 0
+
+    def run(self) -> None:
+        began = time.monotonic()
+        while self.offered < self._events and not self._stopping.is_set():
+            due = min(self._events, int((time.monotonic() - began) * self._rate) + 1)
+            for number in range(self.offered, due):
+                self._send(number)
+            self.offered = max(due, self.offered)
+            self._producer.poll(0)
+            self._stopping.wait(TICK_S)
+
+    def _send(self, number: int) -> None:
+        record = record_of(number)
+        headers: list[Any] = list(record.headers)
+        self._producer.produce(self._topic, record.value, record.key, headers=headers, on_delivery=self._delivered)
+
+    def _delivered(self, error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            self._refused.append(str(error))
+
+    def finish(self) -> int:
+        """Waits for the last event; how many have been published."""
+        self.join()
+        assert self._producer.flush(120) == 0, "the feed could not publish everything"
+        assert not self._refused, f"the feed was refused: {self._refused[:3]}"
+        return self.offered
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self.is_alive():
+            self.join()
+
+
+@dataclass
+class Slot:
+    """One worker's place: its process comes and goes, the place and its way to the broker stay."""
+
+    name: str
+    proxy: Proxy
+    fault: Path
+    is_wanted: bool = False
+    worker: WorkerProcess | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    may_fail: bool = False  # an act makes this worker end with 1
+    is_leaving: bool = False
+    begins_at: float = 0.0
+
+
+class Fleet:
+    """Keeps a worker running in each wanted slot: whatever ends is started anew, as an orchestrator would.
+
+    `surprises` are endings that no act asked for, and log lines that no operator should ever see.
+    """
+
+    def __init__(self, slots: list[Slot], topics: Topics, folder: Path, settings: dict[str, Any]) -> None:
+        self.slots = slots
+        self._topics = topics
+        self._folder = folder
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self.surprises: list[str] = []
+        self.exits: dict[str, int] = {}
+        self.resident: list[tuple[float, int]] = []  # of the largest worker: when, and its bytes
+
+    def start(self, workers: int) -> None:
+        for slot in self.slots[:workers]:
+            slot.is_wanted = True
+            self._begin(slot)
+        self._watcher.start()
+
+    def running(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.worker is not None and slot.worker.is_running]
+
+    def begin_again(self, slot: Slot, after_s: float = 0.0) -> None:
+        """The slot is wanted, and its worker is started in so many seconds if none runs."""
+        with self._lock:
+            slot.begins_at = time.monotonic() + after_s
+            slot.is_wanted = True
+
+    def kill(self, slot: Slot, after_s: float) -> None:
+        with self._lock:
+            slot.begins_at = time.monotonic() + after_s
+            if slot.worker is not None:
+                slot.worker.kill()
+                self._ended(slot, "killed")
+
+    def terminate(self, slot: Slot, *, forever: bool = False) -> int:
+        """SIGTERM, and the exit code."""
+        with self._lock:
+            worker, slot.is_leaving = slot.worker, True
+            slot.is_wanted = slot.is_wanted and not forever
+        assert worker is not None
+        code = worker.terminate(60)
+        with self._lock:
+            slot.is_leaving = False
+            self._ended(slot, f"terminated: {code}", expected=code == 0)
+        return code
+
+    def stop(self) -> None:
+        """Ends every worker by SIGTERM."""
+        for slot in self.running():
+            self.terminate(slot, forever=True)
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        for slot in self.slots:
+            if slot.worker is not None and slot.worker.is_running:
+                slot.worker.kill()
+
+    def _begin(self, slot: Slot) -> None:
+        slot.worker = WorkerProcess(
+            self._folder,
+            MODEL,
+            {"FAULT_FILE": str(slot.fault), **slot.variables},
+            bootstrap_servers=f"127.0.0.1:{slot.proxy.port}",
+            input_topics=self._topics.input,
+            output_topic=self._topics.output,
+            dead_letter_topic=self._topics.dead_letters,
+            group_id=self._topics.group,
+            client_id=slot.name,
+            **self._settings,
+        )
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(0.25):
+            with self._lock:
+                for slot in self.slots:
+                    self._look_after(slot)
+            self._weigh()
+
+    def _look_after(self, slot: Slot) -> None:
+        if slot.is_leaving:
+            return
+        if slot.worker is not None and not slot.worker.is_running:
+            code = slot.worker.wait()
+            self._ended(slot, f"ended: {code}", expected=slot.may_fail and code == 1)
+        if slot.worker is None and slot.is_wanted and time.monotonic() >= slot.begins_at:
+            self._begin(slot)
+
+    def _ended(self, slot: Slot, how: str, expected: bool = True) -> None:
+        worker, slot.worker = slot.worker, None
+        self.exits[how] = self.exits.get(how, 0) + 1
+        assert worker is not None
+        if not expected:
+            self.surprises.append(f"{slot.name} {how}: {worker.output[-1500:]}")
+        for line in worker.lines("Traceback") + worker.lines("nobody foresaw"):
+            self.surprises.append(f"{slot.name} printed: {line}")
+
+    def _weigh(self) -> None:
+        sizes = [resident_bytes(slot.worker.pid) for slot in self.running() if slot.worker]
+        if sizes:
+            self.resident.append((time.monotonic(), max(sizes)))
+
+
+def resident_bytes(pid: int) -> int:
+    """Linux alone; 0 elsewhere, and for a process that has gone."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return 0
+
+
+@dataclass
+class Scene:
+    """All that acts may lay hands on."""
+
+    broker: Broker
+    kafka: Kafka
+    topics: Topics
+    fleet: Fleet
+    feed: Feed
+
+    @property
+    def proxies(self) -> list[Proxy]:
+        return [slot.proxy for slot in self.fleet.slots]
+
+    def results(self) -> int:
+        return self.kafka.count(self.topics.output)
+
+    def calm(self) -> None:
+        """Nothing is disturbed any more, and three workers run."""
+        self.broker.restore()
+        for slot in self.fleet.slots:
+            slot.proxy.set()
+            slot.fault.unlink(missing_ok=True)
+            slot.variables.clear()
+            slot.may_fail = False
+        for slot in self.fleet.slots[:WORKERS]:
+            self.fleet.begin_again(slot)
+
+    def finish(self) -> None:
+        """Waits until every event is fed and done, and ends the workers."""
+        self.feed.finish()
+        ends = self.kafka.ends(self.topics.input)
+
+        def left() -> int:
+            committed = self.kafka.committed(self.topics.group, self.topics.input)
+            return sum(ends.values()) - sum(committed.values())
+
+        wait_for(lambda: left() == 0, "every event to be committed", BACK_S, 1, lambda: f"({left()} are left)")
+        self.fleet.stop()
+
+    def audit(self) -> Audit:
+        """Blocks; reads every topic once."""
+        return audited(self.kafka, self.topics)
+
+
+@contextlib.contextmanager
+def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **settings: Any) -> Iterator[Scene]:
+    """A broker of its own, with its topics, `workers` running and the feed not yet started."""
+    ports = [free_port() for _ in range(2 * SLOTS)]
+    names = [f"WAY{number}" for number in range(SLOTS)]
+    extras = Extras(
+        {name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
+        {name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
+        {"offsets.retention.minutes": "10000"},
+    )
+    broker = start_broker(controllable=True, extras=extras)
+    host = broker.bootstrap.rpartition(":")[0]
+    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
+    slots = [
+        Slot(f"worker-{number}", Proxy(ports[SLOTS + number], f"{host}:{ports[number]}"), folder / f"fault-{number}")
+        for number in range(SLOTS)
+    ]
+    defaults = {"session_timeout_ms": int(SESSION_S * 1000), "inference_timeout_s": 6, "cpu_threads": 1}
+    fleet = Fleet(slots, topics, folder, {**defaults, **settings})
+    feed = Feed(broker.bootstrap, topics.input, events, rate)
+    try:
+        kafka.create_all(topics, PARTITIONS)
+        fleet.start(workers)
+        for slot in slots[:workers]:
+            if slot.worker:
+                slot.worker.wait_until_ready()
+        yield Scene(broker, kafka, topics, fleet, feed)
+    finally:
+        feed.stop()
+        fleet.close()
+        for slot in slots:
+            slot.proxy.close()
+        broker.close()
+
+
+# What came of it.
+
+
+def audited(kafka: Kafka, topics: Topics) -> Audit:
+    """Accounts for every event in these topics. Blocks; reads each once, with read_committed."""
+    given = (as_given(message) for message in read(kafka, topics.input))
+    output = (as_seen(message) for message in read(kafka, topics.output))
+    letters = (as_letter(message) for message in read(kafka, topics.dead_letters))
+    return audit(given, output, letters)
+
+
+def read(kafka: Kafka, topic: str, wait_s: float = 120) -> Iterator[Message]:
+    """Every committed record, partition after partition; AssertionError where one cannot be read to its end."""
+    config = {"bootstrap.servers": kafka.bootstrap, "group.id": "auditor", "isolation.level": "read_committed"}
+    consumer = Consumer({**config, "enable.auto.commit": False, "enable.partition.eof": True, "log_level": 0})
+    try:
+        for partition in range(len(kafka.partitions(topic))):
+            place = TopicPartition(topic, partition)
+            _, end = consumer.get_watermark_offsets(place, timeout=30)
+            consumer.assign([TopicPartition(topic, partition, 0)])
+            deadline, ended = time.monotonic() + wait_s, 0
+            while ended < end:  # past the last transaction, not only to what is committed by now
+                assert time.monotonic() < deadline, f"{topic}-{partition} cannot be read beyond {ended} of {end}"
+                for message in consumer.consume(5_000, timeout=0.5):
+                    if message.error() is None:
+                        yield message
+                    elif message.error().code() == KafkaError._PARTITION_EOF:
+                        ended = message.offset()
+                    else:
+                        raise AssertionError(f"{topic} cannot be read: {message.error()}")
+    finally:
+        consumer.close()
+
+
+def number_of(message: Message) -> int:
+    number = dict(message.headers() or ()).get(NUMBER)
+    return -1 if number is None else int(number)
+
+
+def as_given(message: Message) -> Given:
+    number = number_of(message)
+    kind = kind_of(number)
+    score = score_of(number) if kind == RESULT else 0.0
+    return Given(number, message.partition(), message.offset(), message.key(), kind, score)
+
+
+def as_seen(message: Message) -> Seen:
+    value = message.value()
+    if value is None:
+        return Seen(number_of(message), None, None, message.key(), TOMBSTONE)
+    result = orjson.loads(value)
+    source = result["source"]
+    return Seen(number_of(message), source["partition"], source["offset"], message.key(), RESULT, result["score"])
+
+
+def as_letter(message: Message) -> Seen:
+    headers = {name: value.decode() for name, value in message.headers() or () if value is not None}
+    place = int(headers["source.partition"]), int(headers["source.offset"])
+    return Seen(int(headers[NUMBER]), *place, message.key(), headers["error.reason"])

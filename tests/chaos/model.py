@@ -1,0 +1,111 @@
+"""The worker with a model that costs nothing and fails as told: `python -m tests.chaos.model run …`.
+
+The file `FAULT_FILE` says how it fails, as long as it is there: `raise`, `shape`, `memory` or `hang SECONDS`. A text's
+logits follow from the number in it, so that a result shows whose it is; on texts that begin with POISON it always fails.
+
+`MUTE_FILE`: while it is there, the process's first consumer is given no record. `SILENCE_S` and `RECORDS_PER_PRODUCER`
+lower the limits of those names.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer
+from numpy.typing import NDArray
+
+from benchmarks.costless import CostlessModel
+from tests.chaos.events import POISON, logit_of
+from worker import service, sink, source
+from worker.cli import main
+from worker.settings import RunSettings
+
+POISONED = -1
+
+
+class Tokens:
+    def __init__(self, ids: list[list[int]]) -> None:
+        self.ids = ids
+        self.truncated = [False] * len(ids)
+
+
+class FaultyModel(CostlessModel):
+    """A text is one token: the number at its end, or POISONED."""
+
+    name = "chaos@0"
+
+    def __init__(self, fault: Path | None) -> None:
+        self._fault = fault
+
+    def tokenize(self, texts: Sequence[str]) -> Any:
+        return Tokens([[POISONED if text.startswith(POISON) else number_in(text)] for text in texts])
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        what, _, seconds = self._fault_now().partition(" ")
+        if what == "hang":
+            time.sleep(float(seconds))
+        elif what == "memory":
+            raise MemoryError
+        elif what == "shape":
+            return np.zeros((len(ids), 2), dtype=np.float32)
+        if what == "raise" or any(tokens[0] == POISONED for tokens in ids):
+            raise RuntimeError("the model fails")
+        logits = np.zeros((len(ids), 3), dtype=np.float32)
+        logits[:, 2] = [logit_of(tokens[0]) for tokens in ids]
+        return logits
+
+    def _fault_now(self) -> str:
+        try:
+            return self._fault.read_text() if self._fault else ""
+        except FileNotFoundError:
+            return ""
+
+
+def number_in(text: str) -> int:
+    number = text.rpartition(" ")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def load(_: RunSettings) -> Any:
+    fault = os.environ.get("FAULT_FILE")
+    return FaultyModel(Path(fault) if fault else None)
+
+
+def lower_limits() -> None:
+    if "SILENCE_S" in os.environ:
+        source.SILENCE_S = float(os.environ["SILENCE_S"])  # type: ignore[misc]
+    if "RECORDS_PER_PRODUCER" in os.environ:
+        sink.Sink.__init__.__kwdefaults__["records_per_producer"] = int(os.environ["RECORDS_PER_PRODUCER"])
+
+
+def mute_first_consumer(file: Path) -> None:
+    made: list[AIOKafkaConsumer] = []
+
+    def is_mute(consumer: AIOKafkaConsumer) -> bool:
+        return consumer is made[0] and file.exists()
+
+    class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
+        def __init__(self, *topics: str, **options: Any) -> None:
+            super().__init__(*topics, **options)
+            made.append(self)
+
+        async def getmany(self, *places: Any, timeout_ms: int = 0, max_records: int | None = None) -> Any:
+            fetched = await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
+            if not is_mute(self):
+                return fetched
+            for place, records in fetched.items():
+                self.seek(place, records[0].offset)
+            return {}
+
+    source.AIOKafkaConsumer = Consumer
+
+
+if __name__ == "__main__":
+    service._loaded = load  # type: ignore[assignment]
+    lower_limits()
+    if "MUTE_FILE" in os.environ:
+        mute_first_consumer(Path(os.environ["MUTE_FILE"]))
+    main()

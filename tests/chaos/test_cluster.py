@@ -1,0 +1,63 @@
+"""Three brokers, replication 3, and one that leads is killed under load."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import NewTopic
+
+from tests.broker import UnavailableError
+from tests.chaos.cluster import Node, cluster
+from tests.chaos.conftest import BeginFeed
+from tests.chaos.driver import MODEL, audited
+from tests.process import workers_in
+from tests.scenario import wait_until_committed
+from tests.topics import Kafka, Topics
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[dict[int, Node]]:
+    try:
+        with cluster() as nodes:
+            yield nodes
+    except UnavailableError as reason:
+        pytest.skip(f"three brokers need Java: {reason}")
+
+
+@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def test_a_leader_is_killed_under_load(
+    nodes: dict[int, Node], topics: Topics, begin_feed: BeginFeed, tmp_path: Path, delivery: str
+) -> None:
+    everyone = ",".join(node.bootstrap for node in nodes.values())
+    kafka = Kafka(everyone)
+    names = (topics.input, topics.output, topics.dead_letters)
+    for made in kafka.admin.create_topics([NewTopic(name, 6, 3) for name in names]).values():
+        made.result(60)
+    with workers_in(everyone, Path("builtin"), tmp_path) as workers:
+        fleet = [workers.start(topics, module=MODEL, delivery=delivery).wait_until_ready() for _ in range(2)]
+        feed = begin_feed(kafka, topics, 20_000, 400)
+        for _ in range(2):
+            goal = kafka.count(topics.output) + 2_000
+            wait_for(lambda goal=goal: kafka.count(topics.output) > goal, "2,000 results more")  # type: ignore[misc]
+            leader = nodes[leader_of(kafka, topics.output)]
+            leader.kill()
+            wait_for(lambda leader=leader: leader_of(kafka, topics.output) != leader.number, "another leader")  # type: ignore[misc]
+            goal = kafka.count(topics.output) + 1_000
+            wait_for(lambda goal=goal: kafka.count(topics.output) > goal, "1,000 results more, without that broker")  # type: ignore[misc]
+            leader.start()
+        assert feed.finish() == 20_000
+        wait_until_committed(kafka, topics, 120)
+        assert all(worker.is_running for worker in fleet), "no worker ended over it"
+        assert [worker.terminate() for worker in fleet] == [0, 0]
+    found = audited(kafka, topics)
+    assert found.failures(delivery) == []
+    assert found.events == 20_000
+
+
+def leader_of(kafka: Kafka, topic: str) -> int:
+    """The node that leads the topic's first partition."""
+    leader: int = kafka.admin.list_topics(topic, timeout=30).topics[topic].partitions[0].leader
+    return leader

@@ -1,0 +1,56 @@
+"""The broker is away under load, for a minute in the long form; and a producer that is renewed in time."""
+
+import pytest
+
+from tests.broker import Broker
+from tests.chaos.conftest import IS_LONG, BeginFeed
+from tests.chaos.driver import MODEL, audited, resident_bytes
+from tests.process import Workers
+from tests.scenario import wait_until_committed
+from tests.topics import Kafka, Topics
+from tests.waiting import holds_for, wait_for
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
+
+OUTAGE_S = 60 if IS_LONG else 10
+RESUME_S = 15 if IS_LONG else 60  # CI machines are slow, and this is no benchmark
+GROWTH_BYTES = 50_000_000
+
+
+@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def test_a_long_outage_under_load(
+    fragile_broker: Broker, topics: Topics, fragile_light: Workers, begin_feed: BeginFeed, delivery: str
+) -> None:
+    kafka = Kafka(fragile_broker.bootstrap)
+    kafka.create_all(topics, 6)
+    worker = fragile_light.start(topics, module=MODEL, delivery=delivery).wait_until_assigned(6)
+    feed = begin_feed(kafka, topics, 1_000_000, 500)
+    wait_for(lambda: kafka.count(topics.output) > 5_000, "5,000 results")
+    before = resident_bytes(worker.pid)
+    fragile_broker.stop()
+    holds_for(lambda: worker.is_running and worker.status("/livez") == 200, "the worker is alive", OUTAGE_S, every=1)
+    fragile_broker.start()
+    done = kafka.count(topics.output)
+    wait_for(lambda: kafka.count(topics.output) > done, "new results", RESUME_S)
+    feed.stop()
+    feed.finish()
+    wait_until_committed(kafka, topics, 120)
+    assert resident_bytes(worker.pid) < before + GROWTH_BYTES
+    assert worker.terminate() == 0
+    assert audited(kafka, topics).failures(delivery) == []
+
+
+@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def test_a_producer_is_renewed_before_its_sequence_numbers_run_out(
+    kafka: Kafka, topics: Topics, light: Workers, begin_feed: BeginFeed, delivery: str
+) -> None:
+    """aiokafka's wrap wrongly. Here they may run to 3,000 alone: a few times what one transaction holds."""
+    kafka.create_all(topics, 6)
+    variables = {"RECORDS_PER_PRODUCER": "3000"}
+    worker = light.start(topics, variables, module=MODEL, delivery=delivery, log_level="debug").wait_until_ready()
+    feed = begin_feed(kafka, topics, 40_000, 4_000)
+    feed.finish()
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    assert len(worker.lines("Request to", "InitProducerId")) >= 40_000 // 3_000
+    assert audited(kafka, topics).failures("exactly-once") == []

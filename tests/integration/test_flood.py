@@ -1,0 +1,39 @@
+"""A flood of records that cannot be scored ends the worker before the topic is drained into the dead letters."""
+
+import pytest
+
+from tests.process import Workers
+from tests.scenario import letter_place, wait_until_committed
+from tests.topics import Kafka, Record, Topics, numbered, repeated
+
+pytestmark = pytest.mark.kafka
+
+
+def bad(number: int) -> Record:
+    return Record(b'{"txt": "%d"}' % number if number % 3 else b"<xml/>", b"key %d" % (number % 50))
+
+
+def test_a_flood_ends_the_worker_and_no_restart_repeats_a_dead_letter(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    kafka.create_all(topics, 2)
+    good = kafka.send(topics.input, map(numbered, range(3_000)))
+    flood = kafka.send(topics.input, map(bad, range(6_000)))
+    settings = {"max_batch_texts": 100, "dead_letter_window": 500}
+    for _ in range(2):
+        worker = workers.start(topics, **settings)
+        assert worker.wait(90) == 1
+        (sentence,) = worker.warnings("dead_letter_limit = 0.5")
+        assert "for missing_text" in sentence, "two in three are for that"
+        assert "Traceback" not in worker.output
+        letters = kafka.read(topics.dead_letters)
+        assert len(letters) < 2_000, "most of the flood is withheld"
+        committed = sum(kafka.committed(topics.group, topics.input).values())
+        assert committed == kafka.count(topics.output) + len(letters), "what is acknowledged is committed, and no more"
+        assert not repeated(map(letter_place, letters))
+
+    workers.start(topics, **settings, dead_letter_limit=0)
+    wait_until_committed(kafka, topics)
+    letters = kafka.read(topics.dead_letters)
+    assert sorted(map(letter_place, letters)) == sorted(record.place for record in flood)
+    assert kafka.count(topics.output) == len(good)

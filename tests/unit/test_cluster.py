@@ -1,0 +1,38 @@
+"""What the worker adds to aiokafka's connections."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.metadata import MetadataRequest
+from uvloop import new_event_loop
+
+from worker import cluster
+
+
+async def write_to_a_connection_that_was_reset() -> None:
+    """The transport has gone, and the task that reads from it has not run yet."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    connection = AIOKafkaConnection(host, port, request_timeout_ms=1000)
+    connection._reader, connection._writer = await asyncio.open_connection(host, port)
+    connection._closed_fut = asyncio.get_running_loop().create_future()
+    connection._read_task = asyncio.create_task(asyncio.sleep(0))
+    connection._versions = {}
+    connection._writer.transport.abort()
+    try:
+        await connection.send(MetadataRequest())
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_write_to_a_connection_that_was_reset(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    assert cluster.UNREACHABLE
+    with asyncio.Runner(loop_factory=factory) as runner, pytest.raises(KafkaConnectionError):
+        runner.run(write_to_a_connection_that_was_reset())

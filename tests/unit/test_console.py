@@ -1,0 +1,246 @@
+"""The console without a browser: what it tells, to whom, and what a client that does not listen can do."""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+from aiokafka import ConsumerRecord
+
+from worker import console as console_module
+from worker.console import PAGE, PER_SECOND, Console, Tap, content_security_policy, shown_settings
+from worker.events import Decoder, Failure
+from worker.guard import Guard
+from worker.health import Health
+from worker.metrics import Metrics
+from worker.monitor import Monitor
+from worker.sentiment import Sentiment
+from worker.settings import RunSettings, load
+
+SECRET = "a-token-that-nobody-may-see"
+GOOD = Sentiment("positive", 0.75, (0.1, 0.2, 0.85))
+BAD = Failure("decode", "invalid_json", "the value is not JSON at character 0")
+
+
+class Outcome(NamedTuple):
+    record: Any
+    failure: Failure | None
+    sentiment: Sentiment | None
+
+
+def outcome(number: int, *, value: bytes | None = None, failure: Failure | None = None) -> Outcome:
+    value = value or json.dumps({"id": f"e{number}", "text": f"текст {number}"}).encode()
+    record = ConsumerRecord("texts", 3, number, 1_000, 0, None, value, None, 0, len(value), [])
+    return Outcome(record, failure, None if failure else GOOD)
+
+
+def tap(*, texts: bool = False) -> Tap:
+    tap = Tap(Decoder(), texts=texts)
+    tap.is_open = True
+    return tap
+
+
+# What is taken from the pipeline.
+
+
+def test_nothing_is_taken_while_nobody_looks() -> None:
+    closed = Tap(Decoder(), texts=True)
+    closed([outcome(1)])
+    assert closed.take() == ([], [])
+
+
+def test_a_result_is_told_without_its_text() -> None:
+    open_tap = tap()
+    open_tap([outcome(1)])
+    ((_, id, label, score, latency_ms, text),), letters = open_tap.take()
+    assert (id, label, score, text) == ("e1", "positive", 0.75, None)
+    assert latency_ms > 0
+    assert not letters
+    assert open_tap.take() == ([], []), "told once"
+    assert len(open_tap.results) == 1, "kept for the next page"
+
+
+def test_texts_are_told_where_they_are_switched_on_and_cut() -> None:
+    open_tap = tap(texts=True)
+    open_tap([outcome(1), outcome(2, value=json.dumps({"id": "e2", "text": "я" * 1_000}).encode())])
+    results, _ = open_tap.take()
+    assert results[0][5] == "текст 1"
+    assert results[1][5] == "я" * 240 + "…"
+
+
+def test_a_dead_letter_is_told_with_its_place_and_reason() -> None:
+    open_tap = tap()
+    open_tap([outcome(7, value=b"{broken", failure=BAD)])
+    results, ((_, place, stage, reason, message),) = open_tap.take()
+    assert not results
+    assert (place, stage, reason, message) == ("texts-3 @ 7", "decode", "invalid_json", BAD.message)
+
+
+def test_a_flood_is_a_few_a_second() -> None:
+    open_tap = tap()
+    for begin in range(0, 5_000, 100):
+        open_tap([outcome(number, failure=BAD if number % 2 else None) for number in range(begin, begin + 100)])
+    results, letters = open_tap.take()
+    assert len(results) == len(letters) == PER_SECOND
+    for _ in range(50):
+        open_tap([outcome(number) for number in range(100)])
+        open_tap.take()
+    assert len(open_tap.results) == console_module.KEPT
+
+
+# The page.
+
+
+def test_the_page_is_small_and_asks_nobody_else() -> None:
+    page = PAGE.read_text()
+    assert len(PAGE.read_bytes()) < 40_000
+    assert set(re.findall(r"https?://[\w.]+", page)) == {"http://www.w3.org"}, "the namespace of SVG alone"
+    assert not re.search(r"\ssrc=|@import|url\(|\sstyle=|\son\w+=|innerHTML|eval\(", page)
+
+
+def test_the_policy_lets_the_pages_own_script_run_and_no_other() -> None:
+    policy = content_security_policy(PAGE.read_text())
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    other = content_security_policy(PAGE.read_text().replace('"use strict"', '"use strict "'))
+    assert other != policy
+
+
+def test_settings_are_shown_without_secrets() -> None:
+    settings = load(RunSettings, ["--group-id", "mine"], "test", {"WORKER_HTTP_TOKEN": SECRET})
+    shown = shown_settings(settings)
+    assert shown["group_id"] == "mine"
+    assert shown["http_token"] == "(hidden)"
+    assert SECRET not in repr(shown)
+
+
+# The stream.
+
+
+class Server:
+    def __init__(self) -> None:
+        self.metrics, self.health, self.tap = Metrics("test"), Health(), Tap(Decoder(), texts=False)
+        settings = load(RunSettings, [], "test", {"WORKER_HTTP_TOKEN": SECRET})
+        self.console = Console(self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3")
+        guard = Guard(host="127.0.0.1", token=SECRET)
+        self.monitor = Monitor(self.health, self.metrics, guard, port=0, parts=[self.console])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.monitor.port}"
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    await server.monitor.start()
+    yield server
+    await server.monitor.stop()
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as client:
+        yield client
+
+
+async def message(answer: aiohttp.ClientResponse) -> tuple[str, Any]:
+    kind = (await answer.content.readline()).decode().removeprefix("event: ").strip()
+    data = json.loads((await answer.content.readline()).decode().removeprefix("data: "))
+    assert await answer.content.readline() == b"\n"
+    return kind, data
+
+
+async def second_with(answer: aiohttp.ClientResponse, name: str) -> Any:
+    """The first second that has something of this name."""
+    while True:
+        kind, data = await message(answer)
+        assert kind == "second"
+        if data[name]:
+            return data[name]
+
+
+async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.ClientSession) -> None:
+    async with client.get(server.url + "/") as answer:
+        assert answer.status == 200
+        assert answer.content_type == "text/html"
+        assert "script-src 'sha256-" in answer.headers["Content-Security-Policy"]
+        assert await answer.read() == PAGE.read_bytes()
+
+
+async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
+    server: Server, client: aiohttp.ClientSession
+) -> None:
+    server.health.hold("model", "loading")
+    async with client.get(server.url + "/events") as answer:
+        kind, data = await message(answer)
+        assert (kind, data["version"], data["not_ready"]) == ("hello", "1.2.3", "model: loading")
+        assert data["settings"]["output_topic"] == "sentiment"
+        assert SECRET not in repr(data)
+        server.tap([outcome(5), outcome(6, failure=BAD)])
+        results = await second_with(answer, "results")
+        assert [result[1] for result in results] == ["e5"]
+    async with client.get(server.url + "/events") as answer:
+        kind, data = await message(answer)
+        assert kind == "hello"
+        assert [result[1] for result in data["results"]] == ["e5"], "there at once when the page is loaded again"
+        assert data["letters"][0][3] == "invalid_json"
+        assert data["history"], "the last minutes too"
+
+
+async def test_viewers_are_bounded(
+    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_module, "VIEWERS", 2)
+    async with client.get(server.url + "/events"), client.get(server.url + "/events"):
+        async with client.get(server.url + "/events") as answer:
+            assert answer.status == 503
+        async with client.get(server.url + "/livez") as answer:
+            assert answer.status == 200
+
+
+async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*_: Sequence[Any]) -> dict[str, Any]:
+        raise AssertionError("rendered for nobody")
+
+    monkeypatch.setattr(server.console, "_snapshot", snapshot)
+    for second in range(3):
+        server.console._show(float(second))
+    assert len(server.console._vitals.history) >= 3, "the history is kept all the same"
+
+
+async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nobody_up(
+    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filler = "x" * 400_000  # a page's second is a thousand bytes; this fills a socket at once
+    monkeypatch.setattr(server.console, "_snapshot", lambda *_: {"filler": filler})
+    monkeypatch.setattr(console_module, "STUCK_S", 2)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        slow.connect(("127.0.0.1", server.monitor.port))
+        slow.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with client.get(server.url + "/events") as answer:
+            await message(answer)
+            async with asyncio.timeout(30):
+                while server.console._viewers < 2:
+                    server.console._show(0.0)
+                    await message(answer)
+                while server.console._viewers == 2:
+                    server.console._show(0.0)
+                    assert (await message(answer))[0] == "second", "who reads goes on"
+            server.console._show(0.0)
+            assert (await message(answer))[0] == "second"
+
+
+async def test_the_end_of_the_worker_ends_the_stream(client: aiohttp.ClientSession) -> None:
+    server = Server()
+    await server.monitor.start()
+    async with client.get(server.url + "/events") as answer:
+        await message(answer)
+        await server.monitor.stop()
+        async with asyncio.timeout(10):
+            await answer.content.read()

@@ -1,0 +1,95 @@
+"""The last minutes in numbers, from metrics that count as the pipeline does."""
+
+import numpy as np
+import pytest
+
+from worker.metrics import Metrics
+from worker.vitals import HISTORY_S, Vitals, quantile
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("test")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def vitals(metrics: Metrics, clock: Clock) -> Vitals:
+    return Vitals(metrics, clock=clock, now=clock)
+
+
+def test_a_steady_stream_is_its_rate(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+    for _ in range(30):
+        clock.now += 1
+        metrics.consumed(["texts"] * 40)
+        metrics.published(["negative"] * 10 + ["positive"] * 30, [-0.5] * 10 + [0.9] * 30, [0.02] * 40)
+        sample = vitals.sample()
+    assert sample.events_per_s == 40
+    assert (sample.negative, sample.neutral, sample.positive) == (10, 0, 30)
+    assert sample.score == pytest.approx(0.55)
+    assert sample.p50_ms is not None
+    assert sample.p95_ms is not None
+    assert 10 < sample.p50_ms < sample.p95_ms <= 25
+    assert sample.at == 1_030
+
+
+def test_what_was_long_ago_is_forgotten(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+    metrics.consumed(["texts"])
+    metrics.published(["neutral"], [0.0], [5.0])
+    for _ in range(20):
+        clock.now += 1
+        sample = vitals.sample()
+    assert (sample.events_per_s, sample.neutral, sample.score, sample.p50_ms) == (0, 0, None, None)
+
+
+def test_lag_is_the_sum_of_records_and_the_oldest_age(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+    clock.now += 1
+    assert vitals.sample()[2:4] == (None, None), "no partition, no lag"
+    metrics.lag("texts", 0, 10, 1.5)
+    metrics.lag("texts", 1, 5, 7.25)
+    clock.now += 1
+    assert vitals.sample()[2:4] == (15, 7.2)
+
+
+def test_the_history_is_bounded(clock: Clock, vitals: Vitals) -> None:
+    for _ in range(HISTORY_S + 50):
+        clock.now += 1
+        vitals.sample()
+    assert len(vitals.history) == HISTORY_S
+    assert vitals.history[-1].at == int(clock.now)
+
+
+def test_stages_are_means_of_the_last_seconds(metrics: Metrics, vitals: Vitals) -> None:
+    metrics.stage_seconds["forward"].observe(100)
+    vitals.stages_ms()
+    for seconds in (0.010, 0.030):
+        metrics.stage_seconds["forward"].observe(seconds)
+    stages = vitals.stages_ms()
+    assert stages["forward"] == 20
+    assert stages["publish"] is None
+
+
+def test_dead_letters_are_counted_by_reason(metrics: Metrics, vitals: Vitals) -> None:
+    metrics.dead_lettered([("decode", "invalid_json"), ("decode", "invalid_json"), ("infer", "inference_failed")])
+    assert vitals.dead_letters() == {"invalid_json": 2, "inference_failed": 1}
+    assert vitals.counts()["dead_letters"] == 3
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "expected"),
+    [([0, 0, 0], 0.5, None), ([4, 0, 0], 0.5, 5.0), ([0, 10, 0], 0.5, 15.0), ([1, 1, 8], 0.95, 20.0)],
+)
+def test_quantiles_are_even_within_a_bucket(counts: list[int], share: float, expected: float | None) -> None:
+    assert quantile(np.array([10.0, 20.0]), np.array(counts), share) == expected

@@ -1,0 +1,213 @@
+"""``sentiment-worker check``: whether settings, model, brokers and machine are fit for ``run``. It only asks."""
+
+import asyncio
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from worker.cluster import UNREACHABLE, Connection, missing_topics, refuse_wrong_credentials
+from worker.permissions import Permissions
+from worker.settings import RunSettings, split_names
+from worker.tasks import within
+
+FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
+Verdict = Literal["ok", "warn", "fail"]
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, how it is, and if it is not well what to do."""
+
+    subject: str
+    verdict: Verdict
+    said: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<5} {self.subject:<12} {self.said}"
+
+
+def run(settings: RunSettings) -> int:
+    """Prints a line for each thing looked at, as soon as it is known. Blocks for as long as a model takes to load.
+
+    Answers with 0 where nothing fails, else 1. Raises UsersMistake where a setting is wrong, credentials among them.
+    """
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: RunSettings) -> int:
+    is_fit = True
+    async for finding in _findings(settings):
+        is_fit = is_fit and finding.verdict != "fail"
+        sys.stdout.write(f"{finding}\n")
+        sys.stdout.flush()
+    return 0 if is_fit else 1
+
+
+async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
+    yield Finding("settings", "ok", "they are valid, and fit together")
+    yield _disk()
+    yield _port(settings.http_host, settings.http_port)
+    yield await asyncio.to_thread(_model, settings)
+    async for finding in _kafka(settings):
+        yield finding
+
+
+# The machine.
+
+
+def _disk() -> Finding:
+    """Where checkpoints of the hub and exports of them are kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = next(each for each in (home, *home.parents) if each.exists())
+    free = shutil.disk_usage(folder).free
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        advice = "set XDG_CACHE_HOME to a folder that can be, or every start exports anew"
+        return Finding("disk", "warn", f"the cache folder {home} cannot be written ({error.strerror}); {advice}")
+    if free < FREE_BYTES:
+        return Finding("disk", "warn", f"{home} has {free >> 20} MiB left; a checkpoint and its export want 1 GiB")
+    return Finding("disk", "ok", f"{home} can be written and has {free >> 30} GiB left")
+
+
+def _port(host: str, port: int) -> Finding:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return Finding("http", "fail", f"cannot listen on {host}:{port} ({error.strerror}); set http_host or http_port")
+    return Finding("http", "ok", f"{host}:{port} is free")
+
+
+def _model(settings: RunSettings) -> Finding:
+    from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
+
+    model = SentimentModel.load_as_set(settings)
+    sentiment, _ = model.score(["Хорошо, спасибо."])[0]
+    if sentiment is None:
+        return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")
+    return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")
+
+
+# Kafka.
+
+
+async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
+    connection = Connection.as_set(settings)
+    admin = AIOKafkaAdminClient(**connection.options())
+    try:
+        await within(connection.request_timeout_s, admin.start())
+    except UNREACHABLE as error:
+        hint = await refuse_wrong_credentials(connection)
+        where = ", ".join(connection.bootstrap_servers)
+        yield Finding(
+            "brokers", "fail", f"{where} cannot be reached ({type(error).__name__}){hint}; check bootstrap_servers"
+        )
+        return
+    try:
+        async with asyncio.timeout(4 * connection.request_timeout_s):
+            brokers = (await admin.describe_cluster())["brokers"]
+            yield Finding("brokers", "ok", f"{len(brokers)} at {', '.join(connection.bootstrap_servers)}")
+            async for finding in _topics(settings, connection, admin):
+                yield finding
+    except UNREACHABLE as error:
+        yield Finding("brokers", "fail", f"they went away meanwhile ({type(error).__name__}); try again")
+    finally:
+        await within(5, admin.close())
+
+
+async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafkaAdminClient) -> AsyncIterator[Finding]:
+    roles = {
+        "input_topics": split_names(settings.input_topics),
+        "output_topic": (settings.output_topic,),
+        "dead_letter_topic": (settings.dead_letter_topic,),
+    }
+    missing = await missing_topics(admin, roles)
+    if missing:
+        yield Finding("topics", "fail", f"{missing}; create it, or name another")
+        return
+    names = [name for group in roles.values() for name in group]
+    topics = {topic["topic"]: topic for topic in await admin.describe_topics(names)}
+    yield Finding("topics", "ok", ", ".join(f"{name} ({len(topics[name]['partitions'])})" for name in names))
+    for name in names:
+        for finding in _partitions(topics[name], await _config(admin, name), is_output=name in names[-2:]):
+            yield finding
+    yield await _members(
+        settings.group_id, admin, sum(len(topics[name]["partitions"]) for name in roles["input_topics"])
+    )
+    async for finding in _permissions(settings, connection, roles):
+        yield finding
+
+
+def _partitions(topic: Mapping[str, Any], config: Mapping[str, str | None], *, is_output: bool) -> Iterator[Finding]:
+    name = topic["topic"]
+    leaderless = [each["partition"] for each in topic["partitions"] if each["leader"] < 0]
+    replicas = min(len(each["replicas"]) for each in topic["partitions"])
+    if leaderless:
+        yield Finding(
+            "partitions", "fail", f"{name} has partitions without a leader: {leaderless}; look at its brokers"
+        )
+    elif replicas == 1:
+        yield Finding(
+            "replicas", "warn", f"{name} has one replica a partition, and is lost with its broker; 3 are usual"
+        )
+    elif is_output and int(config.get("min.insync.replicas") or 1) < 2:
+        yield Finding(
+            "replicas",
+            "warn",
+            f"{name} has min.insync.replicas 1: what is acknowledged may be lost with a broker; set 2",
+        )
+    else:
+        yield Finding("replicas", "ok", f"{name} has {replicas} a partition")
+
+
+async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None]:
+    """A topic's settings; none where this user may not read them."""
+    answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name)])
+    return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
+
+
+async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> Finding:
+    answers = await admin.describe_consumer_groups([group])
+    members = sum(len(found[5]) for answer in answers for found in answer.groups)
+    if members >= partitions:
+        return Finding(
+            "workers",
+            "warn",
+            f"group {group} has {members} members for {partitions} partitions: one more would be idle",
+        )
+    return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+async def _permissions(
+    settings: RunSettings, connection: Connection, roles: Mapping[str, Iterable[str]]
+) -> AsyncIterator[Finding]:
+    permissions = Permissions(connection)
+    outputs = (settings.output_topic, settings.dead_letter_topic)
+    try:
+        await permissions.start(name for group in roles.values() for name in group)
+        asked = [(f"READ on topic {name}", await permissions.may_read(name)) for name in roles["input_topics"]]
+        asked += [(f"WRITE on topic {name}", await permissions.may_write(name)) for name in outputs]
+        asked.append((f"READ on group {settings.group_id}", await permissions.may_join(settings.group_id)))
+        if settings.delivery == "exactly-once":
+            for name in roles["input_topics"]:
+                ids = f"{settings.group_id}/{name}/0"
+                asked.append(
+                    (f"WRITE on transactional id {ids}", await permissions.may_transact(ids, settings.output_topic))
+                )
+    finally:
+        await permissions.close()
+    lacking = [what for what, is_allowed in asked if not is_allowed]
+    if lacking:
+        yield Finding("permissions", "fail", f"missing {'; '.join(lacking)}; add the ACL")
+    else:
+        yield Finding("permissions", "ok", "; ".join(what for what, _ in asked))

@@ -1,0 +1,54 @@
+"""When dead letters are a flood rather than an exception: their share of the newest records. Pure."""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+
+from worker.events import Reason
+
+
+class DeadLetterFlood(Exception):
+    """Too many of the newest records cannot be scored; the message names the commonest reason. Exit code 1."""
+
+
+class FloodGauge:
+    """Looks at each micro-batch before any of it is published.
+
+    The window is the newest micro-batches that together have at least ``window`` records; before there are so many, nothing
+    is judged. ``limit`` is the share of dead letters, 0 to 1, at which it is a flood; 0: never.
+    """
+
+    def __init__(self, *, limit: float, window: int) -> None:
+        self._limit = limit
+        self._window = window
+        self._batches: deque[tuple[int, Counter[Reason]]] = deque()
+        self._records = 0
+        self._reasons: Counter[Reason] = Counter()
+
+    def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
+        """``records`` of a micro-batch, and how many of them fail for which reason. Raises DeadLetterFlood."""
+        if not self._limit:
+            return
+        self._add(records, Counter(reasons))
+        while self._batches and self._records - self._batches[0][0] >= self._window:
+            self._forget_oldest()
+        failed = self._reasons.total()
+        if self._records >= self._window and failed >= self._limit * self._records:
+            raise DeadLetterFlood(self._sentence(failed))
+
+    def _add(self, records: int, reasons: Counter[Reason]) -> None:
+        self._batches.append((records, reasons))
+        self._records += records
+        self._reasons += reasons
+
+    def _forget_oldest(self) -> None:
+        records, reasons = self._batches.popleft()
+        self._records -= records
+        self._reasons -= reasons
+
+    def _sentence(self, failed: int) -> str:
+        (reason, times), *_ = self._reasons.most_common(1)
+        return (
+            f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
+            f"reaches dead_letter_limit = {self._limit:g}; the records from there on are neither published nor committed; "
+            "mend their producer or this worker's settings, or raise the limit (0: none)"
+        )

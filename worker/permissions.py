@@ -1,0 +1,98 @@
+"""What this user may do in Kafka, asked without doing it.
+
+A broker looks at permissions before it looks at what a request says. So each question is a request that has no effect and
+is refused for another reason where the permission is there: a produce without records, a heartbeat of nobody, a
+transaction of a producer that does not exist (https://kafka.apache.org/documentation/#operations_resources_and_protocols).
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, Final
+
+from aiokafka import TopicPartition
+from aiokafka.client import AIOKafkaClient
+from aiokafka.protocol.coordination import FindCoordinatorRequest
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.group import HeartbeatRequest
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.protocol.transaction import AddPartitionsToTxnRequest
+
+from worker.cluster import Backoff, Connection
+from worker.tasks import within
+
+NOT_AVAILABLE_YET: Final = 15  # of https://kafka.apache.org/protocol#protocol_error_codes
+TOPIC_REFUSED: Final = 29
+GROUP_REFUSED: Final = 30
+TRANSACTIONAL_ID_REFUSED: Final = 53
+NOBODY: Final = "nobody"
+PARTITION: Final = 0
+
+
+class Permissions:
+    """Asks one cluster. ``start`` before the first question, ``close`` after the last; each call takes a request's time.
+
+    Raises what is in ``cluster.UNREACHABLE``.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._timeout_s = connection.request_timeout_s
+        self._client = AIOKafkaClient(**connection.options())
+
+    async def start(self, topics: Iterable[str]) -> None:
+        """Connects, and learns who leads the partitions of ``topics``."""
+        await within(self._timeout_s, self._client.bootstrap())
+        for topic in topics:
+            self._client.add_topic(topic)
+        await within(self._timeout_s, self._client.force_metadata_update())
+
+    async def close(self) -> None:
+        await within(self._timeout_s, self._client.close())
+
+    async def may_read(self, topic: str) -> bool:
+        """READ on the topic."""
+        beyond_the_end = 2**62
+        request = FetchRequest(0, 0, 1, 0, [(topic, [(PARTITION, beyond_the_end, 1)])])
+        answer = await self._send(self._leader(topic), request)
+        return _codes(answer.topics) != {TOPIC_REFUSED}
+
+    async def may_write(self, topic: str) -> bool:
+        """WRITE on the topic."""
+        answer = await self._send(self._leader(topic), ProduceRequest(None, -1, 1_000, [(topic, [(PARTITION, b"")])]))
+        return _codes(answer.topics) != {TOPIC_REFUSED}
+
+    async def may_join(self, group: str) -> bool:
+        """READ on the group."""
+        code, node = await self._coordinator(0, group)
+        if code == GROUP_REFUSED:
+            return False
+        answer = await self._send(node, HeartbeatRequest(group, 0, NOBODY))
+        return bool(answer.error_code != GROUP_REFUSED)
+
+    async def may_transact(self, transactional_id: str, topic: str) -> bool:
+        """WRITE on the transactional id."""
+        code, node = await self._coordinator(1, transactional_id)
+        if code == TRANSACTIONAL_ID_REFUSED:
+            return False
+        answer = await self._send(node, AddPartitionsToTxnRequest(transactional_id, 2**62, 0, [(topic, [PARTITION])]))
+        return _codes(answer.errors) != {TRANSACTIONAL_ID_REFUSED}
+
+    async def _coordinator(self, kind: int, name: str) -> tuple[int, int]:
+        """An error code and who coordinates; the first that ever asks waits until Kafka has made the topic for it."""
+        backoff = Backoff()
+        async with asyncio.timeout(self._timeout_s):
+            while True:
+                answer = await self._send(self._client.get_random_node(), FindCoordinatorRequest(name, kind))
+                if answer.error_code != NOT_AVAILABLE_YET:
+                    return answer.error_code, answer.coordinator_id
+                await backoff.wait()
+
+    def _leader(self, topic: str) -> Any:
+        return self._client.cluster.leader_for_partition(TopicPartition(topic, PARTITION))
+
+    async def _send(self, node: Any, request: Any) -> Any:
+        return await within(self._timeout_s, self._client.send(node, request))
+
+
+def _codes(topics: Iterable[Any]) -> set[int]:
+    """The error codes of an answer's partitions: ``(topic, [(partition, code, …), …])`` each."""
+    return {partition[1] for _, partitions in topics for partition in partitions}

@@ -1,0 +1,158 @@
+"""The worker's last minutes in numbers: its metrics, read once a second, as rates, shares and quantiles."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import Counter, Gauge, Histogram
+
+from worker.metrics import QUEUES, STAGES, Metrics
+from worker.sentiment import LABELS
+
+HISTORY_S: Final = 300
+RATE_S: Final = 5  # what a rate is taken over: micro-batches come in lumps
+WINDOW_S: Final = 10  # what a quantile, a share or a mean is taken over
+
+
+class Sample(NamedTuple):
+    """One second. None where there was nothing to measure: no result, or no partition."""
+
+    at: int
+    """Seconds since 1970."""
+    events_per_s: float
+    lag_records: float | None
+    lag_s: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    negative: float
+    """Results a second, as the next two."""
+    neutral: float
+    positive: float
+    score: float | None
+
+
+class _Totals(NamedTuple):
+    at: float
+    consumed: float
+    labels: NDArray[np.float64]
+    scores: float
+    latencies: NDArray[np.int64]
+
+
+class Vitals:
+    """Use it from the event loop; nothing blocks. ``clock`` in seconds, ``now`` in seconds since 1970."""
+
+    def __init__(
+        self, metrics: Metrics, clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time
+    ) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._now = now
+        self._totals = deque([self._read()], maxlen=WINDOW_S + 1)
+        self._stages: deque[dict[str, tuple[float, float]]] = deque(maxlen=WINDOW_S + 1)
+        self.history: deque[Sample] = deque(maxlen=HISTORY_S)
+
+    def sample(self) -> Sample:
+        """Call it once a second; a tenth of a millisecond, and some more for each hundred partitions."""
+        new = self._read()
+        self._totals.append(new)
+        recent = self._totals[max(0, len(self._totals) - 1 - RATE_S)]
+        old = self._totals[0]
+        results = float((new.labels - old.labels).sum())
+        bounds = 1000 * self._metrics.end_to_end_seconds.read()[0]
+        latencies = new.latencies - old.latencies
+        lags = _values(self._metrics.lag_records)
+        negative, neutral, positive = ((new.labels - old.labels) / (new.at - old.at)).round(2).tolist()
+        sample = Sample(
+            int(self._now()),
+            round((new.consumed - recent.consumed) / (new.at - recent.at), 1),
+            sum(lags) if lags else None,
+            _rounded(max(_values(self._metrics.lag_seconds), default=None)),
+            _rounded(quantile(bounds, latencies, 0.5)),
+            _rounded(quantile(bounds, latencies, 0.95)),
+            negative,
+            neutral,
+            positive,
+            _rounded((new.scores - old.scores) / results if results else None, 3),
+        )
+        self.history.append(sample)
+        return sample
+
+    def stages_ms(self) -> dict[str, float | None]:
+        """Mean time of a micro-batch in each stage since some seconds ago, as far as this was called meanwhile."""
+        new = dict.fromkeys(STAGES, (0.0, 0.0))
+        for stage, histogram in self._metrics.stage_seconds.items():
+            new[stage] = _sum_and_count(histogram)
+        self._stages.append(new)
+        old = self._stages[0]
+        means = {
+            stage: (total - old[stage][0]) / (count - old[stage][1]) if count > old[stage][1] else None
+            for stage, (total, count) in new.items()
+        }
+        return {stage: _rounded(None if mean is None else 1000 * mean) for stage, mean in means.items()}
+
+    def queues(self) -> dict[str, float]:
+        return {queue: _values(self._metrics.queue_depth[queue])[0] for queue in QUEUES}
+
+    def dead_letters(self) -> dict[str, float]:
+        """By reason, since the start; reasons that never occurred are left out."""
+        samples = [sample for family in self._metrics.dead_letters.collect() for sample in family.samples]
+        return {sample.labels["reason"]: sample.value for sample in samples if sample.value}
+
+    def counts(self) -> dict[str, float]:
+        """What became of the records since the start."""
+        metrics = self._metrics
+        return {
+            "consumed": sum(_values(metrics.records_consumed)),
+            "results": sum(_values(metrics.results_published)),
+            "dead_letters": sum(_values(metrics.dead_letters)),
+            "tombstones": sum(_values(metrics.tombstones)),
+            "skipped": sum(_values(metrics.records_skipped)),
+            "partitions": sum(_values(metrics.assigned_partitions)),
+            "rebalances": sum(_values(metrics.rebalances)),
+            "cache_hits": sum(_values(metrics.cache_hits)),
+        }
+
+    def model(self) -> dict[str, str]:
+        """The labels of the model in use; empty while the first is loading."""
+        samples = [sample for family in self._metrics.model_info.collect() for sample in family.samples]
+        return dict(samples[-1].labels) if samples else {}
+
+    def _read(self) -> _Totals:
+        metrics = self._metrics
+        labels = np.array([_values(metrics.results_published.labels(label))[0] for label in LABELS])
+        _, latencies, _ = metrics.end_to_end_seconds.read()
+        return _Totals(
+            self._clock(), sum(_values(metrics.records_consumed)), labels, metrics.score.read()[2], latencies.copy()
+        )
+
+
+def quantile(bounds: NDArray[np.float64], counts: NDArray[np.int64], share: float) -> float | None:
+    """Of values counted in buckets, as Prometheus estimates it: even within a bucket, the last bound at most."""
+    total = int(counts.sum())
+    if not total:
+        return None
+    cumulated = counts.cumsum()
+    place = int(cumulated.searchsorted(share * total))
+    if place >= len(bounds):
+        return float(bounds[-1])
+    below = float(bounds[place - 1]) if place else 0.0
+    before = float(cumulated[place] - counts[place])
+    return below + (float(bounds[place]) - below) * (share * total - before) / float(counts[place])
+
+
+def _values(metric: Counter | Gauge) -> list[float]:
+    return [sample.value for family in metric.collect() for sample in family.samples]
+
+
+def _sum_and_count(histogram: Histogram) -> tuple[float, float]:
+    found = {sample.name[-4:]: sample.value for family in histogram.collect() for sample in family.samples}
+    return found["_sum"], found["ount"]
+
+
+def _rounded(number: float | None, digits: int = 1) -> float | None:
+    return None if number is None or not math.isfinite(number) else round(number, digits)
