@@ -9,9 +9,9 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
-SUITE ?= engine tokenizers worker load end_to_end
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
+SUITE ?= engine tokenizers worker load end_to_end
 
 .PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
 

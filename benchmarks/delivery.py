@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.common import RESULTS, alive, event, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.load import percentiles, publish_to_result_ms, resident_bytes
 from tests.broker import Broker, start_broker
-from tests.process import WorkerProcess, Workers, workers_in
+from tests.process import WorkerProcess, workers_in
 from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
 
@@ -48,6 +48,7 @@ def main() -> None:
         broker = start_broker()
         try:
             figures["machine"] = machine(broker)
+            figures.pop("note", None)
             bench = Bench(broker, checkpoint, folder, texts, options.rounds)
             for part in options.parts or PARTS:
                 figures[part] = getattr(bench, part)()
@@ -90,15 +91,27 @@ class Bench:
         }
 
     def _in_turns(self, events: int, module: str, **settings: object) -> dict[str, Any]:
-        topics = self._backlog(events, 4)
+        """Two workers, each with topics of its own and idle while the other one has its backlog."""
         speeds: dict[str, list[float]] = {delivery: [] for delivery in DELIVERIES}
-        for _ in range(self.rounds):
+        with self._workers() as workers:
+            pairs = {}
             for delivery in DELIVERIES:
-                with self._workers() as workers:
-                    worker, topics = self._start(workers, topics, delivery, module, **settings)
-                    speeds[delivery].append(speed(worker, events))
-                    assert worker.terminate() == 0
-            print({delivery: round(values[-1]) for delivery, values in speeds.items()}, flush=True)
+                topics = Topics.unique()
+                self.kafka.create_all(topics, 4)
+                pairs[delivery] = (
+                    topics,
+                    workers.start(topics, module=module, delivery=delivery, cache_size=0, **settings),
+                )
+            for _, worker in pairs.values():
+                wait_for(lambda worker=worker: alive(worker) and worker.status("/readyz") == 200, "the workers", 300)  # type: ignore[misc]
+            print("ready", flush=True)
+            for turn in range(self.rounds):
+                for delivery, (topics, worker) in pairs.items():
+                    begun = turn * events
+                    self._send(topics, events)
+                    speeds[delivery].append(speed(worker, begun, events))
+                print({delivery: round(values[-1]) for delivery, values in speeds.items()}, flush=True)
+            assert [worker.terminate() for _, worker in pairs.values()] == [0, 0]
         return {
             "events": events,
             "events_per_s": {delivery: [round(value) for value in values] for delivery, values in speeds.items()},
@@ -124,11 +137,14 @@ class Bench:
         return {**percentiles(times), "cpu": round(busy, 3), "commits_per_s": round(transactions / 15, 1)}
 
     def _carried(self, delivery: str, partitions: int) -> dict[str, Any]:
-        events = 100_000
-        topics = self._backlog(events, partitions)
+        events = 50_000
+        topics = Topics.unique()
+        self.kafka.create_all(topics, partitions)
         with self._workers() as workers:
-            worker, _ = self._start(workers, topics, delivery, COSTLESS)
-            figure = speed(worker, events)
+            worker = workers.start(topics, module=COSTLESS, delivery=delivery, cache_size=0)
+            worker.wait_until_assigned(partitions)
+            self._send(topics, events)
+            figure = speed(worker, 0, events)
             resident = resident_bytes(worker)
             assert worker.terminate() == 0
         steady = self._latency(delivery, partitions, STEADY_RATE, COSTLESS)
@@ -139,26 +155,14 @@ class Bench:
     def _workers(self) -> Any:
         return workers_in(self.kafka.bootstrap, self.checkpoint, self.folder)
 
-    def _backlog(self, events: int, partitions: int) -> Topics:
-        topics = Topics.unique()
-        self.kafka.create_all(topics, partitions)
+    def _send(self, topics: Topics, events: int) -> None:
         self.kafka.send(topics.input, (event(number, self.texts[number % len(self.texts)]) for number in range(events)))
-        return topics
-
-    @staticmethod
-    def _start(
-        workers: Workers, topics: Topics, delivery: str, module: str, **settings: object
-    ) -> tuple[WorkerProcess, Topics]:
-        """A worker that begins where the input begins, in a group of its own."""
-        fresh = Topics(topics.input, topics.output, topics.dead_letters, Topics.unique().group)
-        return workers.start(fresh, module=module, delivery=delivery, cache_size=0, **settings), fresh
 
 
-def speed(worker: WorkerProcess, events: int) -> float:
-    """Events per second that count as done, from a tenth of them to the last."""
-    wait_for(lambda: alive(worker) and worker.status("/metrics") == 200, "the worker")
-    begin = wait_for(lambda: done(worker, events // 10), "the first tenth", 120, every=POLL_S)
-    end = wait_for(lambda: done(worker, events), "all of it", 170, every=POLL_S)
+def speed(worker: WorkerProcess, begun: int, events: int) -> float:
+    """Events per second that count as done, from a tenth of them to the last; ``begun`` were done before."""
+    begin = wait_for(lambda: done(worker, begun + events // 10), "the first tenth", 120, every=POLL_S)
+    end = wait_for(lambda: done(worker, begun + events), "all of it", 170, every=POLL_S)
     return (end[1] - begin[1]) / (end[0] - begin[0])
 
 
@@ -178,6 +182,8 @@ def table(figures: dict[str, Any]) -> str:
     rows = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Load, worker and broker share them."
     ]
+    if "note" in figures:
+        rows += ["", f"Measured {figures['note']}."]
     asked = {"model": 0.8, "costless": 0.6}
     names = {"model": "a network of the card's architecture", "costless": "a model that costs nothing"}
     speeds = [part for part in asked if part in figures]

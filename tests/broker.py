@@ -49,8 +49,8 @@ class Extras:
     """
 
     listeners: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    advertised: Mapping[str, str] = field(default_factory=dict)
     properties: Mapping[str, str] = field(default_factory=dict)
+    advertised: Mapping[str, str] = field(default_factory=dict)
     cluster_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 

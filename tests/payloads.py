@@ -281,7 +281,7 @@ def _letter(rng: random.Random) -> str:
 
 
 def _string(rng: random.Random) -> str:
-    """A JSON string, as it is written: plain or escaped, now and then with half of a surrogate pair or with what is not JSON."""
+    """A JSON string, as it is written: plain or escaped, now and then half of a surrogate pair or what is not JSON."""
     choice = rng.random()
     if choice < 0.03:
         return rng.choice(

@@ -19,7 +19,7 @@ from tests.topics import Topics
 from tests.waiting import wait_for
 
 PREFIX = "sentiment_worker_"
-READY_SECONDS = 90
+READY_SECONDS = 180
 
 
 class Metrics:

@@ -30,7 +30,7 @@ class MicroBatcher(Generic[Source, Item]):
     def __init__(self, max_items: int, linger_s: float) -> None:
         self._max_items = max_items
         self._linger_s = linger_s
-        self._chunks: deque[tuple[Source, deque[Item], float]] = deque()
+        self._chunks: deque[tuple[Source, Sequence[Item], float]] = deque()
         self._size = 0
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class MicroBatcher(Generic[Source, Item]):
     def add(self, source: Source, items: Sequence[Item], now: float) -> None:
         """Items of one source, in order, that arrived at ``now``, in seconds of any steady clock."""
         if items:
-            self._chunks.append((source, deque(items), now))
+            self._chunks.append((source, items, now))
             self._size += len(items)
 
     def oldest(self) -> float | None:
@@ -58,15 +58,15 @@ class MicroBatcher(Generic[Source, Item]):
         room = self._max_items
         taken: list[tuple[Source, list[Item]]] = []
         while self._chunks and room:
-            source, items, _ = self._chunks[0]
-            run = [items.popleft() for _ in range(min(room, len(items)))]
+            source, items, arrived = self._chunks.popleft()
+            run = items[:room]
+            if len(items) > room:
+                self._chunks.appendleft((source, items[room:], arrived))
             room -= len(run)
             if taken and taken[-1][0] == source:
                 taken[-1][1].extend(run)
             else:
-                taken.append((source, run))
-            if not items:
-                self._chunks.popleft()
+                taken.append((source, list(run)))
         self._size -= self._max_items - room
         return taken
 

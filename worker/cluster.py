@@ -29,6 +29,7 @@ from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
 from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names
 from worker.tasks import cancelled, within
+from worker.unpacking import bound_unpacking
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
 aiokafka.client.MetadataRequest = _metadata_request
 aiokafka.admin.client.MetadataRequest = _metadata_request
+bound_unpacking()
 
 
 def _while_it_is_open(send: Callable[..., Any]) -> Callable[..., Any]:

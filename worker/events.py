@@ -4,12 +4,14 @@ The formats are those of the README's section on records.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from enum import Enum
-from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from functools import lru_cache, partial
+from itertools import chain, repeat
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import orjson
 
 from worker.sentiment import LABELS, Sentiment
@@ -29,6 +31,7 @@ Reason = Literal[
     "result_too_large",
 ]
 Headers = Sequence[tuple[str, bytes | None]]
+Row = TypeVar("Row", bound=tuple[Any, ...])
 
 CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
@@ -80,6 +83,11 @@ class Null(Enum):
 Decoded = Event | Failure | Null
 
 
+def rows(kind: type[Row], *columns: Iterable[Any]) -> list[Row]:
+    """Named tuples from columns, in half the time that calling ``kind`` for each would take."""
+    return list(map(tuple.__new__, repeat(kind), zip(*columns)))  # noqa: B905 - a column may repeat without end
+
+
 class Outgoing(NamedTuple):
     """A record to publish. ``timestamp`` in ms, None for now. Its headers are a list: aiokafka takes nothing else."""
 
@@ -98,8 +106,10 @@ class Decoder:
     ) -> None:  # fmt: skip
         self._is_text = input_format == "text"
         self._is_enriched = output_mode == "enrich"
-        self._text_path = text_field.split(".")
+        self._text_field = text_field
         self._id_path = id_field.split(".")
+        self._find_text = _finder(text_field.split("."))
+        self._find_id = _finder(self._id_path)
         self._max_text_chars = max_text_chars
 
     def decode(self, record: Record) -> Decoded:
@@ -132,19 +142,23 @@ class Decoder:
             fields = _loads(value)
         except orjson.JSONDecodeError as error:
             return _unreadable(value, error.pos)
-        if not isinstance(fields, dict):
+        if type(fields) is not dict:
             return _failure("not_an_object", "the value is JSON, but not an object")
-        text = _look_up(fields, self._text_path)
-        if text is _MISSING:
-            return _failure("missing_text", f"the object has no field {'.'.join(self._text_path)}")
-        if not isinstance(text, str):
-            return _failure("text_not_string", f"the field {'.'.join(self._text_path)} is not a string")
+        text = self._find_text(fields)
+        if type(text) is not str:
+            return self._without_text(text)
         failure = self._checked(text)
         if failure:
             return failure
         if self._is_enriched and ENRICHED_FIELD in fields:
             return _failure("field_exists", f"the object has a field {ENRICHED_FIELD} already")
-        return Event(self._id(record, value, fields), text)
+        id = self._find_id(fields)
+        return Event(id if type(id) is str else self._id(record, value, id), text)
+
+    def _without_text(self, found: Any) -> Failure:
+        if found is _MISSING:
+            return _failure("missing_text", f"the object has no field {self._text_field}")
+        return _failure("text_not_string", f"the field {self._text_field} is not a string")
 
     def _checked(self, text: str) -> Failure | None:
         if len(text) > self._max_text_chars:
@@ -153,10 +167,7 @@ class Decoder:
             return _failure("empty_text", "the text is empty or white space")
         return None
 
-    def _id(self, record: Record, value: bytes, fields: dict[str, Any]) -> str:
-        found = _look_up(fields, self._id_path)
-        if isinstance(found, str):
-            return found
+    def _id(self, record: Record, value: bytes, found: Any) -> str:
         if type(found) in (int, float) and (abs(found) >= 2**63 or (found == 0 and b"-0" in value)):
             digits = _look_up(_loads_with_digits(value), self._id_path)  # orjson reads these as a float, and -0 as 0
             found = digits if isinstance(digits, str) else found
@@ -166,27 +177,65 @@ class Decoder:
 
 
 class Encoder:
-    """Event and sentiment → result bytes."""
+    """Events and sentiments → result bytes."""
 
     def __init__(self, *, output_mode: str = "result") -> None:
         self._is_enriched = output_mode == "enrich"
 
     def encode(
-        self, record: Record, event: Event, sentiment: Sentiment, truncated: bool, model: str, processed_at: str
-    ) -> Outgoing | Failure:
-        """The result record of one event; ``model`` is who scored it, name@revision, ``processed_at`` as of ``iso_time``."""
-        try:
-            event_time = iso_time(record.timestamp) if has_timestamp(record) else None
-        except (ValueError, OverflowError):
-            return Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
-        source = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-        result = result_fields(event.id, sentiment, truncated, model, source, event_time, processed_at)
-        value = orjson.dumps(result)
+        self,
+        records: Sequence[Record],
+        events: Sequence[Event],
+        sentiments: Sequence[Sentiment],
+        truncated: Sequence[bool],
+        model: str,
+        processed_at: str,
+    ) -> list[Outgoing | Failure]:
+        """The result records of N events of one partition.
+
+        ``model`` is who scored them, name@revision; ``processed_at`` is as of ``iso_time``. The value has the bytes that
+        ``orjson.dumps`` makes of ``result_fields``, and takes a third of the time.
+        """
+        if not records:
+            return []
+        timestamps = [record.timestamp for record in records]
+        event_times = list(map(_json_time, timestamps))
+        columns = (
+            [orjson.dumps(event.id) for event in events],
+            [_LABEL_BYTES[sentiment.label] for sentiment in sentiments],
+            *_decimals(sentiments),
+            [b"true" if is_cut else b"false" for is_cut in truncated],
+            [record.offset for record in records],
+            event_times,
+        )
+        values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
         if self._is_enriched:
-            value = _spliced(record.value or b"", value)
-        headers = [header for header in record.headers if header[0].lower() != CONTENT_TYPE]
-        headers.append((CONTENT_TYPE, b"application/json"))
-        return Outgoing(record.key, value, headers, record.timestamp if event_time else None)
+            values = [_spliced(record.value or b"", value) for record, value in zip(records, values, strict=True)]
+        results: list[Outgoing | Failure] = [
+            *rows(
+                Outgoing,
+                [record.key for record in records],
+                values,
+                [_as_json(record.headers) for record in records],
+                [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)],
+            )
+        ]
+        if _BEYOND in event_times:
+            for place in [place for place, time in enumerate(event_times) if time is _BEYOND]:
+                results[place] = Failure(
+                    "publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999"
+                )
+        return results
+
+
+def _template(record: Record, model: str, processed_at: str) -> bytes:
+    """Of the results of one partition; takes what differs between them, as JSON, in order."""
+    by, topic, now = (orjson.dumps(word).replace(b"%", b"%%") for word in (model, record.topic, processed_at))
+    return (
+        b'{"id":%%b,"label":%%b,"score":%%b,'
+        b'"probabilities":{"negative":%%b,"neutral":%%b,"positive":%%b},"truncated":%%b,"model":%b,'
+        b'"source":{"topic":%b,"partition":%d,"offset":%%d},"event_time":%%b,"processed_at":%b}'
+    ) % (by, topic, record.partition, now)
 
 
 def result_fields(
@@ -292,6 +341,21 @@ def iso_time(milliseconds: float) -> str:
     return f"{_iso_second(seconds)}.{rest:03d}Z"
 
 
+_NO_TIME: Final = b"null"
+_BEYOND: Final = b"beyond the year 9999"
+
+
+@lru_cache(maxsize=4096)
+def _json_time(timestamp: int | None) -> bytes:
+    """A record's timestamp as a result has it; _BEYOND where it cannot be written."""
+    if timestamp is None or timestamp < 0:
+        return _NO_TIME
+    try:
+        return orjson.dumps(iso_time(timestamp))
+    except (ValueError, OverflowError):
+        return _BEYOND
+
+
 @lru_cache(maxsize=64)  # neighbours share their second
 def _iso_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
@@ -354,6 +418,13 @@ def _quoted(literal: re.Match[bytes]) -> bytes:
     return _smaller(literal)
 
 
+def _finder(path: list[str]) -> Callable[[dict[str, Any]], Any]:
+    """Finds a field of an object by its path; answers with _MISSING where it is not."""
+    if len(path) > 1:
+        return partial(_look_up, path=path)
+    return lambda fields: fields.get(path[0], _MISSING)
+
+
 def _look_up(fields: Any, path: list[str]) -> Any:
     for name in path:
         if not isinstance(fields, dict) or name not in fields:
@@ -386,8 +457,28 @@ def _spliced(own: bytes, result: bytes) -> bytes:
     return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])
 
 
+def _as_json(headers: Headers) -> list[tuple[str, bytes | None]]:
+    """The input's headers with the result's content type in place of theirs."""
+    if not headers:
+        return _JSON_HEADERS
+    return [header for header in headers if header[0].lower() != CONTENT_TYPE] + _JSON_HEADERS
+
+
+_JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
+_LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
+_MILLIONTHS: Final = 1_000_000
+
+
 def _six(number: float) -> float:
-    return round(number, 6) + 0.0  # no negative zero
+    return round(number * _MILLIONTHS) / _MILLIONTHS  # of integers: no negative zero
+
+
+def _decimals(sentiments: Sequence[Sentiment]) -> list[list[bytes]]:
+    """Scores and probabilities as ``orjson.dumps`` writes what ``_six`` makes of them: four columns."""
+    numbers = chain.from_iterable((sentiment.score, *sentiment.probabilities) for sentiment in sentiments)
+    six = np.rint(np.fromiter(numbers, float) * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
+    written = orjson.dumps(six, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    return [written[column::4] for column in range(4)]
 
 
 def _count(value: bytes | None) -> int:

@@ -28,7 +28,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
-OPERATIONS = ("connect", "consume", "read", "publish", "commit", "lag")
+OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads

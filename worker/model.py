@@ -89,6 +89,7 @@ class SentimentModel:
         max_tokens: int,
         max_batch_tokens: int,
         padding: int,
+        closing: int,
     ) -> None:
         self.name = name
         self.activation: Activation = activation
@@ -102,6 +103,7 @@ class SentimentModel:
         self._run = run
         self._columns = columns
         self._padding = padding
+        self._closing = closing
 
     @classmethod
     def load(
@@ -188,6 +190,7 @@ class SentimentModel:
             max_tokens=longest,
             max_batch_tokens=max_batch_tokens,
             padding=padding,
+            closing=_closing_tokens(tokenizer),
         )
 
     @classmethod
@@ -219,14 +222,18 @@ class SentimentModel:
                 ids[index] = padding
         return Tokens(ids, truncated)
 
-    def _cut(self, text: str, ids: Ids, length: int) -> tuple[Ids, bool]:
-        """The ids of one text, of which those of the first ``length`` characters are given, and whether it was cut."""
+    def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
+        """The ids of one text, of which those of its first ``prefix`` characters are given, and whether it was cut."""
+        length = prefix
         while len(ids) <= self.max_tokens + WORD_TOKENS and length < len(text):
-            length *= 4
+            length = length * 4 if length == prefix else len(text)  # each text is looked at three times at most
             (ids,) = self._encode([_prefix(text, length)])
         if len(ids) <= self.max_tokens:
             return ids, False
-        return self._encode([_prefix(text, length)], self.max_tokens)[0], True
+        if length == prefix:
+            return self._encode([_prefix(text, length)], self.max_tokens)[0], True
+        last = len(ids) - self._closing  # to have it cut would take as long again
+        return np.concatenate([ids[: self.max_tokens - self._closing], ids[last:]]), True
 
     def logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """Logits (N, 3), columns as LABELS, of N tokenized texts in one pass of the network.
@@ -278,6 +285,12 @@ class SentimentModel:
         for batch, answer in zip(batches, answers, strict=True):
             logits[batch] = answer
         return logits
+
+
+def _closing_tokens(tokenizer: Any) -> int:
+    """How many special tokens stand behind each text, such as [SEP]."""
+    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(mask[::-1].index(0)) if 0 in mask else 0
 
 
 def _prefix(text: str, length: int) -> str:

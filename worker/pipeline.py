@@ -11,10 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, compress
 from typing import Any, Final
-
-from aiokafka import ConsumerRecord
 
 from worker.events import (
     Decoded,
@@ -34,15 +32,17 @@ from worker.events import (
 from worker.flood import FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
+from worker.records import Record
 from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tasks import cancelled
+from worker.tasks import cancelled, within
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 512  # records handled before the event loop may do something else: some 10 ms
+SLICE: Final = 1_024  # records handled before the event loop may do something else: some milliseconds
+ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
 
@@ -59,9 +59,10 @@ class Part:
     """The records of one assignment in a micro-batch. ``first_text`` is where their texts begin in its job."""
 
     assignment: Assignment
-    records: Sequence[ConsumerRecord]
+    records: Sequence[Record]
     decoded: list[Decoded]
     first_text: int
+    outcomes: "list[Outcome]" = field(default_factory=list)  # once they are scored
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class MicroBatch:
 class Outcome:
     """What becomes of one record: something to publish, or nothing; why, if it failed; and what to count."""
 
-    record: ConsumerRecord
+    record: Record
     outgoing: Outgoing | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
@@ -99,6 +100,7 @@ class Stages:
 
     tokenized: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
     scored: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
+    encoded: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(ENCODED))
 
 
 class Pipeline:
@@ -159,6 +161,7 @@ class Pipeline:
             "watch": asyncio.create_task(self._inference.watch()),
             "tokenize": asyncio.create_task(self._tokenize(stages)),
             "score": asyncio.create_task(self._score(stages)),
+            "encode": asyncio.create_task(self._encode(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
         }
         if self._transactions:
@@ -195,7 +198,7 @@ class Pipeline:
 
     async def _finish(self, tasks: dict[str, asyncio.Task[None]], deadline: float) -> BaseException | None:
         """Lets the stages run empty. Answers with what went wrong, if anything did."""
-        stages = [tasks[name] for name in ("tokenize", "score", "publish")]
+        stages = [tasks[name] for name in ("tokenize", "score", "encode", "publish")]
         timeout_s = max(0.0, deadline - time.monotonic())
         await asyncio.wait(stages, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         broken = _first_error(stages)
@@ -209,14 +212,18 @@ class Pipeline:
     async def _finish_scored(self, tasks: dict[str, asyncio.Task[None]], stages: Stages, deadline: float) -> None:
         """Publishes what inference has finished, and nothing that it has not."""
         await cancelled([tasks["tokenize"], tasks["score"]])
-        publish = tasks["publish"]
+        encode, publish = tasks["encode"], tasks["publish"]
         if publish.done():
+            if self._transactions:  # what was handed over before it broke
+                with contextlib.suppress(Exception):
+                    await within(max(0.0, deadline - time.monotonic()), self._transactions.finish())
             return
+        last = stages.encoded if encode.done() else stages.scored
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                closing = asyncio.create_task(stages.scored.put(None))
-                await asyncio.wait({publish, closing}, return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait({publish})
+                closing = asyncio.create_task(last.put(None))
+                await asyncio.wait({encode, publish, closing}, return_when=asyncio.FIRST_EXCEPTION)
+                await asyncio.wait({publish} if encode.done() and encode.exception() else {encode, publish})
 
     # Stages.
 
@@ -239,35 +246,44 @@ class Pipeline:
             await stages.scored.put(batch)
         await stages.scored.put(None)
 
-    async def _publish(self, stages: Stages) -> None:
+    async def _encode(self, stages: Stages) -> None:
+        """Encodes beside publishing: what is ready when a micro-batch has been acknowledged goes out as one.
+
+        With transactions they take over from here.
+        """
         while (batch := await stages.scored.get()) is not None:
             self._metrics.queue_depth["scored"].dec(len(batch))
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
             self._flood.look_at(len(batch), batch.failures())
-            if self._transactions:
-                await self._hand_over(batch, self._transactions)
-                continue
+            for part in batch.parts:
+                for outcomes in self._outcomes(part, batch.job):
+                    if self._transactions:  # which count and acknowledge them once they are committed
+                        await self._transactions.put(part.assignment, outcomes)
+                    else:
+                        part.outcomes += outcomes
+                    await asyncio.sleep(0)
+            if not self._transactions:
+                await stages.encoded.put(batch)
+        if self._transactions:
+            await self._transactions.finish()
+        await stages.encoded.put(None)
+
+    async def _publish(self, stages: Stages) -> None:
+        while batches := await _all_there_is(stages.encoded):
+            for batch in batches:
+                self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
-            outcomes = self._outcomes(batch)
-            while some := list(islice(outcomes, SLICE)):
+            parts = [part for batch in batches for part in batch.parts]
+            outcomes = list(chain.from_iterable(part.outcomes for part in parts))
+            for begin in range(0, len(outcomes), SLICE):
+                some = outcomes[begin : begin + SLICE]
                 await self._deliver(some, self._sink)
                 self._count(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
-            for part in batch.parts:
+            for part in parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
-        if self._transactions:
-            await self._transactions.finish()
-
-    async def _hand_over(self, batch: MicroBatch, transactions: Transactions) -> None:
-        """To their partitions' transactions, which count and acknowledge them once they are committed."""
-        outcomes = self._outcomes(batch)
-        for part in batch.parts:
-            for begin in range(0, len(part.records), SLICE):
-                count = min(SLICE, len(part.records) - begin)
-                await transactions.put(part.assignment, list(islice(outcomes, count)))
-                await asyncio.sleep(0)
 
     def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:
         for part in parts:
@@ -288,29 +304,52 @@ class Pipeline:
             texts.extend(event.text for event in decoded if isinstance(event, Event))
         return parts, texts
 
-    def _outcomes(self, batch: MicroBatch) -> Iterator[Outcome]:
+    def _outcomes(self, part: Part, job: Job) -> Iterator[list[Outcome]]:
+        """By slices, of which each holds up the event loop for some milliseconds."""
         processed_at = iso_time(time.time() * 1000)
-        for part in batch.parts:
-            place = part.first_text
-            for record, decoded in zip(part.records, part.decoded, strict=True):
-                if isinstance(decoded, Event):
-                    yield self._result(record, decoded, batch.job, place, processed_at)
-                    place += 1
-                elif isinstance(decoded, Failure):
-                    yield self._dead_letter(record, decoded)
-                else:
-                    yield Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
+        first_text = part.first_text
+        for begin in range(0, len(part.records), SLICE):
+            records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
+            are_events = [type(event) is Event for event in decoded]
+            events: list[Event] = list(compress(decoded, are_events))  # type: ignore[arg-type]
+            results = iter(self._results(list(compress(records, are_events)), events, job, first_text, processed_at))
+            yield [
+                next(results) if is_event else self._without_text(record, event)  # type: ignore[arg-type]
+                for record, event, is_event in zip(records, decoded, are_events, strict=True)
+            ]
+            first_text += len(events)
 
-    def _result(self, record: ConsumerRecord, event: Event, job: Job, place: int, processed_at: str) -> Outcome:
-        answer = job.answers[place]
-        if not isinstance(answer, Sentiment):
-            return self._dead_letter(record, Failure("infer", "inference_failed", answer or "no answer"))
-        encoded = self._encoder.encode(record, event, answer, job.truncated[place], job.model.name, processed_at)
-        if isinstance(encoded, Failure):
-            return self._dead_letter(record, encoded)
-        return Outcome(record, encoded, sentiment=answer)
+    def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
+        if isinstance(decoded, Failure):
+            return self._dead_letter(record, decoded)
+        return Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
 
-    def _dead_letter(self, record: ConsumerRecord, failure: Failure) -> Outcome:
+    def _results(
+        self, records: list[Record], events: list[Event], job: Job, first_text: int, processed_at: str
+    ) -> list[Outcome]:
+        end = first_text + len(events)
+        answers = job.answers[first_text:end]
+        are_scored = [type(answer) is Sentiment for answer in answers]
+        encoded = iter(
+            self._encoder.encode(
+                list(compress(records, are_scored)),
+                list(compress(events, are_scored)),
+                list(compress(answers, are_scored)),  # type: ignore[arg-type]
+                list(compress(job.truncated[first_text:end], are_scored)),
+                job.model.name,
+                processed_at,
+            )
+        )
+        results = [
+            next(encoded) if is_scored else Failure("infer", "inference_failed", str(answer or "no answer"))
+            for answer, is_scored in zip(answers, are_scored, strict=True)
+        ]
+        return [
+            self._dead_letter(record, result) if type(result) is Failure else Outcome(record, result, None, answer)  # type: ignore[arg-type]
+            for record, result, answer in zip(records, results, answers, strict=True)
+        ]
+
+    def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
         return Outcome(record, dead_letter(record, failure, self._version), failure)
 
     # Delivery.
@@ -365,22 +404,31 @@ class Pipeline:
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()
-        scored = [outcome for outcome in outcomes if outcome.sentiment]
+        scored = [outcome for outcome in outcomes if outcome.sentiment is not None]
+        sentiments = [outcome.sentiment for outcome in scored if outcome.sentiment is not None]
         self._metrics.published(
-            [outcome.sentiment.label for outcome in scored if outcome.sentiment],
-            [outcome.sentiment.score for outcome in scored if outcome.sentiment],
+            [sentiment.label for sentiment in sentiments],
+            [sentiment.score for sentiment in sentiments],
             [max(0.0, now - o.record.timestamp / 1000) for o in scored if has_timestamp(o.record)],
         )
-        self._metrics.dead_lettered(
-            [(outcome.failure.stage, outcome.failure.reason) for outcome in outcomes if outcome.failure]
-        )
-        skipped = sum(outcome.outgoing is None for outcome in outcomes)
-        self._metrics.records_skipped.inc(skipped)
-        self._metrics.tombstones.inc(
-            sum(o.outgoing is not None and o.sentiment is None and o.failure is None for o in outcomes)
-        )
-        self._metrics.consumed(outcome.record.topic for outcome in outcomes)
+        others = [outcome for outcome in outcomes if outcome.sentiment is None]
+        self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
+        self._metrics.records_skipped.inc(sum(outcome.outgoing is None for outcome in others))
+        self._metrics.tombstones.inc(sum(o.outgoing is not None and o.failure is None for o in others))
+        self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
+
+
+async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[MicroBatch]:
+    """Waits for one; nothing once None has been taken, which stays for the next call."""
+    batches: list[MicroBatch] = []
+    while not batches or not queue.empty():
+        batch = await queue.get()
+        if batch is None:
+            queue.put_nowait(None)
+            break
+        batches.append(batch)
+    return batches
 
 
 def _first_error(tasks: Any) -> BaseException | None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer
@@ -15,7 +15,6 @@ from aiokafka.errors import (
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
 )
-from aiokafka.partitioner import murmur2
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
@@ -23,6 +22,7 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_l
 from worker.events import Outgoing, Reason
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.partitioner import partitions_for
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,21 @@ class Sink:
 
     async def _refused_by_limits(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
         """What the topics are known to refuse is not sent, for a refusal costs the producer its sequence numbers."""
-        answers = [self._refused_by_limit(parcel) for parcel in parcels]
+        answers = self._limited(parcels)
         if any(answers) and time.monotonic() - self._limits_at > LIMITS_AGE_S:
             await self._refresh_limits()
-            answers = [self._refused_by_limit(parcel) for parcel in parcels]
+            answers = self._limited(parcels)
+        return answers
+
+    def _limited(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+        answers: list[Reason | None] = [None] * len(parcels)
+        topics = [parcel.topic for parcel in parcels]
+        for topic in set(topics):
+            limits = self._limits.get(topic, TopicLimits())
+            if limits.is_known:
+                places = [place for place, name in enumerate(topics) if name == topic]
+                for place, reason in self._beyond(limits, places, [parcels[place].record for place in places]):
+                    answers[place] = reason
         return answers
 
     async def _refresh_limits(self) -> None:
@@ -132,25 +143,29 @@ class Sink:
         except UNREACHABLE as error:
             log.debug("the topics' limits could not be read again", extra={"error": type(error).__name__})
 
-    def _refused_by_limit(self, parcel: Parcel) -> Reason | None:
-        limits = self._limits.get(parcel.topic, TopicLimits())
-        if not limits.is_known:
-            return None
-        if self._compression_type is None and record_bytes(parcel.record) > limits.max_message_bytes:
-            return "result_too_large"
-        timestamp = parcel.record.timestamp
-        if timestamp is not None and not limits.is_log_append_time:
-            age_ms = time.time() * 1000 - timestamp
-            if age_ms > limits.timestamp_before_max_ms or -age_ms > limits.timestamp_after_max_ms:
-                return "invalid_timestamp"
-        return None
+    def _beyond(self, limits: TopicLimits, places: Load, records: Sequence[Outgoing]) -> Iterator[tuple[int, Reason]]:
+        """The places of the records that are beyond a topic's limits, and why."""
+        if not limits.is_log_append_time:
+            now = time.time() * 1000
+            oldest, newest = now - limits.timestamp_before_max_ms, now + limits.timestamp_after_max_ms
+            for place, record in zip(places, records, strict=True):
+                if record.timestamp is not None and not oldest <= record.timestamp <= newest:
+                    yield place, "invalid_timestamp"
+        if self._compression_type is None:
+            for place, size in zip(places, map(record_bytes, records), strict=True):
+                if size > limits.max_message_bytes:
+                    yield place, "result_too_large"
 
     async def _lanes(self, parcels: Sequence[Parcel], answers: list[Reason | None]) -> dict[Lane, list[Load]]:
         loads: defaultdict[Lane, Load] = defaultdict(list)
-        partitions = {topic: await self._partitions(topic) for topic in {parcel.topic for parcel in parcels}}
-        for place, (topic, record, origin, _) in enumerate(parcels):
-            if answers[place] is None:
-                loads[topic, partition_for(record.key, origin, partitions[topic])].append(place)
+        for topic in {parcel.topic for parcel in parcels}:
+            places = [place for place, parcel in enumerate(parcels) if parcel.topic == topic and answers[place] is None]
+            keys = [parcels[place].record.key for place in places]
+            origins = [parcels[place].origin for place in places]
+            for place, partition in zip(
+                places, partitions_for(keys, origins, await self._partitions(topic)), strict=True
+            ):
+                loads[topic, partition].append(place)
         return {lane: [load] for lane, load in loads.items()}
 
     async def _partitions(self, topic: str) -> int:
@@ -201,14 +216,16 @@ class Sink:
 
     def _fill(self, batch: BatchBuilder, parcels: Sequence[Parcel], load: Load) -> Load:
         """Puts as much of a load into a batch as the topic takes at once; at least one record."""
-        limit = min(BATCH_BYTES, self._limits.get(parcels[load[0]].topic, TopicLimits()).max_message_bytes)
+        room = min(BATCH_BYTES, self._limits.get(parcels[load[0]].topic, TopicLimits()).max_message_bytes)
+        append = batch._builder.append
         for count, place in enumerate(load):
             record = parcels[place].record
-            if count and batch.size() + record_bytes(record) > limit:
+            room -= record_bytes(record)
+            if (count and room < 0) or append(
+                count, record.timestamp, record.key, record.value, record.headers
+            ) is None:
                 return load[:count]
-            added = batch.append(key=record.key, value=record.value, timestamp=record.timestamp, headers=record.headers)
-            if added is None:
-                return load[:count]
+            batch._relative_offset = count + 1
         return load
 
     async def _enqueue(self, producer: AIOKafkaProducer, batch: BatchBuilder, lane: Lane) -> asyncio.Future[object]:
@@ -297,14 +314,6 @@ class Sink:
         producer, self._producer = self._producer, None
         if producer is not None:
             await stopped(producer, "producer", timeout_s)
-
-
-def partition_for(key: bytes | None, origin: int, partitions: int) -> int:
-    """The output partition: of a key, Kafka's default partitioner (murmur2); of a null key, the input partition's."""
-    if key is None:
-        return origin % partitions
-    hashed: int = murmur2(key)
-    return (hashed & 0x7FFFFFFF) % partitions
 
 
 def record_bytes(record: Outgoing) -> int:

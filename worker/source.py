@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
     CommitFailedError,
@@ -36,6 +36,7 @@ from worker.batching import MicroBatcher
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.records import Reader, Record
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
 from worker.transactions import Transactions
@@ -106,7 +107,7 @@ class Assignment:
         return self.delivered is not None and self.acknowledged == self.delivered
 
 
-Chunk = tuple[Assignment, list[ConsumerRecord]]
+Chunk = tuple[Assignment, list[Record]]
 
 
 class Source:
@@ -151,9 +152,10 @@ class Source:
         # revoke deadline < rebalance timeout < request timeout, for JoinGroup waits in a request for the slowest member
         self._rebalance_timeout_ms = int(connection.request_timeout_ms * 0.8)
         self._revoke_timeout_s = connection.request_timeout_s * 0.6
-        self._batcher: MicroBatcher[Assignment, ConsumerRecord] = MicroBatcher(max_batch_texts, linger_s)
+        self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
         self._consumer: AIOKafkaConsumer | None = None
+        self._reader: Reader | None = None
         self._assignments: dict[TopicPartition, Assignment] = {}
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
@@ -249,7 +251,7 @@ class Source:
     async def _session(self) -> None:
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._started_consumer()
-        self._consumer = consumer
+        self._consumer, self._reader = consumer, Reader(consumer)
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
         tasks = [asyncio.create_task(step) for step in (self._commit_as_acknowledged(), self._watch_lag())]
         stopping = asyncio.create_task(self._stopping.wait())
@@ -536,11 +538,10 @@ class Source:
 
     async def _read(self, assignment: Assignment) -> None:
         # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
-        # Nothing may be awaited between getmany and what follows: its position has moved.
+        # Nothing may be awaited between read and what follows: the position has moved.
         limit = 1 if assignment.careful_reads else self._fair_share()
-        fetched = await self._live_consumer().getmany(assignment.tp, timeout_ms=READ_TIMEOUT_MS, max_records=limit)
+        records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         self._health.well("read")
-        records = fetched.get(assignment.tp)
         if not records or not assignment.accepts or self._is_stopping:
             return
         now = self._clock()
@@ -575,6 +576,11 @@ class Source:
         if self._consumer is None:
             raise IllegalStateError("the consumer has been stopped")
         return self._consumer
+
+    def _live_reader(self) -> Reader:
+        if self._consumer is None or self._reader is None:
+            raise IllegalStateError("the consumer has been stopped")
+        return self._reader
 
     # Micro-batches.
 

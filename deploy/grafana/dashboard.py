@@ -383,10 +383,13 @@ def what_does_it_use() -> Sequence[timeseries.Panel]:
             third=True,
         ),
         chart(
-            "Versions",
+            "Versions and reloads",
             "short",
-            {"{{version}}": total(metric("build_info"), "version")},
-            "Workers of each version.",
+            {
+                "{{version}}": total(metric("build_info"), "version"),
+                "reload {{outcome}}": total(f"increase({metric('model_reloads_total')}[$__rate_interval])", "outcome"),
+            },
+            "Workers of each version; checkpoints loaded in the place of another.",
             third=True,
         ),
     )

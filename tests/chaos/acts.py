@@ -193,10 +193,15 @@ def unwritable(scene: Scene, chance: random.Random) -> str:
 def lost_model(scene: Scene, slot: Slot, fault: str) -> str:
     """The worker has to end by itself; another starts in its place."""
     worker = slot.worker
+
+    def is_gone() -> bool:
+        scene.feed.trickle()
+        return slot.worker is not worker
+
     slot.may_fail = True
     slot.fault.write_text(fault)
     try:
-        wait_for(lambda: slot.worker is not worker, f"{slot.name} to end over its model ({fault})", 60)
+        wait_for(is_gone, f"{slot.name} to end over its model ({fault})", 90)
     finally:
         slot.fault.unlink()
     wait_for(lambda: slot.worker is not None, f"{slot.name} to start again", 30)

@@ -24,12 +24,16 @@ SLOTS: Final = 4  # workers at most; each has a listener of its own, behind a pr
 WORKERS: Final = 3
 SESSION_S: Final = 6.0
 TICK_S: Final = 0.02
+TRICKLE: Final = 50
 MODEL: Final = "tests.chaos.model"
 BACK_S: Final = 180.0  # to have done everything, once nothing disturbs any more
 
 
 class Feed(threading.Thread):
-    """Publishes the events 0 to `events` - 1 at a steady rate; outlives whatever happens to the broker."""
+    """Publishes the events 0 to `events` - 1 at a steady rate; outlives whatever happens to the broker.
+
+    It waits at `allowed`: so a slow machine meets the later acts under load too.
+    """
 
     def __init__(self, bootstrap: str, topic: str, events: int, rate: float) -> None:
         super().__init__(daemon=True)
@@ -42,16 +46,19 @@ class Feed(threading.Thread):
         self._stopping = threading.Event()
         self._refused: list[str] = []
         self.offered = 0
+        self.allowed = events
 
     def run(self) -> None:
-        began = time.monotonic()
-        while self.offered < self._events and not self._stopping.is_set():
-            due = min(self._events, int((time.monotonic() - began) * self._rate) + 1)
-            for number in range(self.offered, due):
+        owed, at = 0.0, time.monotonic()
+        while self.offered < self._events and not self._stopping.wait(TICK_S):
+            now = time.monotonic()
+            owed, at = min(owed + (now - at) * self._rate, self._rate), now
+            count = min(int(owed), self.allowed - self.offered)
+            for number in range(self.offered, self.offered + count):
                 self._send(number)
-            self.offered = max(due, self.offered)
+            self.offered += count
+            owed -= count
             self._producer.poll(0)
-            self._stopping.wait(TICK_S)
 
     def _send(self, number: int) -> None:
         record = record_of(number)
@@ -61,6 +68,10 @@ class Feed(threading.Thread):
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
             self._refused.append(str(error))
+
+    def trickle(self) -> None:
+        """Some events more are allowed, for an act that needs load."""
+        self.allowed = min(self._events, self.allowed + TRICKLE)
 
     def finish(self) -> int:
         """Waits for the last event; how many have been published."""
@@ -259,9 +270,8 @@ def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **s
     ports = [free_port() for _ in range(2 * SLOTS)]
     names = [f"WAY{number}" for number in range(SLOTS)]
     extras = Extras(
-        {name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
-        {name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
-        {"offsets.retention.minutes": "10000"},
+        listeners={name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
+        advertised={name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
     )
     broker = start_broker(controllable=True, extras=extras)
     host = broker.bootstrap.rpartition(":")[0]

@@ -49,7 +49,7 @@ def test_a_leader_is_killed_under_load(
             wait_for(lambda goal=goal: kafka.count(topics.output) > goal, "1,000 results more, without that broker")  # type: ignore[misc]
             leader.start()
         assert feed.finish() == 20_000
-        wait_until_committed(kafka, topics, 120)
+        wait_until_committed(kafka, topics, 300)
         assert all(worker.is_running for worker in fleet), "no worker ended over it"
         assert [worker.terminate() for worker in fleet] == [0, 0]
     found = audited(kafka, topics)

@@ -32,7 +32,7 @@ def test_sigterm_again_and_again(
     feed.stop()
     feed.finish()
     worker = light.start(topics, module=MODEL, delivery=delivery)
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     assert worker.terminate() == 0
     assert audited(kafka, topics).failures("exactly-once") == []
 
@@ -52,7 +52,7 @@ def test_sigterm_while_the_model_hangs(
     fault.unlink()
     feed.finish()
     worker = light.start(topics, module=MODEL)
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     assert worker.terminate() == 0
     found = audited(kafka, topics)
     assert found.failures("at-least-once") == []

@@ -37,7 +37,7 @@ def test_a_rolling_restart_of_static_members(
         now = [worker.metrics.get("rebalances_total") for worker in fleet]
         assert now == [*([1.0] * (number + 1)), *rebalances[number + 1 :]], "no rebalance but one's own first"
     feed.finish()
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     assert [worker.terminate() for worker in fleet] == [0, 0, 0]
     assert audited(kafka, topics).failures("exactly-once") == []
 
@@ -53,7 +53,7 @@ def test_two_processes_with_one_instance_id(kafka: Kafka, topics: Topics, light:
     assert not any(twin.lines("Traceback") for twin in twins)
     kafka.send(topics.input, map(numbered, range(100)))
     worker = light.start(topics, module=MODEL, group_instance_id="single")
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     assert worker.terminate() == 0
 
 
@@ -79,7 +79,7 @@ def test_a_batch_that_takes_longer_than_any_session(
     assert kafka.count(topics.output) == 0, "the batch was over too early: this has shown nothing"
     assert worker.status("/livez") == 200
     fault.unlink()
-    wait_until_committed(kafka, topics, 90)
+    wait_until_committed(kafka, topics, 300)
     assert kafka.count(topics.output) == 100
     assert worker.metrics.get("rebalances_total") == rebalances
     assert worker.terminate() == 0
@@ -92,7 +92,7 @@ def test_a_consumer_that_falls_silent(kafka: Kafka, topics: Topics, light: Worke
     worker = light.start(topics, {"MUTE_FILE": str(mute), "SILENCE_S": "3"}, module=MODEL).wait_until_assigned(2)
     mute.touch()
     kafka.send(topics.input, map(numbered, range(100)))
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     assert kafka.count(topics.output) == 100
     assert worker.warnings("has sent none for 3 s")
     rebalances = worker.metrics.get("rebalances_total")
@@ -105,7 +105,7 @@ def test_a_transaction_that_stays_open_upstream(kafka: Kafka, topics: Topics, li
     kafka.create_all(topics, 1)
     kafka.send(topics.input, map(numbered, range(100)))
     worker = light.start(topics, {"SILENCE_S": "3"}, module=MODEL).wait_until_assigned(1)
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 300)
     upstream = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topics.input, "log_level": 0})
     upstream.init_transactions(30)
     upstream.begin_transaction()

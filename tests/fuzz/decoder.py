@@ -35,7 +35,7 @@ def check(data: bytes) -> None:
         if isinstance(decoded, Event):
             id = "texts-1-2" if expected.id is None else expected.id
             assert (decoded.text, decoded.id) == (expected.text, id), (decoded, expected)
-            encoded = ENCODERS[output_mode].encode(record, decoded, ANSWER, False, "now")
+            encoded = ENCODERS[output_mode].encode([record], [decoded], [ANSWER], [False], "model", "now")[0]
             assert not isinstance(encoded, Failure)
             fields = read_back(encoded.value or b"", output_mode)
             assert fields["id"] == decoded.id

@@ -301,7 +301,7 @@ def test_a_missing_permission_is_told_once_and_waited_for(
     allow(secure, USER, topics, *(set(NEEDED) - {role}))
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **entrance.settings)
     words = MISSING[role].format(getattr(topics, role))
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -336,7 +336,7 @@ def test_a_permission_to_ask_about_a_topic_is_not_enough(
     allow(secure, USER, topics, *(set(NEEDED) - {role}))
     kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
     words = WITHDRAWN[role].format(getattr(topics, role))
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -358,7 +358,7 @@ def test_exactly_once_needs_its_transactional_ids(
     settings = {**entrance.settings, "delivery": "exactly-once"}
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
     words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
-    wait_for(lambda: worker.warnings(words), f"a line: {words}")
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
@@ -428,7 +428,7 @@ def test_no_secret_is_ever_printed_or_served(
     worker.wait_for_status("/livez", 200)
     served = everything_served(worker)
     if kind == "well":
-        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission")
+        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission", 120)
         allow(secure, USER, topics, "dead_letters")
         kafka.send(topics.input, map(numbered, range(9)))
         wait_until_committed(kafka, topics)

@@ -22,11 +22,13 @@ from worker.events import (
     dead_letter,
     has_timestamp,
     iso_time,
+    original,
     result_fields,
+    revived,
     smaller_dead_letters,
     tombstone,
 )
-from worker.sentiment import Sentiment
+from worker.sentiment import LABELS, Sentiment
 
 CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
 MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"
@@ -58,7 +60,7 @@ def id_of(json_id: str, headers: Headers = (), **options: Any) -> str:
 
 
 def encode(record: FakeRecord, event: Event, output_mode: str = "result", truncated: bool = False) -> Outgoing:
-    outgoing = Encoder(output_mode=output_mode).encode(record, event, CARD, truncated, MODEL, PROCESSED_AT)
+    [outgoing] = Encoder(output_mode=output_mode).encode([record], [event], [CARD], [truncated], MODEL, PROCESSED_AT)
     assert isinstance(outgoing, Outgoing)
     return outgoing
 
@@ -137,7 +139,8 @@ def test_times_have_milliseconds_in_utc(milliseconds: float, text: str) -> None:
 @pytest.mark.parametrize("output_mode", ["result", "enrich"])
 def test_a_timestamp_beyond_the_year_9999_is_a_dead_letter(timestamp: int, output_mode: str) -> None:
     record = FakeRecord('{"text":"да"}'.encode(), timestamp=timestamp)
-    failure = Encoder(output_mode=output_mode).encode(record, Event("1", "да"), CARD, False, MODEL, PROCESSED_AT)
+    encoder = Encoder(output_mode=output_mode)
+    [failure] = encoder.encode([record], [Event("1", "да")], [CARD], [False], MODEL, PROCESSED_AT)
     assert isinstance(failure, Failure)
     assert (failure.stage, failure.reason) == ("publish", "invalid_timestamp")
     letter = dead_letter(record, failure, "0.1.0")
@@ -495,3 +498,110 @@ def test_any_object_that_is_enriched_reads_as_before_with_one_field_more(
         assert sentiment["label"] == "negative"
         without = published.replace(b',"sentiment":' + orjson.dumps(sentiment), b"")
         assert without == value
+
+
+# --- Dead letters back to records ---
+
+
+def as_letter(outgoing: Outgoing) -> FakeRecord:
+    return FakeRecord(outgoing.value, outgoing.key, outgoing.headers, TEN + 5, "dead", 0, 7)
+
+
+@pytest.mark.parametrize("timestamp", [TEN, 0, -1])
+def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
+    own = [("trace", b"1"), ("error.stage", b"the input's"), ("source.topic", None), ("event.id", b"me")]
+    record = FakeRecord(b"{", b"k", own, timestamp)
+    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    assert found is not None
+    assert found == (record.topic, 3, 1201, timestamp, b"k", b"{", own, "too_large", True)
+    outgoing = revived(found, Decoder().id_of(found))
+    assert outgoing.timestamp == (None if timestamp < 0 else timestamp)
+    assert outgoing.headers == [*own[:3], ("event.id", b"me"), ("replay.count", b"1")]
+    assert (outgoing.key, outgoing.value) == (b"k", b"{")
+
+
+def test_headers_that_others_have_added_behind_are_kept() -> None:
+    letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
+    letter.headers.append(("mirrored.by", b"x"))
+    found = original(as_letter(letter))
+    assert found is not None
+    assert found.headers == [("mirrored.by", b"x")]
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"1", b"2"), (b"41", b"42"), (b"x", b"1"), (None, b"1")])
+def test_a_replay_counts_on(before: bytes | None, after: bytes) -> None:
+    found = original(as_letter(dead_letter(FakeRecord(b"{", headers=[("replay.count", before)]), FAILURE, "1.0")))
+    assert found is not None
+    assert revived(found, "1").headers == [("event.id", b"1"), ("replay.count", after)]
+
+
+@pytest.mark.parametrize("smaller", [0, 1])
+def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
+    found = original(as_letter(smaller_dead_letters(FakeRecord(b"{"), FAILURE, "1.0")[smaller]))
+    assert found is not None
+    assert not found.is_whole
+
+
+@pytest.mark.parametrize(
+    "headers", [[], [("error.stage", b"decode")], [("error.stage", b"x"), ("source.offset", b"y")]]
+)
+def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
+    assert original(FakeRecord(b"{}", headers=headers)) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "id"),
+    [(b'{"id":7,"text":5}', "7"), (b"{", "texts-3-1201"), (b"[1]", "texts-3-1201"), (None, "texts-3-1201")],
+)
+def test_an_event_has_an_id_whatever_else_is_wrong(value: bytes | None, id: str) -> None:
+    assert Decoder().id_of(FakeRecord(value)) == id
+
+
+@pytest.mark.parametrize("depth", [900, 1_023, 1_024, 5_000])
+def test_a_large_number_changes_nothing_about_the_depth_that_is_read(depth: int) -> None:
+    for number in ("1", "1e999", "9" * 250 + "e99"):
+        value = f'{{"text":"да","x":{"[" * (depth - 1)}{number}{"]" * (depth - 1)}}}'
+        decoded = decode(value)
+        assert isinstance(decoded, Event) == (depth <= 1_024), number
+
+
+@pytest.mark.parametrize(
+    "number", ["1e999.5", "01e999", "--1e999", "1e999e9", "+1e999", "1e999 1", '1e999""', ".1e999"]
+)
+def test_a_large_number_that_is_no_json_stays_none(number: str) -> None:
+    decoded = decode(f'{{"text":"да","n":{number}}}')
+    assert isinstance(decoded, Failure)
+    assert decoded.reason == "invalid_json"
+
+
+FINITE = st.floats(0, 1) | st.integers(-1_000_000, 1_000_000).map(lambda millionths: millionths / 1_000_000)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(),
+            st.sampled_from(LABELS),
+            st.tuples(FINITE, FINITE, FINITE, FINITE),
+            st.booleans(),
+            st.integers(0, 2**62),
+            st.none() | st.integers(-2, 2**43),
+        ),
+        max_size=5,
+    ),
+    st.text(),
+    st.text(),
+)
+def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, model: str) -> None:
+    records = [FakeRecord(b"", topic=topic, offset=offset, timestamp=at) for *_, offset, at in scored]
+    sentiments = [Sentiment(label, numbers[0], numbers[1:]) for _, label, numbers, *_ in scored]
+    truncated = [is_cut for *_, is_cut, _, _ in scored]
+    events = [Event(id, "да") for id, *_ in scored]
+    results = Encoder().encode(records, events, sentiments, truncated, model, PROCESSED_AT)
+    for record, event, sentiment, is_cut, result in zip(records, events, sentiments, truncated, results, strict=True):
+        source = {"topic": topic, "partition": record.partition, "offset": record.offset}
+        event_time = iso_time(record.timestamp) if has_timestamp(record) else None
+        fields = result_fields(event.id, sentiment, is_cut, model, source, event_time, PROCESSED_AT)
+        assert isinstance(result, Outgoing)
+        assert result.value == orjson.dumps(fields)
+        assert result.timestamp == (record.timestamp if has_timestamp(record) else None)

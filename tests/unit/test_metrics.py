@@ -35,6 +35,7 @@ NAMES = {  # name without prefix: type, labels
     "inference_device_memory_bytes": ("gauge", set()),
     "cache_hits_total": ("counter", set()),
     "ready": ("gauge", set()),
+    "model_reloads_total": ("counter", {"outcome"}),
     "model_info": ("gauge", {"model", "revision", "device", "dtype"}),
     "build_info": ("gauge", {"version"}),
 }

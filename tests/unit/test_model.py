@@ -139,6 +139,17 @@ def test_texts_are_cut_at_512_tokens_as_the_tokenizer_cuts_them(model: Sentiment
     assert tokens.truncated == [length > 512 for length in lengths]
 
 
+@pytest.mark.parametrize("beginning", ["😀" * 5_000, "\u0301" * 30_000, "а" * 101 + " ", "ab " * 50])
+def test_a_long_text_that_has_few_tokens_at_first_is_cut_as_the_library_cuts(
+    model: SentimentModel, beginning: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    text = beginning + " слово за словом" * 1_500
+    tokens = model.tokenize(["да", text])
+    assert tokens.ids[1] == tokenizer(text, truncation=True, max_length=512)["input_ids"]
+    assert tokens.truncated == [False, True]
+
+
 def test_only_a_prefix_of_a_long_text_is_looked_at(model: SentimentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
     encode = model._encode
