@@ -87,6 +87,7 @@ def choose_on_cuda(
     the logits are looked at; else float32, with products in TF32. Half is float16: it has eight times bfloat16's precision,
     and what does not fit its range shows, as a logit that is not finite, and is computed again in float32.
     """
+    torch.set_float32_matmul_precision("highest")  # whatever a model before this one has set
     forward = choose(network, backend=backend, is_int8=dtype == "int8")
     if dtype != "auto":
         return Choice(forward, name_of(network.dtype))

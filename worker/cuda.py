@@ -28,7 +28,7 @@ Logits = NDArray[np.float32]
 
 SMALLEST_WIDTH: Final = 16
 PASSES: Final = 2  # one is packed and sent while another is computed
-GRAPHS: Final = 160
+GRAPHS: Final = 256  # the shapes of the largest budget that is tried
 GRAPH_MEMORY: Final = 1 / 8  # of what is free at the start
 GRAPH_PATIENCE_S: Final = 15.0
 AGREEMENT: Final = 0.999  # of labels, that half precision must keep to be taken unasked
