@@ -1,11 +1,12 @@
 """What those who look at the console cost the worker: `python -m benchmarks.console TEXTS.csv`.
 
 Writes benchmarks/results/console.{json,md}. The worker with a model that costs nothing reads the same backlog without
-anybody who looks, with 100 clients that take a few bytes a second, and with 100 that take all; in each round all three
-take turns, in another order each time, and are measured as in benchmarks/end_to_end.py.
+anybody who looks, and with 100 clients that take a few bytes a second; in each round both take turns, in another order each
+time, and are measured as in benchmarks/end_to_end.py.
 """
 
 import argparse
+import contextlib
 import socket
 import statistics
 import tempfile
@@ -20,7 +21,6 @@ from benchmarks.end_to_end import Case, Start, compare, records, worker
 from tests.broker import start_broker
 from tests.process import WorkerProcess
 from tests.topics import Topics
-from tests.waiting import wait_for
 
 CLIENTS = 100
 SLOW_BYTES = 16  # a second
@@ -33,8 +33,7 @@ def main() -> None:
     costless = worker("benchmarks.costless")
     contestants = {
         "nobody looks": costless,
-        f"{CLIENTS} slow clients": watched(costless, slow=True),
-        f"{CLIENTS} quick clients": watched(costless, slow=False),
+        f"{CLIENTS} slow clients": watched(costless),
     }
     with tempfile.TemporaryDirectory() as name, closing(start_broker()) as broker:
         case = Case("console", records(read_texts(options.texts), options.events), contestants)
@@ -54,12 +53,11 @@ def parsed_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def watched(start: Start, *, slow: bool) -> Start:
+def watched(start: Start) -> Start:
     def start_with_clients(folder: Path, bootstrap: str, topics: Topics) -> Process:
         process = start(folder, bootstrap, topics)
         assert isinstance(process, WorkerProcess)
-        process.wait_for_status("/livez", 200)
-        return Watched(process, Clients(process.url, slow=slow))
+        return Watched(process, Clients(process.url))
 
     return start_with_clients
 
@@ -67,20 +65,19 @@ def watched(start: Start, *, slow: bool) -> Start:
 class Clients(threading.Thread):
     """So many streams of a worker's console; one that the worker drops is opened anew."""
 
-    def __init__(self, url: str, *, slow: bool) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self._address = (urlsplit(url).hostname, urlsplit(url).port)
-        self._slow = slow
         self._ending = threading.Event()
-        self.open: list[socket.socket] = []
+        self._open: list[socket.socket] = []
         self.start()
-        wait_for(lambda: len(self.open) == CLIENTS, "the clients")
 
     def run(self) -> None:
-        while not self._ending.wait(1):
-            self.open += [self._opened() for _ in range(CLIENTS - len(self.open))]
-            self.open = [each for each in self.open if self._read(each)]
-        for each in self.open:
+        while not self._ending.wait(1 if self._open else 0.1):
+            with contextlib.suppress(OSError):  # the worker does not listen yet
+                self._open += [self._opened() for _ in range(CLIENTS - len(self._open))]
+            self._open = [each for each in self._open if self._read(each)]
+        for each in self._open:
             each.close()
 
     def end(self) -> None:
@@ -89,8 +86,7 @@ class Clients(threading.Thread):
 
     def _opened(self) -> socket.socket:
         client = socket.socket()
-        if self._slow:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         client.connect(self._address)
         client.sendall(REQUEST)
         client.setblocking(False)
@@ -99,7 +95,7 @@ class Clients(threading.Thread):
     def _read(self, client: socket.socket) -> bool:
         """False where the worker has closed it."""
         try:
-            return bool(client.recv(SLOW_BYTES if self._slow else 1_000_000))
+            return bool(client.recv(SLOW_BYTES))
         except BlockingIOError:
             return True
         except OSError:

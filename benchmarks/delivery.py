@@ -48,6 +48,7 @@ def main() -> None:
         broker = start_broker()
         try:
             figures["machine"] = machine(broker)
+            figures.pop("note", None)
             bench = Bench(broker, checkpoint, folder, texts, options.rounds)
             for part in options.parts or PARTS:
                 figures[part] = getattr(bench, part)()
@@ -181,6 +182,8 @@ def table(figures: dict[str, Any]) -> str:
     rows = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Load, worker and broker share them."
     ]
+    if "note" in figures:
+        rows += ["", f"Measured {figures['note']}."]
     asked = {"model": 0.8, "costless": 0.6}
     names = {"model": "a network of the card's architecture", "costless": "a model that costs nothing"}
     speeds = [part for part in asked if part in figures]

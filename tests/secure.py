@@ -140,7 +140,7 @@ class Security:
             "listener.name.mutual.ssl.principal.mapping.rules": "RULE:^CN=(.*?)$/$1/,DEFAULT",
         }
         listeners = {name: (protocol, free_port()) for name, protocol in LISTENERS.items()}
-        return cls(authority, Extras(listeners, properties))
+        return cls(authority, Extras(listeners=listeners, properties=properties))
 
 
 def _login(listener: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ def test_a_flood_ends_the_worker_and_no_restart_repeats_a_dead_letter(
     settings = {"max_batch_texts": 100, "dead_letter_window": 500}
     for _ in range(2):
         worker = workers.start(topics, **settings)
-        assert worker.wait(90) == 1
+        assert worker.wait(240) == 1
         (sentence,) = worker.warnings("dead_letter_limit = 0.5")
         assert "for missing_text" in sentence, "two in three are for that"
         assert "Traceback" not in worker.output

@@ -226,7 +226,9 @@ def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
     from worker.reviews import read_reviews
 
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    network = AutoModelForSequenceClassification.from_pretrained(BUILTIN, attn_implementation="eager").eval()
+    network = AutoModelForSequenceClassification.from_pretrained(
+        BUILTIN, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     model = SentimentModel.load("builtin", device="cpu", backend="torch", max_batch_tokens=512, cpu_threads=1)
     return network, model.tokenize(read_reviews()[:64]).ids
 

@@ -28,7 +28,7 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
-from worker.sentiment import Sentiment
+from worker.sentiment import LABELS, Sentiment
 
 CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
 MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"
@@ -572,3 +572,36 @@ def test_a_large_number_that_is_no_json_stays_none(number: str) -> None:
     decoded = decode(f'{{"text":"да","n":{number}}}')
     assert isinstance(decoded, Failure)
     assert decoded.reason == "invalid_json"
+
+
+FINITE = st.floats(0, 1) | st.integers(-1_000_000, 1_000_000).map(lambda millionths: millionths / 1_000_000)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(),
+            st.sampled_from(LABELS),
+            st.tuples(FINITE, FINITE, FINITE, FINITE),
+            st.booleans(),
+            st.integers(0, 2**62),
+            st.none() | st.integers(-2, 2**43),
+        ),
+        max_size=5,
+    ),
+    st.text(),
+    st.text(),
+)
+def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, model: str) -> None:
+    records = [FakeRecord(b"", topic=topic, offset=offset, timestamp=at) for *_, offset, at in scored]
+    sentiments = [Sentiment(label, numbers[0], numbers[1:]) for _, label, numbers, *_ in scored]
+    truncated = [is_cut for *_, is_cut, _, _ in scored]
+    events = [Event(id, "да") for id, *_ in scored]
+    results = Encoder().encode(records, events, sentiments, truncated, model, PROCESSED_AT)
+    for record, event, sentiment, is_cut, result in zip(records, events, sentiments, truncated, results, strict=True):
+        source = {"topic": topic, "partition": record.partition, "offset": record.offset}
+        event_time = iso_time(record.timestamp) if has_timestamp(record) else None
+        fields = result_fields(event.id, sentiment, is_cut, model, source, event_time, PROCESSED_AT)
+        assert isinstance(result, Outgoing)
+        assert result.value == orjson.dumps(fields)
+        assert result.timestamp == (record.timestamp if has_timestamp(record) else None)

@@ -141,8 +141,9 @@ def test_texts_are_cut_at_512_tokens_as_the_tokenizer_cuts_them(model: Sentiment
 
 @pytest.mark.parametrize("beginning", ["😀" * 5_000, "\u0301" * 30_000, "а" * 101 + " ", "ab " * 50])
 def test_a_long_text_that_has_few_tokens_at_first_is_cut_as_the_library_cuts(
-    model: SentimentModel, tokenizer: Any, beginning: str
+    model: SentimentModel, beginning: str
 ) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     text = beginning + " слово за словом" * 1_500
     tokens = model.tokenize(["да", text])
     assert tokens.ids[1] == tokenizer(text, truncation=True, max_length=512)["input_ids"]

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from worker import network as lean
-from worker.backend import choose
+from worker.backend import PaddedPasses, choose
 from worker.model import BUILTIN, SentimentModel
 from worker.network import Forward, LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
 
@@ -144,8 +144,10 @@ def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.L
 
 
 def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
-    assert isinstance(SentimentModel.load(str(checkpoint), backend="torch")._forward, LeanNetwork)
-    assert isinstance(SentimentModel.load("builtin", backend="torch")._forward, LeanNetwork)
+    for name in (str(checkpoint), "builtin"):
+        run = SentimentModel.load(name, device="cpu", backend="torch")._run
+        assert isinstance(run, PaddedPasses)
+        assert isinstance(run._forward, LeanNetwork)
 
 
 def test_widened_heads_give_the_same_logits(network: Any) -> None:

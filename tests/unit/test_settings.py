@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from worker.settings import (
     ClassifySettings,
     DemoSettings,
     EvaluateSettings,
+    ReplaySettings,
     RunSettings,
     WrongSetting,
     load,
+    moment_ms,
     split_names,
     unknown_variables,
 )
@@ -74,7 +77,7 @@ TABLE = {
     "log_level": "info",
     "log_format": "auto",
 }
-NOT_IN_THE_TABLE = {"config", "fetch_max_wait_ms"}
+NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
 
 
 @pytest.fixture(autouse=True)
@@ -288,6 +291,8 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("linger_ms", "-1", "greater than or equal to 0"),
     ("linger_ms", "60001", "less than or equal to 60000"),
     ("linger_ms", "soon", "a valid number"),
+    ("transaction_ms", "-1", "greater than or equal to 0"),
+    ("transaction_ms", "10001", "less than or equal to 10000"),
     ("linger_ms", "nan", "it should be"),
     ("model", "", "at least 1 character"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),
@@ -339,6 +344,10 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
     ("argv", "parts"),
     [
         (["--output-mode", "enrich", "--input-format", "text"], ["output_mode enrich", "input_format json"]),
+        (
+            ["--delivery", "exactly-once", "--isolation-level", "read_uncommitted"],
+            ["delivery exactly-once", "isolation_level read_committed"],
+        ),
         (["--input-topics", "a, b", "--output-topic", "b"], ["output_topic", "input_topics", "another topic"]),
         (["--dead-letter-topic", "texts"], ["dead_letter_topic", "input_topics", "another topic"]),
         (["--security-protocol", "SASL_PLAINTEXT"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
@@ -544,3 +553,48 @@ def test_every_command_has_its_help(kind: Any, capsys: pytest.CaptureFixture[str
         load(kind, ["--help"], "sentiment-worker it")
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("usage: sentiment-worker it ")
+
+
+# --- Replay ---
+
+
+def replay_settings(*argv: str) -> ReplaySettings:
+    return load(ReplaySettings, argv, "sentiment-worker replay")
+
+
+@pytest.mark.parametrize("limit", ["-0.1", "1.1", "half"])
+def test_a_dead_letter_limit_is_a_share(limit: str) -> None:
+    assert refusal("--dead-letter-limit", limit).startswith("dead_letter_limit")
+
+
+def test_a_replay_reads_the_workers_file(toml: Callable[[str], list[str]]) -> None:
+    flags = toml('group_id = "mine"\nbootstrap_servers = "kafka:9092"\nmax_batch_texts = 7')
+    settings = replay_settings(*flags, "--reason", "too_large", "--reason", "empty_text", "--dry-run")
+    assert (settings.group_id, settings.bootstrap_servers) == ("mine", "kafka:9092")
+    assert (settings.reason, settings.dry_run) == (["too_large", "empty_text"], True)
+    with pytest.raises(WrongSetting, match="sets max_batch_text,"):
+        replay_settings(*toml("max_batch_text = 7"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--reason", "too_big"), "it should be one of invalid_json, "),
+        (("--since", "yesterday"), "2026-11-23T10:00Z, or how long ago"),
+        (("--since", "1h", "--until", "2h"), "since should be before until"),
+        (("--sasl-mechanism", "PLAIN"), "security_protocol"),
+    ],
+)
+def test_a_wrong_replay_is_refused_in_a_sentence(argv: tuple[str, ...], words: str) -> None:
+    with pytest.raises(WrongSetting, match=re.escape(words)):
+        replay_settings(*argv)
+
+
+def test_moments_are_in_utc_or_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    ten = 1_795_428_000_000
+    for written in ("2026-11-23T10:00Z", "2026-11-23T10:00", "2026-11-23 13:00+03:00"):
+        assert moment_ms(written) == ten
+    monkeypatch.setattr(time, "time", lambda: ten / 1000)
+    assert [moment_ms(ago) for ago in ("90s", "30m", "2h", "7d")] == [
+        ten - seconds * 1000 for seconds in (90, 1_800, 7_200, 604_800)
+    ]

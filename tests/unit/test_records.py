@@ -1,0 +1,158 @@
+"""What is read is what aiokafka itself would deliver, record for record. Fails first where aiokafka's inside has changed."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from inspect import getsource
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher, FetchResult, PartitionRecords
+from aiokafka.errors import CorruptRecordException
+from aiokafka.record.default_records import DefaultRecordBatchBuilder, _DefaultRecordBatchBuilderPy
+from aiokafka.record.memory_records import MemoryRecords
+
+from worker.records import Fetched, Reader, Record
+
+TP = TopicPartition("texts", 3)
+COMMIT, ABORT = b"\0\0\0\1", b"\0\0\0\0"  # the keys of control records
+CONTROL = 0x20
+Written = list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]]
+
+
+def batch(
+    base: int,
+    records: Written,
+    *,
+    producer: int = -1,
+    transactional: bool = False,
+    codec: int = 0,
+    control: bool = False,
+) -> bytes:
+    """A batch as a broker sends it, its first offset being `base`."""
+    builder = _DefaultRecordBatchBuilderPy(2, codec, int(transactional), producer, 0, 0, 1_000_000)
+    if control:
+        attributes = builder._get_attributes
+        builder._get_attributes = lambda *args: attributes(*args) | CONTROL  # type: ignore[method-assign]
+    for number, (key, value, headers) in enumerate(records):
+        builder.append(number, 1_000 + number, key, value, headers)
+    return base.to_bytes(8, "big") + bytes(builder.build())[8:]
+
+
+def plain(count: int, name: str = "v") -> Written:
+    return [
+        (b"k%d" % number, f"{name}{number}".encode(), [("h", b"1")] if number % 2 else []) for number in range(count)
+    ]
+
+
+def fetched(data: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] = ()) -> PartitionRecords:
+    return PartitionRecords(TP, MemoryRecords(data), list(aborted), position, None, None, True, READ_COMMITTED)
+
+
+def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[Record]], list[int], int]:
+    """The runs, the position after each, and the one after all."""
+    store = Fetched()
+    store.limits[TP] = limit
+    store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
+    runs = store[TP]._partition_records
+    taken = [(run, runs.next_fetch_offset) for run in runs]
+    return [run for run, _ in taken], [position for _, position in taken], runs.next_fetch_offset
+
+
+def as_rows(records: PartitionRecords) -> list[tuple[Any, ...]]:
+    """What aiokafka's own way makes of them."""
+    return [(r.topic, r.partition, r.offset, r.timestamp, r.key, r.value, list(r.headers)) for r in records]
+
+
+FETCHES: dict[str, tuple[bytes, int, list[tuple[int, int]]]] = {
+    "one batch": (batch(0, plain(7)), 0, []),
+    "many batches": (b"".join(batch(base, plain(3)) for base in range(0, 30, 3)), 0, []),
+    "position inside of a batch": (batch(10, plain(7), codec=1) + batch(17, plain(2)), 14, []),
+    "position at the last record": (batch(0, plain(5)), 4, []),
+    "a gap that compaction left": (batch(0, plain(3)) + batch(50, plain(3)), 0, []),
+    "a batch that compaction emptied": (batch(0, plain(3)) + batch(3, plain(0)) + batch(9, plain(2)), 0, []),
+    "nulls": (batch(0, [(None, b"v", []), (b"k", None, []), (b"", b"", [("h", None)])]), 0, []),
+    "aborted and committed": (
+        batch(0, plain(3, "aborted"), producer=7, transactional=True)
+        + batch(3, plain(2, "other"), producer=8, transactional=True)
+        + batch(5, [(ABORT, b"\0" * 6, [])], producer=7, transactional=True, control=True)
+        + batch(6, [(COMMIT, b"\0" * 6, [])], producer=8, transactional=True, control=True)
+        + batch(7, plain(2, "later"), producer=7, transactional=True),
+        0,
+        [(7, 0)],
+    ),
+    "control batches alone": (batch(0, [(COMMIT, b"\0" * 6, [])], producer=8, transactional=True, control=True), 0, []),
+    "cut off at the end": (batch(0, plain(3)) + batch(3, plain(9))[:-5], 0, []),
+}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 1_000])
+@pytest.mark.parametrize("name", FETCHES)
+def test_runs_are_what_aiokafka_delivers(name: str, limit: int) -> None:
+    ours, theirs = fetched(*FETCHES[name]), fetched(*FETCHES[name])
+    runs, positions, end = runs_of(ours, limit)
+    expected = as_rows(theirs)
+    assert [(*record[:6], list(record.headers)) for run in runs for record in run] == expected
+    assert all(0 < len(run) <= limit for run in runs)
+    assert all(position > run[-1].offset for run, position in zip(runs, positions, strict=True))
+    assert end == theirs.next_fetch_offset
+
+
+def test_a_run_of_one_touches_no_record_behind_it() -> None:
+    """The careful way past a record that cannot be read: those before it come one by one."""
+    good, bad = batch(0, plain(2)), bytearray(batch(2, plain(2)))
+    bad[-3] ^= 1
+    store = Fetched()
+    store.limits[TP] = 1
+    store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(good + bytes(bad)), backoff=0)
+    runs = store[TP]._partition_records
+    assert [next(runs)[0].offset, next(runs)[0].offset, runs.next_fetch_offset] == [0, 1, 2]
+    with pytest.raises(CorruptRecordException):
+        next(runs)
+
+
+async def test_each_partition_has_a_limit_of_its_own() -> None:
+    other = TopicPartition("texts", 4)
+    consumer = FakeConsumer()
+    reader = Reader(consumer)  # type: ignore[arg-type]
+    for tp in (TP, other):
+        consumer._fetcher._records[tp] = FetchResult(
+            tp, assignment=None, partition_records=fetched(batch(0, plain(9))), backoff=0
+        )
+    consumer.before_answering = lambda: reader._fetched.limits.__setitem__(other, 5)  # type: ignore[union-attr]
+    assert len(await reader.read(TP, timeout_ms=1, limit=1)) == 1
+
+
+async def test_another_aiokafka_is_read_in_its_own_way() -> None:
+    class Other:
+        async def getmany(self, *_: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
+            return {TP: ["a record"] * options["max_records"]}
+
+    assert len(await Reader(Other()).read(TP, timeout_ms=1, limit=3)) == 3  # type: ignore[arg-type]
+
+
+def test_aiokafka_has_inside_what_is_relied_on() -> None:
+    names = {
+        "_tp", "_records", "_aborted_transactions", "_aborted_producers", "_check_crcs", "_isolation_level",
+        "next_fetch_offset", "_records_iterator", "_consume_aborted_up_to", "_contains_abort_marker",
+    }  # fmt: skip
+    assert [name for name in names if not hasattr(fetched(b""), name)] == []
+    assert "self._records = collections.OrderedDict()" in getsource(Fetcher.__init__)
+    assert "self._records[tp] = FetchResult(" in getsource(Fetcher._proc_fetch_request)
+    assert "getall(max_records)" in getsource(Fetcher.fetched_records)
+    builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, 0, 1_000)
+    assert builder.append(0, None, b"k", b"v", []) is not None
+
+
+class FakeConsumer:
+    """Takes from the store as aiokafka's fetcher does."""
+
+    def __init__(self) -> None:
+        self._fetcher = SimpleNamespace(_records=OrderedDict())
+        self.before_answering: Any = lambda: None
+
+    async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        self.before_answering()
+        found = self._fetcher._records[tp]._partition_records
+        return {tp: [next(found) for _ in range(max_records)]}
