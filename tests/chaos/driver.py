@@ -1,6 +1,7 @@
 """The scene of a run: a broker behind proxies, a fleet of workers that are started again when they end, and a feed."""
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -150,7 +151,8 @@ class Fleet:
         code = worker.terminate(60)
         with self._lock:
             slot.is_leaving = False
-            self._ended(slot, f"terminated: {code}", expected=code == 0)
+            has_begun = bool(worker.output)  # before that, Python itself ends by the signal
+            self._ended(slot, f"terminated: {code}", expected=code == 0 or (code == -signal.SIGTERM and not has_begun))
         return code
 
     def stop(self) -> None:
