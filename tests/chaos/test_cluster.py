@@ -71,7 +71,7 @@ def wait_for_results(kafka: Kafka, topics: Topics, more: int) -> None:
     def has_come() -> bool:
         try:
             count = kafka.count(topics.output)
-        except KafkaException:  # a leader is being found
+        except (KafkaException, TimeoutError):  # a leader is being found
             return False
         first.append(count)
         return count > first[0] + more
