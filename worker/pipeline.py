@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, Final
 
 from worker.events import (
@@ -36,7 +36,7 @@ from worker.records import Record
 from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tasks import cancelled, within
+from worker.tasks import cancelled
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
@@ -213,17 +213,17 @@ class Pipeline:
         """Publishes what inference has finished, and nothing that it has not."""
         await cancelled([tasks["tokenize"], tasks["score"]])
         encode, publish = tasks["encode"], tasks["publish"]
-        if publish.done():
-            if self._transactions:  # what was handed over before it broke
-                with contextlib.suppress(Exception):
-                    await within(max(0.0, deadline - time.monotonic()), self._transactions.finish())
-            return
-        last = stages.encoded if encode.done() else stages.scored
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(Exception):  # what is broken is known
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                closing = asyncio.create_task(last.put(None))
-                await asyncio.wait({encode, publish, closing}, return_when=asyncio.FIRST_EXCEPTION)
-                await asyncio.wait({publish} if encode.done() and encode.exception() else {encode, publish})
+                if not encode.done():
+                    putting = asyncio.create_task(stages.scored.put(None))
+                    await asyncio.wait({encode, publish, putting}, return_when=asyncio.FIRST_EXCEPTION)
+                if encode.done() and encode.exception() and not publish.done():
+                    putting = asyncio.create_task(stages.encoded.put(None))
+                    await asyncio.wait({publish, putting}, return_when=asyncio.FIRST_EXCEPTION)
+                await asyncio.wait({publish} if encode.done() else {encode, publish})
+                if self._transactions:  # what was handed over before it broke
+                    await self._transactions.finish()
 
     # Stages.
 
@@ -276,9 +276,9 @@ class Pipeline:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            outcomes = list(chain.from_iterable(part.outcomes for part in parts))
+            outcomes = [(part.assignment, outcome) for part in parts for outcome in part.outcomes]
             for begin in range(0, len(outcomes), SLICE):
-                some = outcomes[begin : begin + SLICE]
+                some = [outcome for owner, outcome in outcomes[begin : begin + SLICE] if owner.is_owned]
                 await self._deliver(some, self._sink)
                 self._count(some)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)

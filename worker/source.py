@@ -340,13 +340,15 @@ class Source:
         if self._assignments.get(assignment.tp) is not assignment:
             return
         is_to_go_on = assignment.accepts and not self._is_stopping
-        if self._transactions:
+        if not is_to_go_on:
+            self._release(assignment)  # the revocation finds nothing to release any more
+        elif self._transactions:
             self._transactions.retire(assignment)
         assignment.accepts = assignment.is_owned = False
         self._discard(assignment)
         if len(self._batcher) < self._capacity:
             self._room.set()
-        del self._assignments[assignment.tp]
+        self._assignments.pop(assignment.tp, None)
         reader = self._readers.pop(assignment, None)
         if reader is not None:
             reader.cancel()
@@ -437,11 +439,11 @@ class Source:
         backoff = Backoff()
         if after is not None:
             await cancelled([after])
-        while assignment.accepts:
+        while assignment.accepts and not self._is_stopping:
             try:
                 await self._find_place(assignment)
                 await self._room.wait()
-                if assignment.accepts:
+                if assignment.accepts and not self._is_stopping:
                     await self._read(assignment)
                 backoff = Backoff()
             except IllegalStateError:

@@ -282,6 +282,10 @@ class Writer:
         self.weight += weight
         self._changed.set()
 
+    def goes_beyond(self, offset: int) -> bool:
+        """Records after this offset are on their way: they commit it too, and behind them it would lead back."""
+        return any(page.outcomes and page.next_offset > offset for page in (*self.committing, *self.pages))
+
     def hurry(self) -> None:
         """From now on whatever is there is committed at once."""
         self.is_hurried = True
@@ -421,7 +425,7 @@ class Transactions:
         pages = []
         for assignment, offset in offsets:
             writer = self._writers.get(assignment)
-            if writer is not None:
+            if writer is not None and not writer.goes_beyond(offset):
                 pages.append(Page(offset))
                 writer.put(pages[-1], 0)
         for page in pages:

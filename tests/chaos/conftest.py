@@ -14,6 +14,16 @@ from tests.topics import Kafka, Topics
 IS_LONG = os.environ.get("CHAOS_LONG") == "1"
 BeginFeed = Callable[[Kafka, Topics, int, float], Feed]
 
+SHORT_FORM = ("test_auditor.py", "test_proxy.py", "test_run.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The single cases take minutes each; without `make chaos` one run of a few acts stands for them."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent == here and item.path.name not in SHORT_FORM and not IS_LONG:
+            item.add_marker(pytest.mark.skip(reason="a single case of the long form, which is run by make chaos"))
+
 
 @pytest.fixture
 def light(broker: Broker, tmp_path: Path) -> Iterator[Workers]:
