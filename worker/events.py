@@ -128,7 +128,7 @@ class Decoder:
             fields = _loads(record.value)
         except orjson.JSONDecodeError:
             return _id_from_record(record)
-        return self._id(record, record.value, fields)
+        return self._id(record, record.value, _look_up(fields, self._id_path))
 
     def _decode_text(self, record: Record, value: bytes) -> Decoded:
         try:
