@@ -298,10 +298,10 @@ class Pipeline:
         for assignment, records in chunks:
             decoded: list[Decoded] = []
             for begin in range(0, len(records), SLICE):
-                decoded.extend(map(self._decoder.decode, records[begin : begin + SLICE]))
+                decoded += self._decoder.decode_all(records[begin : begin + SLICE])
                 await asyncio.sleep(0)
             parts.append(Part(assignment, records, decoded, len(texts)))
-            texts.extend(event.text for event in decoded if isinstance(event, Event))
+            texts += [event.text for event in decoded if type(event) is Event]
         return parts, texts
 
     def _outcomes(self, part: Part, job: Job) -> Iterator[list[Outcome]]:
