@@ -1,13 +1,17 @@
 """The worker with a model that costs nothing: `python -m benchmarks.costless run …`. What is left is the plumbing.
 
 With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
-With `PROFILE` the event loop is profiled into the file of that name.
+With `PROFILE` the event loop is profiled into the file of that name. With `LAG_FILE` a probe on the event loop asks to be
+called every 5 ms, and adds a line to that file: how late it was at worst, and for 99 of 100 calls, in ms.
 """
 
+import asyncio
 import cProfile
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,11 @@ from numpy.typing import NDArray
 
 from worker import service
 from worker.cli import main
+from worker.pipeline import Pipeline
 from worker.settings import RunSettings
 
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
+PROBE_S = 0.005
 
 
 class Tokens:
@@ -48,6 +54,29 @@ class CostlessModel:
         return 0
 
 
+async def probe(late_ms: list[float]) -> None:
+    """Notes how late the event loop is, until cancelled."""
+    while True:
+        due = time.perf_counter() + PROBE_S
+        await asyncio.sleep(PROBE_S)
+        late_ms.append((time.perf_counter() - due) * 1000)
+
+
+async def probed(run: Callable[[Pipeline], Awaitable[None]], pipeline: Pipeline) -> None:
+    late_ms: list[float] = []
+    probing = asyncio.create_task(probe(late_ms))
+    try:
+        await run(pipeline)
+    finally:
+        probing.cancel()
+        note(sorted(late_ms))
+
+
+def note(late_ms: list[float]) -> None:
+    with Path(os.environ["LAG_FILE"]).open("a") as file:
+        file.write(f"{late_ms[-1]:.1f} {late_ms[len(late_ms) * 99 // 100]:.1f}\n")
+
+
 if __name__ == "__main__":
 
     def load(_: RunSettings) -> Any:
@@ -64,4 +93,6 @@ if __name__ == "__main__":
             return code
 
         service.run = profiled
+    if "LAG_FILE" in os.environ:
+        Pipeline.run = partialmethod(lambda pipeline, work: probed(work, pipeline), Pipeline.run)  # type: ignore[method-assign,assignment]
     main()

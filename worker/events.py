@@ -232,7 +232,7 @@ class Encoder:
         """
         if not records:
             return []
-        timestamps = [record.timestamp for record in records]
+        timestamps: list[int | None] = [record.timestamp for record in records]
         event_times = list(map(_json_time, timestamps))
         columns = (
             [orjson.dumps(event.id) for event in events],

@@ -18,12 +18,10 @@ Hashes = NDArray[np.uint32]
 
 def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> list[int]:
     """Of N records: by murmur2 of the key; where that is null, the input partition modulo the output's partitions."""
-    if None not in keys:
-        places: list[int] = ((murmur2(keys) & POSITIVE) % np.uint32(partitions)).tolist()  # type: ignore[arg-type]
-        return places
-    hashes = murmur2([key or b"" for key in keys]) & POSITIVE
-    has_key = [key is not None for key in keys]
-    places = (np.where(has_key, hashes, np.array(origins, np.uint32)) % np.uint32(partitions)).tolist()
+    hashes = murmur2([key or b"" for key in keys] if None in keys else keys) & POSITIVE  # type: ignore[arg-type]
+    if None in keys:
+        hashes = np.where([key is not None for key in keys], hashes, np.array(origins, np.uint32))
+    places: list[int] = (hashes % np.uint32(partitions)).tolist()
     return places
 
 

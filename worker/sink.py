@@ -160,9 +160,8 @@ class Sink:
 
     async def _lanes(self, parcels: Sequence[Parcel], answers: list[Reason | None]) -> dict[Lane, list[Load]]:
         lanes: dict[Lane, list[Load]] = {}
-        for topic, places in _by_topic(parcels).items():
-            if any(answers):
-                places = [place for place in places if answers[place] is None]
+        for topic, all_places in _by_topic(parcels).items():
+            places = [place for place in all_places if answers[place] is None] if any(answers) else all_places
             keys = [parcels[place].record.key for place in places]
             origins = [parcels[place].origin for place in places]
             partitions = np.array(partitions_for(keys, origins, await self._partitions(topic)), np.int64)
