@@ -2,7 +2,8 @@
 
 With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
 With `PROFILE` the event loop is profiled into the file of that name. With `LAG_FILE` a probe on the event loop asks to be
-called every 5 ms, and adds a line to that file: how late it was at worst, and for 99 of 100 calls, in ms.
+called every 5 ms, and adds a line to that file: how late it was at worst, for 99 of 100 calls, and at worst by what its own
+thread computed meanwhile (the rest is other programs'), in ms.
 """
 
 import asyncio
@@ -54,27 +55,29 @@ class CostlessModel:
         return 0
 
 
-async def probe(late_ms: list[float]) -> None:
+async def probe(late_ms: list[float], own_ms: list[float]) -> None:
     """Notes how late the event loop is, until cancelled."""
     while True:
-        due = time.perf_counter() + PROBE_S
+        due, computed = time.perf_counter() + PROBE_S, time.thread_time()
         await asyncio.sleep(PROBE_S)
         late_ms.append((time.perf_counter() - due) * 1000)
+        own_ms.append(min(late_ms[-1], (time.thread_time() - computed) * 1000))
 
 
 async def probed(run: Callable[[Pipeline], Awaitable[None]], pipeline: Pipeline) -> None:
     late_ms: list[float] = []
-    probing = asyncio.create_task(probe(late_ms))
+    own_ms: list[float] = []
+    probing = asyncio.create_task(probe(late_ms, own_ms))
     try:
         await run(pipeline)
     finally:
         probing.cancel()
-        note(sorted(late_ms))
+        note(sorted(late_ms), max(own_ms))
 
 
-def note(late_ms: list[float]) -> None:
+def note(late_ms: list[float], own_ms: float) -> None:
     with Path(os.environ["LAG_FILE"]).open("a") as file:
-        file.write(f"{late_ms[-1]:.1f} {late_ms[len(late_ms) * 99 // 100]:.1f}\n")
+        file.write(f"{late_ms[-1]:.1f} {late_ms[len(late_ms) * 99 // 100]:.1f} {own_ms:.1f}\n")
 
 
 if __name__ == "__main__":
