@@ -25,6 +25,7 @@ from worker.settings import RunSettings
 
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
 PROBE_S = 0.005
+JOINING_S = 1.0  # to connect and to join the group, which is no stage
 
 
 class Tokens:
@@ -57,6 +58,7 @@ class CostlessModel:
 
 async def probe(late_ms: list[float], own_ms: list[float]) -> None:
     """Notes how late the event loop is, until cancelled."""
+    await asyncio.sleep(JOINING_S)
     while True:
         due, computed = time.perf_counter() + PROBE_S, time.thread_time()
         await asyncio.sleep(PROBE_S)
@@ -72,7 +74,8 @@ async def probed(run: Callable[[Pipeline], Awaitable[None]], pipeline: Pipeline)
         await run(pipeline)
     finally:
         probing.cancel()
-        note(sorted(late_ms), max(own_ms))
+        if late_ms:
+            note(sorted(late_ms), max(own_ms))
 
 
 def note(late_ms: list[float], own_ms: float) -> None:
