@@ -4,7 +4,7 @@ The formats are those of the README's section on records.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
@@ -98,17 +98,19 @@ class Outgoing(NamedTuple):
 
 
 class Decoder:
-    """Record → event, by the settings of the same names."""
+    """Record → event, by the settings of the same names. ``text_fields``: where the text is in topics of their own."""
 
     def __init__(
         self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
-        max_text_chars: int = 100_000,
+        max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._is_text = input_format == "text"
         self._is_enriched = output_mode == "enrich"
         self._text_field = text_field
         self._id_path = id_field.split(".")
         self._find_text = _finder(text_field.split("."))
+        self._text_fields = dict(text_fields or {})
+        self._find_texts = {topic: _finder(path.split(".")) for topic, path in self._text_fields.items()}
         self._find_id = _finder(self._id_path)
         self._max_text_chars = max_text_chars
 
@@ -144,9 +146,10 @@ class Decoder:
             return _unreadable(value, error.pos)
         if type(fields) is not dict:
             return _failure("not_an_object", "the value is JSON, but not an object")
-        text = self._find_text(fields)
+        find_text = self._find_texts.get(record.topic, self._find_text) if self._find_texts else self._find_text
+        text = find_text(fields)
         if type(text) is not str:
-            return self._without_text(text)
+            return self._without_text(text, self._text_fields.get(record.topic, self._text_field))
         failure = self._checked(text)
         if failure:
             return failure
@@ -155,10 +158,11 @@ class Decoder:
         id = self._find_id(fields)
         return Event(id if type(id) is str else self._id(record, value, id), text)
 
-    def _without_text(self, found: Any) -> Failure:
+    @staticmethod
+    def _without_text(found: Any, field: str) -> Failure:
         if found is _MISSING:
-            return _failure("missing_text", f"the object has no field {self._text_field}")
-        return _failure("text_not_string", f"the field {self._text_field} is not a string")
+            return _failure("missing_text", f"the object has no field {field}")
+        return _failure("text_not_string", f"the field {field} is not a string")
 
     def _checked(self, text: str) -> Failure | None:
         if len(text) > self._max_text_chars:

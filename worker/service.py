@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.cluster import Connection, wait_until_usable
+from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
@@ -21,7 +21,7 @@ from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
-from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names
+from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
 from worker.transactions import Transactions
@@ -132,12 +132,14 @@ def _whereabouts(error: Exception) -> dict[str, str]:
 
 async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap) -> Pipeline:
     connection = Connection.as_set(settings)
-    topics = split_names(settings.input_topics)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
     gc.collect()
     gc.freeze()  # torch brings 400,000 objects: a full collection would stop the event loop for a fifth of a second
     _tell_of_model(model, metrics)
     health.well("model")
+    topics = settings.topics
+    if settings.input_pattern:
+        topics = await wait_for_a_match(connection, settings.input_pattern, health)
     roles = {
         "input_topics": topics,
         "output_topic": [settings.output_topic],
@@ -158,6 +160,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
     source = Source(
         connection,
         topics=topics,
+        pattern=settings.input_pattern,
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id,
         auto_offset_reset=settings.auto_offset_reset,
@@ -191,10 +194,12 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
 
 
 def _decoder(settings: RunSettings) -> Decoder:
+    text_field, by_topic = text_fields(settings.text_field)
     return Decoder(
         input_format=settings.input_format,
         output_mode=settings.output_mode,
-        text_field=settings.text_field,
+        text_field=text_field,
+        text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
     )
