@@ -180,7 +180,9 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         source=source,
         decoder=_decoder(settings),
         inference=inference,
-        encoder=Encoder(output_mode=settings.output_mode),
+        encoder=Encoder(
+            output_mode=settings.output_mode, output_format=settings.output_format, group_id=settings.group_id
+        ),
         sink=sink,
         flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
         metrics=metrics,

@@ -368,6 +368,9 @@ class RunSettings(ModelSettings, EventSettings):
         description="where the text is; a dotted path reaches inside; by topic: reviews=body,posts=data.text, and text for "
         "the others",
     )
+    output_format: Literal["json", "cloudevents"] = Field(
+        "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
+    )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
     dead_letter_limit: float = Field(
         0.5, ge=0, le=1, description="share of dead letters among the newest records that ends the worker; 0: none does"
@@ -424,6 +427,10 @@ class RunSettings(ModelSettings, EventSettings):
     def _fits_together(self) -> Self:
         if self.output_mode == "enrich" and self.input_format == "text":
             raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        if self.output_mode == "enrich" and self.output_format == "cloudevents":
+            raise ValueError(
+                "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"
+            )
         if self.output_topic == self.dead_letter_topic:
             raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
         for name in ("output_topic", "dead_letter_topic"):
