@@ -17,6 +17,7 @@ from worker.cluster import UNREACHABLE, Connection, matching_topics, missing_top
 from worker.permissions import Permissions
 from worker.settings import RunSettings
 from worker.tasks import within
+from worker.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
 Verdict = Literal["ok", "warn", "fail"]
@@ -51,6 +52,8 @@ async def _run(settings: RunSettings) -> int:
 
 
 async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
+    if settings.tracing == "otel":
+        refuse_without_the_extra()
     yield Finding("settings", "ok", "they are valid, and fit together")
     yield _disk()
     yield _port(settings.http_host, settings.http_port)

@@ -24,6 +24,7 @@ from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
+from worker.tracing import Tracing
 from worker.transactions import Transactions
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_SPANS_S: Final = 2.0
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
 
 
@@ -68,6 +70,7 @@ async def _run(settings: RunSettings) -> int:
         lambda old: _reloaded(settings, cast("SentimentModel", old)),
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
+    tracing = _tracing(settings)
     guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
     tap = Tap(_decoder(settings), texts=settings.console_texts)
     console = Console(metrics, health, tap, shown_settings(settings), version=worker_version())
@@ -85,15 +88,23 @@ async def _run(settings: RunSettings) -> int:
     )
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, tap, stop)
+        return await _work(settings, metrics, inference, health, tap, stop, tracing)
     finally:
+        if tracing:
+            await tracing.close(LAST_SPANS_S)
         await monitor.stop()
 
 
 async def _work(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, stop: asyncio.Event
+    settings: RunSettings,
+    metrics: Metrics,
+    inference: Inference,
+    health: Health,
+    tap: Tap,
+    stop: asyncio.Event,
+    tracing: Tracing | None,
 ) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap))
+    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap, tracing))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +141,9 @@ def _whereabouts(error: Exception) -> dict[str, str]:
     }
 
 
-async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap) -> Pipeline:
+async def _started(
+    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
+) -> Pipeline:
     connection = Connection.as_set(settings)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
     gc.collect()
@@ -191,7 +204,16 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
         transactions=transactions,
+        tracing=tracing,
         watch=tap,
+    )
+
+
+def _tracing(settings: RunSettings) -> Tracing | None:
+    if settings.tracing == "off":
+        return None
+    return Tracing(
+        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
     )
 
 

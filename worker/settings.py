@@ -395,6 +395,10 @@ class RunSettings(ModelSettings, EventSettings):
         "something, or all but /livez and /readyz",
     )
     console_texts: bool = Field(False, description="the console at / shows the newest results' texts too")
+    tracing: Literal["off", "otel"] = Field(
+        "off",
+        description="otel: spans of each micro-batch to a collector, as the OTEL_… variables say; needs the extra otel",
+    )
     session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
     fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
 
