@@ -285,16 +285,17 @@ class Encoder:
 
     def _headers(
         self, records: Sequence[Record], events: Sequence[Event], processed_at: str
-    ) -> list[list[tuple[str, bytes | None]]]:
-        if self._is_enriched:
-            return [_of_the_enriched(record.headers) for record in records]
-        if not self._is_cloud_event:
-            return [_as_json(record.headers) for record in records]
-        return [
-            cloudevents.without_attributes(record.headers)
-            + cloudevents.attributes(_place(record), self._source, event.id, processed_at)
-            for record, event in zip(records, events, strict=True)
-        ]
+    ) -> Iterable[list[tuple[str, bytes | None]]]:
+        headers = [record.headers for record in records]
+        if self._is_cloud_event:
+            return [
+                cloudevents.without_attributes(own)
+                + cloudevents.attributes(_place(record), self._source, event.id, processed_at)
+                for record, own, event in zip(records, headers, events, strict=True)
+            ]
+        if not any(headers):
+            return repeat(_JSON_HEADERS)
+        return map(_of_the_enriched if self._is_enriched else _as_json, headers)
 
 
 def _template(record: Record, model: str, processed_at: str) -> bytes:
