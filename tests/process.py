@@ -186,7 +186,8 @@ class Workers:
             "dead_letter_topic": topics.dead_letters,
             "group_id": topics.group,
         }
-        worker = WorkerProcess(self._folder, variables=variables, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
+        given = {name: value for name, value in {**self._defaults, **names, **settings}.items() if value is not None}
+        worker = WorkerProcess(self._folder, variables=variables, **given)  # type: ignore[arg-type]
         self._started.append(worker)
         return worker
 

@@ -326,7 +326,7 @@ class Sink:
 def _by_topic(parcels: Sequence[Parcel]) -> dict[str, Load]:
     """Where in N parcels those of each topic are."""
     topics = [parcel.topic for parcel in parcels]
-    if topics.count(topics[0]) == len(topics):
+    if len(set(topics)) == 1:
         return {topics[0]: list(range(len(topics)))}
     return {topic: [place for place, name in enumerate(topics) if name == topic] for topic in set(topics)}
 

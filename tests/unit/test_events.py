@@ -94,6 +94,16 @@ def test_a_record_becomes_the_result_of_the_contract_byte_for_byte() -> None:
     assert outgoing == Outgoing(b"k", RESULT, [("content-type", b"application/json")], TEN)
 
 
+def test_where_the_text_is_depends_on_the_topic() -> None:
+    decoder = Decoder(text_field="text", text_fields={"reviews": "data.body"})
+    value = orjson.dumps({"text": "тут", "data": {"body": "там"}})
+    found = [decoder.decode(FakeRecord(value, topic=topic)) for topic in ("texts", "reviews")]
+    assert [event.text for event in found if isinstance(event, Event)] == ["тут", "там"]
+    assert decoder.decode(FakeRecord(b"{}", topic="reviews")) == Failure(
+        "decode", "missing_text", "the object has no field data.body"
+    )
+
+
 def test_a_result_says_whether_its_text_was_cut() -> None:
     value = encode(FakeRecord(b""), Event("42", "да"), truncated=True).value
     assert value == RESULT.replace(b'"truncated":false', b'"truncated":true')
@@ -280,6 +290,7 @@ def test_a_record_that_cannot_be_read_says_why(value: bytes, options: dict[str, 
 
 def test_every_decode_reason_has_an_example_here() -> None:
     later = {"inference_failed", "invalid_timestamp", "result_too_large"}
+    later.add("invalid_cloudevent")  # test_cloudevents.py
     assert {reason for _, _, reason in FAILURES} == set(get_args(Reason)) - later
 
 
