@@ -1,0 +1,56 @@
+"""The documents keep up with the code: generated pages, alerts, modules, links, and the commands in them."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.metrics import PREFIX, Metrics
+from worker.settings import RunSettings
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+REFERENCE: dict[str, Any] = runpy.run_path(str(DOCS / "reference.py"))
+FAMILIES = [family for family in Metrics("test")._registry.collect() if family.name.startswith(PREFIX)]
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The cells of each table row of a generated page, by the first one, without its backticks and labels."""
+    lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| `")]
+    return {re.split(r"\{", line[0].replace("`", ""))[0]: line for line in reversed(lines)}
+
+
+@pytest.mark.parametrize("path", REFERENCE["built"](), ids=lambda path: str(path.name))
+def test_a_generated_page_is_what_the_generator_writes(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == REFERENCE["built"]()[path], "`make docs` writes it anew"
+
+
+@pytest.mark.parametrize("name", RunSettings.model_fields)
+def test_each_setting_is_in_a_group_with_its_flag_its_default_and_its_meaning(name: str) -> None:
+    assert REFERENCE["OTHERS"] not in REFERENCE["groups"](), "put it into a group in docs/reference.py"
+    assert len([names for names in REFERENCE["groups"]().values() if name in names]) == 1
+    field = RunSettings.model_fields[name]
+    _, set_by, default, _, allowed, meaning = rows((DOCS / "settings.md").read_text())[name]
+    assert f"`WORKER_{name.upper()}`" in set_by
+    assert f"--{name.replace('_', '-')}" in set_by or name in ("http_token", "sasl_password", "ssl_key_password")
+    shown = "–" if field.default is None else f"`{field.default}`"
+    assert default == (shown.lower() if isinstance(field.default, bool) else shown)
+    assert allowed
+    assert meaning == (field.description or meaning) != ""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, field in RunSettings.model_fields.items() if type(field.default) in (int, float)]
+)
+def test_each_number_has_its_unit(name: str) -> None:
+    assert rows((DOCS / "settings.md").read_text())[name][3] != "–" or name == "http_port"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
+def test_each_metric_has_its_meaning_and_how_to_read_it(family: Any) -> None:
+    name = family.name.removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+    _, kind, meaning, reading = rows((DOCS / "metrics.md").read_text())[name]
+    assert (kind, meaning) == (family.type, family.documentation)
+    assert reading != "–", "say in docs/reference.py how to read it"
