@@ -184,6 +184,7 @@ READING: Final[dict[str, dict[str, str]]] = {
         "build_info": "Always 1; `version` is what it is for.",
     },
 }
+METRICS: Final = Metrics("version")
 FREE_LABELS: Final = ("topic", "partition", "model", "revision", "device", "dtype", "version")
 
 
@@ -363,7 +364,7 @@ def metric_rows() -> dict[str, tuple[str, str, str, str]]:
     rows = {}
     for family in _families():
         name = _name(family)
-        labels = [label for labels in _labels(family).values() for label in labels]
+        labels = _labels(family)
         shown = f"`{name}`" if not labels else f"`{name}{{{', '.join(labels)}}}`"
         rows[name] = (shown, family.type, family.documentation, reading.get(name, NONE))
     return rows
@@ -372,8 +373,8 @@ def metric_rows() -> dict[str, tuple[str, str, str, str]]:
 def label_rows() -> list[tuple[str, str, str]]:
     users: dict[str, dict[str, list[str]]] = {}
     for family in _families():
-        for label in (name for names in _labels(family).values() for name in names):
-            values = {sample.labels[label]: None for sample in family.samples if label in sample.labels}
+        for label in _labels(family):
+            values = dict.fromkeys(sample.labels[label] for sample in family.samples)
             users.setdefault(label, {})[_name(family)] = list(values)
     rows = []
     for label, metrics in users.items():
@@ -394,7 +395,7 @@ def bucket_rows() -> list[tuple[str, str]]:
 
 
 def _families() -> list[Any]:
-    families = Metrics("version")._registry.collect()
+    families = METRICS._registry.collect()
     return sorted(
         (family for family in families if family.name.startswith(METRIC)), key=lambda family: str(family.name)
     )
@@ -404,12 +405,11 @@ def _name(family: Any) -> str:
     return str(family.name).removeprefix(METRIC) + ("_total" if family.type == "counter" else "")
 
 
-def _labels(family: Any) -> dict[str, list[str]]:
-    """The names of a metric's labels, by its full name; from its collector, for a metric may have no series yet."""
-    for collector in Metrics("version")._registry._collector_to_names:
-        if getattr(collector, "_name", "") == family.name:
-            return {family.name: list(getattr(collector, "_labelnames", ()))}
-    return {}
+def _labels(family: Any) -> list[str]:
+    """The names of a metric's labels; from its collector, for a metric may have no series yet."""
+    collectors = METRICS._registry._collector_to_names
+    (names,) = [getattr(each, "_labelnames", ()) for each in collectors if getattr(each, "_name", "") == family.name]
+    return list(names)
 
 
 if __name__ == "__main__":
