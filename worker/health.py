@@ -52,8 +52,9 @@ class Health:
         return self._is_alive()
 
     def why_not_ready(self) -> str | None:
-        """For /readyz."""
+        """For /readyz. A trouble says more than that something has not begun."""
         dead = self._is_alive()
         if dead:
             return dead
-        return next((f"{part}: {trouble.reason}" for part, trouble in self._troubles.items()), None)
+        troubles = sorted(self._troubles.items(), key=lambda item: not item[1].told)
+        return next((f"{part}: {trouble.reason}" for part, trouble in troubles), None)

@@ -113,3 +113,12 @@ def test_dead_inference_is_neither_alive_nor_ready_and_kafka_plays_no_part() -> 
     assert health.why_not_ready() == "kafka: refused"
     assert health.why_not_alive() == "inference is hung"
     assert health.why_not_ready() == "inference is hung"
+
+
+def test_a_trouble_says_more_than_that_something_has_not_begun(health: Health) -> None:
+    health.hold("group", "not joined yet")
+    assert health.why_not_ready() == "group: not joined yet"
+    health.trouble("kafka", "no broker answers")
+    assert health.why_not_ready() == "kafka: no broker answers"
+    health.well("kafka")
+    assert health.why_not_ready() == "group: not joined yet"
