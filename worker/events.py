@@ -37,6 +37,7 @@ CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
 COUNT_HEADER: Final = "replay.count"
 ENRICHED_FIELD: Final = "sentiment"
+MOST_VALUES: Final = 100_000  # in one record: each becomes an object of Python's, while all else waits
 
 
 class Record(Protocol):
@@ -122,7 +123,7 @@ class Decoder:
 
     def id_of(self, record: Record) -> str:
         """The event's id, whatever else is wrong with the record."""
-        if self._is_text or record.value is None:
+        if self._is_text or record.value is None or _may_hold_too_much(record.value):
             return _id_from_record(record)
         try:
             fields = _loads(record.value)
@@ -138,6 +139,8 @@ class Decoder:
         return self._checked(text) or Event(_id_from_record(record), text)
 
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
+        if _may_hold_too_much(value):
+            return _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
         try:
             fields = _loads(value)
         except orjson.JSONDecodeError as error:
@@ -385,6 +388,11 @@ _LITERAL: Final = re.compile(
     re.DOTALL,
 )
 _DIGITS_OF_64_BITS: Final = 18  # so many always fit
+
+
+def _may_hold_too_much(value: bytes) -> bool:
+    """Each value but the first stands behind a comma or a bracket. Those in strings count too: it is quick, not exact."""
+    return len(value) > MOST_VALUES and sum(map(value.count, (b",", b"[", b"{"))) > MOST_VALUES
 
 
 def _loads(value: bytes) -> Any:

@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaException
 from confluent_kafka.admin import NewTopic
 
 from tests.broker import UnavailableError
 from tests.chaos.cluster import Node, cluster
 from tests.chaos.conftest import BeginFeed
-from tests.chaos.driver import MODEL, audited
+from tests.chaos.driver import MODEL, audited, wait_for_results
 from tests.process import workers_in
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 
@@ -65,21 +63,6 @@ def test_a_leader_is_killed_under_load(
     found = audited(kafka, topics)
     assert found.failures(delivery) == []
     assert found.events == events
-
-
-def wait_for_results(kafka: Kafka, topics: Topics, more: int) -> None:
-    """So many more than there are once the brokers can say."""
-    first: list[int] = []
-
-    def has_come() -> bool:
-        try:
-            count = kafka.count(topics.output)
-        except (KafkaException, TimeoutError):  # a leader is being found
-            return False
-        first.append(count)
-        return count > first[0] + more
-
-    wait_for(has_come, f"{more} results more", 180)
 
 
 def leader_of(kafka: Kafka, topic: str) -> int:
