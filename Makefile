@@ -9,6 +9,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
+JOBS ?= 3
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
 SUITE ?= engine tokenizers worker load end_to_end
@@ -18,8 +19,9 @@ SUITE ?= engine tokenizers worker load end_to_end
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
+# Most tests wait for a broker more than they compute; each of JOBS processes has a broker of its own.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
 # CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900", for one.

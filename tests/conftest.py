@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for line in config.stash[used_brokers]:
         terminalreporter.write_line(f"real Kafka: {line}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes that share the tests tells the first one which brokers it used."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["used_brokers"] = session.config.stash[used_brokers]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[used_brokers] += getattr(node, "workeroutput", {}).get("used_brokers", [])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,14 +106,20 @@ def oracle(checkpoint: Path) -> Oracle:
 
 
 @pytest.fixture
-def workers(broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
+def worker_module() -> str:
+    """What workers run. Where the model plays no part a file takes one that costs nothing, and starts at once."""
+    return "worker"
+
+
+@pytest.fixture
+def workers(broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the shared broker."""
-    with workers_in(broker.bootstrap, checkpoint, tmp_path) as workers:
+    with workers_in(broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
         yield workers
 
 
 @pytest.fixture
-def fragile_workers(fragile_broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
+def fragile_workers(fragile_broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the broker that the test stops."""
-    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path) as workers:
+    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
         yield workers

@@ -19,6 +19,7 @@ from tests.topics import Topics
 from tests.waiting import wait_for
 
 PREFIX = "sentiment_worker_"
+COSTLESS = "benchmarks.costless"
 READY_SECONDS = 180
 
 
@@ -167,8 +168,9 @@ class WorkerProcess:
 class Workers:
     """Starts workers for tests and ends every one of them, whatever becomes of the test."""
 
-    def __init__(self, bootstrap: str, checkpoint: Path, folder: Path) -> None:
+    def __init__(self, bootstrap: str, checkpoint: Path, folder: Path, module: str) -> None:
         self._defaults = {
+            "module": module,
             "bootstrap_servers": bootstrap,
             "model": checkpoint,
             "cpu_threads": 1,
@@ -184,7 +186,8 @@ class Workers:
             "dead_letter_topic": topics.dead_letters,
             "group_id": topics.group,
         }
-        worker = WorkerProcess(self._folder, variables=variables, **{**self._defaults, **names, **settings})  # type: ignore[arg-type]
+        given = {name: value for name, value in {**self._defaults, **names, **settings}.items() if value is not None}
+        worker = WorkerProcess(self._folder, variables=variables, **given)  # type: ignore[arg-type]
         self._started.append(worker)
         return worker
 
@@ -197,8 +200,8 @@ class Workers:
 
 
 @contextmanager
-def workers_in(bootstrap: str, checkpoint: Path, folder: Path) -> Iterator[Workers]:
-    workers = Workers(bootstrap, checkpoint, folder)
+def workers_in(bootstrap: str, checkpoint: Path, folder: Path, module: str = "worker") -> Iterator[Workers]:
+    workers = Workers(bootstrap, checkpoint, folder, module)
     try:
         yield workers
     finally:

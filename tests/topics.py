@@ -115,8 +115,8 @@ class Kafka:
         }
 
     def create(self, name: str, partitions: int = 1, **config: object) -> None:
-        """`config`'s names are written with underscores for dots."""
-        values = {key.replace("_", "."): str(value) for key, value in config.items()}
+        """`config`'s names are written with underscores for dots. Records keep, however old a test makes them."""
+        values = {"retention.ms": "-1"} | {key.replace("_", "."): str(value) for key, value in config.items()}
         self.admin.create_topics([NewTopic(name, partitions, 1, config=values)])[name].result(30)
         wait_for(lambda: name in self.names(), f"the broker to know {name}")
 
@@ -144,15 +144,19 @@ class Kafka:
         place = TopicPartition(topic, partition, offset)
         self.admin.delete_records([place])[place].result(30)
 
-    def ends(self, topic: str) -> dict[int, int]:
-        """The offset after the last record of each partition."""
+    def ends(self, topic: str, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED) -> dict[int, int]:
+        """The offset after the last record of each partition, or the one before its oldest open transaction."""
         asked = {place: OffsetSpec.latest() for place in self.partitions(topic)}
-        answers = self.admin.list_offsets(asked, isolation_level=IsolationLevel.READ_UNCOMMITTED)
+        answers = self.admin.list_offsets(asked, isolation_level=isolation)
         return {place.partition: answer.result(30).offset for place, answer in answers.items()}
 
     def count(self, *topics: str) -> int:
         """Records ever published to these topics (as long as there are no transactions in them)."""
         return sum(sum(self.ends(topic).values()) for topic in topics)
+
+    def has_open_transaction(self, topic: str) -> bool:
+        """Whether there are records that may still be committed or aborted."""
+        return self.ends(topic, IsolationLevel.READ_COMMITTED) != self.ends(topic)
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out."""

@@ -10,7 +10,7 @@ T = TypeVar("T")
 def wait_for(
     condition: Callable[[], T],
     what: str,
-    seconds: float = 60,
+    seconds: float = 120,
     every: float = 0.1,
     describe: Callable[[], object] = lambda: "",
 ) -> T:

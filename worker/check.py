@@ -6,17 +6,18 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from worker.cluster import UNREACHABLE, Connection, missing_topics, refuse_wrong_credentials
+from worker.cluster import UNREACHABLE, Connection, matching_topics, missing_topics, no_match, refuse_wrong_credentials
 from worker.permissions import Permissions
-from worker.settings import RunSettings, split_names
+from worker.settings import RunSettings
 from worker.tasks import within
+from worker.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
 Verdict = Literal["ok", "warn", "fail"]
@@ -51,6 +52,8 @@ async def _run(settings: RunSettings) -> int:
 
 
 async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
+    if settings.tracing == "otel":
+        refuse_without_the_extra()
     yield Finding("settings", "ok", "they are valid, and fit together")
     yield _disk()
     yield _port(settings.http_host, settings.http_port)
@@ -126,8 +129,16 @@ async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
 
 
 async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafkaAdminClient) -> AsyncIterator[Finding]:
-    roles = {
-        "input_topics": split_names(settings.input_topics),
+    topics = settings.topics
+    if settings.input_pattern:
+        topics = await matching_topics(admin, settings.input_pattern)
+        if not topics:
+            yield Finding(
+                "topics", "fail", f"{no_match(settings.input_pattern)}; create one, or look for its Describe ACL"
+            )
+            return
+    roles: dict[str, Sequence[str]] = {
+        "input_topics": topics,
         "output_topic": (settings.output_topic,),
         "dead_letter_topic": (settings.dead_letter_topic,),
     }
@@ -136,13 +147,13 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
         yield Finding("topics", "fail", f"{missing}; create it, or name another")
         return
     names = [name for group in roles.values() for name in group]
-    topics = {topic["topic"]: topic for topic in await admin.describe_topics(names)}
-    yield Finding("topics", "ok", ", ".join(f"{name} ({len(topics[name]['partitions'])})" for name in names))
+    described = {topic["topic"]: topic for topic in await admin.describe_topics(names)}
+    yield Finding("topics", "ok", ", ".join(f"{name} ({len(described[name]['partitions'])})" for name in names))
     for name in names:
-        for finding in _partitions(topics[name], await _config(admin, name), is_output=name in names[-2:]):
+        for finding in _partitions(described[name], await _config(admin, name), is_output=name in names[-2:]):
             yield finding
     yield await _members(
-        settings.group_id, admin, sum(len(topics[name]["partitions"]) for name in roles["input_topics"])
+        settings.group_id, admin, sum(len(described[name]["partitions"]) for name in roles["input_topics"])
     )
     async for finding in _permissions(settings, connection, roles):
         yield finding

@@ -4,9 +4,9 @@ import asyncio
 import functools
 import logging
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import aiokafka.admin.client
 import aiokafka.client
@@ -27,11 +27,12 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
-from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names
+from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names, whole_name
 from worker.tasks import cancelled, within
 from worker.unpacking import bound_unpacking
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 # aiokafka asks the broker to create each topic that it names; a worker must never do that by accident.
 _metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
@@ -178,19 +179,40 @@ async def wait_until_usable(
     Answers with the limits of each topic. What is missing is told once. Raises WrongSetting where the brokers refuse
     login or certificate.
     """
+
+    async def look(client: AIOKafkaAdminClient) -> tuple[str, dict[str, TopicLimits]]:
+        missing = await missing_topics(client, topics)
+        names = [name for group in topics.values() for name in group]
+        return missing, {} if missing else await _limits(client, names)
+
+    return await _until_found(connection, health, look)
+
+
+async def wait_for_a_match(connection: Connection, pattern: str, health: Health) -> tuple[str, ...]:
+    """Waits until there are topics that match the setting ``input_pattern``, and answers with them. Raises WrongSetting."""
+
+    async def look(client: AIOKafkaAdminClient) -> tuple[str, tuple[str, ...]]:
+        found = await matching_topics(client, pattern)
+        return "" if found else no_match(pattern), found
+
+    return await _until_found(connection, health, look)
+
+
+async def _until_found(
+    connection: Connection, health: Health, look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]]
+) -> Found:
+    """Looks until nothing is missing: ``look`` answers with what is, as a sentence, and with what it has found."""
     backoff = Backoff()
     while True:
         client = AIOKafkaAdminClient(**connection.options())
         try:
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
-                missing = await missing_topics(client, topics)
+                missing, found = await look(client)
                 health.well("kafka")
                 if not missing:
-                    names = [name for group in topics.values() for name in group]
-                    limits = await _limits(client, names)
                     health.well("topics")
-                    return limits
+                    return found
             health.trouble("topics", f"{missing}; waiting for it")
         except UNREACHABLE as error:
             hint = await refuse_wrong_credentials(connection)
@@ -242,6 +264,23 @@ async def missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Itera
         if (code := found.get(name, 3)) not in (0, 5)  # 5: a partition has no leader at the moment
     ]
     return "; ".join(troubles)
+
+
+async def matching_topics(client: AIOKafkaAdminClient, pattern: str) -> tuple[str, ...]:
+    """The topics that match the setting ``input_pattern`` and that this user may know of, in order; Kafka's own never do."""
+    topics = await client.describe_topics(None)
+    return matching(
+        pattern, (topic["topic"] for topic in topics if not topic["error_code"] and not topic["is_internal"])
+    )
+
+
+def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names that match the setting ``input_pattern``, in order."""
+    return tuple(sorted(filter(whole_name(pattern).match, names)))
+
+
+def no_match(pattern: str) -> str:
+    return f"input_pattern: no topic has a name that matches {pattern!r}"
 
 
 async def _limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:

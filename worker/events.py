@@ -4,7 +4,7 @@ The formats are those of the README's section on records.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 import orjson
 
+from worker import cloudevents
+from worker.cloudevents import mode as _cloud_event_mode
 from worker.sentiment import LABELS, Sentiment
 
 Stage = Literal["decode", "infer", "publish"]
@@ -26,6 +28,7 @@ Reason = Literal[
     "empty_text",
     "too_large",
     "field_exists",
+    "invalid_cloudevent",
     "inference_failed",
     "invalid_timestamp",
     "result_too_large",
@@ -99,30 +102,39 @@ class Outgoing(NamedTuple):
 
 
 class Decoder:
-    """Record → event, by the settings of the same names."""
+    """Record → event, by the settings of the same names. ``text_fields``: where the text is in topics of their own."""
 
     def __init__(
         self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
-        max_text_chars: int = 100_000,
+        max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._is_text = input_format == "text"
         self._is_enriched = output_mode == "enrich"
         self._text_field = text_field
         self._id_path = id_field.split(".")
         self._find_text = _finder(text_field.split("."))
+        self._text_fields = dict(text_fields or {})
+        self._find_texts = {topic: _finder(path.split(".")) for topic, path in self._text_fields.items()}
         self._find_id = _finder(self._id_path)
         self._max_text_chars = max_text_chars
 
     def decode(self, record: Record) -> Decoded:
         """Never raises, whatever the record holds."""
-        if record.value is None:
+        value = record.value
+        if value is None:
             return Null.SKIPPED if record.key is None else Null.TOMBSTONE
+        headers = record.headers
+        if headers and (mode := _cloud_event_mode(headers)):
+            return self._decode_cloud_event(record, value, mode)
         if self._is_text:
-            return self._decode_text(record, record.value)
-        return self._decode_json(record, record.value)
+            return self._decode_text(record, value)
+        return self._decode_json(record, value)
 
     def id_of(self, record: Record) -> str:
         """The event's id, whatever else is wrong with the record."""
+        if record.value is not None and (mode := _cloud_event_mode(record.headers)):
+            event = _cloud_event(record, record.value, mode)
+            return _id_from_record(record) if isinstance(event, Failure) else event.id
         if self._is_text or record.value is None or _may_hold_too_much(record.value):
             return _id_from_record(record)
         try:
@@ -140,16 +152,17 @@ class Decoder:
 
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
         if _may_hold_too_much(value):
-            return _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
+            return _TOO_MUCH
         try:
             fields = _loads(value)
         except orjson.JSONDecodeError as error:
             return _unreadable(value, error.pos)
         if type(fields) is not dict:
             return _failure("not_an_object", "the value is JSON, but not an object")
-        text = self._find_text(fields)
+        find_text = self._find_texts.get(record.topic, self._find_text) if self._find_texts else self._find_text
+        text = find_text(fields)
         if type(text) is not str:
-            return self._without_text(text)
+            return self._without_text(text, self._text_fields.get(record.topic, self._text_field))
         failure = self._checked(text)
         if failure:
             return failure
@@ -158,10 +171,53 @@ class Decoder:
         id = self._find_id(fields)
         return Event(id if type(id) is str else self._id(record, value, id), text)
 
-    def _without_text(self, found: Any) -> Failure:
+    def _decode_cloud_event(self, record: Record, value: bytes, mode: cloudevents.Mode) -> Decoded:
+        """By the content type of its data; where a binary one names none, as ``input_format`` says."""
+        event = _cloud_event(record, value, mode)
+        if isinstance(event, Failure):
+            return event
+        if event.data is cloudevents.NO_DATA:
+            return _failure("missing_text", "the event has no data")
+        is_text = cloudevents.is_text(event.media_type) if event.media_type else self._is_text
+        if is_text and not self._is_enriched:
+            return self._with_text(event.id, event.data)
+        if is_text or (self._is_enriched and mode == "structured" and type(event.data) is bytes):
+            return _failure("not_an_object", "the event's data is no JSON object, which output_mode enrich needs")
+        if event.media_type and not cloudevents.is_json(event.media_type):
+            return _failure("invalid_cloudevent", "the content type of the data is neither JSON nor text")
+        return self._with_fields(record, event.id, event.data)
+
+    def _with_text(self, id: str, data: Any) -> Decoded:
+        try:
+            text = data.decode() if type(data) is bytes else data
+        except UnicodeDecodeError as error:
+            return _failure("invalid_utf8", f"the data is not UTF-8 at byte {error.start}")
+        if type(text) is not str:
+            return _failure("text_not_string", "the event's data is not a string")
+        return self._checked(text) or Event(id, text)
+
+    def _with_fields(self, record: Record, id: str, data: Any) -> Decoded:
+        if type(data) is bytes:
+            if _may_hold_too_much(data):
+                return _TOO_MUCH
+            try:
+                data = _loads(data)
+            except orjson.JSONDecodeError as error:
+                return _unreadable(data, error.pos)
+        if type(data) is not dict:
+            return _failure("not_an_object", "the event's data is no JSON object")
+        text = self._find_texts.get(record.topic, self._find_text)(data)
+        if type(text) is not str:
+            return self._without_text(text, self._text_fields.get(record.topic, self._text_field))
+        if self._is_enriched and ENRICHED_FIELD in data:
+            return _failure("field_exists", f"the data has a field {ENRICHED_FIELD} already")
+        return self._checked(text) or Event(id, text)
+
+    @staticmethod
+    def _without_text(found: Any, field: str) -> Failure:
         if found is _MISSING:
-            return _failure("missing_text", f"the object has no field {self._text_field}")
-        return _failure("text_not_string", f"the field {self._text_field} is not a string")
+            return _failure("missing_text", f"the object has no field {field}")
+        return _failure("text_not_string", f"the field {field} is not a string")
 
     def _checked(self, text: str) -> Failure | None:
         if len(text) > self._max_text_chars:
@@ -180,10 +236,12 @@ class Decoder:
 
 
 class Encoder:
-    """Events and sentiments → result bytes."""
+    """Events and sentiments → result bytes. ``group_id`` names the source of results that are CloudEvents."""
 
-    def __init__(self, *, output_mode: str = "result") -> None:
+    def __init__(self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "") -> None:
         self._is_enriched = output_mode == "enrich"
+        self._is_cloud_event = output_format == "cloudevents"
+        self._source = cloudevents.source_of(group_id)
 
     def encode(
         self,
@@ -213,13 +271,13 @@ class Encoder:
         )
         values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
         if self._is_enriched:
-            values = [_spliced(record.value or b"", value) for record, value in zip(records, values, strict=True)]
+            values = [_spliced(record, value) for record, value in zip(records, values, strict=True)]
         results: list[Outgoing | Failure] = [
             *rows(
                 Outgoing,
                 [record.key for record in records],
                 values,
-                [_as_json(record.headers) for record in records],
+                self._headers(records, events, processed_at),
                 [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)],
             )
         ]
@@ -229,6 +287,20 @@ class Encoder:
                     "publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999"
                 )
         return results
+
+    def _headers(
+        self, records: Sequence[Record], events: Sequence[Event], processed_at: str
+    ) -> Iterable[list[tuple[str, bytes | None]]]:
+        headers = [record.headers for record in records]
+        if self._is_cloud_event:
+            return [
+                cloudevents.without_attributes(own)
+                + cloudevents.attributes(_place(record), self._source, event.id, processed_at)
+                for record, own, event in zip(records, headers, events, strict=True)
+            ]
+        if not any(headers):
+            return repeat(_JSON_HEADERS)
+        return map(_of_the_enriched if self._is_enriched else _as_json, headers)
 
 
 def _template(record: Record, model: str, processed_at: str) -> bytes:
@@ -445,6 +517,9 @@ def _failure(reason: Reason, message: str) -> Failure:
     return Failure("decode", reason, message)
 
 
+_TOO_MUCH: Final = _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
+
+
 def _unreadable(value: bytes, position: int) -> Failure:
     try:
         value.decode()
@@ -457,19 +532,51 @@ def _id_from_record(record: Record) -> str:
     for name, value in record.headers:
         if name == ID_HEADER and value:
             return value.decode(errors="replace")
+    return _place(record)
+
+
+def _place(record: Record) -> str:
     return f"{record.topic}-{record.partition}-{record.offset}"
 
 
-def _spliced(own: bytes, result: bytes) -> bytes:
-    end = own.rindex(b"}")
+def _cloud_event(record: Record, value: bytes, mode: cloudevents.Mode) -> cloudevents.CloudEvent | Failure:
+    try:
+        if mode == "binary":
+            return cloudevents.binary(record.headers, value)
+        cloudevents.look_at_format(record.headers)
+        if _may_hold_too_much(value):
+            return _TOO_MUCH
+        fields = _loads(value)
+        if type(fields) is not dict:
+            return _failure("not_an_object", "the value is JSON, but not an object")
+        return cloudevents.structured(fields)
+    except orjson.JSONDecodeError as error:
+        return _unreadable(value, error.pos)
+    except cloudevents.Malformed as error:
+        return _failure("invalid_cloudevent", str(error))
+
+
+def _spliced(record: Record, result: bytes) -> bytes:
+    """The input with the result in it; in a structured CloudEvent in its data, for an attribute may be no object."""
+    own = record.value or b""
+    is_structured = record.headers and _cloud_event_mode(record.headers) == "structured"
+    end = cloudevents.end_of_data(own) if is_structured else own.rindex(b"}")
     return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])
 
 
 def _as_json(headers: Headers) -> list[tuple[str, bytes | None]]:
-    """The input's headers with the result's content type in place of theirs."""
+    """The input's headers with the result's content type in place of theirs. A result is not the event that it is about."""
     if not headers:
         return _JSON_HEADERS
-    return [header for header in headers if header[0].lower() != CONTENT_TYPE] + _JSON_HEADERS
+    kept = [header for header in headers if header[0].lower() != CONTENT_TYPE]
+    if _cloud_event_mode(headers):
+        kept = [header for header in kept if not header[0].startswith(cloudevents.PREFIX)]
+    return kept + _JSON_HEADERS
+
+
+def _of_the_enriched(headers: Headers) -> list[tuple[str, bytes | None]]:
+    """A CloudEvent with a field more in its data stays the event that it was."""
+    return list(headers) if headers and _cloud_event_mode(headers) else _as_json(headers)
 
 
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]

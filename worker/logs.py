@@ -8,8 +8,8 @@ from typing import Any, TextIO
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 LIBRARIES = (
-    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript", "root", "torch",
-    "transformers", "urllib3",
+    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",
+    "opentelemetry", "root", "torch", "transformers", "urllib3",
 )  # fmt: skip
 log = logging.getLogger("worker")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

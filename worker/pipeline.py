@@ -37,6 +37,7 @@ from worker.sentiment import Sentiment
 from worker.sink import Parcel, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
+from worker.tracing import Batch, Tracing
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Part:
 class MicroBatch:
     parts: list[Part]
     job: Job
+    trace: Batch | None = None
 
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
@@ -125,6 +127,7 @@ class Pipeline:
         version: str,
         drain_timeout_s: float = 20,
         transactions: Transactions | None = None,
+        tracing: Tracing | None = None,
         watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self._source = source
@@ -139,6 +142,7 @@ class Pipeline:
         self._version = version
         self._drain_timeout_s = drain_timeout_s
         self._transactions = transactions
+        self._tracing = tracing
         self._watch = watch
         self._draining = asyncio.Event()
         if transactions:
@@ -228,11 +232,16 @@ class Pipeline:
     # Stages.
 
     async def _tokenize(self, stages: Stages) -> None:
+        asked_at = time.time_ns()
         while (chunks := await self._source.next_batch()) is not None:
+            trace = None
+            if self._tracing:
+                trace = self._tracing.received((record for _, records in chunks for record in records), asked_at)
             parts, texts = await self._decoded(chunks)
-            batch = MicroBatch(parts, await self._inference.tokenize(texts))
+            batch = MicroBatch(parts, await self._inference.tokenize(texts), trace)
             self._metrics.queue_depth["tokenized"].inc(len(batch))
             await stages.tokenized.put(batch)
+            asked_at = time.time_ns()
         await stages.tokenized.put(None)
 
     async def _score(self, stages: Stages) -> None:
@@ -264,6 +273,9 @@ class Pipeline:
                     else:
                         part.outcomes += outcomes
                     await asyncio.sleep(0)
+            if self._tracing and batch.trace:
+                done = [record for part in batch.parts for record in part.records]
+                self._tracing.processed(batch.trace, done, batch.failures().total())
             if not self._transactions:
                 await stages.encoded.put(batch)
         if self._transactions:
@@ -399,8 +411,17 @@ class Pipeline:
         ]
         if not parcels:
             return []
+        began_at = time.time_ns()
         answers = await sink.publish(parcels)
+        if self._tracing:
+            self._tell_of_sent(self._tracing, outcomes, began_at)
         return [(outcome, reason) for outcome, reason in zip(outcomes, answers, strict=True) if reason]
+
+    def _tell_of_sent(self, tracing: Tracing, outcomes: list[Outcome], began_at: int) -> None:
+        for topic, are_letters in ((self._output_topic, False), (self._dead_letter_topic, True)):
+            records = [outcome.record for outcome in outcomes if (outcome.failure is not None) == are_letters]
+            if records:
+                tracing.sent(topic, records, began_at)
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.cluster import Connection, wait_until_usable
+from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
@@ -21,9 +21,10 @@ from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
-from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names
+from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
 from worker.source import Source, UnreadableRecord
+from worker.tracing import Tracing
 from worker.transactions import Transactions
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_SPANS_S: Final = 2.0
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
 
 
@@ -69,6 +71,7 @@ async def _run(settings: RunSettings) -> int:
         lambda old: _reloaded(settings, cast("SentimentModel", old)),
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
+    tracing = _tracing(settings)
     guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
     tap = Tap(_decoder(settings), texts=settings.console_texts)
     console = Console(metrics, health, tap, shown_settings(settings), version=worker_version())
@@ -86,15 +89,23 @@ async def _run(settings: RunSettings) -> int:
     )
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, tap, stop)
+        return await _work(settings, metrics, inference, health, tap, stop, tracing)
     finally:
+        if tracing:
+            await tracing.close(LAST_SPANS_S)
         await monitor.stop()
 
 
 async def _work(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, stop: asyncio.Event
+    settings: RunSettings,
+    metrics: Metrics,
+    inference: Inference,
+    health: Health,
+    tap: Tap,
+    stop: asyncio.Event,
+    tracing: Tracing | None,
 ) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap))
+    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap, tracing))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,14 +142,18 @@ def _whereabouts(error: Exception) -> dict[str, str]:
     }
 
 
-async def _started(settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap) -> Pipeline:
+async def _started(
+    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
+) -> Pipeline:
     connection = Connection.as_set(settings)
-    topics = split_names(settings.input_topics)
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
     gc.collect()
     gc.freeze()  # torch brings 400,000 objects: a full collection would stop the event loop for a fifth of a second
     _tell_of_model(model, metrics)
     health.well("model")
+    topics = settings.topics
+    if settings.input_pattern:
+        topics = await wait_for_a_match(connection, settings.input_pattern, health)
     roles = {
         "input_topics": topics,
         "output_topic": [settings.output_topic],
@@ -159,6 +174,7 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
     source = Source(
         connection,
         topics=topics,
+        pattern=settings.input_pattern,
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id,
         auto_offset_reset=settings.auto_offset_reset,
@@ -178,7 +194,9 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         source=source,
         decoder=_decoder(settings),
         inference=inference,
-        encoder=Encoder(output_mode=settings.output_mode),
+        encoder=Encoder(
+            output_mode=settings.output_mode, output_format=settings.output_format, group_id=settings.group_id
+        ),
         sink=sink,
         flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
         metrics=metrics,
@@ -187,15 +205,26 @@ async def _started(settings: RunSettings, metrics: Metrics, inference: Inference
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
         transactions=transactions,
+        tracing=tracing,
         watch=tap,
     )
 
 
+def _tracing(settings: RunSettings) -> Tracing | None:
+    if settings.tracing == "off":
+        return None
+    return Tracing(
+        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
+    )
+
+
 def _decoder(settings: RunSettings) -> Decoder:
+    text_field, by_topic = text_fields(settings.text_field)
     return Decoder(
         input_format=settings.input_format,
         output_mode=settings.output_mode,
-        text_field=settings.text_field,
+        text_field=text_field,
+        text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
     )

@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 PREFIX = "WORKER_"
+DEFAULT_TEXT_FIELD = "text"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 SHIELD = "quoted:"  # a word of a list on its way through pydantic-settings, which would split it at commas and quotes
 INT32 = 2**31 - 1
@@ -107,6 +108,44 @@ def _path_in_object(value: str) -> str:
     return value
 
 
+def whole_name(pattern: str) -> re.Pattern[str]:
+    """For names that match from their first character to their last. Raises re.error."""
+    re.compile(pattern)  # by itself: what is wrong with it should not be mended by the parentheses
+    return re.compile(rf"(?:{pattern})\Z")
+
+
+def _pattern(value: str) -> str:
+    try:
+        whole_name(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it should be a regular expression of Python's, and {error}") from None
+    return value
+
+
+def text_fields(value: str) -> tuple[str, dict[str, str]]:
+    """``"text, reviews=data.body"`` → ``("text", {"reviews": "data.body"})``: the path of all other topics, and by topic."""
+    words = split_names(value)
+    others = [word for word in words if "=" not in word]
+    by_topic = [
+        (name.strip(), path.strip()) for name, _, path in (word.partition("=") for word in words if "=" in word)
+    ]
+    return others[0] if others else DEFAULT_TEXT_FIELD, dict(by_topic)
+
+
+def _text_fields(value: str) -> str:
+    words = split_names(_names(value))
+    if sum("=" not in word for word in words) > 1:
+        raise ValueError("it should be one path for all topics, or topic=path for each, separated by commas")
+    default, by_topic = text_fields(value)
+    for path in (default, *by_topic.values()):
+        _path_in_object(path)
+    for topic in by_topic:
+        _topic(topic)
+    if len(by_topic) < sum("=" in word for word in words):
+        raise ValueError("it should name each topic once")
+    return value
+
+
 def _width(value: int) -> int:
     if value >= 128 and value % 64:
         raise ValueError("it should be a multiple of 64, or below 128")
@@ -152,6 +191,8 @@ Moment = Annotated[str, AfterValidator(_moment)]
 Servers = Annotated[str, AfterValidator(_servers)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Topics = Annotated[str, AfterValidator(_topics)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+TextFields = Annotated[str, AfterValidator(_text_fields)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 
@@ -296,7 +337,12 @@ class EventSettings(ConnectionSettings):
 class RunSettings(ModelSettings, EventSettings):
     """Read text events from Kafka, publish their sentiment, commit."""
 
-    input_topics: Topics = Field("texts", description="topics to read, separated by commas")
+    input_topics: Topics | None = Field("texts", description="topics to read, separated by commas")
+    input_pattern: Pattern | None = Field(
+        None,
+        min_length=1,
+        description="instead: all topics whose whole name matches this regular expression, also those that come later",
+    )
     output_topic: Topic = Field("sentiment", description="topic for results")
     group_instance_id: str | None = Field(
         None, min_length=1, description="static membership: a name of this process's own in the group"
@@ -317,7 +363,14 @@ class RunSettings(ModelSettings, EventSettings):
     output_mode: Literal["result", "enrich"] = Field(
         "result", description="result: a new object; enrich: the input object with the field sentiment"
     )
-    text_field: FieldPath = Field("text", description="where the text is; a dotted path reaches inside")
+    text_field: TextFields = Field(
+        DEFAULT_TEXT_FIELD,
+        description="where the text is; a dotted path reaches inside; by topic: reviews=body,posts=data.text, and text for "
+        "the others",
+    )
+    output_format: Literal["json", "cloudevents"] = Field(
+        "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
+    )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
     dead_letter_limit: float = Field(
         0.5, ge=0, le=1, description="share of dead letters among the newest records that ends the worker; 0: none does"
@@ -342,21 +395,52 @@ class RunSettings(ModelSettings, EventSettings):
         "something, or all but /livez and /readyz",
     )
     console_texts: bool = Field(False, description="the console at / shows the newest results' texts too")
+    tracing: Literal["off", "otel"] = Field(
+        "off",
+        description="otel: spans of each micro-batch to a collector, as the OTEL_… variables say; needs the extra otel",
+    )
     session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
     fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
 
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The input topics that are named; none where there is a pattern."""
+        return split_names(self.input_topics or "")
+
+    def reads(self, topic: str) -> bool:
+        """Whether a topic is one of the input's."""
+        if self.input_pattern:
+            return whole_name(self.input_pattern).match(topic) is not None
+        return topic in self.topics
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_a_pattern_alone(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"input_topics": None, **given} if given.get("input_pattern") else given
+
+    @model_validator(mode="after")
+    def _has_an_input(self) -> Self:
+        if (self.input_topics is None) == (self.input_pattern is None):
+            raise ValueError("input_topics and input_pattern: set one of them, not both")
+        for topic in text_fields(self.text_field)[1]:
+            if not self.reads(topic):
+                raise ValueError(f"text_field has a path for the topic {topic}, which is not one of the input's")
+        return self
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        topics = split_names(self.input_topics)
         if self.output_mode == "enrich" and self.input_format == "text":
             raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        if self.output_mode == "enrich" and self.output_format == "cloudevents":
+            raise ValueError(
+                "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"
+            )
         if self.output_topic == self.dead_letter_topic:
             raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
         for name in ("output_topic", "dead_letter_topic"):
-            if getattr(self, name) in topics:
-                raise ValueError(
-                    f"{name} is one of input_topics: the worker would read what it wrote; take another topic"
-                )
+            if self.reads(getattr(self, name)):
+                by = f"matches input_pattern {self.input_pattern!r}" if self.input_pattern else "is one of input_topics"
+                raise ValueError(f"{name} {by}: the worker would read what it wrote; take another topic")
         if self.delivery == "exactly-once" and self.isolation_level == "read_uncommitted":
             raise ValueError(
                 "delivery exactly-once needs isolation_level read_committed: an aborted input record has no result"

@@ -33,7 +33,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 
 from worker.batching import MicroBatcher
-from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable
+from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.records import Reader, Record
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 READ_TIMEOUT_MS: Final = 1_000
 READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
+TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics
 SILENCE_S: Final = 60.0
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
@@ -124,6 +125,7 @@ class Source:
         connection: Connection,
         *,
         topics: Iterable[str],
+        pattern: str | None = None,
         group_id: str,
         metrics: Metrics,
         health: Health,
@@ -139,6 +141,7 @@ class Source:
     ) -> None:
         self._connection = connection
         self._topics = tuple(topics)
+        self._pattern = pattern
         self._group_id = group_id
         self._metrics = metrics
         self._health = health
@@ -254,8 +257,11 @@ class Source:
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._started_consumer()
         self._consumer, self._reader = consumer, Reader(consumer)
-        consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
-        tasks = [asyncio.create_task(step) for step in (self._commit_as_acknowledged(), self._watch_lag())]
+        self._subscribe(consumer)
+        steps = [self._commit_as_acknowledged(), self._watch_lag()]
+        if self._pattern is not None:
+            steps.append(self._watch_topics(consumer, self._pattern))
+        tasks = [asyncio.create_task(step) for step in steps]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             ends: list[asyncio.Future[Any]] = [self._fault, *tasks]
@@ -268,6 +274,29 @@ class Source:
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
                 await self._stop_consumer(self._connection.request_timeout_s)
+
+    def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
+        consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
+
+    async def _watch_topics(self, consumer: AIOKafkaConsumer, pattern: str) -> None:
+        """Takes up topics that match the pattern and have come later. One that goes stays subscribed, and may come back.
+
+        aiokafka's own patterns give partitions up before the revocation is heard of, which then can commit nothing; and
+        they lose all topics once a partition's leader is not known. So a revocation of our own comes first.
+        """
+        while True:
+            await asyncio.sleep(TOPICS_INTERVAL_S)
+            try:
+                metadata = await within(self._connection.request_timeout_s, consumer._client.fetch_all_metadata())
+            except UNREACHABLE:
+                continue  # who looks at the lag tells
+            found = [name for name in matching(pattern, metadata.topics()) if name not in self._topics]
+            if found:
+                log.info("topics have come that match input_pattern", extra={"topics": ",".join(found)})
+                while self._assignments:
+                    await self._on_revoked(set(self._assignments))
+                self._topics = (*self._topics, *found)
+                self._subscribe(consumer)
 
     async def _started_consumer(self) -> AIOKafkaConsumer:
         backoff = Backoff()
@@ -673,7 +702,7 @@ class Source:
             await asyncio.sleep(LAG_INTERVAL_S)
             if self._consumer is None:
                 continue
-            partitions = list(self._assignments) or [TopicPartition(self._topics[0], 0)]
+            partitions = list(self._assignments) or [TopicPartition(self._known_topic(), 0)]
             try:
                 ends = await within(LAG_TIMEOUT_S, self._consumer.end_offsets(partitions))
             except UNREACHABLE as error:
@@ -686,6 +715,11 @@ class Source:
             for tp, end in ends.items():
                 if tp in self._assignments:
                     await self._measure(self._assignments[tp], end)
+
+    def _known_topic(self) -> str:
+        """An input topic that is there: where one of a pattern was deleted, asking for it would look like an outage."""
+        cluster = self._live_consumer()._client.cluster
+        return next((name for name in self._topics if cluster.partitions_for_topic(name)), self._topics[0])
 
     async def _look_after_membership(self) -> None:
         """Without a partition nobody reads, and aiokafka tells its troubles with the group to readers alone."""

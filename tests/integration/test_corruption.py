@@ -5,11 +5,17 @@ from collections.abc import Callable
 import pytest
 
 from tests.broker import Broker
-from tests.process import Workers
+from tests.process import COSTLESS, Workers
 from tests.scenario import result_place, wait_until_committed
 from tests.topics import Kafka, Record, Topics, numbered
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
 
 BAD = 50  # its offset, in partition 0
 

@@ -5,12 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.process import Workers
+from tests.process import COSTLESS, Workers
 from tests.scenario import places, result_place, wait_until_committed
 from tests.topics import Kafka, Load, Record, Topics, numbered, repeated
 from tests.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 @pytest.fixture
@@ -33,12 +38,12 @@ def assert_none_missing(kafka: Kafka, topics: Topics, sent: list[Record]) -> lis
 def test_a_killed_worker_loses_nothing(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 4)
     sent = kafka.send(topics.input, map(numbered, range(20_000)))
-    first = workers.start(topics, max_batch_texts=64, cache_size=0)
+    first = workers.start(topics, max_batch_texts=64, cache_size=0, module="worker")
     wait_for(lambda: kafka.count(topics.output) >= 8_000, "8,000 results", every=0.02)
     first.kill()
     committed = sum(kafka.committed(topics.group, topics.input).values())
     assert 0 < committed < 20_000, "killed half-way"
-    workers.start(topics, cache_size=0)
+    workers.start(topics, cache_size=0, module="worker")
     wait_until_committed(kafka, topics)
     results = assert_none_missing(kafka, topics, sent)
     assert len(results) <= 20_000 + 5_000, "only what was in flight may come twice"

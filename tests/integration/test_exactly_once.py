@@ -10,15 +10,20 @@ import pytest
 from confluent_kafka import Producer
 
 from tests.broker import Broker
-from tests.process import WorkerProcess, Workers
+from tests.process import COSTLESS, WorkerProcess, Workers
 from tests.scenario import letter_place, result_place, wait_until_committed
 from tests.topics import Kafka, Load, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
 
-# With a model that costs nothing, which starts at once.
-EXACTLY: dict[str, object] = {"delivery": "exactly-once", "cache_size": 0, "module": "benchmarks.costless"}
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
+
+EXACTLY: dict[str, object] = {"delivery": "exactly-once", "cache_size": 0}
 
 
 @pytest.fixture
@@ -55,6 +60,15 @@ def assert_all_counted(workers: list[WorkerProcess], sent: list[Record]) -> None
     assert sum(worker.metrics.outcomes for worker in workers) == len(sent)
 
 
+def freeze_in_a_transaction(worker: WorkerProcess, kafka: Kafka, topics: Topics) -> bool:
+    """Stops the worker where its transaction is open and nothing of it on its way; else lets it go on."""
+    worker.pause()
+    if all(kafka.has_open_transaction(topics.output) for _ in range(3)):
+        return True
+    worker.resume()
+    return False
+
+
 def mixed(number: int) -> Record:
     """Of a hundred records one is a tombstone and one cannot be scored."""
     record = numbered(number)
@@ -70,6 +84,7 @@ def test_killed_workers(kafka: Kafka, topics: Topics, workers: Workers, monkeypa
     for goal in (4_000, 9_000, 14_000):
         worker = workers.start(topics, max_batch_texts=64, **EXACTLY)
         wait_for(lambda goal=goal: kafka.count(topics.output) >= goal, f"{goal} results", every=0.01)  # type: ignore[misc]
+        wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be killed in", every=0.01)  # noqa: B023
         worker.kill()
     assert 0 < sum(kafka.committed(topics.group, topics.input).values()) < 20_000, "killed half-way"
     worker = workers.start(topics, **EXACTLY).wait_until_assigned(4)

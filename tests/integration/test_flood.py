@@ -2,11 +2,16 @@
 
 import pytest
 
-from tests.process import Workers
+from tests.process import COSTLESS, Workers
 from tests.scenario import letter_place, wait_until_committed
 from tests.topics import Kafka, Record, Topics, numbered, repeated
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 def bad(number: int) -> Record:

@@ -3,12 +3,17 @@
 import pytest
 
 from tests.broker import Broker
-from tests.process import Workers
+from tests.process import COSTLESS, Workers
 from tests.scenario import result_place, wait_until_committed
 from tests.topics import Kafka, Load, Topics, numbered
 from tests.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import time
 import orjson
 import pytest
 
-from tests.process import Metrics, Workers
+from tests.process import COSTLESS, Metrics, Workers
 from tests.scenario import (
     TOMBSTONE,
     Case,
@@ -21,6 +21,12 @@ from tests.scenario import (
 from tests.topics import Kafka, Record
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
 
 ANY_TIME = {"message_timestamp_after_max_ms": 2**62}
 LARGE = {"max_message_bytes": 3_000_000}

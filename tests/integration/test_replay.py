@@ -11,12 +11,18 @@ from dataclasses import replace
 import orjson
 import pytest
 
-from tests.process import Workers, environment
+from tests.process import COSTLESS, Workers, environment
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Record, Topics, repeated
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
 
 HOUR_MS = 3_600_000
 REASONS = ("missing_text", "empty_text", "text_not_string")

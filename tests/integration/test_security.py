@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
-from tests.process import WorkerProcess, Workers, environment, workers_in
+from tests.process import COSTLESS, WorkerProcess, Workers, environment, workers_in
 from tests.scenario import wait_until_committed
 from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.topics import Kafka, Record, Topics, numbered
@@ -47,7 +47,7 @@ def kafka(secure: SecureKafka) -> Kafka:
 
 @pytest.fixture
 def secure_workers(secure: SecureKafka, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(secure.bootstrap, checkpoint, tmp_path) as workers:
+    with workers_in(secure.bootstrap, checkpoint, tmp_path, COSTLESS) as workers:
         yield workers
 
 
@@ -424,7 +424,7 @@ def test_no_secret_is_ever_printed_or_served(
         kafka.create_all(topics)
         allow(secure, USER, topics, "input", "output", "group")  # and not the dead letters: that is told
     settings = {**entrance.settings, "log_level": "debug", "http_token_for": "all"}
-    worker = secure_workers.start(topics, variables, **settings)
+    worker = secure_workers.start(topics, variables, module="worker", **settings)
     worker.wait_for_status("/livez", 200)
     served = everything_served(worker)
     if kind == "well":

@@ -2,11 +2,16 @@
 
 import pytest
 
-from tests.process import Workers
+from tests.process import COSTLESS, Workers
 from tests.topics import Kafka, Topics, numbered
 from tests.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 def test_missing_topics_are_waited_for(kafka: Kafka, topics: Topics, workers: Workers) -> None:

@@ -96,6 +96,16 @@ def test_a_record_becomes_the_result_of_the_contract_byte_for_byte() -> None:
     assert outgoing == Outgoing(b"k", RESULT, [("content-type", b"application/json")], TEN)
 
 
+def test_where_the_text_is_depends_on_the_topic() -> None:
+    decoder = Decoder(text_field="text", text_fields={"reviews": "data.body"})
+    value = orjson.dumps({"text": "тут", "data": {"body": "там"}})
+    found = [decoder.decode(FakeRecord(value, topic=topic)) for topic in ("texts", "reviews")]
+    assert [event.text for event in found if isinstance(event, Event)] == ["тут", "там"]
+    assert decoder.decode(FakeRecord(b"{}", topic="reviews")) == Failure(
+        "decode", "missing_text", "the object has no field data.body"
+    )
+
+
 def test_a_result_says_whether_its_text_was_cut() -> None:
     value = encode(FakeRecord(b""), Event("42", "да"), truncated=True).value
     assert value == RESULT.replace(b'"truncated":false', b'"truncated":true')
@@ -282,6 +292,7 @@ def test_a_record_that_cannot_be_read_says_why(value: bytes, options: dict[str, 
 
 def test_every_decode_reason_has_an_example_here() -> None:
     later = {"inference_failed", "invalid_timestamp", "result_too_large"}
+    later.add("invalid_cloudevent")  # test_cloudevents.py
     assert {reason for _, _, reason in FAILURES} == set(get_args(Reason)) - later
 
 
@@ -636,6 +647,20 @@ def test_a_value_of_very_many_values_is_not_even_read(kind: str, monkeypatch: py
     assert failure.reason == "too_large"
     assert Decoder().id_of(FakeRecord(more)) == "texts-3-1201"
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/cloudevents+json"])
+def test_nor_is_that_of_a_cloud_event(content_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attributes = [(f"ce_{name}", value) for name, value in CE_ATTRIBUTES.items()]
+    headers = [("content-type", content_type.encode()), *attributes]
+    read: list[bytes] = []
+    monkeypatch.setattr(events.orjson, "loads", read.append)
+    failure = decode(b'{"text":"a","data":[' + b"1," * MOST_VALUES + b"1]}", headers)
+    assert isinstance(failure, Failure)
+    assert (failure.reason, read) == ("too_large", [])
+
+
+CE_ATTRIBUTES = {"specversion": b"1.0", "id": b"1", "source": b"s", "type": b"t"}
 
 
 def test_a_text_is_not_json_and_may_have_any_commas() -> None:

@@ -20,6 +20,7 @@ from worker.settings import (
     load,
     moment_ms,
     split_names,
+    text_fields,
     unknown_variables,
 )
 
@@ -29,6 +30,7 @@ SECRET = "hunter2-correct-horse"
 TABLE = {
     "bootstrap_servers": "localhost:9092",
     "input_topics": "texts",
+    "input_pattern": None,
     "output_topic": "sentiment",
     "dead_letter_topic": "sentiment.dead-letter",
     "group_id": "sentiment-worker",
@@ -40,6 +42,8 @@ TABLE = {
     "transaction_ms": 100,
     "input_format": "json",
     "output_mode": "result",
+    "output_format": "json",
+    "tracing": "off",
     "text_field": "text",
     "id_field": "id",
     "max_text_chars": 100_000,
@@ -204,6 +208,34 @@ def test_a_file_lists_sources_as_toml_does(toml: Callable[[str], list[str]]) -> 
     assert settings.source == ["a=a,b.csv", "b=c.csv"]
 
 
+@pytest.mark.parametrize(
+    ("value", "others", "by_topic"),
+    [
+        ("body", "body", {}),
+        ("reviews=body", "text", {"reviews": "body"}),
+        (" a.b=data.text , posts = text,body ", "body", {"a.b": "data.text", "posts": "text"}),
+    ],
+)
+def test_text_fields_are_by_topic(value: str, others: str, by_topic: dict[str, str]) -> None:
+    assert text_fields(value) == (others, by_topic)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "is_read"),
+    [
+        ("feed.*", "feed.ru", True),
+        ("feed", "feed.ru", False),
+        ("feed", "my.feed", False),
+        ("a|feed", "my.feed", False),
+        ("(?i:FEED)", "feed", True),
+    ],
+)
+def test_a_pattern_is_of_whole_names(pattern: str, name: str, is_read: bool) -> None:
+    settings = load(RunSettings, ["--input-pattern", pattern], "run")
+    assert settings.reads(name) == is_read
+    assert (settings.input_topics, settings.topics) == (None, ())
+
+
 def test_names_are_split_at_commas() -> None:
     assert split_names(" a, b ,,c ") == ("a", "b", "c")
 
@@ -277,8 +309,16 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
     ("delivery", "at-most-once", "'at-least-once'"),
     ("input_format", "avro", "'json' or 'text'"),
+    ("tracing", "on", "'off' or 'otel'"),
+    ("output_format", "avro", "'json' or 'cloudevents'"),
     ("output_mode", "both", "'result' or 'enrich'"),
+    ("input_pattern", "(", "a regular expression of Python's, and missing )"),
+    ("input_pattern", "a)|(b", "a regular expression"),
     ("text_field", "a..b", "dotted path"),
+    ("text_field", "texts=", "dotted path"),
+    ("text_field", "text topic=a", "letters, digits, dots"),
+    ("text_field", "a,b", "topic=path for each"),
+    ("text_field", "texts=a,texts=b", "each topic once"),
     ("id_field", "", "field's name"),
     ("max_text_chars", "0", "greater than or equal to 1"),
     ("compression_type", "brotli", "'gzip'"),
@@ -349,6 +389,11 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
             ["delivery exactly-once", "isolation_level read_committed"],
         ),
         (["--input-topics", "a, b", "--output-topic", "b"], ["output_topic", "input_topics", "another topic"]),
+        (["--output-mode", "enrich", "--output-format", "cloudevents"], ["output_format", "output_mode result"]),
+        (["--input-pattern", "sent.*", "--dead-letter-topic", "d"], ["output_topic", "'sent.*'", "another topic"]),
+        (["--input-pattern", ".*dead.*"], ["dead_letter_topic", "input_pattern", "another topic"]),
+        (["--input-pattern", "a", "--input-topics", "b"], ["input_topics and input_pattern", "one of them"]),
+        (["--text-field", "posts=body"], ["text_field", "posts", "not one of the input's"]),
         (["--dead-letter-topic", "texts"], ["dead_letter_topic", "input_topics", "another topic"]),
         (["--security-protocol", "SASL_PLAINTEXT"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
         (["--sasl-mechanism", "PLAIN"], ["sasl_mechanism", "security_protocol", "set both or neither"]),

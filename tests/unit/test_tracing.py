@@ -1,0 +1,71 @@
+"""Trace contexts in headers, and tracing that is switched off or not installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.process import environment
+from worker.settings import WrongSetting
+from worker.tracing import Tracing, trace_context
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment(), check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "flags"),
+    [(f"00-{TRACE}-{SPAN}-01", 1), (f"00-{TRACE}-{SPAN}-00", 0), (f"01-{TRACE}-{SPAN}-03-more", 3)],
+)
+def test_a_context_is_read(value: str, flags: int) -> None:
+    headers = (("a", b"b"), ("traceparent", value.encode()))
+    assert trace_context(headers) == (int(TRACE, 16), int(SPAN, 16), flags)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, b"", b"\xff", b"00", f"00-{TRACE}-{SPAN}".encode(), f"ff-{TRACE}-{SPAN}-01".encode(),
+        f"00-{TRACE.upper()}-{SPAN}-01".encode(), f"00-{'0' * 32}-{SPAN}-01".encode(), f"00-{TRACE}-{'0' * 16}-01".encode(),
+    ],
+)  # fmt: skip
+def test_a_context_that_is_none(value: bytes | None) -> None:
+    assert trace_context((("traceparent", value),)) is None
+
+
+def test_no_context() -> None:
+    assert trace_context(()) is trace_context((("b3", b"1"),)) is None
+
+
+def test_what_is_switched_off_is_not_imported() -> None:
+    done = python(
+        "import sys, worker.service; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("missing", ["opentelemetry", "opentelemetry.exporter"])
+def test_without_the_extra_it_says_what_to_install(command: str, missing: str) -> None:
+    done = python(
+        f"import sys; sys.modules['{missing}'] = None\n"
+        f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0'])"
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "sentiment-worker: tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_SPAN_LINK_COUNT_LIMIT", "many")]
+)
+def test_a_variable_that_cannot_be_used_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(WrongSetting, match=value):
+        Tracing(group_id="g", client_id="c", version="1", environ={name: value})

@@ -1,0 +1,223 @@
+"""Spans of what the worker does with records, by OpenTelemetry's conventions for messaging, sent by OTLP over HTTP.
+
+A span is of a whole micro-batch, for that is what is worked on, and links to the trace context of each of its events, up
+to a bound. It is made when its work is done, and given to the SDK's own thread: whatever becomes of the collector, nothing
+here waits for it, and spans are lost before records are. The SDK is imported by ``Tracing`` alone, when it is switched on.
+"""
+
+import asyncio
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from worker.events import Headers
+from worker.settings import WrongSetting
+from worker.tasks import within
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+    from opentelemetry.trace import Link, Span
+
+log = logging.getLogger(__name__)
+
+LINKS: Final = 128  # of one span, as many as the SDK keeps unless OTEL_SPAN_LINK_COUNT_LIMIT says otherwise
+SERVICE: Final = "sentiment-worker"
+_TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+
+
+class Record(Protocol):
+    """A record as it came from Kafka."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def headers(self) -> Headers: ...
+
+
+def trace_context(headers: Headers) -> tuple[int, int, int] | None:
+    """Trace id, span id and flags of the W3C header ``traceparent``; None where there is none that is valid."""
+    for name, value in headers:
+        if name == "traceparent":
+            found = _TRACEPARENT.fullmatch(value or b"")
+            if found is None:
+                return None
+            trace_id, span_id, flags = (int(part, 16) for part in found.groups())
+            return (trace_id, span_id, flags) if trace_id and span_id else None
+    return None
+
+
+def refuse_without_the_extra() -> None:
+    """Raises WrongSetting where OpenTelemetry is not installed."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: PLC0415
+        import opentelemetry.sdk.trace  # noqa: F401, PLC0415
+    except ImportError:
+        raise WrongSetting("tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'") from None
+
+
+class Batch:
+    """A micro-batch's spans until now: what the next one belongs to. ``at`` is when its last span ended, ns since 1970."""
+
+    def __init__(self, receive: "Span", links: "list[Link]", at: int) -> None:
+        self.receive = receive
+        self.links = links
+        self.at = at
+
+
+class Tracing:
+    """Makes spans, and has them sent. Every method but ``close`` answers at once.
+
+    Where they go, how many of them and under which name is said by the standard variables: OTEL_EXPORTER_OTLP_ENDPOINT,
+    OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME and so on.
+    """
+
+    def __init__(self, *, group_id: str, client_id: str, version: str, environ: Mapping[str, str]) -> None:
+        """Raises WrongSetting where the extra is missing, or a variable of OpenTelemetry's cannot be used."""
+        protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        if protocol not in (None, "", "http/protobuf"):
+            raise WrongSetting(
+                f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}, and spans are sent by http/protobuf alone; leave it out"
+            )
+        refuse_without_the_extra()
+        try:
+            self._start(version, environ)
+        except ValueError as error:
+            raise WrongSetting(f"tracing otel: a variable of OpenTelemetry's cannot be used: {error}") from None
+        self._common = {"messaging.system": "kafka", "messaging.client.id": client_id}
+        self._consumer = {"messaging.consumer.group.name": group_id}
+
+    def _start(self, version: str, environ: Mapping[str, str]) -> None:
+        from opentelemetry import trace  # noqa: PLC0415 - of the extra
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+        is_named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+        names = {"service.version": version} | ({} if is_named else {"service.name": SERVICE})
+        self._trace = trace
+        self._provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(_told(OTLPSpanExporter())))
+        self._tracer = self._provider.get_tracer(SERVICE, version)
+
+    def received(self, records: Iterable[Record], asked_at: int) -> Batch:
+        """A micro-batch has been taken, for which the pipeline asked at ``asked_at``, ns since 1970."""
+        records = list(records)
+        links = self._links(records)
+        attributes = self._attributes("poll", "receive", records) | self._consumer
+        now = time.time_ns()
+        receive = self._span("poll", "CLIENT", attributes, links, asked_at, now)
+        return Batch(receive, links, now)
+
+    def processed(self, batch: Batch, records: Iterable[Record], failed: int) -> None:
+        """These records of it have an outcome; ``failed`` of them could not be scored."""
+        records = list(records)
+        attributes = self._attributes("process", "process", records) | self._consumer
+        attributes |= {"sentiment_worker.dead_letters": failed}
+        now = time.time_ns()
+        self._span(
+            "process",
+            "CONSUMER",
+            attributes,
+            batch.links,
+            batch.at,
+            now,
+            self._trace.set_span_in_context(batch.receive),
+        )
+
+    def sent(self, topic: str, records: Sequence[Record], began_at: int) -> None:
+        """The outcomes of these records have been acknowledged by a topic, or refused for good; it began at, in ns."""
+        attributes = self._attributes("send", "send", records) | {"messaging.destination.name": topic}
+        self._span("send", "CLIENT", attributes, self._links(records), began_at, time.time_ns())
+
+    async def close(self, timeout_s: float) -> None:
+        """Sends what there is, as far as that is possible within ``timeout_s``."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            self._provider.shutdown()
+            loop.call_soon_threadsafe(done.set)
+
+        # A thread that nobody waits for: that a collector does not answer must not keep the process.
+        threading.Thread(target=shut_down, daemon=True).start()
+        try:
+            await within(timeout_s, done.wait())
+        except TimeoutError:
+            log.warning("the last spans could not be sent in time")
+
+    def _span(
+        self, operation: str, kind: str, attributes: dict[str, Any], links: "list[Link]", began_at: int, ended_at: int,
+        context: Any = None,
+    ) -> "Span":  # fmt: skip
+        name = " ".join(filter(None, (operation, attributes.get("messaging.destination.name"))))
+        span = self._tracer.start_span(
+            name, context, self._trace.SpanKind[kind], attributes, links, began_at, record_exception=False
+        )
+        span.end(ended_at)
+        return span
+
+    def _attributes(self, name: str, kind: str, records: Sequence[Record]) -> dict[str, Any]:
+        """Of all these records; where they come from one topic, or one partition, that too."""
+        attributes: dict[str, Any] = {
+            **self._common,
+            "messaging.operation.name": name,
+            "messaging.operation.type": kind,
+            "messaging.batch.message_count": len(records),
+        }
+        if kind == "send":
+            return attributes
+        places = {(record.topic, record.partition) for record in records}
+        if len({topic for topic, _ in places}) == 1:
+            attributes["messaging.destination.name"] = records[0].topic
+            if len(places) == 1:
+                attributes["messaging.destination.partition.id"] = str(records[0].partition)
+        return attributes
+
+    def _links(self, records: Iterable[Record]) -> "list[Link]":
+        trace = self._trace
+        found = (
+            (record, context) for record in records if record.headers and (context := trace_context(record.headers))
+        )
+        return [
+            trace.Link(
+                trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=trace.TraceFlags(flags)),
+                {
+                    "messaging.destination.name": record.topic,
+                    "messaging.destination.partition.id": str(record.partition),
+                    "messaging.kafka.offset": record.offset,
+                },
+            )
+            for record, (trace_id, span_id, flags) in islice(found, LINKS)
+        ]
+
+
+def _told(exporter: "SpanExporter") -> "SpanExporter":
+    """The exporter, with a line in the log when its trouble begins and when it ends; the SDK's own would be many."""
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult  # noqa: PLC0415
+
+    class Told(SpanExporter):
+        is_in_trouble = False
+
+        def export(self, spans: "Sequence[ReadableSpan]") -> "SpanExportResult":
+            result = exporter.export(spans)
+            is_in_trouble = result is not SpanExportResult.SUCCESS
+            if is_in_trouble and not self.is_in_trouble:
+                log.warning("the collector does not take spans; they are dropped, and records go on")
+            elif self.is_in_trouble and not is_in_trouble:
+                log.info("the collector takes spans again")
+            self.is_in_trouble = is_in_trouble
+            return result
+
+        def shutdown(self) -> None:
+            exporter.shutdown()
+
+    return Told()
