@@ -14,7 +14,7 @@ IMAGE ?= sentiment-worker
 TARGET ?= cpu
 SUITE ?= engine tokenizers worker load end_to_end
 
-.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard clean
+.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -81,6 +81,10 @@ dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
 	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
 	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
+
+# The pages that are generated: docs/settings.md and docs/metrics.md.
+docs: $(INSTALLED)
+	$(BIN)/python docs/reference.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis

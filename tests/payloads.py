@@ -15,6 +15,7 @@ from typing import Any, Final
 from tests.topics import Headers, Record
 
 MAX_TEXT_CHARS: Final = 100_000
+MOST_VALUES = 100_000  # commas and opening brackets
 BRACKETS: Final = re.compile(r"[\[\]{}]")
 STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)', re.DOTALL)
 DEEPEST: Final = 1_024  # levels of JSON that are read
@@ -48,6 +49,8 @@ def verdict(record: Record, input_format: str, output_mode: str) -> Verdict:
     """What the worker, with these settings and defaults else, has to make of a record."""
     if record.value is None:
         return Verdict(SKIPPED if record.key is None else TOMBSTONE)
+    if input_format == "json" and sum(byte in b",[{" for byte in record.value) > MOST_VALUES:
+        return Verdict("too_large")
     try:
         string = record.value.decode()
     except UnicodeDecodeError:

@@ -1,9 +1,9 @@
-"""The README keeps up with the code: settings, metrics, reasons, dependencies, commands."""
+"""The README keeps up with the code: settings, metrics, reasons, dependencies, commands. See test_documents.py too."""
 
 import re
 import tomllib
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -23,18 +23,40 @@ def first_cells() -> dict[str, str]:
     return {row.split("|")[1].replace("`", "").strip(): row for row in rows}
 
 
-@pytest.mark.parametrize("name", [name for name in RunSettings.model_fields if name != "config"])
-def test_each_setting_stands_there_with_its_default(name: str) -> None:
-    default = RunSettings.model_fields[name].default
-    shown = "–" if default is None else f"`{default}`"
-    assert first_cells()[name].split("|")[2].strip() == shown
+def metric_rows() -> dict[str, str]:
+    """The rows, by the first cell without labels."""
+    return {re.split(r"\{", cell)[0]: row for cell, row in first_cells().items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
-def test_each_metric_stands_there_with_its_meaning(family: object) -> None:
-    name = family.name.removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")  # type: ignore[attr-defined]
-    rows = {re.split(r"\{", cell)[0]: row for cell, row in first_cells().items()}
-    assert family.documentation in rows[name]  # type: ignore[attr-defined]
+def _metric(family: Any) -> str:
+    return str(family.name).removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+
+
+SETTINGS_SHOWN = [name for name in RunSettings.model_fields if name in first_cells()]
+METRICS_SHOWN = [family for family in FAMILIES if _metric(family) in metric_rows()]
+
+
+def test_the_settings_and_metrics_that_most_need_stand_there() -> None:
+    assert {"bootstrap_servers", "input_topics", "output_topic", "dead_letter_topic", "group_id", "model"} <= set(
+        SETTINGS_SHOWN
+    )
+    assert {"ready", "consumer_lag_seconds", "dead_letters_total"} <= {_metric(family) for family in METRICS_SHOWN}
+
+
+@pytest.mark.parametrize("name", SETTINGS_SHOWN)
+def test_a_setting_stands_there_with_its_default(name: str) -> None:
+    """All of them stand in docs/settings.md, which tests/test_documents.py looks after."""
+    field = RunSettings.model_fields[name]
+    shown = "–" if field.default is None else f"`{field.default}`"
+    _, _, default, meaning, _ = first_cells()[name].split("|")
+    assert (default.strip(), meaning.strip()) == (shown, field.description)
+
+
+@pytest.mark.parametrize("family", METRICS_SHOWN, ids=lambda family: str(family.name))
+def test_a_metric_stands_there_with_its_type_and_meaning(family: Any) -> None:
+    """All of them stand in docs/metrics.md."""
+    _, _, kind, meaning, _ = metric_rows()[_metric(family)].split("|")
+    assert (kind.strip(), meaning.strip()) == (family.type, family.documentation)
 
 
 @pytest.mark.parametrize("reason", get_args(Reason))

@@ -12,8 +12,17 @@ from typing import Any, Final, Literal, NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from worker.cluster import UNREACHABLE, Connection, matching_topics, missing_topics, no_match, refuse_wrong_credentials
+from worker.cluster import (
+    UNREACHABLE,
+    Backoff,
+    Connection,
+    matching_topics,
+    missing_topics,
+    no_match,
+    refuse_wrong_credentials,
+)
 from worker.permissions import Permissions
 from worker.settings import RunSettings
 from worker.tasks import within
@@ -188,7 +197,7 @@ async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None
 
 
 async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> Finding:
-    answers = await admin.describe_consumer_groups([group])
+    answers = await _described(group, admin)
     members = sum(len(found[5]) for answer in answers for found in answer.groups)
     if members >= partitions:
         return Finding(
@@ -197,6 +206,16 @@ async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> F
             f"group {group} has {members} members for {partitions} partitions: one more would be idle",
         )
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:
+    """The first who ever asks for a group waits until Kafka has made the topic for their offsets."""
+    backoff = Backoff()
+    while True:
+        try:
+            return await admin.describe_consumer_groups([group])
+        except GroupCoordinatorNotAvailableError:
+            await backoff.wait()
 
 
 async def _permissions(

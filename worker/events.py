@@ -41,6 +41,7 @@ CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
 COUNT_HEADER: Final = "replay.count"
 ENRICHED_FIELD: Final = "sentiment"
+MOST_VALUES: Final = 100_000  # in one record: each becomes an object of Python's, while all else waits
 
 
 class Record(Protocol):
@@ -146,10 +147,12 @@ class Decoder:
         headers = [record.headers for record in records]
         if any(headers) and any(map(_cloud_event_mode, headers)):
             return None
-        values = [record.value for record in records]
+        values = [record.value for record in records if record.value is not None]
+        if len(values) < len(records) or any(map(_may_hold_too_much, values)):
+            return None
         get_text = self._get_texts.get(records[0].topic, self._get_text)
         try:
-            objects = list(map(orjson.loads, values))  # type: ignore[arg-type]  # a null is no JSON
+            objects = list(map(orjson.loads, values))
             if set(map(type, objects)) != {dict}:
                 return None
             texts, ids = list(map(get_text, objects)), list(map(self._get_id, objects))
@@ -173,7 +176,7 @@ class Decoder:
         if record.value is not None and (mode := _cloud_event_mode(record.headers)):
             event = _cloud_event(record, record.value, mode)
             return _id_from_record(record) if isinstance(event, Failure) else event.id
-        if self._is_text or record.value is None:
+        if self._is_text or record.value is None or _may_hold_too_much(record.value):
             return _id_from_record(record)
         try:
             fields = _loads(record.value)
@@ -189,6 +192,8 @@ class Decoder:
         return self._checked(text) or Event(_id_from_record(record), text)
 
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
+        if _may_hold_too_much(value):
+            return _TOO_MUCH
         try:
             fields = _loads(value)
         except orjson.JSONDecodeError as error:
@@ -234,6 +239,8 @@ class Decoder:
 
     def _with_fields(self, record: Record, id: str, data: Any) -> Decoded:
         if type(data) is bytes:
+            if _may_hold_too_much(data):
+                return _TOO_MUCH
             try:
                 data = _loads(data)
             except orjson.JSONDecodeError as error:
@@ -499,6 +506,11 @@ _LITERAL: Final = re.compile(
 _DIGITS_OF_64_BITS: Final = 18  # so many always fit
 
 
+def _may_hold_too_much(value: bytes) -> bool:
+    """Each value but the first stands behind a comma or a bracket. Those in strings count too: it is quick, not exact."""
+    return len(value) > MOST_VALUES and sum(map(value.count, (b",", b"[", b"{"))) > MOST_VALUES
+
+
 def _loads(value: bytes) -> Any:
     """JSON to Python. orjson refuses numbers beyond any float, which are JSON too: it is given smaller ones."""
     try:
@@ -561,6 +573,9 @@ def _failure(reason: Reason, message: str) -> Failure:
     return Failure("decode", reason, message)
 
 
+_TOO_MUCH: Final = _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
+
+
 def _unreadable(value: bytes, position: int) -> Failure:
     try:
         value.decode()
@@ -585,6 +600,8 @@ def _cloud_event(record: Record, value: bytes, mode: cloudevents.Mode) -> cloude
         if mode == "binary":
             return cloudevents.binary(record.headers, value)
         cloudevents.look_at_format(record.headers)
+        if _may_hold_too_much(value):
+            return _TOO_MUCH
         fields = _loads(value)
         if type(fields) is not dict:
             return _failure("not_an_object", "the value is JSON, but not an object")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
@@ -13,6 +13,7 @@ class _Trouble:
     reason: str
     since: float
     told: set[str] = field(default_factory=set)
+    whose: set[Hashable] = field(default_factory=set)
 
 
 class Health:
@@ -30,20 +31,30 @@ class Health:
         """Not ready for a reason that is no trouble, such as starting. Not logged."""
         self._troubles[part] = _Trouble(reason, self._clock())
 
-    def trouble(self, part: str, reason: str) -> None:
-        """Something is wrong with a part, and is being retried. Logged once a reason until the part is well again."""
+    def trouble(self, part: str, reason: str, who: Hashable = None) -> None:
+        """Something is wrong with a part, and is being retried. Logged once a reason until the part is well again.
+
+        Where several do the same work, ``who`` tells them apart: the part is well when each that had trouble is.
+        """
         known = self._troubles.get(part)
         if known is None:
             known = self._troubles[part] = _Trouble(reason, self._clock())
         known.reason = reason
+        known.whose.add(who)
         if reason not in known.told:
             known.told.add(reason)
             log.warning("%s", reason, extra={"part": part})
 
-    def well(self, part: str) -> None:
-        """A part works. Logged if it had a trouble."""
-        known = self._troubles.pop(part, None)
-        if known and known.told:
+    def well(self, part: str, who: Hashable = None) -> None:
+        """A part works, or whoever had trouble with it has gone. Logged if it had a trouble."""
+        known = self._troubles.get(part)
+        if known is None:
+            return
+        known.whose.discard(who)
+        if known.whose:
+            return
+        del self._troubles[part]
+        if known.told:
             seconds = self._clock() - known.since
             log.info("%s is well again", part, extra={"after_s": round(seconds, 1)})
 
@@ -52,8 +63,9 @@ class Health:
         return self._is_alive()
 
     def why_not_ready(self) -> str | None:
-        """For /readyz."""
+        """For /readyz. A trouble says more than what merely has not begun, or is ending."""
         dead = self._is_alive()
         if dead:
             return dead
-        return next((f"{part}: {trouble.reason}" for part, trouble in self._troubles.items()), None)
+        reasons = sorted(self._troubles.items(), key=lambda item: not item[1].told)
+        return next((f"{part}: {trouble.reason}" for part, trouble in reasons), None)

@@ -67,6 +67,7 @@ async def _run(settings: RunSettings) -> int:
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.trouble)
     health.hold("model", "loading")
+    health.hold("group", "not joined yet")  # until the source says otherwise
     reloader = Reloader(
         inference,
         metrics,

@@ -705,10 +705,14 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
     wants = " or ".join(dict.fromkeys(_wish(error) for error in errors if error["loc"][:1] == first["loc"][:1]))
     if name not in kind.model_fields:
         return f"{name} is no setting; `--help` lists them"
-    given = "" if name in SECRETS or first["type"] == "missing" else f" = {first['input']!r}"
+    given = "" if name in SECRETS or first["type"] == "missing" else f" = {_as_given(first['input'])!r}"
     variable = PREFIX + name.upper()
     where = f"variable {variable} or {variable}_FILE" if name in SECRETS else f"flag {_flag(name)}, variable {variable}"
     return f"{name}{given} is wrong: {wants} ({where})"
+
+
+def _as_given(value: object) -> object:
+    return _unshielded(value) if isinstance(value, list) else value
 
 
 def _wish(error: ErrorDetails) -> str:

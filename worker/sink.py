@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -84,6 +84,7 @@ class Sink:
         self._records_per_producer = records_per_producer
         self._producer: AIOKafkaProducer | None = None
         self._records_sent = 0
+        self._who: Hashable = None  # of several sinks, for health
 
     async def start(self) -> None:
         """Connects; waits for as long as the brokers are away."""
@@ -114,7 +115,7 @@ class Sink:
                 await self._discard_producer(self._connection.request_timeout_s)
             if any(type(error) not in REFUSALS for _, error in failures.values()):
                 await backoff.wait()
-        self._health.well("publish")
+        self._health.well("publish", self._who)
         return answers
 
     # Where records go.
@@ -251,7 +252,7 @@ class Sink:
         while not future.done():
             await asyncio.wait({future}, timeout=STALLED_S)
             if not future.done():
-                self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing")
+                self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()
 
     def _settle_failure(
@@ -275,7 +276,7 @@ class Sink:
     def _tell(self, what: str, error: BaseException) -> None:
         self._metrics.kafka_errors.labels("publish").inc()
         why = "no permission (ACL)" if isinstance(error, TopicAuthorizationFailedError) else type(error).__name__
-        self._health.trouble("publish", f"{what}: {why}")
+        self._health.trouble("publish", f"{what}: {why}", self._who)
 
     # Producers.
 

@@ -171,6 +171,7 @@ class Source:
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
         self._is_stopping = False
+        self._repeated_by_others = 0  # of what was under way when the drain began
         self._stopping = asyncio.Event()
         self._evictions: deque[float] = deque(maxlen=EVICTIONS)
         health.hold("group", "not joined yet")
@@ -198,7 +199,7 @@ class Source:
             assignment.uncommitted += records
             self._acknowledged.set()
         else:
-            self._metrics.duplicates_possible.inc(records)
+            self._repeat(records)
         self._settled.set()
 
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
@@ -246,6 +247,7 @@ class Source:
         deadline = time.monotonic() + timeout_s
         await self._commit_before(deadline)
         uncommitted = sum(assignment.uncommitted for assignment in self._assignments.values())
+        uncommitted += self._repeated_by_others  # whose partitions went away during the drain
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
@@ -434,7 +436,7 @@ class Source:
         assignment.accepts = assignment.is_owned = False
         if self._transactions:
             self._transactions.release(assignment)
-        self._metrics.duplicates_possible.inc(assignment.uncommitted)
+        self._repeat(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]
@@ -442,6 +444,12 @@ class Source:
         if not self._assignments:
             for part in ("commit", "read"):
                 self._health.well(part)
+
+    def _repeat(self, records: int) -> None:
+        """These are published and not committed: whoever reads the partition next repeats them."""
+        self._metrics.duplicates_possible.inc(records)
+        if self._is_stopping:
+            self._repeated_by_others += records
 
     def _look_for_twin(self) -> None:
         """Two processes with one instance id throw each other out of the group for ever; one of them has to notice."""

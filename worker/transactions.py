@@ -130,6 +130,7 @@ class PartitionSink(Sink):
         self,
         connection: Connection,
         *,
+        tp: TopicPartition,
         transactional_id: str,
         refusals: Refusals,
         limits: dict[str, TopicLimits],
@@ -138,6 +139,7 @@ class PartitionSink(Sink):
         compression_type: str = "none",
     ) -> None:
         super().__init__(connection, limits=limits, metrics=metrics, health=health, compression_type=compression_type)
+        self._who = tp
         self._transactional_id = transactional_id
         self._refusals = refusals
         self._shared_limits = limits
@@ -171,7 +173,7 @@ class PartitionSink(Sink):
                 await self._refresh_limits()
                 self._shared_limits.update(self._limits)
             raise Lost(type(error).__name__) from error
-        self._health.well("publish")
+        self._health.well("publish", self._who)
         return answers
 
     async def commit(self, offset: int, tp: TopicPartition, group_id: str) -> None:
@@ -400,6 +402,7 @@ class Transactions:
             await self._backoffs[tp].wait()
         sink = PartitionSink(
             self._connection,
+            tp=tp,
             transactional_id=f"{self.group_id}/{tp.topic}/{tp.partition}",
             refusals=self._refusals.setdefault(tp, Refusals()),
             limits=self._limits,
@@ -443,8 +446,7 @@ class Transactions:
         self._refusals.pop(assignment.tp, None)
         self._in_doubt.pop(assignment.tp, None)
         self._well(assignment.tp)
-        if not self._writers:
-            self._health.well("publish")
+        self._health.well("publish", assignment.tp)
 
     # For the pipeline.
 
@@ -608,6 +610,8 @@ class Transactions:
 
     async def _farewell(self, writer: Writer) -> None:
         await cancelled([writer.task])
+        if writer.assignment.tp not in self._refusals:  # released: its last words may have been a trouble
+            self._health.well("publish", writer.assignment.tp)
         await writer.sink.close(FAREWELL_S)
 
     def _free(self, weight: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from tests.broker import Broker, Extras, free_port, start_broker
 from tests.chaos.auditor import Audit, Given, Seen, audit
@@ -298,6 +298,21 @@ def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **s
         for slot in slots:
             slot.proxy.close()
         broker.close()
+
+
+def wait_for_results(kafka: Kafka, topics: Topics, more: int, seconds: float = 180) -> None:
+    """So many more than there are once the brokers can say."""
+    first: list[int] = []
+
+    def has_come() -> bool:
+        try:
+            count = kafka.count(topics.output)
+        except (KafkaException, TimeoutError):  # a leader is being found
+            return False
+        first.append(count)
+        return count >= first[0] + more
+
+    wait_for(has_come, f"{more} results more", seconds)
 
 
 # What came of it.

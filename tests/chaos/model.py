@@ -96,8 +96,8 @@ def mute_first_consumer(file: Path) -> None:
             fetched = await super().getmany(*places, timeout_ms=timeout_ms, max_records=max_records)
             if not is_mute(self):
                 return fetched
-            for place, records in fetched.items():
-                self.seek(place, records[0].offset)
+            for place, runs in fetched.items():  # the worker's reader makes runs of the records
+                self.seek(place, runs[0][0].offset)
             return {}
 
     source.AIOKafkaConsumer = Consumer

@@ -62,7 +62,7 @@ def test_each_panel_has_a_title_of_its_own_a_unit_and_says_what_it_is() -> None:
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
 def test_an_alert_says_how_bad_it_is_and_what_to_do(alert: dict[str, dict[str, str]]) -> None:
     assert alert["labels"]["severity"] in ("critical", "warning")
-    assert alert["annotations"].keys() == {"summary", "description", "runbook"}
+    assert alert["annotations"].keys() == {"summary", "description", "runbook", "runbook_url"}
 
 
 @pytest.mark.parametrize("command", [("config", DEPLOY / "prometheus" / "prometheus.yaml"), ("rules", RULES)])

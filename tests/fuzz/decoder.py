@@ -22,7 +22,7 @@ LARGEST_SEED = 3_000  # bytes
 PLACE = {"topic": "texts", "partition": 1, "offset": 2}
 ANSWER = Sentiment("neutral", 0.1, (0.2, 0.5, 0.3))
 DECODERS = {of: Decoder(input_format=of[0], output_mode=of[1]) for of in COMBINATIONS}
-ENCODERS = {mode: Encoder(model="model@1", output_mode=mode) for mode in ("result", "enrich")}
+ENCODERS = {mode: Encoder(output_mode=mode) for mode in ("result", "enrich")}
 
 
 def check(data: bytes) -> None:

@@ -1,5 +1,7 @@
 """What is not there yet is waited for: said once, and nothing is created by accident."""
 
+import socket
+
 import pytest
 
 from tests.process import COSTLESS, Workers
@@ -44,3 +46,16 @@ def test_nothing_is_consumed_while_a_topic_is_missing(kafka: Kafka, topics: Topi
     assert not kafka.committed(topics.group, topics.input)
     assert worker.terminate() == 0, "a worker that waits ends when told to"
     assert name not in kafka.names()
+
+
+def test_a_worker_is_not_ready_before_it_has_heard_from_the_brokers(topics: Topics, workers: Workers) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
+        worker = workers.start(topics, bootstrap_servers=where, request_timeout_ms=3_000)
+        wait_for(lambda: worker.lines("model loaded"), "the model")
+        seen: set[tuple[int, str]] = set()
+        wait_for(
+            lambda: seen.add(worker.get("/readyz")) or worker.warnings("waiting for Kafka"), "a line about the brokers"
+        )
+    assert {status for status, _ in seen} == {503}
+    wait_for(lambda: "waiting for Kafka" in worker.get("/readyz")[1], "the reason")

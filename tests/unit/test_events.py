@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from worker import events
 from worker.events import (
+    MOST_VALUES,
     Decoded,
     Decoder,
     Encoder,
@@ -256,7 +258,7 @@ FAILURES: list[tuple[bytes, dict[str, Any], Reason]] = [
     (b'{"text": "a",}', {}, "invalid_json"),
     (b'{"text": NaN}', {}, "invalid_json"),
     (rb'{"text": "\ud800"}', {}, "invalid_json"),
-    (b'{"text": ' + b"[" * 100_000, {}, "invalid_json"),
+    (b'{"text": ' + b"[" * 90_000, {}, "invalid_json"),
     (b'{"text": "\xff"}', {}, "invalid_utf8"),
     (b'{"text": "\xed\xa0\x80"}', {}, "invalid_utf8"),
     ("да".encode("cp1251"), {"input_format": "text"}, "invalid_utf8"),
@@ -646,6 +648,7 @@ def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, mo
         b'{"a": {"b": "1"}, "id": 1}',
         b'{"a": {"b": "1", "id": 3}}',
         b'{"text": "1", "id": 1, "n": 1e999}',
+        b'{"text": "1", "id": 1, "n": [%b1]}' % (b"1," * MOST_VALUES),
     ],
 )
 def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, options: dict[str, Any]) -> None:
@@ -655,3 +658,64 @@ def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, 
     records[200] = FakeRecord(strange, offset=200)
     decoder = Decoder(max_text_chars=8 if options.get("input_format") != "text" else 100, **options)
     assert decoder.decode_all(records) == list(map(decoder.decode, records))
+
+
+# What would hold up its neighbours.
+
+
+def holding(many: int) -> dict[str, bytes]:
+    """Objects with so many commas and opening brackets, by what they are of."""
+    rest = many - 3  # one bracket is the object's, one the list's, and one comma stands before it
+    return {
+        "numbers": b'{"text":"a","x":[' + b"1," * rest + b"1]}",
+        "lists in lists": b'{"text":"a","x":[' + b"[],1," * (rest // 3) + b"1" + b",1" * (rest % 3) + b"]}",
+        "keys": b'{"text":"a","x":[0]' + b"".join(b',"%x":1' % number for number in range(rest)) + b"}",
+        "commas of a string": b'{"text":"a","x":[0],"y":"' + b"," * (rest - 1) + b'"}',
+    }
+
+
+@pytest.mark.parametrize("kind", holding(9))
+def test_a_value_of_very_many_values_is_not_even_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    loads = orjson.loads
+    monkeypatch.setattr(events.orjson, "loads", lambda value: read.append(value) or loads(value))
+    just, more = holding(MOST_VALUES)[kind], holding(MOST_VALUES + 1)[kind]
+    assert isinstance(decode(just), Event)
+    assert len(read) == 1
+    failure = decode(more)
+    assert isinstance(failure, Failure)
+    assert failure.reason == "too_large"
+    assert Decoder().id_of(FakeRecord(more)) == "texts-3-1201"
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/cloudevents+json"])
+def test_nor_is_that_of_a_cloud_event(content_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attributes = [(f"ce_{name}", value) for name, value in CE_ATTRIBUTES.items()]
+    headers = [("content-type", content_type.encode()), *attributes]
+    read: list[bytes] = []
+    monkeypatch.setattr(events.orjson, "loads", read.append)
+    failure = decode(b'{"text":"a","data":[' + b"1," * MOST_VALUES + b"1]}", headers)
+    assert isinstance(failure, Failure)
+    assert (failure.reason, read) == ("too_large", [])
+
+
+CE_ATTRIBUTES = {"specversion": b"1.0", "id": b"1", "source": b"s", "type": b"t"}
+
+
+def test_a_text_is_not_json_and_may_have_any_commas() -> None:
+    text = "," * (MOST_VALUES + 1)
+    assert isinstance(decode(text, input_format="text", max_text_chars=10**6), Event)
+
+
+@pytest.mark.parametrize("digits", [b"1" * 10**6, b"-" + b"1" * 10**6, b"0." + b"1" * 10**6, b"1e" + b"9" * 10**6])
+def test_a_number_of_a_million_digits_is_looked_at_twice_at_most(
+    digits: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, and once more with another number in its place; and it never becomes one of Python's integers."""
+    read: list[int] = []
+    loads = orjson.loads
+    monkeypatch.setattr(events.orjson, "loads", lambda value: read.append(len(value)) or loads(value))
+    assert isinstance(decode(b'{"text":"a","x":' + digits + b"}"), Event)
+    assert len(read) <= 2
+    assert sum(size > 1_000 for size in read) == 1

@@ -113,3 +113,23 @@ def test_dead_inference_is_neither_alive_nor_ready_and_kafka_plays_no_part() -> 
     assert health.why_not_ready() == "kafka: refused"
     assert health.why_not_alive() == "inference is hung"
     assert health.why_not_ready() == "inference is hung"
+
+
+def test_a_part_of_several_is_well_when_each_of_them_is(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    for who in ("t-0", "t-1"):
+        health.trouble("publish", "stalled", who)
+    health.well("publish", "t-0")
+    health.well("publish", "t-2")
+    assert health.why_not_ready() == "publish: stalled"
+    health.well("publish", "t-1")
+    assert health.why_not_ready() is None
+    assert [message for _, message in told(caplog)] == ["stalled", "publish is well again"], "said once for all"
+
+
+def test_a_trouble_says_more_than_that_something_has_not_begun(health: Health) -> None:
+    health.hold("group", "not joined yet")
+    assert health.why_not_ready() == "group: not joined yet"
+    health.trouble("kafka", "no broker answers")
+    assert health.why_not_ready() == "kafka: no broker answers"
+    health.well("kafka")
+    assert health.why_not_ready() == "group: not joined yet"

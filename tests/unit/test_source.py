@@ -29,6 +29,7 @@ class FakeConsumer:
     committed_at: int | None = 0
     commit_error: Exception | None = None
     timestamp: int = 0
+    swallows_cancel: bool = False  # once, as asyncio.wait_for can
     positions: dict[TopicPartition, int] = field(default_factory=dict)
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     reading: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +63,12 @@ class FakeConsumer:
         return self.positions[tp]
 
     async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
-        await self.reading.wait()
+        try:
+            await self.reading.wait()
+        except asyncio.CancelledError:
+            if not self.swallows_cancel:
+                raise
+            self.swallows_cancel = False
         await asyncio.sleep(0)
         begin = self.positions.get(tp, 0)
         count = min(self.records_per_read, max_records, self.last_offset - begin)
@@ -279,3 +285,113 @@ async def test_nothing_gathered_is_left_after_a_revocation(consumer: FakeConsume
     await until(lambda: stage.metrics.queue_depth["gather"]._value.get() > 0)
     await stage.revoke(TP)
     assert stage.metrics.queue_depth["gather"]._value.get() == 0
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_what_a_rebalance_during_the_drain_leaves_uncommitted_is_told(
+    consumer: FakeConsumer, is_late: bool
+) -> None:
+    """Whether it was published before the partition went, or after: the next owner publishes it again."""
+    consumer.commit_error = CommitFailedError("thrown out of the group")
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    stage.source.stop_taking()
+    if is_late:
+        stage.source._revoke_timeout_s = 0
+        await stage.revoke(TP)
+        stage.acknowledge(chunks)
+    else:
+        stage.acknowledge(chunks)
+        await stage.revoke(TP)
+    records = sum(len(records) for _, records in chunks)
+    assert stage.metrics.duplicates_possible._value.get() == records
+    assert await stage.source.close(1) == records
+
+
+async def test_what_was_left_uncommitted_before_the_drain_is_no_failure_of_it(consumer: FakeConsumer) -> None:
+    consumer.commit_error = CommitFailedError("thrown out of the group")
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await stage.revoke(TP)
+    consumer.commit_error = None
+    assert await stage.source.close(1) == 0
+
+
+async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> None:
+    """Not even one that misses being cancelled, as asyncio's waiting can."""
+    stage = await staged(consumer)
+    consumer.reading.clear()
+    await stage.assign(TP)
+    reader = stage.source._readers[stage.source._assignments[TP]]
+    await asyncio.sleep(0.01)
+    consumer.swallows_cancel = True
+    stage.source.stop_taking()
+    consumer.reading.set()
+    await until(reader.done)
+    assert len(stage.source._batcher) == 0
+
+
+class FakeTransactions:
+    """Notes what the source says of assignments."""
+
+    def __init__(self) -> None:
+        self.released: list[Any] = []
+        self.retired: list[Any] = []
+
+    async def take_over(self, assignment: Any) -> None: ...
+
+    def found(self, assignment: Any, committed: int | None) -> None: ...
+
+    async def commit(self, offsets: Any) -> None: ...
+
+    def settle(self, assignments: Any) -> None: ...
+
+    def retire(self, assignment: Any) -> None:
+        self.retired.append(assignment)
+
+    def release(self, assignment: Any) -> None:
+        self.released.append(assignment)
+
+
+@pytest.fixture
+def transactions(monkeypatch: pytest.MonkeyPatch) -> FakeTransactions:
+    async def confirmed(_: Source) -> None: ...
+
+    monkeypatch.setattr(Source, "_confirm_membership", confirmed)
+    return FakeTransactions()
+
+
+async def test_a_partition_that_is_lost_while_it_is_revoked_is_given_up_as_a_whole(
+    consumer: FakeConsumer, transactions: FakeTransactions
+) -> None:
+    """Its trouble, its lag and its count of partitions go with it; the revocation finds nothing to release any more."""
+    stage = await staged(consumer, transactions=transactions)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    assignment = stage.source._assignments[TP]
+    stage.metrics.lag("t", 0, 5, 1.0)
+    revoking = asyncio.create_task(stage.revoke(TP))
+    await until(lambda: not assignment.accepts)
+    stage.source.restart(assignment)
+    stage.source.drop(assignment, sum(len(records) for _, records in chunks))
+    await revoking
+    assert (transactions.released, transactions.retired) == ([assignment], [])
+    assert stage.source._assignments == {}
+    assert stage.metrics.lag_records._metrics == {}
+    assert stage.metrics.assigned_partitions._value.get() == 0
+
+
+async def test_a_partition_that_is_lost_while_it_is_ours_begins_anew(
+    consumer: FakeConsumer, transactions: FakeTransactions
+) -> None:
+    consumer.committed_at = 30
+    stage = await staged(consumer, transactions=transactions)
+    await stage.assign(TP)
+    await stage.take()
+    assignment = stage.source._assignments[TP]
+    stage.source.restart(assignment)
+    assert (transactions.released, transactions.retired) == ([], [assignment])
+    assert (await stage.take())[0][1][0].offset == 30
+    assert stage.source._assignments[TP] is not assignment

@@ -169,6 +169,8 @@ class World:
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
         assignment.under_way -= records
         assignment.committed = next_offset
+        if records:
+            assignment.acknowledged = next_offset
 
     def drop(self, assignment: Assignment, records: int) -> None:
         assignment.under_way -= records
@@ -238,6 +240,32 @@ async def test_an_offset_alone_is_committed_in_its_turn(world: World) -> None:
     assignment = await owned(world, delivered=9)
     await world.transactions.commit([(assignment, 9)])
     assert (world.sinks[0].committed, world.counted) == ([9], [])
+
+
+@pytest.mark.parametrize("is_committing", [False, True])
+async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, is_committing: bool) -> None:
+    """The records that were read after it are on their way already, and their transaction goes beyond it."""
+    assignment = await owned(world)
+    world.commit_may_end.clear()
+    await world.put(assignment, *range(100, 110))
+    if is_committing:
+        world.transactions.settle([assignment])
+        await until(lambda: world.sinks[0].published)
+    committing = asyncio.create_task(world.transactions.commit([(assignment, 100)]))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    world.commit_may_end.set()
+    await world.transactions.finish()
+    await committing
+    assert world.sinks[0].committed == [110]
+
+
+async def test_an_offset_alone_goes_after_the_records_before_it(world: World) -> None:
+    assignment = await owned(world)
+    await world.put(assignment, 0, 1)
+    world.transactions.settle([assignment])
+    await world.transactions.commit([(assignment, 5)])
+    assert world.sinks[0].committed[-1] == 5
 
 
 @pytest.mark.parametrize("where", ["publish_errors", "commit_errors"])
@@ -315,6 +343,40 @@ async def test_released_partitions_are_aborted_and_forgotten(world: World) -> No
     await world.transactions.close(5)
     assert world.sinks[0].is_closed
     assert (world.sinks[0].committed, world.dropped, world.counted) == ([], 2, [])
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+async def test_a_stall_ends_with_the_partition_that_had_it(world: World, is_given_up: bool) -> None:
+    """Others, which may have nothing to publish for long, are no reason to go on saying that publishing is stalled."""
+    assignment, other = await owned(world), Assignment(TopicPartition("t", 1))
+    await world.transactions.take_over(other)
+    world.health.trouble("publish", "publishing is stalled", TP)
+    world.health.trouble("publish", "publishing is stalled", other.tp)
+    if is_given_up:
+        world.transactions.retire(assignment)
+    world.transactions.release(assignment)
+    assert world.health.why_not_ready() == "publish: publishing is stalled", "the other one's still is"
+    world.transactions.release(other)
+    assert world.health.why_not_ready() is None
+
+
+async def test_a_stall_that_is_told_while_the_partition_goes_is_forgotten_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stalled(*_: object) -> list[Reason | None]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            world.health.trouble("publish", "publishing is stalled", TP)
+        return []
+
+    monkeypatch.setattr(FakeSink, "publish", stalled)
+    assignment = await owned(world, delivered=1)
+    await world.put(assignment, 0)
+    await asyncio.sleep(0.01)
+    world.transactions.release(assignment)
+    await world.transactions.close(5)
+    assert world.health.why_not_ready() is None
 
 
 async def test_what_is_gathered_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

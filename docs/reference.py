@@ -1,0 +1,419 @@
+"""Writes docs/settings.md and docs/metrics.md from worker/settings.py and worker/metrics.py: `make docs`."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import AfterValidator, SecretStr, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from worker.metrics import PREFIX as METRIC
+from worker.metrics import Metrics
+from worker.settings import (
+    PREFIX,
+    SECRETS,
+    BenchSettings,
+    ClassifySettings,
+    DemoSettings,
+    EvaluateSettings,
+    ReplaySettings,
+    RunSettings,
+    Settings,
+    TrainSettings,
+)
+
+FOLDER: Final = Path(__file__).parent
+NOTE: Final = "<!-- Written by `make docs` from {source}: change that, and what docs/reference.py says, not this. -->"
+NONE: Final = "–"
+
+SETTINGS_HEAD: Final = """# Settings
+
+Each setting has one name, which makes its flag, its variable and its key in a file of settings (TOML):
+
+```sh
+sentiment-worker run --max-batch-texts 256
+WORKER_MAX_BATCH_TEXTS=256 sentiment-worker run
+echo 'max_batch_texts = 256' >worker.toml && sentiment-worker run --config worker.toml
+```
+
+A flag goes before a variable, a variable before the file. `WORKER_CONFIG` can name the file too. An unknown flag or key is
+an error; an unknown `WORKER_…` variable is a warning, for Kubernetes sets some of its own. A wrong value ends the start with
+exit code 2 and one sentence. `run --help` shows flags, defaults and meanings in a terminal.
+
+The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
+in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They
+are never printed.
+"""
+
+# In the order in which somebody sets up a worker.
+GROUPS: Final[dict[str, tuple[str, ...]]] = {
+    "Brokers": ("bootstrap_servers", "client_id", "request_timeout_ms", "fetch_max_wait_ms"),
+    "Login and encryption": (
+        "security_protocol",
+        "sasl_mechanism",
+        "sasl_username",
+        "sasl_password",
+        "ssl_cafile",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_key_password",
+    ),
+    "Topics and group": (
+        "input_topics",
+        "input_pattern",
+        "output_topic",
+        "dead_letter_topic",
+        "group_id",
+        "group_instance_id",
+        "session_timeout_ms",
+        "auto_offset_reset",
+        "isolation_level",
+    ),
+    "Delivery": ("delivery", "transaction_ms", "drain_timeout_s", "dead_letter_limit", "dead_letter_window"),
+    "Events and results": (
+        "input_format",
+        "text_field",
+        "id_field",
+        "max_text_chars",
+        "output_mode",
+        "output_format",
+        "compression_type",
+    ),
+    "Model": (
+        "model",
+        "revision",
+        "activation",
+        "device",
+        "dtype",
+        "backend",
+        "cpu_threads",
+        "inference_timeout_s",
+    ),
+    "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size"),
+    "HTTP and console": ("http_host", "http_port", "http_token", "http_token_for", "console_texts"),
+    "Logs, traces and settings": ("log_level", "log_format", "tracing", "config"),
+}
+OTHERS: Final = "Others"
+UNITS: Final = {  # by a setting's name, or how it ends
+    "max_batch_texts": "records",
+    "_ms": "ms",
+    "_s": "s",
+    "_chars": "characters",
+    "_texts": "texts",
+    "_tokens": "tokens",
+    "_threads": "threads",
+    "_window": "records",
+    "_size": "texts",
+    "_limit": "share",
+    "_masking": "share",
+    "seconds": "s",
+    "rate": "events/s",
+    "threads": "threads",
+}
+KINDS: Final[dict[str, type[Settings]]] = {
+    "check": RunSettings,
+    "replay": ReplaySettings,
+    "classify": ClassifySettings,
+    "bench": BenchSettings,
+    "evaluate": EvaluateSettings,
+    "train": TrainSettings,
+    "demo": DemoSettings,
+}
+WRONG: Final = ".."  # for each text that has to be something: its validator says what
+PLAIN: Final = {"string": "text", "integer": "whole number", "number": "number", "path": "path"}
+
+METRICS_HEAD: Final = """# Metrics
+
+`/metrics` serves these in Prometheus' text format, beside those of the process, Python and its garbage collector
+(`process_…`, `python_…`). All names begin with `sentiment_worker_`. Times are in seconds since 1970 or in seconds, sizes in
+bytes. A partition's series go when the partition is given up. Counters count what has been acknowledged by Kafka, with
+`delivery=exactly-once` what has been committed. Series with a closed list of labels are there from the start, at 0.
+
+The dashboard in `deploy/grafana` shows each of them; [what each alert means](operating.md#alerts) is in the operating guide.
+"""
+
+# In the order in which an operator asks. How to read each; what it is, its type, labels and buckets come from the code.
+READING: Final[dict[str, dict[str, str]]] = {
+    "Is it working?": {
+        "ready": "0: ask `/readyz` for the reason. The sum over all workers is how many take part.",
+        "assigned_partitions": "0 on a ready worker: it is one more than there are partitions, and idle. The sum has to be "
+        "the number of input partitions.",
+        "records_consumed_total": "`rate()` of it is the throughput. It is the sum of results, dead letters, tombstones and "
+        "skipped records.",
+        "results_published_total": "`rate()` by `label` is the mix of sentiments; summed it is the results per second.",
+        "inference_last_success_timestamp_seconds": 'Old while `queue_depth{stage="tokenized"}` is above 0: inference is '
+        "stuck. Old without waiting texts: there is nothing to do, or the cache answers all.",
+    },
+    "Does it keep up?": {
+        "consumer_lag_records": "Refreshed each second. Growing: more events arrive than are scored. One partition alone: a "
+        "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
+        "consumer_lag_seconds": "What people feel of the lag, and what to alert on. 0 when nothing waits, and until the first "
+        "record that waits has been read.",
+        "queue_depth": "What is slow: `tokenized` above 0 most of the time: the network; `scored`: publishing; `gather` alone: "
+        "the tokenizer. `gather` is full at twice `max_batch_texts`.",
+        "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
+        "and the difference between the producer's clock and this one.",
+        "stage_seconds": "Where the time goes. `wait` is the linger, longer where the stages after it are busy; `forward` is "
+        "the network.",
+    },
+    "Are the batches full?": {
+        "batch_texts": "Small at full load: `max_batch_tokens` or `max_batch_texts` is too low for this device.",
+        "batch_tokens": "Near `max_batch_tokens` at full load; far below it when there is little to do.",
+        "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
+        "enough to sort.",
+        "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",
+    },
+    "What do people say?": {
+        "score": "A histogram without a sum, for one that goes down looks like a restart. The dashboard takes the mean from "
+        "the buckets.",
+    },
+    "What goes wrong?": {
+        "dead_letters_total": "A decode reason is the producer's or `text_field`'s, `inference_failed` the model's, a "
+        "publish reason the output topic's limits.",
+        "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
+        "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing.",
+        "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
+        "offset_resets_total": "Above 0: events were deleted before they were read, or are read once more. See the log.",
+        "duplicates_possible_total": "That many results may be there twice. With exactly-once always 0.",
+        "kafka_errors_total": "A few at a broker's restart are well. A steady rate is not; the log says why, once.",
+    },
+    "What is in use?": {
+        "model_info": "Always 1; the labels are what it is for. Two values of `revision` in a group: a reload is half done.",
+        "model_reloads_total": "`failed` above 0: the old model goes on, and the log says why.",
+        "inference_device_memory_bytes": "Of a GPU that several processes share, each shows its own.",
+        "build_info": "Always 1; `version` is what it is for.",
+    },
+}
+METRICS: Final = Metrics("version")
+FREE_LABELS: Final = ("topic", "partition", "model", "revision", "device", "dtype", "version")
+
+
+def built() -> dict[Path, str]:
+    """The text of each file that is generated."""
+    return {FOLDER / "settings.md": settings_page(), FOLDER / "metrics.md": metrics_page()}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def code(*words: object) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+# Settings.
+
+
+def settings_page() -> str:
+    parts = [NOTE.format(source="worker/settings.py"), SETTINGS_HEAD]
+    for title, names in groups().items():
+        parts += [f"## {title}\n", setting_table(RunSettings, names)]
+    parts.append("## Other commands\n")
+    for command, kind in KINDS.items():
+        parts += [f"### {command}\n", *command_section(kind)]
+    return "\n".join(parts)
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """The settings of ``run``, by title; those that nobody has put into a group come last."""
+    grouped = {name for names in GROUPS.values() for name in names}
+    others = tuple(name for name in RunSettings.model_fields if name not in grouped)
+    return {**GROUPS, **({OTHERS: others} if others else {})}
+
+
+def command_section(kind: type[Settings]) -> list[str]:
+    if kind is RunSettings:
+        return ["Takes the settings of `run`.\n"]
+    common = [name for name in kind.model_fields if _is_the_same(kind, name)]
+    own = [name for name in kind.model_fields if name not in common]
+    others = [name for name in common if name != "config"]
+    shared = [f"Of the settings above: {code(*others)}.\n"] if others else []
+    return [*shared, setting_table(kind, own)]
+
+
+def _is_the_same(kind: type[Settings], name: str) -> bool:
+    ours, theirs = kind.model_fields[name], RunSettings.model_fields.get(name)
+    return theirs is not None and ours.default == theirs.default and ours.description == theirs.description
+
+
+def setting_table(kind: type[Settings], names: Iterable[str]) -> str:
+    head = ("setting", "flag, variable", "default", "unit", "allowed", "what it does")
+    return table(head, (setting_row(name, kind.model_fields[name]) for name in names))
+
+
+def setting_row(name: str, field: FieldInfo) -> tuple[str, ...]:
+    return (
+        code(name),
+        set_by(name, field),
+        default(field),
+        unit(name, field),
+        allowed(field),
+        field.description or secret(name),
+    )
+
+
+def set_by(name: str, field: FieldInfo) -> str:
+    variable = PREFIX + name.upper()
+    if name in SECRETS:
+        return code(variable, variable + "_FILE")
+    flag = "TEXT …" if name == "texts" else f"--{(field.alias or name).replace('_', '-')}"
+    return code(flag, variable)
+
+
+def secret(name: str) -> str:
+    return {
+        "http_token": "a token for the HTTP side, sent as `Authorization: Bearer …`",
+        "sasl_password": "the password of `sasl_username`",
+        "ssl_key_password": "the password of `ssl_keyfile`, if it has one",
+    }[name]
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "has to be given"
+    if isinstance(field.default, bool):
+        return code(str(field.default).lower())
+    return NONE if field.default in (None, []) else code(field.default)
+
+
+def unit(name: str, field: FieldInfo) -> str:
+    kinds = {kind for choice in _choices(field) if (kind := choice.get("type"))}
+    if not kinds & {"integer", "number"}:
+        return NONE
+    return next((word for end, word in UNITS.items() if name == end or (end[0] == "_" and name.endswith(end))), NONE)
+
+
+def allowed(field: FieldInfo) -> str:
+    """In words, by the field's own schema and validators."""
+    words = [word for choice in _choices(field) for word in _allowed(choice, field)]
+    return " or ".join(dict.fromkeys(words))
+
+
+def _choices(field: FieldInfo) -> list[dict[str, Any]]:
+    schema = TypeAdapter(field.rebuild_annotation()).json_schema()
+    choices: list[dict[str, Any]] = schema.get("anyOf", [schema])
+    return [choice for choice in choices if choice.get("type") != "null"]
+
+
+def _allowed(choice: dict[str, Any], field: FieldInfo) -> list[str]:
+    if "const" in choice or "enum" in choice:
+        return [code(*choice.get("enum", [choice.get("const")]))]
+    if choice["type"] == "boolean":
+        return [code("true", "false")]
+    if choice["type"] in ("integer", "number"):
+        return [_range(choice)]
+    if "pattern" in choice:
+        return [code("auto", "cpu", "cuda", "cuda:N")]  # the one pattern that there is
+    return [_wish(field) or PLAIN["path" if choice.get("format") == "path" else "string"]]
+
+
+def _wish(field: FieldInfo) -> str:
+    """What the field's own validator asks for; it takes a text, a list of them or a secret."""
+    for validator, wrong in itertools.product(_validators(field), (WRONG, [WRONG], SecretStr(WRONG))):
+        with contextlib.suppress(TypeError, AttributeError):  # it takes another kind
+            try:
+                validator(wrong)
+            except ValueError as error:
+                return str(error).removeprefix("it should be ")
+    return ""
+
+
+def _validators(field: FieldInfo) -> list[Callable[[Any], Any]]:
+    found = [item for item in field.metadata if isinstance(item, AfterValidator)]
+    for argument in getattr(field.annotation, "__args__", ()):
+        found += [item for item in getattr(argument, "__metadata__", ()) if isinstance(item, AfterValidator)]
+    return [item.func for item in found]  # type: ignore[misc]
+
+
+def _range(choice: dict[str, Any]) -> str:
+    least, above = choice.get("minimum"), choice.get("exclusiveMinimum")
+    most, below = choice.get("maximum"), choice.get("exclusiveMaximum")
+    if least is not None and most is not None:
+        return f"{least:,} to {most:,}"
+    low = f"{least:,} or more" if least is not None else f"above {above:,}" if above is not None else ""
+    high = f"at most {most:,}" if most is not None else f"below {below:,}" if below is not None else ""
+    return ", ".join(part for part in (low, high) if part) or PLAIN[choice["type"]]
+
+
+# Metrics.
+
+
+def metrics_page() -> str:
+    parts = [NOTE.format(source="worker/metrics.py"), METRICS_HEAD]
+    families = metric_rows()
+    for title, names in sections(families).items():
+        parts += [
+            f"## {title}\n",
+            table(("metric", "type", "what it is", "how to read it"), (families[n] for n in names)),
+        ]
+    parts += ["## Labels\n", table(("label", "of", "values"), label_rows()), "## Buckets\n"]
+    parts.append(table(("histogram", "upper bounds"), bucket_rows()))
+    return "\n".join(parts)
+
+
+def sections(families: Iterable[str]) -> dict[str, list[str]]:
+    known = {name for names in READING.values() for name in names}
+    others = [name for name in families if name not in known]
+    return {**{title: list(names) for title, names in READING.items()}, **({OTHERS: others} if others else {})}
+
+
+def metric_rows() -> dict[str, tuple[str, str, str, str]]:
+    """A row for each metric, by its name without the prefix."""
+    reading = {name: text for names in READING.values() for name, text in names.items()}
+    rows = {}
+    for family in _families():
+        name = _name(family)
+        labels = _labels(family)
+        shown = f"`{name}`" if not labels else f"`{name}{{{', '.join(labels)}}}`"
+        rows[name] = (shown, family.type, family.documentation, reading.get(name, NONE))
+    return rows
+
+
+def label_rows() -> list[tuple[str, str, str]]:
+    users: dict[str, dict[str, list[str]]] = {}
+    for family in _families():
+        for label in _labels(family):
+            values = dict.fromkeys(sample.labels[label] for sample in family.samples)
+            users.setdefault(label, {})[_name(family)] = list(values)
+    rows = []
+    for label, metrics in users.items():
+        for values in dict.fromkeys(tuple(sorted(each)) for each in metrics.values()):
+            of = [name for name, each in metrics.items() if tuple(sorted(each)) == values]
+            is_free = label in FREE_LABELS or not values
+            rows.append((code(label), code(*of), "any" if is_free else code(*metrics[of[0]])))
+    return rows
+
+
+def bucket_rows() -> list[tuple[str, str]]:
+    rows = []
+    for family in _families():
+        if family.type == "histogram":
+            bounds = dict.fromkeys(sample.labels["le"] for sample in family.samples if sample.name.endswith("_bucket"))
+            rows.append((code(_name(family)), ", ".join(f"{float(bound):g}" for bound in bounds if bound != "+Inf")))
+    return rows
+
+
+def _families() -> list[Any]:
+    families = METRICS._registry.collect()
+    return sorted(
+        (family for family in families if family.name.startswith(METRIC)), key=lambda family: str(family.name)
+    )
+
+
+def _name(family: Any) -> str:
+    return str(family.name).removeprefix(METRIC) + ("_total" if family.type == "counter" else "")
+
+
+def _labels(family: Any) -> list[str]:
+    """The names of a metric's labels; from its collector, for a metric may have no series yet."""
+    collectors = METRICS._registry._collector_to_names
+    (names,) = [getattr(each, "_labelnames", ()) for each in collectors if getattr(each, "_name", "") == family.name]
+    return list(names)
+
+
+if __name__ == "__main__":
+    for path, text in built().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,115 @@
+"""The documents keep up with the code: generated pages, alerts, modules, links, and the commands in them."""
+
+import re
+import runpy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deploy.manifests import alerts
+from worker.metrics import PREFIX, Metrics
+from worker.settings import RunSettings
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "deploy" / "README.md", *sorted(DOCS.glob("*.md"))]
+REFERENCE: dict[str, Any] = runpy.run_path(str(DOCS / "reference.py"))
+FAMILIES = [family for family in Metrics("test")._registry.collect() if family.name.startswith(PREFIX)]
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading ends in, as GitHub and GitLab make it."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The cells of each table row of a generated page, by the first one, without its backticks and labels."""
+    lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| `")]
+    return {re.split(r"\{", line[0].replace("`", ""))[0]: line for line in reversed(lines)}
+
+
+@pytest.mark.parametrize("path", REFERENCE["built"](), ids=lambda path: str(path.name))
+def test_a_generated_page_is_what_the_generator_writes(path: Path) -> None:
+    assert text_of(path) == REFERENCE["built"]()[path], "`make docs` writes it anew"
+
+
+@pytest.mark.parametrize("name", RunSettings.model_fields)
+def test_each_setting_is_in_a_group_with_its_flag_its_default_and_its_meaning(name: str) -> None:
+    assert REFERENCE["OTHERS"] not in REFERENCE["groups"](), "put it into a group in docs/reference.py"
+    assert len([names for names in REFERENCE["groups"]().values() if name in names]) == 1
+    field = RunSettings.model_fields[name]
+    _, set_by, default, _, allowed, meaning = rows(text_of(DOCS / "settings.md"))[name]
+    assert f"`WORKER_{name.upper()}`" in set_by
+    assert f"--{name.replace('_', '-')}" in set_by or name in ("http_token", "sasl_password", "ssl_key_password")
+    shown = "–" if field.default is None else f"`{field.default}`"
+    assert default == (shown.lower() if isinstance(field.default, bool) else shown)
+    assert allowed
+    assert meaning == (field.description or meaning) != ""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, field in RunSettings.model_fields.items() if type(field.default) in (int, float)]
+)
+def test_each_number_has_its_unit(name: str) -> None:
+    assert rows(text_of(DOCS / "settings.md"))[name][3] != "–" or name == "http_port"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
+def test_each_metric_has_its_meaning_and_how_to_read_it(family: Any) -> None:
+    name = family.name.removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+    _, kind, meaning, reading = rows(text_of(DOCS / "metrics.md"))[name]
+    assert (kind, meaning) == (family.type, family.documentation)
+    assert reading != "–", "say in docs/reference.py how to read it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
+def test_each_alert_has_its_section_and_leads_to_it(alert: dict[str, Any]) -> None:
+    assert f"\n### {alert['alert']}\n" in text_of(DOCS / "operating.md")
+    page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+    assert anchor in anchors(ROOT / page)
+    assert anchor == alert["alert"].lower()
+
+
+def test_each_section_on_an_alert_is_of_one_that_there_is() -> None:
+    section = text_of(DOCS / "operating.md").partition("\n## Alerts\n")[2]
+    assert set(re.findall(r"^### (\w+)$", section, re.MULTILINE)) == {alert["alert"] for alert in alerts()}
+
+
+def test_the_module_map_is_that_of_the_package() -> None:
+    (shown,) = re.findall(r"^```text\nworker/\n(.*?)^```", text_of(DOCS / "architecture.md"), re.MULTILINE | re.DOTALL)
+    mapped, folder = set(), ""
+    for line in shown.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith("    ") else ""
+        mapped.add(folder + name)
+        folder = name if name.endswith("/") else folder
+    package = ROOT / "worker"
+    there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    there = {path for path in there if "__pycache__" not in path and not path.startswith("builtin/")}
+    assert mapped - {"builtin/", "demo/"} == there
+
+
+def test_the_pure_modules_are_those_of_the_import_contract() -> None:
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    pure = re.findall(r"^  (\w+)\.py .* pure$", text_of(DOCS / "architecture.md"), re.MULTILINE)
+    assert {f"worker.{name}" for name in pure} == set(contracts[0]["source_modules"])

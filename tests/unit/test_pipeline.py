@@ -1,0 +1,149 @@
+"""What the pipeline does where something breaks, or a partition is lost, with stages that do what the test says."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+
+from worker import pipeline as module
+from worker.events import Decoder, Encoder, Outgoing, Reason
+from worker.flood import FloodGauge
+from worker.metrics import Metrics
+from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
+from worker.records import Record
+from worker.sink import Parcel
+from worker.source import Assignment
+
+
+class FakeSource:
+    """Notes what is acknowledged, and what is dropped."""
+
+    def __init__(self) -> None:
+        self.acknowledged: list[tuple[Assignment, int]] = []
+        self.dropped: list[Assignment] = []
+
+    def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        self.acknowledged.append((assignment, next_offset))
+
+    def drop(self, assignment: Assignment, records: int) -> None:
+        self.dropped.append(assignment)
+
+
+class FakeSink:
+    """Takes everything; ``after_first`` is called once the first records are acknowledged."""
+
+    def __init__(self) -> None:
+        self.published: list[tuple[int, int]] = []  # partition and offset
+        self.after_first: Callable[[], None] = lambda: None
+
+    async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+        self.published += [(parcel.origin, parcel.offset) for parcel in parcels]
+        await asyncio.sleep(0)
+        self.after_first()
+        return [None] * len(parcels)
+
+
+class FakeTransactions:
+    def __init__(self) -> None:
+        self.is_finished = False
+
+    def serve(self, *_: object) -> None: ...
+
+    async def finish(self) -> None:
+        self.is_finished = True
+
+
+def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | None = None) -> Pipeline:
+    unused: Any = None
+    return Pipeline(
+        source=source,  # type: ignore[arg-type]
+        decoder=Decoder(),
+        inference=unused,
+        encoder=Encoder(output_mode="result"),
+        sink=sink,  # type: ignore[arg-type]
+        flood=FloodGauge(limit=0, window=1),
+        metrics=Metrics("test"),
+        output_topic="out",
+        dead_letter_topic="dead",
+        version="test",
+        transactions=transactions,  # type: ignore[arg-type]
+    )
+
+
+def part_of(assignment: Assignment, count: int) -> Part:
+    tp = assignment.tp
+    records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
+    outcomes = [Outcome(record, Outgoing(b"k", b"v", [], 0)) for record in records]
+    return Part(assignment, records, [], 0, outcomes)
+
+
+async def published(pipeline: Pipeline, *parts: Part) -> None:
+    stages = Stages()
+    unused: Any = None
+    stages.encoded.put_nowait(MicroBatch(list(parts), unused))
+    stages.encoded.put_nowait(None)
+    await asyncio.wait_for(pipeline._publish(stages), 5)
+
+
+async def test_what_is_published_is_acknowledged() -> None:
+    source, sink = FakeSource(), FakeSink()
+    assignment = Assignment(TopicPartition("t", 0))
+    await published(piped(source, sink), part_of(assignment, 10))
+    assert sink.published == [(0, offset) for offset in range(10)]
+    assert source.acknowledged == [(assignment, 10)]
+
+
+async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its next owner has them already, perhaps; the others' go on."""
+    monkeypatch.setattr(module, "SLICE", 4)
+    source, sink = FakeSource(), FakeSink()
+    going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
+    sink.after_first = lambda: setattr(going, "is_owned", False)
+    await published(piped(source, sink), part_of(going, 10), part_of(staying, 3))
+    assert sink.published == [(0, offset) for offset in range(4)] + [(1, offset) for offset in range(3)]
+
+
+# When something breaks.
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def breaks() -> None:
+    raise RuntimeError
+
+
+def breaks_later(stages: Stages) -> Callable[[], Awaitable[None]]:
+    async def work() -> None:
+        await stages.scored.get()
+        raise RuntimeError
+
+    return work
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+async def test_what_was_handed_over_before_a_stage_broke_is_committed(is_later: bool) -> None:
+    """Such as all before a flood, whether encoding has met it already or does so among the last ones."""
+    transactions, stages = FakeTransactions(), Stages()
+    pipeline = piped(FakeSource(), FakeSink(), transactions)
+    works: dict[str, Callable[[], Any]] = {
+        "tokenize": never,
+        "score": never,
+        "encode": breaks_later(stages) if is_later else breaks,
+        "publish": lambda: pipeline._publish(stages),
+    }
+    tasks = {name: asyncio.create_task(work()) for name, work in works.items()}
+    await asyncio.sleep(0.01)
+    started = time.monotonic()
+    await pipeline._finish_scored(tasks, stages, started + 60)
+    assert transactions.is_finished
+    for task in tasks.values():
+        with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
