@@ -520,7 +520,7 @@ def as_letter(outgoing: Outgoing) -> FakeRecord:
     return FakeRecord(outgoing.value, outgoing.key, outgoing.headers, TEN + 5, "dead", 0, 7)
 
 
-@pytest.mark.parametrize("timestamp", [TEN, 0, -1])
+@pytest.mark.parametrize("timestamp", [TEN, 0, -1, 2**63 - 1])
 def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
     own = [("trace", b"1"), ("error.stage", b"the input's"), ("source.topic", None), ("event.id", b"me")]
     record = FakeRecord(b"{", b"k", own, timestamp)
@@ -560,6 +560,23 @@ def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
 )
 def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
     assert original(FakeRecord(b"{}", headers=headers)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source.topic", b""), ("source.topic", b".."), ("source.topic", b"a b"), ("source.topic", "тема".encode()),
+        ("source.partition", b"-1"), ("source.partition", b"4294967296"), ("source.offset", b"-1"),
+        ("source.timestamp", b"9" * 19), ("source.timestamp", b"9" * 30), ("source.timestamp", b"-2"), ("source.partition", b"1_0"),
+        ("error.reason", b"[/bold]"), ("error.reason", b"\x1b]0;owned\x07"), ("error.reason", b""),
+    ],
+)  # fmt: skip
+def test_a_dead_letter_that_the_worker_never_wrote_is_none(name: str, value: bytes) -> None:
+    """Believed, such a number would end the replay, each time anew, and such a reason its table."""
+    letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
+    assert original(as_letter(letter)) is not None
+    letter = letter._replace(headers=[(own, value if own == name else said) for own, said in letter.headers])
+    assert original(as_letter(letter)) is None
 
 
 @pytest.mark.parametrize(
