@@ -44,6 +44,7 @@ DEADLINE_S = 900
 TICKS = os.sysconf("SC_CLK_TCK")
 VERSIONS = ("faststream", "quixstreams", "confluent-kafka", "aiokafka", "torch", "transformers")
 PLUMBING_BATCH = 2_000
+LAG_FILE = "lag"
 
 Start = Callable[[Path, str, Topics], Process]
 """Folder for its output, bootstrap, topics → the running process."""
@@ -76,6 +77,7 @@ def main() -> None:
             "engine": engine,
             "rounds": options.rounds,
             "cases": {case.name: compare(case, broker, folder, options.rounds) for case in cases if case.records},
+            "event loop late, ms": lags(folder / LAG_FILE),
         }
     write("end_to_end", figures, table(figures))
 
@@ -126,6 +128,7 @@ def worker(module: str, **settings: object) -> Start:
         return WorkerProcess(
             folder,
             module,
+            {"LAG_FILE": str(folder / LAG_FILE)},
             bootstrap_servers=bootstrap,
             input_topics=topics.input,
             output_topic=topics.output,
@@ -285,6 +288,15 @@ def check(results: Sequence[Record], sent: Sequence[Record]) -> None:
 # The rest.
 
 
+def lags(path: Path) -> dict[str, float]:
+    """How late the worker's event loop was, by turn with a model that costs nothing: the medians over the turns."""
+    if not path.exists():
+        return {}
+    turns = [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
+    most, p99, own = (statistics.median(column) for column in zip(*turns, strict=True))
+    return {"most": most, "p99": p99, "most by itself": own}
+
+
 def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS}
 
@@ -296,7 +308,14 @@ def table(figures: dict[str, Any]) -> str:
         f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {listed}. "
         f"Medians of {figures['rounds']} rounds in turn; in brackets minimum and maximum."
     )
-    return "\n".join([head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]) + "\n"
+    lines = [head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]
+    late = figures["event loop late, ms"]
+    if late:
+        what = (
+            f"late by {late['most']} ms at most, 99 % by {late['p99']} ms; by its own work {late['most by itself']} ms"
+        )
+        lines += ["", f"The worker's event loop, plumbing: {what} at most."]
+    return "\n".join(lines) + "\n"
 
 
 def rows(name: str, case: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import chain, repeat
+from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -116,6 +117,9 @@ class Decoder:
         self._text_fields = dict(text_fields or {})
         self._find_texts = {topic: _finder(path.split(".")) for topic, path in self._text_fields.items()}
         self._find_id = _finder(self._id_path)
+        self._get_text = _getter(text_field.split("."))
+        self._get_texts = {topic: _getter(path.split(".")) for topic, path in self._text_fields.items()}
+        self._get_id = _getter(self._id_path)
         self._max_text_chars = max_text_chars
 
     def decode(self, record: Record) -> Decoded:
@@ -129,6 +133,43 @@ class Decoder:
         if self._is_text:
             return self._decode_text(record, value)
         return self._decode_json(record, value)
+
+    def decode_all(self, records: Sequence[Record]) -> list[Decoded]:
+        """What ``decode`` answers for each of N records of one partition; for usual ones, in half the time."""
+        decoded: list[Decoded] = []
+        for begin in range(0, len(records), _RUN):
+            run = records[begin : begin + _RUN]
+            decoded += (None if self._is_text else self._usual(run)) or map(self.decode, run)
+        return decoded
+
+    def _usual(self, records: Sequence[Record]) -> list[Event] | None:
+        """Events of records that all have a text and an id of their own; None where one is in any way unusual."""
+        headers = [record.headers for record in records]
+        if any(headers) and any(map(_cloud_event_mode, headers)):
+            return None
+        values = [record.value for record in records]
+        if None in values or max(map(len, values)) > MOST_VALUES:  # type: ignore[arg-type]
+            return None
+        get_text = self._get_texts.get(records[0].topic, self._get_text)
+        try:
+            objects = list(map(orjson.loads, values))  # type: ignore[arg-type]
+            if set(map(type, objects)) != {dict}:
+                return None
+            texts, ids = list(map(get_text, objects)), list(map(self._get_id, objects))
+        except (orjson.JSONDecodeError, KeyError):
+            return None
+        if set(map(type, texts)) != {str} or "" in texts or any(map(str.isspace, texts)):
+            return None
+        if max(map(len, texts)) > self._max_text_chars or (
+            self._is_enriched and any(ENRICHED_FIELD in fields for fields in objects)
+        ):
+            return None
+        kinds = set(map(type, ids))
+        if kinds == {int} and min(ids) > 0 and max(ids) < 2**63:  # others may have been written in another way
+            ids = list(map(str, ids))
+        elif kinds != {str}:
+            return None
+        return rows(Event, ids, texts)
 
     def id_of(self, record: Record) -> str:
         """The event's id, whatever else is wrong with the record."""
@@ -259,11 +300,11 @@ class Encoder:
         """
         if not records:
             return []
-        timestamps = [record.timestamp for record in records]
+        timestamps: list[int | None] = [record.timestamp for record in records]
         event_times = list(map(_json_time, timestamps))
         columns = (
             [orjson.dumps(event.id) for event in events],
-            [_LABEL_BYTES[sentiment.label] for sentiment in sentiments],
+            map(_LABEL_BYTES.__getitem__, [sentiment.label for sentiment in sentiments]),
             *_decimals(sentiments),
             [b"true" if is_cut else b"false" for is_cut in truncated],
             [record.offset for record in records],
@@ -272,13 +313,15 @@ class Encoder:
         values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
         if self._is_enriched:
             values = [_spliced(record, value) for record, value in zip(records, values, strict=True)]
+        if _NO_TIME in event_times:
+            timestamps = [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)]
         results: list[Outgoing | Failure] = [
             *rows(
                 Outgoing,
                 [record.key for record in records],
                 values,
                 self._headers(records, events, processed_at),
-                [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)],
+                timestamps,
             )
         ]
         if _BEYOND in event_times:
@@ -466,6 +509,7 @@ _TOPIC_SAID: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 _DIGITS_SAID: Final = re.compile(rb"\d{1,19}")
 _REASON_SAID: Final = re.compile(rb"[a-z_]{1,64}")  # also one of another version
 _MISSING: Final = object()
+_RUN: Final = 128  # records that are looked at together: of a longer run more would have to be looked at again
 # A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
 _LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
 # Strings with what stands between them, an unfinished one to the end; or a number that may be too large for 64 bits or for
@@ -521,6 +565,18 @@ def _finder(path: list[str]) -> Callable[[dict[str, Any]], Any]:
     if len(path) > 1:
         return partial(_look_up, path=path)
     return lambda fields: fields.get(path[0], _MISSING)
+
+
+def _getter(path: list[str]) -> Callable[[Any], Any]:
+    """As ``_finder``, but raises KeyError where there is no such field, and is native code for a path of one name."""
+    return itemgetter(path[0]) if len(path) == 1 else partial(_got, path=path)
+
+
+def _got(fields: Any, path: list[str]) -> Any:
+    found = _look_up(fields, path)
+    if found is _MISSING:
+        raise KeyError
+    return found
 
 
 def _look_up(fields: Any, path: list[str]) -> Any:
@@ -600,6 +656,8 @@ def _of_the_enriched(headers: Headers) -> list[tuple[str, bytes | None]]:
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
 _MILLIONTHS: Final = 1_000_000
+_SCORE: Final = attrgetter("score")
+_PROBABILITIES: Final = attrgetter("probabilities")
 
 
 def _six(number: float) -> float:
@@ -608,9 +666,10 @@ def _six(number: float) -> float:
 
 def _decimals(sentiments: Sequence[Sentiment]) -> list[list[bytes]]:
     """Scores and probabilities as ``orjson.dumps`` writes what ``_six`` makes of them: four columns."""
-    numbers = chain.from_iterable((sentiment.score, *sentiment.probabilities) for sentiment in sentiments)
-    six = np.rint(np.fromiter(numbers, float) * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
-    written = orjson.dumps(six, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    numbers = np.fromiter(chain.from_iterable(map(_PROBABILITIES, sentiments)), float).reshape(-1, len(LABELS))
+    scores = np.fromiter(map(_SCORE, sentiments), float)
+    six = np.rint(np.column_stack((scores, numbers)) * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
+    written = orjson.dumps(six.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
     return [written[column::4] for column in range(4)]
 
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,16 +62,29 @@ class InferenceLost(Exception):
 class Job:
     """N texts on their way through inference: tokenized once, scored once. Hits of the cache need neither.
 
-    ``answers`` has a sentiment for each text that could be scored, the reason for each that could not, in order; and
-    ``truncated`` whether the text was cut.
+    Once it is scored, ``answers`` has a sentiment for each text that could be scored, the reason for each that could not,
+    in order; and ``truncated`` whether the text was cut.
+
+    What is told of distinct texts is told of those that the cache does not have, in the order of ``texts``.
     """
 
     model: Model
-    digests: list[bytes]
-    answers: list[Sentiment | str | None]
-    truncated: list[bool]
-    ids: list[TokenIds] = field(default_factory=list)  # of the distinct texts that the cache does not have
-    places: list[list[int]] = field(default_factory=list)  # where each of those stands in the job
+    texts: list[str]  # the distinct ones
+    places: list[int]  # for each text of the job its place among the distinct ones; from the end, among the hits
+    digests: list[bytes] = field(default_factory=list)  # of the distinct texts, where there is a cache
+    hits: list[tuple[Sentiment, bool]] = field(default_factory=list)
+    ids: list[TokenIds] = field(default_factory=list)
+    cuts: list[bool] = field(default_factory=list)
+    failures: list[str | None] = field(default_factory=list)
+    answers: list[Sentiment | str] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+
+    def tell(self, answers: Sequence[Sentiment | str]) -> None:
+        """Fills in what is known of the distinct texts and of the hits."""
+        known = [*answers, *(sentiment for sentiment, _ in self.hits)]
+        cuts = [*self.cuts, *(is_cut for _, is_cut in self.hits)]
+        self.answers = [known[place] for place in self.places]
+        self.truncated = [cuts[place] for place in self.places]
 
 
 class Cache:
@@ -80,6 +93,10 @@ class Cache:
     def __init__(self, size: int) -> None:
         self._size = size
         self._entries: OrderedDict[bytes, tuple[Sentiment, bool]] = OrderedDict()
+
+    @property
+    def is_off(self) -> bool:
+        return self._size == 0
 
     def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
         entry = self._entries.get(digest)
@@ -111,8 +128,8 @@ class Inference:
         self._model: Model | None = None
         self._cache = Cache(0)
         self._budget = 0
-        self._lost: asyncio.Future[None] | None = None
-        self._is_watched = False
+        self._lost: str | None = None  # why
+        self._awaited: set[asyncio.Future[Any]] = set()
 
     @property
     def model(self) -> Model:
@@ -150,8 +167,8 @@ class Inference:
 
     def trouble(self) -> str | None:
         """Why inference is not alive, or None if it is. Answers at once."""
-        if self._lost and self._lost.done() and self._lost.exception():
-            return str(self._lost.exception())
+        if self._lost:
+            return self._lost
         for thread, what in ((self._tokenizer, "the tokenizer"), (self._network, "the network")):
             since = thread.busy_since
             if self._model is not None and since is not None and time.monotonic() - since > self._timeout_s:
@@ -169,77 +186,80 @@ class Inference:
     async def tokenize(self, texts: Sequence[str]) -> Job:
         """Begins a job: looks N texts up in the cache and tokenizes the others. Raises InferenceLost."""
         job = await self._looked_up(texts)
-        distinct = [texts[places[0]] for places in job.places]
         started = time.monotonic()
-        tokens = await self._unless_lost(self._tokenizer.call(self._tokenize, job.model, distinct))
+        tokens = await self._unless_lost(self._tokenizer, self._tokenize, job.model, job.texts)
         self._metrics.stage_seconds["tokenize"].observe(time.monotonic() - started)
-        ids, truncated, failures = tokens
-        job.ids = ids
-        for places, is_truncated, failure in zip(job.places, truncated, failures, strict=True):
-            for place in places:
-                job.truncated[place] = is_truncated
-                job.answers[place] = failure
+        job.ids, job.cuts, job.failures = tokens
         return job
 
     async def score(self, job: Job) -> Job:
         """Ends a job: fills its answers. Raises InferenceLost where the device does not answer as it should."""
-        waiting = [index for index, places in enumerate(job.places) if job.answers[places[0]] is None]
+        waiting = [place for place, failure in enumerate(job.failures) if failure is None]
         started = time.monotonic()
-        answers = await self._unless_lost(
-            self._network.call(self._score, job.model, [job.ids[index] for index in waiting])
-        )
+        answers = await self._unless_lost(self._network, self._score, job.model, [job.ids[place] for place in waiting])
         if waiting:
             self._metrics.stage_seconds["forward"].observe(time.monotonic() - started)
             self._metrics.inference_succeeded(time.time(), job.model.memory_bytes())
-        for index, answer in zip(waiting, answers, strict=True):
-            for place in job.places[index]:
-                job.answers[place] = answer
-            if isinstance(answer, Sentiment) and job.model is self._model:
-                first = job.places[index][0]
-                self._cache.put(job.digests[first], answer, job.truncated[first])
+        if job.digests and job.model is self._model:
+            for place, answer in zip(waiting, answers, strict=True):
+                if isinstance(answer, Sentiment):
+                    self._cache.put(job.digests[place], answer, job.cuts[place])
+        if len(waiting) < len(job.failures):
+            scored = iter(answers)
+            answers = [next(scored) if failure is None else failure for failure in job.failures]
+        job.tell(answers)
         return job
 
     async def _looked_up(self, texts: Sequence[str]) -> Job:
+        if self._cache.is_off:
+            distinct: dict[str, int] = {}
+            places = [distinct.setdefault(text, len(distinct)) for text in texts]
+            return Job(self.model, list(distinct), places)
         digests: list[bytes] = []
         for begin in range(0, len(texts), SLICE):
             digests.extend(map(_digest, texts[begin : begin + SLICE]))
             await asyncio.sleep(0)
-        job = Job(self.model, digests, [None] * len(texts), [False] * len(texts))
-        places: dict[bytes, list[int]] = {}
-        hits = 0
-        for index, digest in enumerate(digests):
+        return self._with_hits(texts, digests)
+
+    def _with_hits(self, texts: Sequence[str], digests: Sequence[bytes]) -> Job:
+        job = Job(self.model, [], [])
+        firsts: dict[bytes, int] = {}
+        for text, digest in zip(texts, digests, strict=True):
             entry = self._cache.get(digest)
             if entry:
-                job.answers[index], job.truncated[index] = entry
-                hits += 1
+                job.hits.append(entry)
+                job.places.append(-len(job.hits))
+            elif digest in firsts:
+                job.places.append(firsts[digest])
             else:
-                places.setdefault(digest, []).append(index)
-        job.places = list(places.values())
-        self._metrics.cache_hits.inc(hits)
+                firsts[digest] = len(job.texts)
+                job.places.append(len(job.texts))
+                job.texts.append(text)
+        job.hits.reverse()  # a place that counts from the end is the same one then, however many are before the hits
+        job.digests = list(firsts)
+        self._metrics.cache_hits.inc(len(job.hits))
         return job
 
-    async def _unless_lost(self, answer: asyncio.Future[Answer]) -> Answer:
-        lost = self._lost_future()
-        ends: list[asyncio.Future[Any]] = [answer, lost]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            lost.result()
+    async def _unless_lost(self, thread: Thread, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """What a thread answers; InferenceLost as soon as inference is lost, whether or not it answers."""
+        if self._lost:
+            raise InferenceLost(self._lost)
+        answer = thread.call(function, *arguments)
+        self._awaited.add(answer)
         try:
-            return answer.result()
+            return await answer
         except InferenceLost as error:
             self._lose(str(error))
             raise
-
-    def _lost_future(self) -> asyncio.Future[None]:
-        if self._lost is None:
-            self._lost = asyncio.get_running_loop().create_future()
-        return self._lost
+        finally:
+            self._awaited.discard(answer)
 
     def _lose(self, why: str) -> None:
-        future = self._lost_future()
-        if not future.done():
-            future.set_exception(InferenceLost(why))
-            future.exception()  # it may never be awaited
+        if self._lost is None:
+            self._lost = why
+            for answer in self._awaited:
+                if not answer.done():
+                    answer.set_exception(InferenceLost(why))
 
     # Below: on the threads.
 
@@ -290,6 +310,8 @@ class Inference:
             return self._isolate(model, ids, f"the network failed: {_name(error)}")
         if self._model is not None:  # not while warming up
             self._metrics.device_batch([len(tokens) for tokens in ids])
+        if None not in sentiments:
+            return cast("list[Sentiment | str]", sentiments)
         answers: list[Sentiment | str] = []
         for tokens, sentiment in zip(ids, sentiments, strict=True):
             answers.extend([sentiment] if sentiment else self._doubt(model, tokens, alone=len(ids) == 1))

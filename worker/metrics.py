@@ -45,10 +45,11 @@ class BatchHistogram(Collector):
         self._sum = 0.0
         registry.register(self)
 
-    def observe(self, values: Sequence[float]) -> None:
+    def observe(self, values: Sequence[float] | NDArray[np.float64]) -> None:
+        values = np.asarray(values, dtype=float)
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
-        self._counts, self._sum = counts, self._sum + float(np.sum(values))  # new ones: another thread may be reading
+        self._counts, self._sum = counts, self._sum + float(values.sum())  # new ones: another thread may be reading
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
         """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
@@ -176,7 +177,7 @@ class Metrics:
         for label, count in Tally(labels).items():
             self.results_published.labels(label).inc(count)
         self.score.observe(scores)
-        self.end_to_end_seconds.observe(seconds)
+        self.end_to_end_seconds.observe(np.maximum(0.0, seconds))
 
     def dead_lettered(self, failures: Iterable[tuple[Stage, Reason]]) -> None:
         for (stage, reason), count in Tally(failures).items():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 SEED: Final = np.uint32(0x9747B28C)
 FACTOR: Final = np.uint32(0x5BD1E995)
 WORD: Final = 4
+POSITIVE: Final = np.uint32(0x7FFFFFFF)
 LONGEST_TOGETHER: Final = 256  # bytes: keys are padded to the longest of those that are hashed together
 
 Hashes = NDArray[np.uint32]
@@ -17,15 +18,18 @@ Hashes = NDArray[np.uint32]
 
 def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> list[int]:
     """Of N records: by murmur2 of the key; where that is null, the input partition modulo the output's partitions."""
-    hashes = murmur2([key or b"" for key in keys]) & np.uint32(0x7FFFFFFF)
-    has_key = [key is not None for key in keys]
-    places: list[int] = (np.where(has_key, hashes, np.array(origins, np.uint32)) % np.uint32(partitions)).tolist()
+    hashes = murmur2([key or b"" for key in keys] if None in keys else keys) & POSITIVE  # type: ignore[arg-type]
+    if None in keys:
+        hashes = np.where([key is not None for key in keys], hashes, np.array(origins, np.uint32))
+    places: list[int] = (hashes % np.uint32(partitions)).tolist()
     return places
 
 
 def murmur2(keys: Sequence[bytes]) -> Hashes:
     """The hash of each, as Kafka's Java client has it, unsigned."""
     lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    if len(keys) and lengths.max() <= LONGEST_TOGETHER:
+        return _together(keys, lengths)
     hashes = np.empty(len(keys), np.uint32)
     is_short = lengths <= LONGEST_TOGETHER
     hashes[is_short] = _together(list(compress(keys, is_short)), lengths[is_short])

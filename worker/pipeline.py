@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
-from typing import Any, Final
+from itertools import compress, repeat
+from typing import Any, Final, cast
 
 from worker.events import (
     Decoded,
@@ -24,8 +24,8 @@ from worker.events import (
     Outgoing,
     Reason,
     dead_letter,
-    has_timestamp,
     iso_time,
+    rows,
     smaller_dead_letters,
     tombstone,
 )
@@ -79,10 +79,11 @@ class MicroBatch:
         """Why how many of its records cannot be scored."""
         reasons: Counter[Reason] = Counter()
         for part in self.parts:
-            reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
-            texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
-            answers = self.job.answers[part.first_text : part.first_text + texts]
-            reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
+            kinds = Counter(map(type, part.decoded))
+            if kinds[Failure]:
+                reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+            answers = self.job.answers[part.first_text : part.first_text + kinds[Event]]
+            reasons["inference_failed"] += len(answers) - Counter(map(type, answers))[Sentiment]
         return +reasons
 
 
@@ -288,11 +289,10 @@ class Pipeline:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            outcomes = [(part.assignment, outcome) for part in parts for outcome in part.outcomes]
-            for begin in range(0, len(outcomes), SLICE):
-                some = [outcome for owner, outcome in outcomes[begin : begin + SLICE] if owner.is_owned]
-                await self._deliver(some, self._sink)
-                self._count(some)
+            for some in _slices(parts):
+                outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
+                await self._deliver(outcomes, self._sink)
+                self._count(outcomes)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
@@ -310,10 +310,10 @@ class Pipeline:
         for assignment, records in chunks:
             decoded: list[Decoded] = []
             for begin in range(0, len(records), SLICE):
-                decoded.extend(map(self._decoder.decode, records[begin : begin + SLICE]))
+                decoded += self._decoder.decode_all(records[begin : begin + SLICE])
                 await asyncio.sleep(0)
             parts.append(Part(assignment, records, decoded, len(texts)))
-            texts.extend(event.text for event in decoded if isinstance(event, Event))
+            texts += [event.text for event in decoded if type(event) is Event]
         return parts, texts
 
     def _outcomes(self, part: Part, job: Job) -> Iterator[list[Outcome]]:
@@ -322,13 +322,18 @@ class Pipeline:
         first_text = part.first_text
         for begin in range(0, len(part.records), SLICE):
             records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
-            are_events = [type(event) is Event for event in decoded]
-            events: list[Event] = list(compress(decoded, are_events))  # type: ignore[arg-type]
-            results = iter(self._results(list(compress(records, are_events)), events, job, first_text, processed_at))
-            yield [
-                next(results) if is_event else self._without_text(record, event)  # type: ignore[arg-type]
-                for record, event, is_event in zip(records, decoded, are_events, strict=True)
-            ]
+            events = cast("list[Event]", decoded)
+            if set(map(type, decoded)) == {Event}:
+                yield self._results(records, events, job, first_text, processed_at)
+            else:
+                are_events = [type(event) is Event for event in decoded]
+                events = list(compress(events, are_events))
+                of_events = list(compress(records, are_events))
+                results = iter(self._results(of_events, events, job, first_text, processed_at))
+                yield [
+                    next(results) if is_event else self._without_text(record, event)  # type: ignore[arg-type]
+                    for record, event, is_event in zip(records, decoded, are_events, strict=True)
+                ]
             first_text += len(events)
 
     def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
@@ -337,25 +342,31 @@ class Pipeline:
         return Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
 
     def _results(
-        self, records: list[Record], events: list[Event], job: Job, first_text: int, processed_at: str
+        self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
     ) -> list[Outcome]:
         end = first_text + len(events)
-        answers = job.answers[first_text:end]
-        are_scored = [type(answer) is Sentiment for answer in answers]
-        encoded = iter(
-            self._encoder.encode(
-                list(compress(records, are_scored)),
-                list(compress(events, are_scored)),
-                list(compress(answers, are_scored)),  # type: ignore[arg-type]
-                list(compress(job.truncated[first_text:end], are_scored)),
-                job.model.name,
-                processed_at,
+        answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
+        if set(map(type, answers)) == {Sentiment}:
+            sentiments = cast("list[Sentiment]", answers)
+            results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
+            if set(map(type, results)) == {Outgoing}:
+                return list(map(Outcome, records, cast("list[Outgoing]", results), repeat(None), sentiments))
+        else:
+            are_scored = [type(answer) is Sentiment for answer in answers]
+            encoded = iter(
+                self._encoder.encode(
+                    list(compress(records, are_scored)),
+                    list(compress(events, are_scored)),
+                    list(compress(answers, are_scored)),  # type: ignore[arg-type]
+                    list(compress(truncated, are_scored)),
+                    job.model.name,
+                    processed_at,
+                )
             )
-        )
-        results = [
-            next(encoded) if is_scored else Failure("infer", "inference_failed", str(answer or "no answer"))
-            for answer, is_scored in zip(answers, are_scored, strict=True)
-        ]
+            results = [
+                next(encoded) if is_scored else Failure("infer", "inference_failed", str(answer or "no answer"))
+                for answer, is_scored in zip(answers, are_scored, strict=True)
+            ]
         return [
             self._dead_letter(record, result) if type(result) is Failure else Outcome(record, result, None, answer)  # type: ignore[arg-type]
             for record, result, answer in zip(records, results, answers, strict=True)
@@ -369,6 +380,8 @@ class Pipeline:
     async def _deliver(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
         refused = await self._send([outcome for outcome in outcomes if outcome.outgoing], sink)
+        if not refused:
+            return
         for outcome, reason in refused:
             if outcome.failure is None:
                 outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
@@ -399,22 +412,22 @@ class Pipeline:
             )
 
     async def _send(self, outcomes: list[Outcome], sink: Sink) -> list[tuple[Outcome, Reason]]:
-        parcels = [
-            Parcel(
-                self._dead_letter_topic if outcome.failure else self._output_topic,
-                outcome.outgoing,
-                outcome.record.partition,
-                outcome.record.offset,
-            )
-            for outcome in outcomes
-            if outcome.outgoing
-        ]
+        results, letters = self._output_topic, self._dead_letter_topic
+        parcels = rows(
+            Parcel,
+            [letters if outcome.failure else results for outcome in outcomes],
+            [outcome.outgoing for outcome in outcomes],
+            [outcome.record.partition for outcome in outcomes],
+            [outcome.record.offset for outcome in outcomes],
+        )
         if not parcels:
             return []
         began_at = time.time_ns()
         answers = await sink.publish(parcels)
         if self._tracing:
             self._tell_of_sent(self._tracing, outcomes, began_at)
+        if not any(answers):
+            return []
         return [(outcome, reason) for outcome, reason in zip(outcomes, answers, strict=True) if reason]
 
     def _tell_of_sent(self, tracing: Tracing, outcomes: list[Outcome], began_at: int) -> None:
@@ -425,17 +438,19 @@ class Pipeline:
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()
-        scored = [outcome for outcome in outcomes if outcome.sentiment is not None]
-        sentiments = [outcome.sentiment for outcome in scored if outcome.sentiment is not None]
+        scored = [outcome for outcome in outcomes if outcome.sentiment]
+        sentiments: list[Sentiment] = [outcome.sentiment for outcome in scored]  # type: ignore[misc]
+        timestamps = [outcome.record.timestamp for outcome in scored]
         self._metrics.published(
             [sentiment.label for sentiment in sentiments],
             [sentiment.score for sentiment in sentiments],
-            [max(0.0, now - o.record.timestamp / 1000) for o in scored if has_timestamp(o.record)],
+            [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
         )
-        others = [outcome for outcome in outcomes if outcome.sentiment is None]
-        self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
-        self._metrics.records_skipped.inc(sum(outcome.outgoing is None for outcome in others))
-        self._metrics.tombstones.inc(sum(o.outgoing is not None and o.failure is None for o in others))
+        if len(scored) < len(outcomes):
+            others = [outcome for outcome in outcomes if not outcome.sentiment]
+            self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
+            self._metrics.records_skipped.inc(sum(outcome.outgoing is None for outcome in others))
+            self._metrics.tombstones.inc(sum(o.outgoing is not None and o.failure is None for o in others))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 
@@ -450,6 +465,24 @@ async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[Micro
             break
         batches.append(batch)
     return batches
+
+
+def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]:
+    """The parts' outcomes, in order, by slices of SLICE records."""
+    some: list[tuple[Part, list[Outcome]]] = []
+    room = SLICE
+    for part in parts:
+        begin = 0
+        while begin < len(part.outcomes):
+            taken = part.outcomes[begin : begin + room]
+            some.append((part, taken))
+            begin += len(taken)
+            room -= len(taken)
+            if not room:
+                yield some
+                some, room = [], SLICE
+    if some:
+        yield some
 
 
 def _first_error(tasks: Any) -> BaseException | None:

@@ -5,6 +5,7 @@ softmax, whatever the checkpoint's ``problem_type`` suggests), the label is that
 ``probabilities · [-1, 0, 1]``.
 """
 
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,11 +47,9 @@ def to_sentiments(logits: NDArray[np.floating], activation: Activation = "sigmoi
     """Logits (N, 3) to N sentiments; None where a logit is not finite, for that is no answer."""
     finite = np.isfinite(logits).all(axis=-1)
     probabilities = to_probabilities(np.where(finite[:, None], logits, 0.0), activation)
-    rows = zip(
-        finite.tolist(),
-        probabilities.argmax(axis=-1).tolist(),
-        to_scores(probabilities).tolist(),
-        probabilities.tolist(),
-        strict=True,
-    )
-    return [Sentiment(LABELS[best], score, tuple(row)) if is_finite else None for is_finite, best, score, row in rows]
+    labels = map(LABELS.__getitem__, probabilities.argmax(axis=-1).tolist())
+    columns = zip(labels, to_scores(probabilities).tolist(), map(tuple, probabilities.tolist()), strict=True)
+    sentiments: list[Sentiment | None] = list(map(tuple.__new__, repeat(Sentiment), columns))
+    for place in np.flatnonzero(~finite).tolist():
+        sentiments[place] = None
+    return sentiments

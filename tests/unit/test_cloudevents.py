@@ -31,7 +31,10 @@ BINARY = (
 
 
 def decode(value: bytes | None, headers: Headers, **options: Any) -> Decoded:
-    return Decoder(**options).decode(FakeRecord(value, headers=headers))
+    decoder, record = Decoder(**options), FakeRecord(value, headers=headers)
+    decoded = decoder.decode(record)
+    assert decoder.decode_all([record]) == [decoded]
+    return decoded
 
 
 def envelope(**attributes: Any) -> bytes:

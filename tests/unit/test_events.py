@@ -696,3 +696,42 @@ def test_a_number_of_a_million_digits_is_looked_at_twice_at_most(
     assert isinstance(decode(b'{"text":"a","x":' + digits + b"}"), Event)
     assert len(read) <= 2
     assert sum(size > 1_000 for size in read) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"output_mode": "enrich"}, {"text_field": "a.b", "id_field": "a.id"}, {"input_format": "text"}]
+)
+@pytest.mark.parametrize(
+    "strange",
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"id": 7}',
+        b'{"text": "\xd0\xb4\xd0\xb0"}',
+        b'{"text": " ", "id": 1}',
+        b'{"text": "", "id": 1}',
+        b'{"text": 5, "id": 1}',
+        b'{"text": "123456789", "id": 1}',
+        b'{"text": "1", "id": -0}',
+        b'{"text": "1", "id": 18446744073709551617}',
+        b'{"text": "1", "id": 9223372036854775808}',
+        b'{"text": "1", "id": true}',
+        b'{"text": "1", "id": 1.5}',
+        b'{"text": "1", "id": null}',
+        b'{"text": "1", "id": "x"}',
+        b'{"text": "1", "id": 1, "sentiment": 1}',
+        b'{"a": {"b": "1"}, "id": 1}',
+        b'{"a": {"b": "1", "id": 3}}',
+        b'{"text": "1", "id": 1, "n": 1e999}',
+    ],
+)
+def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, options: dict[str, Any]) -> None:
+    """The strange one stands in the second run, among usual ones; the first and the third have none."""
+    usual = b'{"text": "1234", "id": 41, "a": {"b": "12", "id": "x"}}'
+    records = [FakeRecord(usual, offset=offset) for offset in range(300)]
+    records[200] = FakeRecord(strange, offset=200)
+    decoder = Decoder(max_text_chars=8 if options.get("input_format") != "text" else 100, **options)
+    assert decoder.decode_all(records) == list(map(decoder.decode, records))
