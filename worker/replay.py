@@ -304,7 +304,9 @@ class Replay:
                 wait_until_usable(self._connection, {"source.topic": sorted(missing)}, self._health)
             )
             if self._stop.is_set():
-                raise ReplayFailed(f"stopped before {', '.join(sorted(missing))} could be used; the next replay goes on there")
+                raise ReplayFailed(
+                    f"stopped before {', '.join(sorted(missing))} could be used; the next replay goes on there"
+                )
             self._topics |= missing
         parcels = [
             Parcel(record.topic, revived(record, self._decoder.id_of(record)), record.partition) for record in due

@@ -475,7 +475,9 @@ class ReplaySettings(EventSettings):
     @model_validator(mode="after")
     def _has_a_group(self) -> Self:
         if self.replay_group_id == self.group_id:
-            raise ValueError("replay_group_id is the workers' group_id: they would share out the dead letters; take another")
+            raise ValueError(
+                "replay_group_id is the workers' group_id: they would share out the dead letters; take another"
+            )
         return self
 
 

@@ -567,7 +567,8 @@ def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
     [
         ("source.topic", b""), ("source.topic", b".."), ("source.topic", b"a b"), ("source.topic", "тема".encode()),
         ("source.partition", b"-1"), ("source.partition", b"4294967296"), ("source.offset", b"-1"),
-        ("source.timestamp", b"9" * 19), ("source.timestamp", b"9" * 30), ("source.timestamp", b"-2"), ("source.partition", b"1_0"),
+        ("source.timestamp", b"9" * 19), ("source.timestamp", b"9" * 30), ("source.timestamp", b"-2"),
+        ("source.partition", b"1_0"),
         ("error.reason", b"[/bold]"), ("error.reason", b"\x1b]0;owned\x07"), ("error.reason", b""),
     ],
 )  # fmt: skip
