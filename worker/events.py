@@ -416,6 +416,7 @@ def original(letter: Record) -> Original | None:
     """What a dead letter was made of; None for a record that is no dead letter.
 
     What the worker has added is what stands behind the last ``error.stage``; the input may have headers of such names too.
+    Whoever may write to the topic may write anything there: what the worker never says is not believed.
     """
     names = [name for name, _ in letter.headers]
     if "error.stage" not in names:
@@ -424,21 +425,35 @@ def original(letter: Record) -> Original | None:
     added = {name: value or b"" for name, value in letter.headers[begin:]}
     try:
         return Original(
-            added["source.topic"].decode(),
-            int(added["source.partition"]),
-            int(added["source.offset"]),
-            int(added["source.timestamp"]),
+            _said(added["source.topic"], _TOPIC_SAID),
+            _number_said(added["source.partition"], 32),
+            _number_said(added["source.offset"], 64),
+            -1 if added["source.timestamp"] == b"-1" else _number_said(added["source.timestamp"], 64),
             letter.key,
             letter.value,
             [
                 *letter.headers[:begin],
                 *(header for header in letter.headers[begin:] if header[0] not in _ERROR_HEADERS),
             ],
-            added["error.reason"].decode(),
+            _said(added["error.reason"], _REASON_SAID),
             "error.value_bytes" not in added,
         )
     except (KeyError, ValueError):
         return None
+
+
+def _said(value: bytes, form: re.Pattern[bytes]) -> str:
+    """A header's value. Raises ValueError for one that the worker would not have written."""
+    if not form.fullmatch(value):
+        raise ValueError
+    return value.decode()
+
+
+def _number_said(value: bytes, bits: int) -> int:
+    number = int(_said(value, _DIGITS_SAID))
+    if number >= 2 ** (bits - 1):
+        raise ValueError
+    return number
 
 
 def revived(record: Original, id: str) -> Outgoing:
@@ -490,6 +505,9 @@ _ERROR_HEADERS: Final = {
     "source.timestamp",
     "worker.version",
 }
+_TOPIC_SAID: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
+_DIGITS_SAID: Final = re.compile(rb"\d{1,19}")
+_REASON_SAID: Final = re.compile(rb"[a-z_]{1,64}")  # also one of another version
 _MISSING: Final = object()
 _RUN: Final = 128  # records that are looked at together: of a longer run more would have to be looked at again
 # A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.

@@ -48,7 +48,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
     The libraries' own loggers are kept quiet unless the level is debug: they repeat every retry, where the worker tells
     of a trouble once and of its end. What aiokafka's connections say at debug is never logged: each request as it is,
-    the one with the password among them.
+    the one with the password among them; nor what OpenTelemetry says of a header that it cannot read: all of it.
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -59,6 +59,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         # By a handler of torch's own it says at import that triton, which nothing here uses, is not there.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
+    logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

@@ -300,7 +300,13 @@ class Replay:
     async def _send(self, due: list[Original]) -> None:
         missing = {record.topic for record in due} - self._topics
         if missing:
-            await wait_until_usable(self._connection, {"source.topic": sorted(missing)}, self._health)
+            await self._unless_stopped(
+                wait_until_usable(self._connection, {"source.topic": sorted(missing)}, self._health)
+            )
+            if self._stop.is_set():
+                raise ReplayFailed(
+                    f"stopped before {', '.join(sorted(missing))} could be used; the next replay goes on there"
+                )
             self._topics |= missing
         parcels = [
             Parcel(record.topic, revived(record, self._decoder.id_of(record)), record.partition) for record in due

@@ -472,6 +472,14 @@ class ReplaySettings(EventSettings):
             raise ValueError("since should be before until: nothing can be both")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_group(self) -> Self:
+        if self.replay_group_id == self.group_id:
+            raise ValueError(
+                "replay_group_id is the workers' group_id: they would share out the dead letters; take another"
+            )
+        return self
+
 
 class ClassifySettings(ModelSettings):
     """Score texts: arguments, or the lines of a file or of standard input (-). One JSON line each."""

@@ -95,7 +95,7 @@ class Assignment:
     careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
     heard_at: float = field(default_factory=time.monotonic)
     # of each read that is not acknowledged: the offset after it, and its first record's timestamp
-    waiting: deque[tuple[int, int]] = field(default_factory=deque)
+    waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
 
     def reach(self, next_offset: int) -> None:
         """What was read before ``next_offset`` is acknowledged."""
@@ -402,7 +402,9 @@ class Source:
         for assignment in assignments:
             assignment.accepts = False
         # They end before anything else: one that lives on would take records of the next assignment.
-        await cancelled([*(self._readers.pop(assignment) for assignment in assignments), *self._retiring])
+        # One that a session's end has cut short has taken them already.
+        readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
+        await cancelled([*readers, *self._retiring])
         for assignment in assignments:
             self._discard(assignment)
         self._room.set()
@@ -602,14 +604,14 @@ class Source:
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
         """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""
         self._metrics.kafka_errors.labels("read").inc()
+        if assignment.delivered is not None and self._consumer is not None:
+            self._consumer.seek(assignment.tp, assignment.delivered)
         if assignment.careful_reads:
             raise UnreadableRecord(
                 f"the record of {_name(assignment.tp)} at offset {assignment.delivered}, or in the batch that begins there, "
                 f"cannot be read ({type(error).__name__})"
             ) from error
         assignment.careful_reads = READ_RECORDS
-        if assignment.delivered is not None and self._consumer is not None:
-            self._consumer.seek(assignment.tp, assignment.delivered)
 
     def _live_consumer(self) -> AIOKafkaConsumer:
         if self._consumer is None:
@@ -754,7 +756,12 @@ class Source:
         return position
 
     def _skip_markers(self, assignment: Assignment, position: int | None) -> None:
-        """The ends of transactions take up offsets and hold no record: past them, they count as committed."""
+        """The ends of transactions take up offsets and hold no record: past them, they count as committed.
+
+        Once nothing is accepted any more, a position may be past records that were read and left out.
+        """
+        if not assignment.accepts or self._is_stopping:
+            return
         if position is not None and assignment.is_idle() and position > (assignment.delivered or 0):
             assignment.delivered = assignment.acknowledged = position
             self._acknowledged.set()
@@ -762,7 +769,7 @@ class Source:
     @staticmethod
     def _age_s(assignment: Assignment) -> float:
         timestamp = assignment.waiting[0][1] if assignment.waiting else -1
-        return max(0.0, time.time() - timestamp / 1000) if timestamp >= 0 else 0.0
+        return max(0.0, time.time() - timestamp / 1000) if timestamp is not None and timestamp >= 0 else 0.0
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 LINKS: Final = 128  # of one span, as many as the SDK keeps unless OTEL_SPAN_LINK_COUNT_LIMIT says otherwise
 SERVICE: Final = "sentiment-worker"
+HEADER_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")  # they may hold a token
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
 
@@ -87,6 +88,9 @@ class Tracing:
             raise WrongSetting(
                 f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}, and spans are sent by http/protobuf alone; leave it out"
             )
+        for name in HEADER_VARIABLES:
+            if any("=" not in header for header in filter(str.strip, environ.get(name, "").split(","))):
+                raise WrongSetting(f"{name} should be name=value, several of them separated by commas")
         refuse_without_the_extra()
         try:
             self._start(version, environ)

@@ -116,6 +116,8 @@ def test_no_record_waits_for_a_collector(kafka: Kafka, topics: Topics, workers: 
         assert worker.status("/livez") == 200
         if trouble == "slow":
             wait_for(lambda: collector.requests, "the collector to be asked")
+        else:
+            wait_for(lambda: worker.warnings("the collector does not take spans"), "the line that says so")
         assert worker.terminate() == 0
     assert places(kafka.read(topics.output)) == dict.fromkeys((record.place for record in sent), 1)
     assert not worker.lines("Traceback")

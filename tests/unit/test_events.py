@@ -520,7 +520,7 @@ def as_letter(outgoing: Outgoing) -> FakeRecord:
     return FakeRecord(outgoing.value, outgoing.key, outgoing.headers, TEN + 5, "dead", 0, 7)
 
 
-@pytest.mark.parametrize("timestamp", [TEN, 0, -1])
+@pytest.mark.parametrize("timestamp", [TEN, 0, -1, 2**63 - 1])
 def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
     own = [("trace", b"1"), ("error.stage", b"the input's"), ("source.topic", None), ("event.id", b"me")]
     record = FakeRecord(b"{", b"k", own, timestamp)
@@ -560,6 +560,24 @@ def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
 )
 def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
     assert original(FakeRecord(b"{}", headers=headers)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source.topic", b""), ("source.topic", b".."), ("source.topic", b"a b"), ("source.topic", "тема".encode()),
+        ("source.partition", b"-1"), ("source.partition", b"4294967296"), ("source.offset", b"-1"),
+        ("source.timestamp", b"9" * 19), ("source.timestamp", b"9" * 30), ("source.timestamp", b"-2"),
+        ("source.partition", b"1_0"),
+        ("error.reason", b"[/bold]"), ("error.reason", b"\x1b]0;owned\x07"), ("error.reason", b""),
+    ],
+)  # fmt: skip
+def test_a_dead_letter_that_the_worker_never_wrote_is_none(name: str, value: bytes) -> None:
+    """Believed, such a number would end the replay, each time anew, and such a reason its table."""
+    letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
+    assert original(as_letter(letter)) is not None
+    letter = letter._replace(headers=[(own, value if own == name else said) for own, said in letter.headers])
+    assert original(as_letter(letter)) is None
 
 
 @pytest.mark.parametrize(
@@ -618,46 +636,6 @@ def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, mo
         assert isinstance(result, Outgoing)
         assert result.value == orjson.dumps(fields)
         assert result.timestamp == (record.timestamp if has_timestamp(record) else None)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"output_mode": "enrich"}, {"text_field": "a.b", "id_field": "a.id"}, {"input_format": "text"}]
-)
-@pytest.mark.parametrize(
-    "strange",
-    [
-        None,
-        b"",
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"id": 7}',
-        b'{"text": "\xd0\xb4\xd0\xb0"}',
-        b'{"text": " ", "id": 1}',
-        b'{"text": "", "id": 1}',
-        b'{"text": 5, "id": 1}',
-        b'{"text": "123456789", "id": 1}',
-        b'{"text": "1", "id": -0}',
-        b'{"text": "1", "id": 18446744073709551617}',
-        b'{"text": "1", "id": 9223372036854775808}',
-        b'{"text": "1", "id": true}',
-        b'{"text": "1", "id": 1.5}',
-        b'{"text": "1", "id": null}',
-        b'{"text": "1", "id": "x"}',
-        b'{"text": "1", "id": 1, "sentiment": 1}',
-        b'{"a": {"b": "1"}, "id": 1}',
-        b'{"a": {"b": "1", "id": 3}}',
-        b'{"text": "1", "id": 1, "n": 1e999}',
-        b'{"text": "1", "id": 1, "n": [%b1]}' % (b"1," * MOST_VALUES),
-    ],
-)
-def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, options: dict[str, Any]) -> None:
-    """The strange one stands in the second run, among usual ones; the first and the third have none."""
-    usual = b'{"text": "1234", "id": 41, "a": {"b": "12", "id": "x"}}'
-    records = [FakeRecord(usual, offset=offset) for offset in range(300)]
-    records[200] = FakeRecord(strange, offset=200)
-    decoder = Decoder(max_text_chars=8 if options.get("input_format") != "text" else 100, **options)
-    assert decoder.decode_all(records) == list(map(decoder.decode, records))
 
 
 # What would hold up its neighbours.
@@ -719,3 +697,43 @@ def test_a_number_of_a_million_digits_is_looked_at_twice_at_most(
     assert isinstance(decode(b'{"text":"a","x":' + digits + b"}"), Event)
     assert len(read) <= 2
     assert sum(size > 1_000 for size in read) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"output_mode": "enrich"}, {"text_field": "a.b", "id_field": "a.id"}, {"input_format": "text"}]
+)
+@pytest.mark.parametrize(
+    "strange",
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"id": 7}',
+        b'{"text": "\xd0\xb4\xd0\xb0"}',
+        b'{"text": " ", "id": 1}',
+        b'{"text": "", "id": 1}',
+        b'{"text": 5, "id": 1}',
+        b'{"text": "123456789", "id": 1}',
+        b'{"text": "1", "id": -0}',
+        b'{"text": "1", "id": 18446744073709551617}',
+        b'{"text": "1", "id": 9223372036854775808}',
+        b'{"text": "1", "id": true}',
+        b'{"text": "1", "id": 1.5}',
+        b'{"text": "1", "id": null}',
+        b'{"text": "1", "id": "x"}',
+        b'{"text": "1", "id": 1, "sentiment": 1}',
+        b'{"a": {"b": "1"}, "id": 1}',
+        b'{"a": {"b": "1", "id": 3}}',
+        b'{"text": "1", "id": 1, "n": 1e999}',
+        b'{"text": "1", "id": 1, "n": [%b1]}' % (b"1," * MOST_VALUES),
+    ],
+)
+def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, options: dict[str, Any]) -> None:
+    """The strange one stands in the second run, among usual ones; the first and the third have none."""
+    usual = b'{"text": "1234", "id": 41, "a": {"b": "12", "id": "x"}}'
+    records = [FakeRecord(usual, offset=offset) for offset in range(300)]
+    records[200] = FakeRecord(strange, offset=200)
+    decoder = Decoder(max_text_chars=8 if options.get("input_format") != "text" else 100, **options)
+    assert decoder.decode_all(records) == list(map(decoder.decode, records))

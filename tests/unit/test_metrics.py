@@ -127,7 +127,7 @@ def test_counters_with_closed_labels_begin_at_zero(metrics: Metrics) -> None:
         assert own(metrics, "dead_letters_total", stage=stage, reason=reason) == 0
     assert (
         len([sample for sample in families(metrics)["dead_letters_total"].samples if sample.name.endswith("_total")])
-        == 11
+        == 12
     )
 
 

@@ -627,6 +627,7 @@ def test_a_replay_reads_the_workers_file(toml: Callable[[str], list[str]]) -> No
         (("--reason", "too_big"), "reason = ['too_big'] is wrong: it should be one of invalid_json, "),
         (("--since", "yesterday"), "2026-11-23T10:00Z, or how long ago"),
         (("--since", "1h", "--until", "2h"), "since should be before until"),
+        (("--group-id", "g", "--replay-group-id", "g"), "replay_group_id is the workers' group_id"),
         (("--sasl-mechanism", "PLAIN"), "security_protocol"),
     ],
 )

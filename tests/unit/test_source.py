@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, RequestTimedOutError
+from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
 
 from worker.cluster import Connection
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
-from worker.source import Source
+from worker.source import Source, UnreadableRecord
 
 TP = TopicPartition("t", 0)
 
@@ -28,7 +28,7 @@ class FakeConsumer:
     last_offset: int = 10**6
     committed_at: int | None = 0
     commit_error: Exception | None = None
-    timestamp: int = 0
+    timestamp: int | None = 0
     swallows_cancel: bool = False  # once, as asyncio.wait_for can
     positions: dict[TopicPartition, int] = field(default_factory=dict)
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
@@ -331,6 +331,83 @@ async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> N
     consumer.reading.set()
     await until(reader.done)
     assert len(stage.source._batcher) == 0
+
+
+@pytest.mark.parametrize("end", ["drain", "revocation"])
+async def test_records_that_come_when_none_are_accepted_are_not_committed(consumer: FakeConsumer, end: str) -> None:
+    """A read that misses being cancelled has moved the position past records that nobody takes."""
+    stage = await staged(consumer)
+    consumer.reading.clear()
+    await stage.assign(TP)
+    assignment = stage.source._assignments[TP]
+    reader = stage.source._readers[assignment]
+    await asyncio.sleep(0.01)
+    consumer.swallows_cancel = True
+    if end == "drain":
+        stage.source.stop_taking()
+    else:
+        assignment.under_way = 1  # so that the revocation waits
+        revoking = asyncio.create_task(stage.revoke(TP))
+    await until(reader.done)
+    assert consumer.positions[TP] > 0
+    await stage.source._measure(assignment, consumer.last_offset)
+    if end == "revocation":
+        stage.source.drop(assignment, 1)
+        await revoking
+    await stage.source.close(1)
+    assert consumer.commits == []
+
+
+async def test_a_record_that_cannot_be_read_is_never_behind_the_position(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka has moved on when it raises, and what is between read and position would count as a transaction's end."""
+    calls = 0
+
+    async def unreadable(tp: TopicPartition, timeout_ms: int, max_records: int) -> Any:
+        nonlocal calls
+        calls += 1
+        consumer.positions[tp] += 1
+        raise CorruptRecordException
+
+    monkeypatch.setattr(consumer, "getmany", unreadable)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    with pytest.raises(UnreadableRecord, match="offset 0"):
+        await asyncio.wait_for(stage.run, 5)
+    assert (calls, consumer.positions[TP]) == (2, 0)
+
+
+async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_up(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
+    begun = asyncio.Event()
+
+    async def metadata() -> Any:
+        return SimpleNamespace(topics=lambda: ["t", "t2"] if begun.is_set() else ["t"])
+
+    consumer._client = SimpleNamespace(fetch_all_metadata=metadata)
+    stage = await staged(consumer, pattern="t.*")
+    await stage.assign(TP)
+    chunks = await stage.take()
+    begun.set()
+    await until(lambda: not chunks[0][0].accepts)
+    stage.source._fail(WrongSetting("no"))
+    await asyncio.sleep(0.01)
+    stage.acknowledge(chunks)
+    with pytest.raises(WrongSetting, match="no"):
+        await asyncio.wait_for(stage.run, 5)
+    assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
+
+
+async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) -> None:
+    consumer.timestamp = None
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await stage.take()
+    await stage.source._measure(stage.source._assignments[TP], consumer.last_offset)
+    assert b'lag_seconds{partition="0",topic="t"} 0.0' in stage.metrics.text()
 
 
 class FakeTransactions:

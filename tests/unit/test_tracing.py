@@ -69,3 +69,22 @@ def test_a_variable_that_cannot_be_used_is_named(name: str, value: str, monkeypa
     monkeypatch.setenv(name, value)
     with pytest.raises(WrongSetting, match=value):
         Tracing(group_id="g", client_id="c", version="1", environ={name: value})
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"])
+@pytest.mark.parametrize("headers", ["Authorization: Bearer secret-token", "a=b, secret-token"])
+def test_a_header_that_cannot_be_read_is_refused_without_its_words(name: str, headers: str) -> None:
+    with pytest.raises(WrongSetting, match=f"{name} should be name=value") as refusal:
+        Tracing(group_id="g", client_id="c", version="1", environ={name: headers})
+    assert "secret-token" not in str(refusal.value)
+
+
+def test_opentelemetry_prints_no_header_at_any_level() -> None:
+    """Its own check is stricter than ours, and it quotes what it refuses."""
+    done = python(
+        "from worker import logs; logs.configure('debug', 'json')\n"
+        "from opentelemetry.util.re import parse_env_headers\n"
+        "assert not parse_env_headers('a b=secret-token', liberal=True)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "secret-token" not in done.stdout + done.stderr
