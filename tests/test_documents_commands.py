@@ -23,7 +23,10 @@ FLAGS = {
     for name, field in kind.model_fields.items()
 }
 OURS = ("sentiment-worker", "make", "python")
-OTHERS = ("kafka-topics.sh", "kafka-consumer-groups.sh", "kubectl", "docker", "curl", "pip", "echo")
+KAFKAS = tuple(
+    f"kafka-{name}.sh" for name in ("topics", "consumer-groups", "acls", "console-producer", "console-consumer")
+)
+OTHERS = (*KAFKAS, "kubectl", "docker", "curl", "pip", "echo")
 OTHERS_FLAGS = {"--help", "--version", "--execute", "--read-only", "--gpus"}
 OTHERS_SETTINGS = ("acks",)
 SHELL = ("for", "do", "done", "if", "then", "fi")

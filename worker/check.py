@@ -24,7 +24,7 @@ from worker.cluster import (
     refuse_wrong_credentials,
 )
 from worker.permissions import Permissions
-from worker.settings import RunSettings
+from worker.settings import RunSettings, UsersMistake
 from worker.tasks import within
 from worker.tracing import refuse_without_the_extra
 
@@ -103,7 +103,10 @@ def _port(host: str, port: int) -> Finding:
 def _model(settings: RunSettings) -> Finding:
     from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
 
-    model = SentimentModel.load_as_set(settings)
+    try:
+        model = SentimentModel.load_as_set(settings)
+    except UsersMistake as error:  # brokers and topics are worth a look all the same
+        return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:
         return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")

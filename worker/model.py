@@ -415,6 +415,8 @@ def _cannot_load(name: str, error: Exception) -> str:
         reason = "the Hugging Face hub cannot be reached, and its cache does not hold it; try again, or name a folder"
     elif "trust_remote_code" in str(error):
         reason = "it needs Python code of its own, which is never run here"
+    elif "have a `model_type`" in str(error):
+        reason = "it has no config.json that names its model_type; it should be a folder with a checkpoint"
     return f"model {name} cannot be loaded: {reason}"
 
 

@@ -4,6 +4,7 @@ A flag goes before the environment (``WORKER_MAX_BATCH_TEXTS``), which goes befo
 come from the environment alone, or from the file that ``WORKER_…_FILE`` names.
 """
 
+import difflib
 import os
 import re
 import time
@@ -673,13 +674,20 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
         if name in SECRETS:
             raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")
         if name not in kind.model_fields or name == "config":
-            raise WrongSetting(f"config: {path} sets {name}, which is no setting; `run --help` lists them")
+            raise WrongSetting(f"config: {path} sets {name}, which is no setting; {_hint(kind, name, value)}")
         if isinstance(value, bool) and kind.model_fields[name].annotation is not bool:
             raise WrongSetting(f"config: {path} sets {name} to {str(value).lower()}, and it is neither on nor off")
     return {
         name: ",".join(map(str, value)) if isinstance(value, list) and not _is_list(kind, name) else value
         for name, value in values.items()
     }
+
+
+def _hint(kind: type[Settings], name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return "settings stand at the top of the file, in no table"
+    close = difflib.get_close_matches(name, kind.model_fields.keys() - {"config", *SECRETS}, n=1, cutoff=0.8)
+    return f"perhaps {close[0]} is meant" if close else "`sentiment-worker run --help` lists them"
 
 
 def _variable_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:

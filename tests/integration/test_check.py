@@ -56,7 +56,12 @@ def test_brokers_that_are_away_fail(kafka: Kafka, topics: Topics) -> None:
     assert f"{where} cannot be reached" in done.stdout
 
 
-def test_a_checkpoint_that_is_none_is_a_wrong_setting(kafka: Kafka, topics: Topics) -> None:
+def test_a_checkpoint_that_is_none_fails_and_the_brokers_are_looked_at_all_the_same(
+    kafka: Kafka, topics: Topics
+) -> None:
+    kafka.create_all(topics)
     done = call("check", *flags(kafka, topics), "--model", "/nowhere/at/all")
-    assert done.returncode == 2
-    assert "there is no such folder" in done.stderr
+    assert done.returncode == 1
+    assert lines_of(done.stdout)["model"] == "fail"
+    assert "there is no such folder" in done.stdout
+    assert lines_of(done.stdout)["permissions"] == "ok"

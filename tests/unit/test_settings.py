@@ -444,6 +444,21 @@ def test_an_unknown_key_of_the_file_is_an_error(line: str, toml: Callable[[str],
     assert argv[1] in sentence
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("linger-ms = 1", "perhaps linger_ms is meant"),
+        ("max_batch_text = 1", "perhaps max_batch_texts is meant"),
+        ("[kafka]\ngroup_id = 'x'", "settings stand at the top of the file, in no table"),
+        ("nosuch = 1", "`sentiment-worker run --help` lists them"),
+    ],
+)
+def test_an_unknown_key_of_the_file_is_told_what_to_write(
+    line: str, hint: str, toml: Callable[[str], list[str]]
+) -> None:
+    assert refusal(*toml(line)).endswith(f"; {hint}")
+
+
 def test_on_and_off_are_no_numbers(toml: Callable[[str], list[str]]) -> None:
     assert "sets http_port to true" in refusal(*toml("http_port = true"))
 
