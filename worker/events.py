@@ -192,24 +192,11 @@ class Decoder:
         return self._checked(text) or Event(_id_from_record(record), text)
 
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
-        if _may_hold_too_much(value):
-            return _TOO_MUCH
-        try:
-            fields = _loads(value)
-        except orjson.JSONDecodeError as error:
-            return _unreadable(value, error.pos)
-        if type(fields) is not dict:
-            return _failure("not_an_object", "the value is JSON, but not an object")
-        find_text = self._find_texts.get(record.topic, self._find_text) if self._find_texts else self._find_text
-        text = find_text(fields)
-        if type(text) is not str:
-            return self._without_text(text, self._text_fields.get(record.topic, self._text_field))
-        failure = self._checked(text)
-        if failure:
-            return failure
-        if self._is_enriched and ENRICHED_FIELD in fields:
-            return _failure("field_exists", f"the object has a field {ENRICHED_FIELD} already")
-        id = self._find_id(fields)
+        fields = _object(value)
+        text = fields if isinstance(fields, Failure) else self._text_in(record, fields)
+        if isinstance(text, Failure):
+            return text
+        id = self._find_id(fields)  # type: ignore[arg-type]  # with a text there are fields
         return Event(id if type(id) is str else self._id(record, value, id), text)
 
     def _decode_cloud_event(self, record: Record, value: bytes, mode: cloudevents.Mode) -> Decoded:
@@ -238,27 +225,26 @@ class Decoder:
         return self._checked(text) or Event(id, text)
 
     def _with_fields(self, record: Record, id: str, data: Any) -> Decoded:
-        if type(data) is bytes:
-            if _may_hold_too_much(data):
-                return _TOO_MUCH
-            try:
-                data = _loads(data)
-            except orjson.JSONDecodeError as error:
-                return _unreadable(data, error.pos)
-        if type(data) is not dict:
+        fields = _object(data) if type(data) is bytes else data
+        if isinstance(fields, Failure):
+            return fields
+        if type(fields) is not dict:
             return _failure("not_an_object", "the event's data is no JSON object")
-        text = self._find_texts.get(record.topic, self._find_text)(data)
-        if type(text) is not str:
-            return self._without_text(text, self._text_fields.get(record.topic, self._text_field))
-        if self._is_enriched and ENRICHED_FIELD in data:
-            return _failure("field_exists", f"the data has a field {ENRICHED_FIELD} already")
-        return self._checked(text) or Event(id, text)
+        text = self._text_in(record, fields)
+        return text if isinstance(text, Failure) else Event(id, text)
 
-    @staticmethod
-    def _without_text(found: Any, field: str) -> Failure:
-        if found is _MISSING:
-            return _failure("missing_text", f"the object has no field {field}")
-        return _failure("text_not_string", f"the field {field} is not a string")
+    def _text_in(self, record: Record, fields: dict[str, Any]) -> str | Failure:
+        """The text of an object that can be scored, and enriched where that is wanted."""
+        text = self._find_texts.get(record.topic, self._find_text)(fields)
+        if type(text) is not str:
+            field = self._text_fields.get(record.topic, self._text_field)
+            if text is _MISSING:
+                return _failure("missing_text", f"the object has no field {field}")
+            return _failure("text_not_string", f"the field {field} is not a string")
+        failure = self._checked(text)
+        if failure is None and self._is_enriched and ENRICHED_FIELD in fields:
+            failure = _failure("field_exists", f"the object has a field {ENRICHED_FIELD} already")
+        return failure or text
 
     def _checked(self, text: str) -> Failure | None:
         if len(text) > self._max_text_chars:
@@ -594,6 +580,17 @@ def _failure(reason: Reason, message: str) -> Failure:
 _TOO_MUCH: Final = _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
 
 
+def _object(value: bytes) -> dict[str, Any] | Failure:
+    """The fields of a JSON object, or why it is none that is read."""
+    if _may_hold_too_much(value):
+        return _TOO_MUCH
+    try:
+        fields = _loads(value)
+    except orjson.JSONDecodeError as error:
+        return _unreadable(value, error.pos)
+    return fields if type(fields) is dict else _failure("not_an_object", "the value is JSON, but not an object")
+
+
 def _unreadable(value: bytes, position: int) -> Failure:
     try:
         value.decode()
@@ -618,14 +615,8 @@ def _cloud_event(record: Record, value: bytes, mode: cloudevents.Mode) -> cloude
         if mode == "binary":
             return cloudevents.binary(record.headers, value)
         cloudevents.look_at_format(record.headers)
-        if _may_hold_too_much(value):
-            return _TOO_MUCH
-        fields = _loads(value)
-        if type(fields) is not dict:
-            return _failure("not_an_object", "the value is JSON, but not an object")
-        return cloudevents.structured(fields)
-    except orjson.JSONDecodeError as error:
-        return _unreadable(value, error.pos)
+        fields = _object(value)
+        return fields if isinstance(fields, Failure) else cloudevents.structured(fields)
     except cloudevents.Malformed as error:
         return _failure("invalid_cloudevent", str(error))
 

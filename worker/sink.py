@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -224,9 +224,9 @@ class Sink:
         records = [parcels[place].record for place in load]
         if len(load) * most_bytes(records) <= room:
             keys, values, headers, timestamps = zip(*records, strict=True)
-            deque(map(append, range(len(load)), timestamps, keys, values, headers), maxlen=0)
-            batch._relative_offset = len(load)
-            return load
+            taken = len(list(takewhile(bool, map(append, range(len(load)), timestamps, keys, values, headers))))
+            batch._relative_offset = taken
+            return load[:taken]
         for count, record in enumerate(records):
             room -= record_bytes(record)
             if (count and room < 0) or append(

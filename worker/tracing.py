@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
-from worker.events import Headers
+from worker.events import Headers, Record
 from worker.settings import WrongSetting
 from worker.tasks import within
 
@@ -29,19 +29,6 @@ LINKS: Final = 128  # of one span, as many as the SDK keeps unless OTEL_SPAN_LIN
 SERVICE: Final = "sentiment-worker"
 HEADER_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")  # they may hold a token
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-
-
-class Record(Protocol):
-    """A record as it came from Kafka."""
-
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def headers(self) -> Headers: ...
 
 
 def trace_context(headers: Headers) -> tuple[int, int, int] | None:
