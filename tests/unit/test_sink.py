@@ -1,10 +1,15 @@
-"""Upper bounds of what is published."""
+"""Upper bounds of what is published, and how much of it a batch takes."""
 
+from types import SimpleNamespace
+
+import pytest
+from aiokafka.producer.message_accumulator import BatchBuilder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker import sink
 from worker.events import Outgoing
-from worker.sink import most_bytes, record_bytes
+from worker.sink import Parcel, Sink, most_bytes, record_bytes
 
 BYTES = st.none() | st.binary(max_size=300)
 HEADERS = st.lists(st.tuples(st.text(max_size=20), BYTES), max_size=4)
@@ -13,3 +18,15 @@ HEADERS = st.lists(st.tuples(st.text(max_size=20), BYTES), max_size=4)
 @given(st.lists(st.builds(Outgoing, BYTES, BYTES, HEADERS, st.just(0)), min_size=1))
 def test_no_record_is_larger_than_the_bound_of_all(records: list[Outgoing]) -> None:
     assert most_bytes(records) >= max(map(record_bytes, records))
+
+
+@pytest.mark.parametrize("bound", [0, 10**9])
+def test_a_batch_says_how_many_it_took(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bound was wrong: what does not fit is left for the next batch."""
+    monkeypatch.setattr(sink, "most_bytes", lambda _: bound)
+    batch = BatchBuilder(1_000, 0)
+    parcels = [Parcel("results", Outgoing(b"key", bytes(90), [], 1), 0, offset) for offset in range(50)]
+    taken = Sink._fill(SimpleNamespace(_limits={}), batch, parcels, list(range(50)))  # type: ignore[arg-type]
+    assert taken == list(range(len(taken)))
+    assert 0 < len(taken) < 50
+    assert batch.record_count() == len(taken)
