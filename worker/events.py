@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from operator import itemgetter
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import orjson
@@ -147,8 +147,8 @@ class Decoder:
         headers = [record.headers for record in records]
         if any(headers) and any(map(_cloud_event_mode, headers)):
             return None
-        values = [record.value for record in records if record.value is not None]
-        if len(values) < len(records) or any(map(_may_hold_too_much, values)):
+        values = cast("list[bytes]", [record.value for record in records])
+        if None in values or (max(map(len, values)) > MOST_VALUES and any(map(_may_hold_too_much, values))):
             return None
         get_text = self._get_texts.get(records[0].topic, self._get_text)
         try:
@@ -286,12 +286,13 @@ class Encoder:
         """
         if not records:
             return []
+        labels, scores, probabilities = zip(*sentiments, strict=True)
         timestamps: list[int | None] = [record.timestamp for record in records]
         event_times = list(map(_json_time, timestamps))
         columns = (
-            [orjson.dumps(event.id) for event in events],
-            map(_LABEL_BYTES.__getitem__, [sentiment.label for sentiment in sentiments]),
-            *_decimals(sentiments),
+            _strings([event.id for event in events]),
+            map(_LABEL_BYTES.__getitem__, labels),
+            *_decimals(scores, probabilities),
             [b"true" if is_cut else b"false" for is_cut in truncated],
             [record.offset for record in records],
             event_times,
@@ -647,21 +648,24 @@ def _of_the_enriched(headers: Headers) -> list[tuple[str, bytes | None]]:
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
 _MILLIONTHS: Final = 1_000_000
-_SCORE: Final = attrgetter("score")
-_PROBABILITIES: Final = attrgetter("probabilities")
 
 
 def _six(number: float) -> float:
     return round(number * _MILLIONTHS) / _MILLIONTHS  # of integers: no negative zero
 
 
-def _decimals(sentiments: Sequence[Sentiment]) -> list[list[bytes]]:
+def _decimals(scores: Sequence[float], probabilities: Sequence[tuple[float, ...]]) -> list[list[bytes]]:
     """Scores and probabilities as ``orjson.dumps`` writes what ``_six`` makes of them: four columns."""
-    numbers = np.fromiter(chain.from_iterable(map(_PROBABILITIES, sentiments)), float).reshape(-1, len(LABELS))
-    scores = np.fromiter(map(_SCORE, sentiments), float)
-    six = np.rint(np.column_stack((scores, numbers)) * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
-    written = orjson.dumps(six.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-    return [written[column::4] for column in range(4)]
+    numbers = np.fromiter(chain(scores, *zip(*probabilities, strict=True)), float, 4 * len(scores))
+    six = np.rint(numbers * _MILLIONTHS) / _MILLIONTHS + 0.0  # no negative zero
+    written = orjson.dumps(six, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    return [written[begin : begin + len(scores)] for begin in range(0, len(written), len(scores))]
+
+
+def _strings(words: list[str]) -> list[bytes]:
+    """Each as ``orjson.dumps`` writes it."""
+    written = orjson.dumps(words)[1:-1].split(b",")
+    return written if len(written) == len(words) else [orjson.dumps(word) for word in words]  # one had a comma
 
 
 def _count(value: bytes | None) -> int:

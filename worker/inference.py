@@ -194,7 +194,9 @@ class Inference:
 
     async def score(self, job: Job) -> Job:
         """Ends a job: fills its answers. Raises InferenceLost where the device does not answer as it should."""
-        waiting = [place for place, failure in enumerate(job.failures) if failure is None]
+        waiting: Sequence[int] = range(len(job.ids))
+        if any(job.failures):
+            waiting = [place for place in waiting if job.failures[place] is None]
         started = time.monotonic()
         answers = await self._unless_lost(self._network, self._score, job.model, [job.ids[place] for place in waiting])
         if waiting:

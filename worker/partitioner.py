@@ -16,13 +16,12 @@ LONGEST_TOGETHER: Final = 256  # bytes: keys are padded to the longest of those 
 Hashes = NDArray[np.uint32]
 
 
-def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> list[int]:
+def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> Hashes:
     """Of N records: by murmur2 of the key; where that is null, the input partition modulo the output's partitions."""
     hashes = murmur2([key or b"" for key in keys] if None in keys else keys) & POSITIVE  # type: ignore[arg-type]
     if None in keys:
         hashes = np.where([key is not None for key in keys], hashes, np.array(origins, np.uint32))
-    places: list[int] = (hashes % np.uint32(partitions)).tolist()
-    return places
+    return hashes % np.uint32(partitions)
 
 
 def murmur2(keys: Sequence[bytes]) -> Hashes:
@@ -43,7 +42,7 @@ def _together(keys: Sequence[bytes], lengths: NDArray[np.int64]) -> Hashes:
     if not len(keys):
         return np.empty(0, np.uint32)
     columns = int(lengths.max()) // WORD + 1
-    words = np.frombuffer(b"".join([key.ljust(columns * WORD, b"\0") for key in keys]), "<u4").reshape(-1, columns)
+    words = np.array(keys, f"S{columns * WORD}").view("<u4").reshape(-1, columns)  # padded with zeros
     whole = lengths // WORD
     mixed = words * FACTOR
     mixed ^= mixed >> np.uint32(24)

@@ -79,11 +79,13 @@ class MicroBatch:
         """Why how many of its records cannot be scored."""
         reasons: Counter[Reason] = Counter()
         for part in self.parts:
-            kinds = Counter(map(type, part.decoded))
-            if kinds[Failure]:
+            texts = len(part.decoded)
+            if set(map(type, part.decoded)) != {Event}:
                 reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
-            answers = self.job.answers[part.first_text : part.first_text + kinds[Event]]
-            reasons["inference_failed"] += len(answers) - Counter(map(type, answers))[Sentiment]
+                texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
+            answers = self.job.answers[part.first_text : part.first_text + texts]
+            if set(map(type, answers)) != {Sentiment}:
+                reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
         return +reasons
 
 
@@ -92,7 +94,7 @@ class Outcome:
     """What becomes of one record: something to publish, or nothing; why, if it failed; and what to count."""
 
     record: Record
-    outgoing: Outgoing | None
+    parcel: Parcel | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
 
@@ -339,7 +341,7 @@ class Pipeline:
     def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
         if isinstance(decoded, Failure):
             return self._dead_letter(record, decoded)
-        return Outcome(record, tombstone(record) if decoded is Null.TOMBSTONE else None)
+        return Outcome(record, self._parcel(record, tombstone(record)) if decoded is Null.TOMBSTONE else None)
 
     def _results(
         self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
@@ -350,7 +352,14 @@ class Pipeline:
             sentiments = cast("list[Sentiment]", answers)
             results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
             if set(map(type, results)) == {Outgoing}:
-                return list(map(Outcome, records, cast("list[Outgoing]", results), repeat(None), sentiments))
+                parcels = rows(
+                    Parcel,
+                    repeat(self._output_topic),
+                    results,
+                    repeat(records[0].partition),
+                    [record.offset for record in records],
+                )
+                return list(map(Outcome, records, parcels, repeat(None), sentiments))
         else:
             are_scored = [type(answer) is Sentiment for answer in answers]
             encoded = iter(
@@ -368,31 +377,42 @@ class Pipeline:
                 for answer, is_scored in zip(answers, are_scored, strict=True)
             ]
         return [
-            self._dead_letter(record, result) if type(result) is Failure else Outcome(record, result, None, answer)  # type: ignore[arg-type]
+            self._dead_letter(record, result)
+            if type(result) is Failure
+            else Outcome(record, self._parcel(record, result), None, answer)  # type: ignore[arg-type]
             for record, result, answer in zip(records, results, answers, strict=True)
         ]
 
     def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
-        return Outcome(record, dead_letter(record, failure, self._version), failure)
+        return Outcome(record, self._letter(record, dead_letter(record, failure, self._version)), failure)
+
+    def _parcel(self, record: Record, outgoing: Outgoing) -> Parcel:
+        return Parcel(self._output_topic, outgoing, record.partition, record.offset)
+
+    def _letter(self, record: Record, outgoing: Outgoing) -> Parcel:
+        return Parcel(self._dead_letter_topic, outgoing, record.partition, record.offset)
 
     # Delivery.
 
     async def _deliver(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
-        refused = await self._send([outcome for outcome in outcomes if outcome.outgoing], sink)
+        refused = await self._send([outcome for outcome in outcomes if outcome.parcel], sink)
         if not refused:
             return
         for outcome, reason in refused:
             if outcome.failure is None:
                 outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
                 outcome.sentiment = None
-                outcome.outgoing = dead_letter(outcome.record, outcome.failure, self._version)
+                outcome.parcel = self._letter(
+                    outcome.record, dead_letter(outcome.record, outcome.failure, self._version)
+                )
         refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
             for outcome, _ in refused:
                 if outcome.failure:
-                    outcome.outgoing = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
+                    smaller = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
+                    outcome.parcel = self._letter(outcome.record, smaller)
             refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
 
@@ -412,18 +432,10 @@ class Pipeline:
             )
 
     async def _send(self, outcomes: list[Outcome], sink: Sink) -> list[tuple[Outcome, Reason]]:
-        results, letters = self._output_topic, self._dead_letter_topic
-        parcels = rows(
-            Parcel,
-            [letters if outcome.failure else results for outcome in outcomes],
-            [outcome.outgoing for outcome in outcomes],
-            [outcome.record.partition for outcome in outcomes],
-            [outcome.record.offset for outcome in outcomes],
-        )
-        if not parcels:
+        if not outcomes:
             return []
         began_at = time.time_ns()
-        answers = await sink.publish(parcels)
+        answers = await sink.publish([outcome.parcel for outcome in outcomes])  # type: ignore[misc]
         if self._tracing:
             self._tell_of_sent(self._tracing, outcomes, began_at)
         if not any(answers):
@@ -438,19 +450,20 @@ class Pipeline:
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
         now = time.time()
-        scored = [outcome for outcome in outcomes if outcome.sentiment]
-        sentiments: list[Sentiment] = [outcome.sentiment for outcome in scored]  # type: ignore[misc]
-        timestamps = [outcome.record.timestamp for outcome in scored]
-        self._metrics.published(
-            [sentiment.label for sentiment in sentiments],
-            [sentiment.score for sentiment in sentiments],
-            [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
-        )
-        if len(scored) < len(outcomes):
+        sentiments = [outcome.sentiment for outcome in outcomes if outcome.sentiment]
+        if sentiments:
+            labels, scores, _ = zip(*sentiments, strict=True)
+            timestamps = [outcome.record.timestamp for outcome in outcomes if outcome.sentiment]
+            self._metrics.published(
+                labels,
+                scores,
+                [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
+            )
+        if len(sentiments) < len(outcomes):
             others = [outcome for outcome in outcomes if not outcome.sentiment]
             self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
-            self._metrics.records_skipped.inc(sum(outcome.outgoing is None for outcome in others))
-            self._metrics.tombstones.inc(sum(o.outgoing is not None and o.failure is None for o in others))
+            self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
+            self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 

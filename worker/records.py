@@ -6,7 +6,7 @@ position is after them, stays where it was: in aiokafka's fetcher, and in ``Runs
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -40,15 +40,15 @@ class Reader:
         if fetcher is not None and isinstance(getattr(fetcher, "_records", None), OrderedDict):
             self._fetched = fetcher._records = Fetched()
 
-    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: int) -> list[Record]:
-        """The next records of a partition, at most ``limit``; none after so many ms. Raises what ``getmany`` raises.
+    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Record]:
+        """The next records of a partition; none after so many ms. Raises what ``getmany`` raises.
 
-        The consumer's position has moved past them, and after an error it may have moved too.
+        ``limit`` says, once they are there, how many are taken at most. The consumer's position has moved past them, and
+        after an error it may have moved too.
         """
         if self._fetched is None:  # another aiokafka than we know: its own records will do
-            records: list[Record] = (await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit)).get(
-                tp, []
-            )
+            fetched = await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit())
+            records: list[Record] = fetched.get(tp, [])
             return records
         self._fetched.limits[tp] = limit
         runs: list[list[Record]] = (await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=1)).get(tp)
@@ -60,7 +60,7 @@ class Fetched(OrderedDict[TopicPartition, Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.limits: dict[TopicPartition, int] = {}  # by partition: readers wait side by side
+        self.limits: dict[TopicPartition, Callable[[], int]] = {}  # by partition: readers wait side by side
 
     def __setitem__(self, tp: TopicPartition, result: Any) -> None:
         if type(result) is FetchResult:
@@ -69,28 +69,29 @@ class Fetched(OrderedDict[TopicPartition, Any]):
 
 
 class Runs(PartitionRecords):  # type: ignore[misc]
-    """One partition's part of a fetch, as runs of at most ``limits[tp]`` records. Raises CorruptRecordException.
+    """One partition's part of a fetch, as runs of at most ``limits[tp]()`` records. Raises CorruptRecordException.
 
     Its records are those of PartitionRecords: CRC checked, aborted transactions and control batches left out, and what
     lies before the position, of which a compressed batch may bring some.
     """
 
-    def __init__(self, fetched: PartitionRecords, limits: dict[TopicPartition, int]) -> None:
+    def __init__(self, fetched: PartitionRecords, limits: dict[TopicPartition, Callable[[], int]]) -> None:
         self.__dict__.update(fetched.__dict__)
         self._limits = limits
         self._records_iterator = self._runs()
 
     def _runs(self) -> Iterator[list[Record]]:
         run: list[Record] = []
+        limit = self._limits[self._tp]()
         while self._records.has_next():
             batch = self._records.next_batch()
             if self._is_for_us(batch):
                 records = chain(batch)  # a batch itself lets iter() be called once alone, and islice calls it each time
-                while some := list(islice(records, self._limits[self._tp] - len(run))):
+                while some := list(islice(records, limit - len(run))):
                     run += self._rows(some)
-                    if len(run) >= self._limits[self._tp]:
+                    if len(run) >= limit:
                         yield run
-                        run = []
+                        run, limit = [], self._limits[self._tp]()
             # Also where compaction took the last records of a batch, or all of them
             self.next_fetch_offset = batch.next_offset
         if run:

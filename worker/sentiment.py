@@ -48,7 +48,8 @@ def to_sentiments(logits: NDArray[np.floating], activation: Activation = "sigmoi
     finite = np.isfinite(logits).all(axis=-1)
     probabilities = to_probabilities(np.where(finite[:, None], logits, 0.0), activation)
     labels = map(LABELS.__getitem__, probabilities.argmax(axis=-1).tolist())
-    columns = zip(labels, to_scores(probabilities).tolist(), map(tuple, probabilities.tolist()), strict=True)
+    rows = zip(*probabilities.T.tolist(), strict=True)
+    columns = zip(labels, to_scores(probabilities).tolist(), rows, strict=True)
     sentiments: list[Sentiment | None] = list(map(tuple.__new__, repeat(Sentiment), columns))
     for place in np.flatnonzero(~finite).tolist():
         sentiments[place] = None

@@ -50,6 +50,7 @@ TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the clus
 SILENCE_S: Final = 60.0
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
+SHARES: Final = 8  # of what is read ahead, for each read one
 LEAVE_S: Final = 1.0
 EVICTIONS: Final = 3
 LAG_TIMEOUT_S: Final = 3.0
@@ -481,7 +482,7 @@ class Source:
         while assignment.accepts and not self._is_stopping:
             try:
                 await self._find_place(assignment)
-                await self._room.wait()
+                await self._until_room()
                 if assignment.accepts and not self._is_stopping:
                     await self._read(assignment)
                 backoff = Backoff()
@@ -580,7 +581,7 @@ class Source:
     async def _read(self, assignment: Assignment) -> None:
         # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
         # Nothing may be awaited between read and what follows: the position has moved.
-        limit = 1 if assignment.careful_reads else self._fair_share()
+        limit = (lambda: 1) if assignment.careful_reads else self._share
         records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         self._health.well("read")
         if not records or not assignment.accepts or self._is_stopping:
@@ -596,10 +597,15 @@ class Source:
             self._room.clear()
         self._arrived.set()
 
-    def _fair_share(self) -> int:
-        """Records for one read: all partitions may read at once, and together they have but so much room."""
+    async def _until_room(self) -> None:
+        """Readers take turns: they are woken in the order in which they came, and whoever finds no room comes last."""
+        while not self._room.is_set():
+            await self._room.wait()
+
+    def _share(self) -> int:
+        """Records for one read: small ones cost more for each record, and after a large one the other partitions wait."""
         room = self._capacity - len(self._batcher)
-        return min(READ_RECORDS, max(LEAST_READ, room // max(1, len(self._readers))))
+        return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
         """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""

@@ -27,7 +27,7 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreac
 from worker.events import Reason
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.sink import REFUSALS, Load, Parcel, Sink
+from worker.sink import REFUSALS, Columns, Load, Parcel, Sink
 from worker.tasks import cancelled, within
 
 if TYPE_CHECKING:
@@ -153,18 +153,21 @@ class PartitionSink(Sink):
 
     async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
         """As of Sink, within a transaction, which it begins. Raises Lost."""
+        if not parcels:
+            return []
+        columns = Columns.of(parcels)
         known = [self._refusals.reason(parcel) for parcel in parcels]
-        limited = await self._refused_by_limits(parcels)
+        limited = await self._refused_by_limits(columns)
         answers = [one or other for one, other in zip(known, limited, strict=True)]
         with _failures():
             async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1000):
                 await self._begin()
                 lanes = {
                     lane: [apart for load in loads for apart in self._refusals.apart(parcels, load)]
-                    for lane, loads in (await self._lanes(parcels, answers)).items()
+                    for lane, loads in (await self._lanes(columns, answers)).items()
                 }
                 producer = await self._fresh_producer(sum(answer is None for answer in answers))
-                sending = asyncio.create_task(self._send(producer, parcels, lanes))
+                sending = asyncio.create_task(self._send(producer, columns, lanes))
                 failures = await self._while_alive(producer, sending)
         for loads, error in failures.values():
             reason = REFUSALS.get(type(error))

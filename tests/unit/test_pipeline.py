@@ -77,7 +77,10 @@ def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | N
 def part_of(assignment: Assignment, count: int) -> Part:
     tp = assignment.tp
     records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
-    outcomes = [Outcome(record, Outgoing(b"k", b"v", [], 0)) for record in records]
+    outcomes = [
+        Outcome(record, Parcel("out", Outgoing(b"k", b"v", [], 0), record.partition, record.offset))
+        for record in records
+    ]
     return Part(assignment, records, [], 0, outcomes)
 
 

@@ -53,7 +53,7 @@ def fetched(data: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] =
 def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[Record]], list[int], int]:
     """The runs, the position after each, and the one after all."""
     store = Fetched()
-    store.limits[TP] = limit
+    store.limits[TP] = lambda: limit
     store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
     runs = store[TP]._partition_records
     taken = [(run, runs.next_fetch_offset) for run in runs]
@@ -104,7 +104,7 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
     good, bad = batch(0, plain(2)), bytearray(batch(2, plain(2)))
     bad[-3] ^= 1
     store = Fetched()
-    store.limits[TP] = 1
+    store.limits[TP] = lambda: 1
     store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(good + bytes(bad)), backoff=0)
     runs = store[TP]._partition_records
     assert [next(runs)[0].offset, next(runs)[0].offset, runs.next_fetch_offset] == [0, 1, 2]
@@ -120,8 +120,8 @@ async def test_each_partition_has_a_limit_of_its_own() -> None:
         consumer._fetcher._records[tp] = FetchResult(
             tp, assignment=None, partition_records=fetched(batch(0, plain(9))), backoff=0
         )
-    consumer.before_answering = lambda: reader._fetched.limits.__setitem__(other, 5)  # type: ignore[union-attr]
-    assert len(await reader.read(TP, timeout_ms=1, limit=1)) == 1
+    consumer.before_answering = lambda: reader._fetched.limits.__setitem__(other, lambda: 5)  # type: ignore[union-attr]
+    assert len(await reader.read(TP, timeout_ms=1, limit=lambda: 1)) == 1
 
 
 async def test_another_aiokafka_is_read_in_its_own_way() -> None:
@@ -129,7 +129,7 @@ async def test_another_aiokafka_is_read_in_its_own_way() -> None:
         async def getmany(self, *_: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
             return {TP: ["a record"] * options["max_records"]}
 
-    assert len(await Reader(Other()).read(TP, timeout_ms=1, limit=3)) == 3  # type: ignore[arg-type]
+    assert len(await Reader(Other()).read(TP, timeout_ms=1, limit=lambda: 3)) == 3  # type: ignore[arg-type]
 
 
 def test_aiokafka_has_inside_what_is_relied_on() -> None:

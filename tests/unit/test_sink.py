@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from worker import sink
 from worker.events import Outgoing
-from worker.sink import Parcel, Sink, most_bytes, record_bytes
+from worker.sink import Columns, Parcel, Sink, most_bytes, record_bytes
 
 BYTES = st.none() | st.binary(max_size=300)
 HEADERS = st.lists(st.tuples(st.text(max_size=20), BYTES), max_size=4)
@@ -17,16 +17,17 @@ HEADERS = st.lists(st.tuples(st.text(max_size=20), BYTES), max_size=4)
 
 @given(st.lists(st.builds(Outgoing, BYTES, BYTES, HEADERS, st.just(0)), min_size=1))
 def test_no_record_is_larger_than_the_bound_of_all(records: list[Outgoing]) -> None:
-    assert most_bytes(records) >= max(map(record_bytes, records))
+    keys, values, headers, _ = zip(*records, strict=True)
+    assert most_bytes(keys, values, headers) >= max(map(record_bytes, keys, values, headers))
 
 
 @pytest.mark.parametrize("bound", [0, 10**9])
 def test_a_batch_says_how_many_it_took(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the bound was wrong: what does not fit is left for the next batch."""
-    monkeypatch.setattr(sink, "most_bytes", lambda _: bound)
+    monkeypatch.setattr(sink, "most_bytes", lambda *_: bound)
     batch = BatchBuilder(1_000, 0)
     parcels = [Parcel("results", Outgoing(b"key", bytes(90), [], 1), 0, offset) for offset in range(50)]
-    taken = Sink._fill(SimpleNamespace(_limits={}), batch, parcels, list(range(50)))  # type: ignore[arg-type]
+    taken = Sink._fill(SimpleNamespace(_limits={}), batch, Columns.of(parcels), list(range(50)))  # type: ignore[arg-type]
     assert taken == list(range(len(taken)))
     assert 0 < len(taken) < 50
     assert batch.record_count() == len(taken)

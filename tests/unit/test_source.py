@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
 
+from worker import source as module
 from worker.cluster import Connection
 from worker.health import Health
 from worker.metrics import Metrics
@@ -229,12 +231,37 @@ async def test_a_stop_that_is_cancelled_inside_of_the_client_is_a_stop(consumer:
     assert stage.run.exception() is None
 
 
-async def test_many_partitions_read_no_further_ahead_than_few(consumer: FakeConsumer) -> None:
-    consumer.records_per_read = 1_000
+class EndlessReader:
+    """As the real one, it asks for the limit once the records are there."""
+
+    def __init__(self, _: object) -> None:
+        self.reads: list[int] = []
+
+    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Any]:
+        await asyncio.sleep(0)
+        self.reads.append(tp.partition)
+        return [SimpleNamespace(offset=offset, timestamp=0) for offset in range(limit())]
+
+
+async def test_many_partitions_read_no_further_ahead_than_few(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Reader", EndlessReader)
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(40)))
     await asyncio.sleep(0.2)
     assert 512 <= len(stage.source._batcher) < 2_048  # not 40,000
+
+
+async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Reader", EndlessReader)
+    stage = await staged(consumer, max_batch_texts=512)
+    await stage.assign(*(TopicPartition("t", number) for number in range(16)))
+    reads = stage.source._reader.reads  # type: ignore[union-attr]
+    while len(reads) < 64:
+        await asyncio.wait_for(stage.source.next_batch(), 5)
+    turns = [Counter(reads)[number] for number in range(16)]
+    assert max(turns) <= 2 * min(turns)
 
 
 async def test_lag_in_seconds_is_that_of_the_oldest_record_that_is_not_committed(consumer: FakeConsumer) -> None:
