@@ -235,8 +235,6 @@ def _decoder(settings: RunSettings) -> Decoder:
 
 
 def _loaded(settings: RunSettings) -> "SentimentModel":
-    # torch's threads would wait for each other by spinning, on the cores that the event loop and the tokenizer want too
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
     return SentimentModel.load_as_set(settings)

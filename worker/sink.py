@@ -87,7 +87,7 @@ class Columns(NamedTuple):
 
 def most_bytes(keys: Sequence[bytes | None], values: Sequence[bytes | None], headers: Sequence[list[Header]]) -> int:
     """Upper bound of ``record_bytes`` for any of N records, at a tenth of the cost: most share their headers."""
-    shared = headers[:1] if headers.count(headers[0]) == len(headers) else headers
+    shared = {id(some): some for some in headers}.values()
     rest = max(record_bytes(b"", b"", some) for some in shared)
     return rest + _longest(keys) + _longest(values) + 2 * LONGEST_VARINT
 

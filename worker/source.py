@@ -598,7 +598,11 @@ class Source:
         self._arrived.set()
 
     async def _until_room(self) -> None:
-        """Readers take turns: they are woken in the order in which they came, and whoever finds no room comes last."""
+        """Readers take turns: they are woken in the order in which they came, and whoever finds no room comes last.
+
+        Also while there is room, for what is fetched already is read without waiting.
+        """
+        await asyncio.sleep(0)
         while not self._room.is_set():
             await self._room.wait()
 

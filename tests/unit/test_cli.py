@@ -1,12 +1,10 @@
-"""What the process sets before anything else is loaded."""
+"""What a process sets before anything else is loaded."""
 
 import os
-from typing import Any
 
 import pytest
 
-from worker import service
-from worker.model import SentimentModel
+from worker import cli
 
 
 @pytest.mark.parametrize(("set_by_user", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -16,7 +14,8 @@ def test_threads_wait_without_spinning_unless_told_to(
     monkeypatch.setenv("OMP_WAIT_POLICY", set_by_user or "")
     if set_by_user is None:
         del os.environ["OMP_WAIT_POLICY"]
-    monkeypatch.setattr(SentimentModel, "load_as_set", lambda _: None)
-    unused: Any = None
-    service._loaded(unused)
-    assert os.environ["OMP_WAIT_POLICY"] == used
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, "run", lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]) or 0)
+    monkeypatch.setattr(cli, "_end", lambda _: None)
+    cli.main(["run"])
+    assert seen == [used]
