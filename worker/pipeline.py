@@ -108,6 +108,20 @@ class Stages:
     encoded: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(ENCODED))
 
 
+class Breath:
+    """Lets the event loop do something else whenever SLICE records have been handled."""
+
+    def __init__(self) -> None:
+        self._handled = 0
+
+    async def after(self, records: int) -> None:
+        """So many records have just been handled."""
+        self._handled += records
+        if self._handled >= SLICE:
+            self._handled = 0
+            await asyncio.sleep(0)
+
+
 class Pipeline:
     """Moves records from source through inference to sink. ``run`` until ``drain`` is called, or something breaks.
 
@@ -263,6 +277,7 @@ class Pipeline:
 
         With transactions they take over from here.
         """
+        breath = Breath()
         while (batch := await stages.scored.get()) is not None:
             self._metrics.queue_depth["scored"].dec(len(batch))
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
@@ -275,7 +290,7 @@ class Pipeline:
                         await self._transactions.put(part.assignment, outcomes)
                     else:
                         part.outcomes += outcomes
-                    await asyncio.sleep(0)
+                    await breath.after(len(outcomes))
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
                 self._tracing.processed(batch.trace, done, batch.failures().total())
@@ -309,11 +324,13 @@ class Pipeline:
     async def _decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
         parts: list[Part] = []
         texts: list[str] = []
+        breath = Breath()
         for assignment, records in chunks:
             decoded: list[Decoded] = []
             for begin in range(0, len(records), SLICE):
-                decoded += self._decoder.decode_all(records[begin : begin + SLICE])
-                await asyncio.sleep(0)
+                some = records[begin : begin + SLICE]
+                decoded += self._decoder.decode_all(some)
+                await breath.after(len(some))
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts += [event.text for event in decoded if type(event) is Event]
         return parts, texts
