@@ -80,7 +80,6 @@ def main() -> None:
         figures = {
             "machine": {**machine(broker), "versions": versions()},
             "engine": engine,
-            "rounds": options.rounds,
             "cases": {
                 case.name: compare(case, broker, folder, options.rounds)
                 if case.records
@@ -205,13 +204,14 @@ def compare(case: Case, broker: Broker, folder: Path, rounds: int) -> dict[str, 
         for name in order:
             speeds[name].append(measured(case.contestants[name], broker, folder, case.records))
             print(case.name, turn + 1, name, *(round(value, 3) for value in speeds[name][-1]), flush=True)
-    return summary(speeds, len(case.records))
+    return summary(speeds, len(case.records), rounds)
 
 
-def summary(speeds: dict[str, list[Speed]], events: int) -> dict[str, Any]:
+def summary(speeds: dict[str, list[Speed]], events: int, rounds: int) -> dict[str, Any]:
     own, *peers = speeds
     return {
         "events": events,
+        "rounds": rounds,
         "events_per_s": {name: [round(turn.events_per_s, 1) for turn in turns] for name, turns in speeds.items()},
         "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
         "speed, worker / peer": {peer: ratio(column(speeds[own], 0), column(speeds[peer], 0)) for peer in peers},
@@ -322,7 +322,7 @@ def table(figures: dict[str, Any]) -> str:
     listed = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     head = (
         f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {listed}. "
-        f"Medians of {figures['rounds']} rounds in turn; in brackets minimum and maximum."
+        "Medians of rounds in turn; in brackets minimum and maximum."
     )
     lines = [head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]
     late = figures["event loop late, ms"]
@@ -337,7 +337,7 @@ def table(figures: dict[str, Any]) -> str:
 def rows(name: str, case: dict[str, Any]) -> list[str]:
     return [
         "",
-        f"{name}, {case['events']:,} events{' (of an earlier version)' if case.get('is_older') else ''}",
+        f"{name}, {case['events']:,} events, {case['rounds']} rounds{' (of an earlier version)' if case.get('is_older') else ''}",
         "",
         "| what | events/s | CPU s per 1,000 events | speed, worker / peer | CPU, worker / peer |",
         "| --- | --- | --- | --- | --- |",
