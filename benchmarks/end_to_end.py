@@ -335,9 +335,10 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def rows(name: str, case: dict[str, Any]) -> list[str]:
+    age = " (of an earlier version)" if case.get("is_older") else ""
     return [
         "",
-        f"{name}, {case['events']:,} events, {case['rounds']} rounds{' (of an earlier version)' if case.get('is_older') else ''}",
+        f"{name}, {case['events']:,} events, {case['rounds']} rounds{age}",
         "",
         "| what | events/s | CPU s per 1,000 events | speed, worker / peer | CPU, worker / peer |",
         "| --- | --- | --- | --- | --- |",
