@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # A micro-batch is thousands of objects that are no garbage: looked through every 700 of them, as is Python's default, they
-# would cost a fifth of what a record costs. The first collections take a millisecond so, the rare full ones three.
-GC_THRESHOLDS: Final = (50_000, 20, 20)
+# would cost a fifth of what a record costs. The first collections take half a millisecond so, the rare full ones three.
+GC_THRESHOLDS: Final = (20_000, 20, 20)
 LAST_SPANS_S: Final = 2.0
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
 
