@@ -5,7 +5,7 @@ process of its own; in each round all take turns, in another order each time. Ra
 
 - model: a randomly initialised network of the card's architecture; the peers with transformers by the book (hf) and with
   this project's own model class (ours).
-- plumbing: a model that costs nothing; batches of 2,000 for the peers and of 1,024 for the worker, where each is best.
+- plumbing: a model that costs nothing; batches of 2,000 for the peers and of 1,024 for the worker.
 
 All are measured from outside and in the same way: the ends of the output topic's partitions, asked every 50 ms. Speed is the
 slope from the first sample with a tenth of the results to the first with nine tenths; CPU is what the process used between

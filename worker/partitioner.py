@@ -17,7 +17,10 @@ Hashes = NDArray[np.uint32]
 
 
 def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> Hashes:
-    """Of N records: by murmur2 of the key; where that is null, the input partition modulo the output's partitions."""
+    """The output partitions of N records, shape (N,), each below ``partitions``.
+
+    By murmur2 of the key; where that is null, the input partition modulo the output's partitions.
+    """
     hashes = murmur2([key or b"" for key in keys] if None in keys else keys) & POSITIVE  # type: ignore[arg-type]
     if None in keys:
         hashes = np.where([key is not None for key in keys], hashes, np.array(origins, np.uint32))

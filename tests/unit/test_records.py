@@ -112,6 +112,16 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
         next(runs)
 
 
+def test_the_limit_is_asked_for_when_records_are_taken() -> None:
+    """Between two runs there may have become room, or none."""
+    limits = iter([1, 3, 2])
+    store = Fetched()
+    store.limits[TP] = lambda: next(limits)
+    store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(batch(0, plain(6))), backoff=0)
+    runs = store[TP]._partition_records
+    assert [len(next(runs)) for _ in range(3)] == [1, 3, 2]
+
+
 async def test_each_partition_has_a_limit_of_its_own() -> None:
     other = TopicPartition("texts", 4)
     consumer = FakeConsumer()
