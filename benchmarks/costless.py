@@ -43,6 +43,7 @@ class CostlessModel:
     max_tokens = 512
     passes = 1
     widths = ()
+    pass_tokens = 1
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         return Tokens(len(texts))

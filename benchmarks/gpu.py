@@ -209,14 +209,14 @@ def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str,
 
     ids = model.tokenize(window).ids
     lengths = [len(each) for each in ids]
-    batches = cut_by_length(lengths, model.max_batch_tokens, model.widths)
+    batches = cut_by_length(lengths, model.max_batch_tokens, model.pass_tokens, model.widths)
     shapes = Shapes(model.max_tokens, model.max_batch_tokens)
     shaped = [(batch, shapes.of(len(batch), max(lengths[index] for index in batch))) for batch in batches]
     wire = np.zeros(max(shape.rows * (shape.width + 1) for _, shape in shaped), dtype=np.int32)
     logits = model._all_logits(ids)
     steps: dict[str, Callable[[], object]] = {
         "tokenize": lambda: model.tokenize(window),
-        "cut": lambda: cut_by_length(lengths, model.max_batch_tokens, model.widths),
+        "cut": lambda: cut_by_length(lengths, model.max_batch_tokens, model.pass_tokens, model.widths),
         "pack": lambda: [pack([ids[index] for index in batch], shape, wire) for batch, shape in shaped],
         "passes, one thread": lambda: [model.logits([ids[index] for index in batch]) for batch in batches],
         "passes, as the engine does": lambda: model._all_logits(ids),

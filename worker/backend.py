@@ -21,13 +21,19 @@ from worker.tuning import keep_memory, use_one_thread
 log = logging.getLogger(__name__)
 
 EXAMPLE_LENGTH = 64
+TURNS = 3  # of the backends, so that a neighbour's noise meets both
 COMPARED_TOKENS = 8_192  # of a batch of examples
+A_PASS_TOKENS = 16  # between what ONNX Runtime's and torch's passes cost beside their tokens
 
 
 class Run(Protocol):
-    """N token lists → logits (N, labels), in one pass. ``widths``: those that texts are padded to; none if any."""
+    """N token lists → logits (N, labels), in one pass.
+
+    ``widths``: those that texts are padded to; none if any. ``pass_tokens``: as cut_by_length takes them.
+    """
 
     widths: Sequence[int]
+    pass_tokens: int
 
     def __call__(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
 
@@ -110,6 +116,7 @@ class PaddedPasses:
     """Passes on a CPU, padded to the longest text. The calling thread computes; for any number of threads."""
 
     widths: Sequence[int] = ()
+    pass_tokens = A_PASS_TOKENS
 
     def __init__(self, forward: Forward, padding: int) -> None:
         self._forward = forward
@@ -135,7 +142,7 @@ def padded_ids(ids: Sequence[TokenIds], padding: int) -> tuple[NDArray[np.int64]
 
 
 def _logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) -> NDArray[np.float32]:
-    batches = cut_by_length([len(ids) for ids in examples], COMPARED_TOKENS)
+    batches = cut_by_length([len(ids) for ids in examples], COMPARED_TOKENS, COMPARED_TOKENS)
     logits: dict[int, NDArray[np.float32]] = {}
     with torch.inference_mode():
         for batch in batches:
@@ -156,11 +163,21 @@ def _faster(network: Any, lean: LeanNetwork) -> Forward:
     except Exception as error:  # noqa: BLE001 - whatever an exporter raises, there is a forward without it
         log.warning("the network cannot be exported to ONNX Runtime", extra={"error": type(error).__name__})
         return lean
-    ids = torch.full((EXAMPLE_TOKENS // EXAMPLE_LENGTH, EXAMPLE_LENGTH), 1)
-    with torch.inference_mode():
-        took = {"torch": seconds(lean, ids, None), "onnx": seconds(other, ids, None)}
-    log.info("measured the backends", extra={name: f"{1000 * each:.2f} ms" for name, each in took.items()})
+    took = _token_seconds({"torch": lean, "onnx": other})
+    log.info("measured the backends", extra={name: f"{1e6 * each:.1f} us a token" for name, each in took.items()})
     return lean if took["torch"] <= took["onnx"] or not is_alike(other, network) else other
+
+
+def _token_seconds(forwards: dict[str, Forward]) -> dict[str, float]:
+    """Of each, in a pass of a single text and in a full one, for a light load has the former and a backlog the latter."""
+    took = dict.fromkeys(forwards, 0.0)
+    with torch.inference_mode():
+        for texts in (1, EXAMPLE_TOKENS // EXAMPLE_LENGTH):
+            ids = torch.full((texts, EXAMPLE_LENGTH), 1)
+            turns = [{name: seconds(each, ids, None) for name, each in forwards.items()} for _ in range(TURNS)]
+            for name in forwards:
+                took[name] += min(turn[name] for turn in turns) / ids.numel() / 2
+    return took
 
 
 def _exported(network: Any, *, is_int8: bool) -> exported.ExportedNetwork:

@@ -11,8 +11,6 @@ from typing import Final, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-A_PASS_TOKENS: Final = 2_048  # what a GPU computes in the time that one more pass takes to be sent and fetched
-
 TokenIds = Sequence[int] | NDArray[np.int32]
 """Of one text."""
 
@@ -78,45 +76,40 @@ class MicroBatcher(Generic[Source, Item]):
         return dropped
 
 
-def cut_by_length(lengths: Sequence[int], max_tokens: int, widths: Sequence[int] = ()) -> list[list[int]]:
+def cut_by_length(
+    lengths: Sequence[int], max_tokens: int, pass_tokens: int, widths: Sequence[int] = ()
+) -> list[list[int]]:
     """Cuts texts into device batches, longest first, each at most ``max_tokens`` when padded to its longest.
 
     ``lengths`` are in tokens. Answers with lists of indices into ``lengths``, each index once; a text that is longer than
     ``max_tokens`` goes alone. Longest first, so that memory that does not suffice is found out at once.
 
-    ``widths``, ascending, are those that the device pads to, if it is not any. Then texts of one width are kept together,
-    as long as padding them to the width before would cost more than a pass of their own.
+    ``pass_tokens`` is what the device computes in the time that one more pass costs: a device batch ends where its padding
+    would come to more than that. ``widths``, ascending, are those that the device pads to, if it is not any.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-tokens, kind="stable")
     sizes = np.maximum(1, tokens)
-    if not widths:
-        return _cut(order.tolist(), sizes[order].tolist(), max_tokens)
-    padded = np.append(np.asarray(widths), sizes.max(initial=1))[np.searchsorted(widths, sizes[order])]
-    return _cut_by_width(order.tolist(), padded, max_tokens)
+    padded = sizes[order]
+    if widths:
+        padded = np.append(np.asarray(widths), sizes.max(initial=1))[np.searchsorted(widths, padded)]
+    return _cut_by_width(order.tolist(), padded, max_tokens, pass_tokens)
 
 
-def _cut(order: list[int], sizes: list[int], max_tokens: int) -> list[list[int]]:
-    batches = []
-    begin = 0
-    while begin < len(order):
-        end = begin + max(1, max_tokens // sizes[begin])
-        batches.append(order[begin:end])
-        begin = end
-    return batches
-
-
-def _cut_by_width(order: list[int], padded: NDArray[np.int64], max_tokens: int) -> list[list[int]]:
+def _cut_by_width(
+    order: list[int], padded: NDArray[np.int64], max_tokens: int, pass_tokens: int
+) -> list[list[int]]:
     batches: list[list[int]] = []
-    begin, width = 0, 0
+    begin, width, padding = 0, 0, 0
     borders = [*(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(order)]
     for end in borders if order else []:
         own = int(padded[begin])
-        joins = batches and (end - begin) * (width - own) <= A_PASS_TOKENS
-        if joins and (len(batches[-1]) + end - begin) * width <= max_tokens:
+        padding += (end - begin) * (width - own)
+        if batches and padding <= pass_tokens and (len(batches[-1]) + end - begin) * width <= max_tokens:
             batches[-1].extend(order[begin:end])
         else:
-            width = own
-            batches.extend(_cut(order[begin:end], [own] * (end - begin), max_tokens))
+            width, padding = own, 0
+            texts = max(1, max_tokens // own)
+            batches.extend(order[first : min(first + texts, end)] for first in range(begin, end, texts))
         begin = end
     return batches

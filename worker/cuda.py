@@ -28,6 +28,7 @@ Logits = NDArray[np.float32]
 
 SMALLEST_WIDTH: Final = 16
 PASSES: Final = 2  # one is packed and sent while another is computed
+A_PASS_TOKENS: Final = 2_048  # computed in the time that one more pass takes to be sent and fetched
 GRAPHS: Final = 256  # the shapes of the largest budget that is tried
 GRAPH_MEMORY: Final = 1 / 8  # of what is free at the start
 GRAPH_PATIENCE_S: Final = 15.0
@@ -141,6 +142,7 @@ class Passes:
 
     def __init__(self, lane: Lane, shapes: Shapes, exact: "Passes | None" = None) -> None:
         self.widths: Sequence[int] = shapes.widths
+        self.pass_tokens = A_PASS_TOKENS
         self._lane = lane
         self._shapes = shapes
         self._exact = exact

@@ -48,6 +48,7 @@ class Model(Protocol):
     max_tokens: int
     passes: int
     widths: Sequence[int]
+    pass_tokens: int
 
     def tokenize(self, texts: Sequence[str], /) -> Any: ...
     def logits(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
@@ -292,7 +293,7 @@ class Inference:
     def _score(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
         """Answers for N token lists, by device batches within the budget."""
         answers: list[Sentiment | str] = [""] * len(ids)
-        batches = cut_by_length([len(tokens) for tokens in ids], self._budget, model.widths)
+        batches = cut_by_length([len(tokens) for tokens in ids], self._budget, model.pass_tokens, model.widths)
         scored = side_by_side(model.passes, lambda batch: self._score_batch(model, [ids[i] for i in batch]), batches)
         for batch, of_batch in zip(batches, scored, strict=True):
             for index, answer in zip(batch, of_batch, strict=True):

@@ -72,7 +72,7 @@ class SentimentModel:
     """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens.
 
     ``passes``: so many threads may call ``logits`` at once, and together are the fastest. ``widths``: those that texts are
-    padded to, ascending; none if any.
+    padded to, ascending; none if any. ``pass_tokens``: as cut_by_length takes them.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class SentimentModel:
         self.dtype = dtype
         self.passes = passes
         self.widths = run.widths
+        self.pass_tokens = run.pass_tokens
         self.max_tokens = max_tokens
         self._encode = encode
         self._run = run
@@ -280,7 +281,7 @@ class SentimentModel:
 
     def _all_logits(self, ids: Sequence[Ids]) -> NDArray[np.float32]:
         logits = np.empty((len(ids), len(LABELS)), dtype=np.float32)
-        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.widths)
+        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
         answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
             logits[batch] = answer

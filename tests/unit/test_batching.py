@@ -13,6 +13,7 @@ from worker.batching import MicroBatcher, cut_by_length
 SOURCES = ("a", "b", "c")
 LENGTHS = st.lists(st.integers(0, 600), max_size=80)
 BUDGETS = st.integers(1, 2_000)
+PASS_TOKENS = st.integers(0, 1_000)
 patient = settings(deadline=None)  # a busy machine breaks no promise
 
 
@@ -122,54 +123,75 @@ def test_a_source_that_is_gone_takes_its_own_items_with_it() -> None:
 
 
 @patient
-@given(LENGTHS, BUDGETS)
-def test_each_text_is_cut_into_one_device_batch_once(lengths: list[int], max_tokens: int) -> None:
-    batches = cut_by_length(lengths, max_tokens)
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_each_text_is_cut_into_one_device_batch_once(lengths: list[int], max_tokens: int, pass_tokens: int) -> None:
+    batches = cut_by_length(lengths, max_tokens, pass_tokens)
     assert Counter(index for batch in batches for index in batch) == Counter(range(len(lengths)))
     assert all(batches)
 
 
 @patient
-@given(LENGTHS, BUDGETS)
-def test_a_padded_device_batch_is_within_the_budget_unless_it_is_one_text(lengths: list[int], max_tokens: int) -> None:
-    for batch in cut_by_length(lengths, max_tokens):
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_a_padded_device_batch_is_within_the_budget_unless_it_is_one_text(
+    lengths: list[int], max_tokens: int, pass_tokens: int
+) -> None:
+    for batch in cut_by_length(lengths, max_tokens, pass_tokens):
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= max_tokens
 
 
 @patient
-@given(LENGTHS, BUDGETS)
-def test_texts_go_longest_first_within_and_over_device_batches(lengths: list[int], max_tokens: int) -> None:
-    order = [lengths[index] for batch in cut_by_length(lengths, max_tokens) for index in batch]
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_texts_go_longest_first_within_and_over_device_batches(
+    lengths: list[int], max_tokens: int, pass_tokens: int
+) -> None:
+    order = [lengths[index] for batch in cut_by_length(lengths, max_tokens, pass_tokens) for index in batch]
     assert order == sorted(lengths, reverse=True)
 
 
 @patient
-@given(LENGTHS, BUDGETS)
-def test_no_device_batch_is_closed_while_the_next_text_still_fits(lengths: list[int], max_tokens: int) -> None:
-    batches = cut_by_length(lengths, max_tokens)
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * max(1, lengths[batch[0]]) > max_tokens
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_a_device_batch_pads_no_more_than_a_pass_costs(lengths: list[int], max_tokens: int, pass_tokens: int) -> None:
+    for batch in cut_by_length(lengths, max_tokens, pass_tokens):
+        longest = max(1, lengths[batch[0]])
+        assert sum(longest - max(1, lengths[index]) for index in batch) <= pass_tokens
+
+
+@patient
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_no_device_batch_is_closed_while_the_next_length_still_fits_and_pays(
+    lengths: list[int], max_tokens: int, pass_tokens: int
+) -> None:
+    batches = cut_by_length(lengths, max_tokens, pass_tokens)
+    sizes = [max(1, length) for length in lengths]
+    for batch, following in pairwise(batches):
+        width, next_width = sizes[batch[0]], sizes[following[0]]
+        others = sum(sizes[index] == next_width for index in following)  # those of one length go together
+        padding = sum(width - sizes[index] for index in batch)
+        is_full = (len(batch) + others) * width > max_tokens
+        assert is_full or padding + others * (width - next_width) > pass_tokens
 
 
 @patient
 @given(st.integers(0, 50), BUDGETS)
 def test_texts_without_tokens_are_cut_too(count: int, max_tokens: int) -> None:
-    batches = cut_by_length([0] * count, max_tokens)
+    batches = cut_by_length([0] * count, max_tokens, 1)
     assert sum(map(len, batches)) == count
     assert all(len(batch) <= max_tokens for batch in batches)
 
 
 def test_equal_lengths_keep_their_order() -> None:
-    assert cut_by_length([3, 5, 3, 5, 3], max_tokens=10) == [[1, 3], [0, 2, 4]]
+    assert cut_by_length([3, 5, 3, 5, 3], 10, 0) == [[1, 3], [0, 2, 4]]
 
 
 WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 @patient
-@given(LENGTHS, BUDGETS)
-def test_with_widths_each_text_is_still_cut_once_and_within_the_budget(lengths: list[int], max_tokens: int) -> None:
-    batches = cut_by_length(lengths, max_tokens, WIDTHS)
+@given(LENGTHS, BUDGETS, PASS_TOKENS)
+def test_with_widths_each_text_is_still_cut_once_and_within_the_budget(
+    lengths: list[int], max_tokens: int, pass_tokens: int
+) -> None:
+    batches = cut_by_length(lengths, max_tokens, pass_tokens, WIDTHS)
     assert Counter(index for batch in batches for index in batch) == Counter(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[index] for index in batch)
@@ -179,5 +201,5 @@ def test_with_widths_each_text_is_still_cut_once_and_within_the_budget(lengths: 
 
 def test_a_width_with_many_texts_is_kept_apart_and_one_with_few_joins_the_longer() -> None:
     many, few = [500] + [60] * 100, [500] + [60] * 2
-    assert list(map(len, cut_by_length(many, 65_536, WIDTHS))) == [1, 100]
-    assert list(map(len, cut_by_length(few, 65_536, WIDTHS))) == [3]
+    assert list(map(len, cut_by_length(many, 65_536, 2_048, WIDTHS))) == [1, 100]
+    assert list(map(len, cut_by_length(few, 65_536, 2_048, WIDTHS))) == [3]

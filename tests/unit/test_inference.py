@@ -31,6 +31,7 @@ class Model:
     max_tokens = 512
     passes = 1
     widths = ()
+    pass_tokens = 1_000
 
     def __init__(self, max_batch_tokens: int = 64) -> None:
         self.max_batch_tokens = max_batch_tokens
