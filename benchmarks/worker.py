@@ -146,12 +146,15 @@ def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence
         worker.wait_until_ready()
         wait_for(lambda: alive(worker) and kafka.count(topics.output) >= len(texts), "all results", 300, every=0.5)
         assert worker.terminate() == 0
-    published = sorted(
-        datetime.fromisoformat(json.loads(record.value or b"")["processed_at"]).timestamp()
-        for record in kafka.read(topics.output)
-    )
-    later = [moment for moment in published if moment > published[0]]
-    return len(later) / (published[-1] - published[0])
+    moments = published(kafka, topics)
+    later = [moment for moment in moments if moment > moments[0]]
+    return len(later) / (moments[-1] - moments[0])
+
+
+def published(kafka: Kafka, topics: Topics) -> list[float]:
+    """When each result was published, s since 1970, ascending."""
+    results = (json.loads(record.value or b"") for record in kafka.read(topics.output))
+    return sorted(datetime.fromisoformat(result["processed_at"]).timestamp() for result in results)
 
 
 # Light load.

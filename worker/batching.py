@@ -6,7 +6,7 @@ is gone (a revoked partition) can be dropped without touching the others.
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,9 +96,7 @@ def cut_by_length(
     return _cut_by_width(order.tolist(), padded, max_tokens, pass_tokens)
 
 
-def _cut_by_width(
-    order: list[int], padded: NDArray[np.int64], max_tokens: int, pass_tokens: int
-) -> list[list[int]]:
+def _cut_by_width(order: list[int], padded: NDArray[np.int64], max_tokens: int, pass_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     begin, width, padding = 0, 0, 0
     borders = [*(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(order)]
