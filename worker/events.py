@@ -471,7 +471,7 @@ def _json_time(timestamp: int | None) -> bytes:
     if timestamp is None or timestamp < 0:
         return _NO_TIME
     try:
-        return orjson.dumps(iso_time(timestamp))
+        return f'"{iso_time(timestamp)}"'.encode()  # what orjson makes keeps the four kilobytes that it was written in
     except (ValueError, OverflowError):
         return _BEYOND
 
