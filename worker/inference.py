@@ -9,7 +9,6 @@ import asyncio
 import logging
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -89,28 +88,37 @@ class Job:
 
 
 class Cache:
-    """The newest results by text, at most ``size``. Keyed by digest, so that its memory does not grow with the texts."""
+    """Results of the newest texts: at least half of ``size``, at most all, were it even. Keyed by digest, for texts may be long.
+
+    Two generations: what is asked for moves to the young one, and once that is half of all, the old one goes. Unlike an
+    order by last use, that costs a dict's own work alone, and memory stays as it is once both have been full.
+    """
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[bytes, tuple[Sentiment, bool]] = OrderedDict()
+        self._half = -(-size // 2)
+        self._young: dict[bytes, tuple[Sentiment, bool]] = {}
+        self._old: dict[bytes, tuple[Sentiment, bool]] = {}
 
     @property
     def is_off(self) -> bool:
-        return self._size == 0
+        return self._half == 0
 
     def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
-        entry = self._entries.get(digest)
-        if entry is not None:
-            self._entries.move_to_end(digest)
+        entry = self._young.get(digest)
+        if entry is None:
+            entry = self._old.pop(digest, None)
+            if entry is not None:
+                self._keep(digest, entry)
         return entry
 
     def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
-        if not self._size:
-            return
-        self._entries[digest] = (sentiment, truncated)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
+        if self._half:
+            self._keep(digest, (sentiment, truncated))
+
+    def _keep(self, digest: bytes, entry: tuple[Sentiment, bool]) -> None:
+        if len(self._young) >= self._half:
+            self._young, self._old = {}, self._young
+        self._young[digest] = entry
 
 
 class Inference:
