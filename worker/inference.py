@@ -88,7 +88,7 @@ class Job:
 
 
 class Cache:
-    """Results of the newest texts: at least half of ``size``, at most all, were it even. Keyed by digest, for texts may be long.
+    """Results of the newest texts, at least half of ``size`` and at most all of it. Keyed by digest, for texts may be long.
 
     Two generations: what is asked for moves to the young one, and once that is half of all, the old one goes. Unlike an
     order by last use, that costs a dict's own work alone, and memory stays as it is once both have been full.

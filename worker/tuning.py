@@ -1,9 +1,7 @@
 """CPU threads and the token budget of a device batch, found by measuring. Blocks for some hundred milliseconds."""
 
-import ctypes
 import logging
 import os
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +19,6 @@ CPU_BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
 CUDA_BUDGETS: Final = (4_096, 8_192, 16_384, 32_768, 65_536)
 PATIENCE_S: Final = 0.3
 WORTH: Final = 1.03  # a larger budget pads more and a thread costs others a core, so either has to bring this much
-M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
-M_MMAP_THRESHOLD: Final = -3
-LARGEST_BLOCK: Final = 1 << 30
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "150000 100000": microseconds of a period
 
 
@@ -42,14 +37,6 @@ def use_one_thread() -> None:
     """For the calling thread: passes run side by side, which wastes less than several threads in each."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-
-
-def keep_memory() -> None:
-    """Lets glibc keep blocks that are freed: given back, the next pass pays for them by page faults, a tenth of its time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_BLOCK)
 
 
 def tune_threads(forward: Forward) -> int:
