@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from worker import exported
 from worker.batching import TokenIds, cut_by_length
 from worker.cuda import AGREEMENT, expected_agreement
-from worker.memory import keep_all_blocks
+from worker.memory import keep_blocks
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
@@ -62,7 +62,7 @@ def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     if wants_onnx:
         _refuse_what_onnx_cannot(network, backend, is_int8)
     if network.device.type == "cpu":
-        keep_all_blocks()
+        keep_blocks()
         use_one_thread()
     lean = _lean(network)
     if lean is None:

@@ -17,7 +17,7 @@ from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
-from worker.memory import return_large_blocks
+from worker.memory import keep_blocks
 from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
@@ -150,7 +150,7 @@ async def _started(
     settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
 ) -> Pipeline:
     connection = Connection.as_set(settings)
-    return_large_blocks()
+    keep_blocks()
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
     gc.collect()
     gc.freeze()  # torch brings 400,000 objects: a full collection would stop the event loop for a fifth of a second
