@@ -171,7 +171,7 @@ def matrix_products() -> dict[str, list[Product]]:
 
 
 def sustained_flops(product: Product) -> float:
-    """Operations per second, for as long as an engine's turn takes about."""
+    """Operations per second, over a second and not at best: an engine's turn takes seconds, too."""
     count, started = 0, time.perf_counter()
     with torch.inference_mode():
         while time.perf_counter() - started < PEAK_S:

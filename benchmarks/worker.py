@@ -152,7 +152,7 @@ def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence
 
 
 def published(kafka: Kafka, topics: Topics) -> list[float]:
-    """When each result was published, s since 1970, ascending."""
+    """When each result was made, s since 1970, ascending."""
     results = (json.loads(record.value or b"") for record in kafka.read(topics.output))
     return sorted(datetime.fromisoformat(result["processed_at"]).timestamp() for result in results)
 

@@ -159,8 +159,9 @@ READING: Final[dict[str, dict[str, str]]] = {
         "the network.",
     },
     "Are the batches full?": {
-        "batch_texts": "Small at full load: `max_batch_tokens` or `max_batch_texts` is too low for this device.",
-        "batch_tokens": "Near `max_batch_tokens` at full load; far below it when there is little to do.",
+        "batch_texts": "Small at full load on a GPU: `max_batch_tokens` or `max_batch_texts` is too low. On a CPU passes are short: one "
+        "ends where its padding would cost more than the next pass.",
+        "batch_tokens": "On a GPU near `max_batch_tokens` at full load; far below it when there is little to do, and on a CPU.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,14 +18,13 @@ from worker.memory import keep_blocks
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
-from worker.tuning import use_one_thread
+from worker.tuning import tune_pass_tokens, use_one_thread
 
 log = logging.getLogger(__name__)
 
 EXAMPLE_LENGTH = 64
 TURNS = 3  # of the backends, so that a neighbour's noise meets both
 COMPARED_TOKENS = 8_192  # of a batch of examples
-A_PASS_TOKENS = 16  # between what ONNX Runtime's and torch's passes cost beside their tokens
 
 
 class Run(Protocol):
@@ -117,9 +117,9 @@ class PaddedPasses:
     """Passes on a CPU, padded to the longest text. The calling thread computes; for any number of threads."""
 
     widths: Sequence[int] = ()
-    pass_tokens = A_PASS_TOKENS
 
     def __init__(self, forward: Forward, padding: int) -> None:
+        self.pass_tokens = tune_pass_tokens(forward)
         self._forward = forward
         self._padding = padding
 
@@ -164,20 +164,24 @@ def _faster(network: Any, lean: LeanNetwork) -> Forward:
     except Exception as error:  # noqa: BLE001 - whatever an exporter raises, there is a forward without it
         log.warning("the network cannot be exported to ONNX Runtime", extra={"error": type(error).__name__})
         return lean
-    took = _token_seconds({"torch": lean, "onnx": other})
-    log.info("measured the backends", extra={name: f"{1e6 * each:.1f} us a token" for name, each in took.items()})
-    return lean if took["torch"] <= took["onnx"] or not is_alike(other, network) else other
+    took = _passes_seconds({"torch": lean, "onnx": other})
+    log.info(
+        "measured the backends, by a pass of one text and by a full one",
+        extra={name: " and ".join(f"{1000 * each:.2f} ms" for each in passes) for name, passes in took.items()},
+    )
+    is_faster = math.prod(took["onnx"]) < math.prod(took["torch"])  # by the mean of both ratios
+    return other if is_faster and is_alike(other, network) else lean
 
 
-def _token_seconds(forwards: dict[str, Forward]) -> dict[str, float]:
-    """Of each, in a pass of a single text and in a full one, for a light load has the former and a backlog the latter."""
-    took = dict.fromkeys(forwards, 0.0)
+def _passes_seconds(forwards: dict[str, Forward]) -> dict[str, list[float]]:
+    """Of each, a pass of a single text and a full one: a light load has the former and a backlog the latter."""
+    took: dict[str, list[float]] = {name: [] for name in forwards}
     with torch.inference_mode():
         for texts in (1, EXAMPLE_TOKENS // EXAMPLE_LENGTH):
             ids = torch.full((texts, EXAMPLE_LENGTH), 1)
-            turns = [{name: seconds(each, ids, None) for name, each in forwards.items()} for _ in range(TURNS)]
-            for name in forwards:
-                took[name] += min(turn[name] for turn in turns) / ids.numel() / 2
+            turns = [[seconds(each, ids, None) for each in forwards.values()] for _ in range(TURNS)]
+            for name, of_one in zip(forwards, zip(*turns, strict=True), strict=True):
+                took[name].append(min(of_one))
     return took
 
 

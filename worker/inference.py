@@ -25,7 +25,7 @@ from worker.threads import Thread, side_by_side
 log = logging.getLogger(__name__)
 
 KNOWN_GOOD = "Хорошо, спасибо."
-TOO_MANY = 8  # texts of one device batch that cannot all be poison
+TOO_MANY = 8  # texts of one micro-batch that cannot all be poison
 MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # for a neighbour on the same device to give memory back
 WARM_UP_LENGTHS = (4, 32, 128, 512)
 SLICE = 2_048  # texts digested before the event loop may do something else: some milliseconds
@@ -88,20 +88,19 @@ class Job:
 
 
 class Cache:
-    """Results of the newest texts, at least half of ``size`` and at most all of it. Keyed by digest, for texts may be long.
+    """Results of the newest texts: at least half of ``size``, at most all. Keyed by digest, for texts may be long.
 
-    Two generations: what is asked for moves to the young one, and once that is half of all, the old one goes. Unlike an
-    order by last use, that costs a dict's own work alone, and memory stays as it is once both have been full.
+    Two generations: what is asked for moves to the young one, and once that is half of all, it becomes the old one, and the
+    old one goes, an entry or two at a time. Unlike an order by last use, memory stays level once both have been full.
     """
 
     def __init__(self, size: int) -> None:
-        self._half = -(-size // 2)
+        """Of ``size`` texts, 0 for none; as there are two generations, 1 is as 2."""
+        self.is_off = size == 0
+        self._half = max(1, size // 2)
         self._young: dict[bytes, tuple[Sentiment, bool]] = {}
         self._old: dict[bytes, tuple[Sentiment, bool]] = {}
-
-    @property
-    def is_off(self) -> bool:
-        return self._half == 0
+        self._going: dict[bytes, tuple[Sentiment, bool]] = {}
 
     def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
         entry = self._young.get(digest)
@@ -112,13 +111,16 @@ class Cache:
         return entry
 
     def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
-        if self._half:
+        if not self.is_off:
+            self._old.pop(digest, None)
             self._keep(digest, (sentiment, truncated))
 
     def _keep(self, digest: bytes, entry: tuple[Sentiment, bool]) -> None:
-        if len(self._young) >= self._half:
-            self._young, self._old = {}, self._young
+        if len(self._young) >= self._half and digest not in self._young:
+            self._young, self._old, self._going = {}, self._young, self._old
         self._young[digest] = entry
+        for _ in range(min(2, len(self._going))):  # all at once would hold up the event loop
+            self._going.popitem()
 
 
 class Inference:
@@ -306,6 +308,8 @@ class Inference:
         for batch, of_batch in zip(batches, scored, strict=True):
             for index, answer in zip(batch, of_batch, strict=True):
                 answers[index] = answer
+        if len(ids) >= TOO_MANY and not any(isinstance(answer, Sentiment) for answer in answers):
+            raise InferenceLost(f"all {len(ids)} texts of a micro-batch fail, together and one by one")
         return answers
 
     def _score_batch(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
@@ -326,8 +330,6 @@ class Inference:
         answers: list[Sentiment | str] = []
         for tokens, sentiment in zip(ids, sentiments, strict=True):
             answers.extend([sentiment] if sentiment else self._doubt(model, tokens, alone=len(ids) == 1))
-        if len(ids) >= TOO_MANY and not any(isinstance(answer, Sentiment) for answer in answers):
-            raise InferenceLost(f"all {len(ids)} texts of a device batch fail, together and one by one")
         return answers
 
     def _doubt(self, model: Model, tokens: TokenIds, *, alone: bool) -> list[Sentiment | str]:
@@ -350,7 +352,7 @@ class Inference:
         if len(ids) == 1:
             return self._wait_for_memory(model, ids)
         longest = max(len(tokens) for tokens in ids)
-        self._budget = max(longest, len(ids) * longest // 2)
+        self._budget = min(self._budget, max(longest, len(ids) * longest // 2))
         log.warning("out of memory: the token budget is %d from now on", self._budget)
         half = len(ids) // 2
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])

@@ -382,7 +382,9 @@ class RunSettings(ModelSettings, EventSettings):
     )
     max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
     linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
-    cache_size: int = Field(65_536, ge=0, description="results kept for repeated texts, texts; 0: none")
+    cache_size: int = Field(
+        65_536, ge=0, description="results kept for repeated texts, half of them for certain; 0: none"
+    )
     inference_timeout_s: Seconds = Field(60, description="a device batch that takes longer is hung, s")
     drain_timeout_s: Seconds = Field(20, description="to finish what is in flight at SIGTERM, s")
     http_host: Annotated[str, AfterValidator(_host)] = Field(

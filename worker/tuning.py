@@ -18,6 +18,8 @@ EXAMPLE_TOKENS: Final = 1_024
 CPU_BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
 CUDA_BUDGETS: Final = (4_096, 8_192, 16_384, 32_768, 65_536)
 PATIENCE_S: Final = 0.3
+LEAST_PASS_TOKENS: Final = 8  # whatever a noisy machine shows
+MOST_PASS_TOKENS: Final = 128
 WORTH: Final = 1.03  # a larger budget pads more and a thread costs others a core, so either has to bring this much
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "150000 100000": microseconds of a period
 
@@ -67,6 +69,17 @@ def tune_budget(forward: Forward, device: torch.device, longest: int) -> int:
             best, speed = budget, tokens_per_s
     log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speed)})
     return max(best, longest)
+
+
+def tune_pass_tokens(forward: Forward) -> int:
+    """The tokens that a CPU computes in the time that one more pass costs, from a short pass and a full one."""
+    short, full = 1, EXAMPLE_TOKENS // EXAMPLE_LENGTH
+    took = {texts: _took(forward, torch.full((texts, EXAMPLE_LENGTH), 1)) for texts in (short, full)}
+    token_s = (took[full] - took[short]) / ((full - short) * EXAMPLE_LENGTH)
+    if token_s <= 0:
+        return MOST_PASS_TOKENS
+    overhead = round(took[short] / token_s) - short * EXAMPLE_LENGTH
+    return min(max(overhead, LEAST_PASS_TOKENS), MOST_PASS_TOKENS)
 
 
 def _example(tokens: int, device: torch.device) -> torch.Tensor:

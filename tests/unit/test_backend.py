@@ -82,6 +82,23 @@ def test_auto_takes_the_faster_one(faster: str, kind: type, monkeypatch: pytest.
     assert isinstance(choose(bert(), backend="auto", is_int8=False), kind)
 
 
+@pytest.mark.parametrize(("full", "kind"), [(1.9, LeanNetwork), (2.1, ExportedNetwork)])
+def test_auto_weighs_a_single_text_and_a_full_pass_alike(
+    full: float, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Onnx takes twice as long for one text; torch takes ``full`` times as long for many, and a neighbour disturbs once."""
+    noise = [9.0]
+
+    def seconds(forward: object, ids: torch.Tensor, _: object) -> float:
+        is_onnx = isinstance(forward, ExportedNetwork)
+        if len(ids) == 1:
+            return 0.002 if is_onnx else 0.001
+        return (noise.pop() if noise else 0.010) if is_onnx else 0.010 * full
+
+    monkeypatch.setattr(backend, "seconds", seconds)
+    assert isinstance(choose(bert(), backend="auto", is_int8=False), kind)
+
+
 def test_an_export_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no such operator")

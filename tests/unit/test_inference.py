@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.waiting import wait_for
 from worker import inference as inference_module
-from worker.inference import KNOWN_GOOD, Inference, InferenceLost, Job
+from worker.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.metrics import Metrics
 from worker.model import Tokens
 from worker.sentiment import Activation, Sentiment
@@ -184,12 +186,22 @@ async def test_memory_that_a_neighbour_gives_back_is_waited_for(model: Model, mo
     assert isinstance(job.answers[0], Sentiment)
 
 
-async def test_a_device_batch_that_fails_as_a_whole_is_the_device_s_fault(model: Model) -> None:
+@pytest.mark.parametrize("pass_tokens", [0, 1_000])
+async def test_a_micro_batch_that_fails_as_a_whole_is_the_device_s_fault(model: Model, pass_tokens: int) -> None:
+    model.pass_tokens = pass_tokens
     inference = await loaded(model)
     good = [ord(letter) for letter in KNOWN_GOOD]
     model.not_a_number = lambda tokens: tokens != good
-    with pytest.raises(InferenceLost, match="all 8 texts of a device batch fail"):
-        await answers(inference, [f"t{number}" for number in range(8)])
+    with pytest.raises(InferenceLost, match="all 8 texts of a micro-batch fail"):
+        await answers(inference, ["t" * length for length in range(1, 9)])
+
+
+async def test_a_device_batch_ends_where_padding_costs_more_than_a_pass(model: Model) -> None:
+    model.pass_tokens = 3
+    inference = await loaded(model)
+    model.seen.clear()
+    await answers(inference, ["a" * 10, "b" * 7, "c" * 6, "d" * 2])
+    assert model.seen == [[10, 7], [6], [2]]
 
 
 async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
@@ -256,6 +268,49 @@ async def test_the_cache_is_bounded_and_keeps_what_was_used_last(model: Model) -
     await answers(inference, ["a"])
     await answers(inference, ["b"])
     assert model.tokenized == ["b"]
+
+
+SENTIMENT = Sentiment("neutral", 0.0, (0.1, 0.8, 0.1))
+SIZES = st.integers(0, 9)
+USES = st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60)
+
+
+@settings(deadline=None)
+@given(SIZES, USES)
+def test_the_newest_half_is_found_and_no_more_than_all_is_kept(size: int, uses: list[tuple[bool, int]]) -> None:
+    cache = Cache(size)
+    newest: list[int] = []
+    for is_put, number in uses:
+        digest = bytes([number])
+        if is_put:
+            cache.put(digest, SENTIMENT, bool(number % 2))
+        elif cache.get(digest) is None:
+            assert number not in newest[-(size // 2) :] or not size // 2
+            continue
+        newest = [*(each for each in newest if each != number), number]
+        assert len(cache._young) + len(cache._old) <= (2 if size == 1 else size)
+        assert len(cache._going) <= size
+    if not size:
+        assert not cache._young
+    else:
+        for number in newest[-max(1, size // 2) :]:
+            assert cache.get(bytes([number])) == (SENTIMENT, bool(number % 2))
+
+
+def test_a_generation_that_goes_is_gone_before_the_next_one_does() -> None:
+    cache = Cache(100)
+    for number in range(150):
+        cache.put(bytes([number]), SENTIMENT, False)
+    assert len(cache._going) == 0
+    cache.put(bytes([150]), SENTIMENT, False)
+    assert len(cache._going) == 48
+
+
+def test_what_is_put_twice_drives_nothing_out() -> None:
+    cache = Cache(4)
+    for name in (b"a", b"b", b"c", b"d", b"d", b"d"):
+        cache.put(name, SENTIMENT, False)
+    assert set(cache._old) | set(cache._young) == {b"a", b"b", b"c", b"d"}
 
 
 async def test_a_failure_is_not_remembered(model: Model) -> None:

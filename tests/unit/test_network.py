@@ -148,6 +148,7 @@ def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
         run = SentimentModel.load(name, device="cpu", backend="torch")._run
         assert isinstance(run, PaddedPasses)
         assert isinstance(run._forward, LeanNetwork)
+        assert 8 <= run.pass_tokens <= 128
 
 
 def test_widened_heads_give_the_same_logits(network: Any) -> None:

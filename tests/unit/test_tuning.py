@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worker import tuning
-from worker.tuning import available_cores, tune_budget, tune_threads
+from worker.tuning import available_cores, tune_budget, tune_pass_tokens, tune_threads
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,17 @@ def test_the_budget_with_the_most_tokens_a_second(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tuning, "_took", lambda _, ids: took[ids.numel()])
     assert tune_budget(never, CPU, 128) == 1_024
     assert tune_budget(never, CPU, 2_000) == 2_000
+
+
+@pytest.mark.parametrize(
+    ("overhead_s", "token_s", "tokens"),
+    [(0.002, 0.0001, 20), (0, 0.0001, tuning.LEAST_PASS_TOKENS), (1, 0.0001, tuning.MOST_PASS_TOKENS), (1, 0, 128)],
+)
+def test_what_a_pass_costs_in_tokens(
+    overhead_s: float, token_s: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_took", lambda _, ids: overhead_s + token_s * ids.numel())
+    assert tune_pass_tokens(never) == tokens
 
 
 def test_a_slow_network_is_not_measured_for_long() -> None:
