@@ -18,7 +18,7 @@ from worker.memory import keep_blocks
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
-from worker.tuning import tune_pass_tokens, use_one_thread
+from worker.tuning import use_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ class PaddedPasses:
 
     widths: Sequence[int] = ()
 
-    def __init__(self, forward: Forward, padding: int) -> None:
-        self.pass_tokens = tune_pass_tokens(forward)
+    def __init__(self, forward: Forward, padding: int, pass_tokens: int) -> None:
+        self.pass_tokens = pass_tokens
         self._forward = forward
         self._padding = padding
 

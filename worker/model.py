@@ -22,7 +22,7 @@ from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabili
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode
-from worker.tuning import tune_budget, tune_threads
+from worker.tuning import tune_budget, tune_pass_tokens, tune_threads
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -177,8 +177,10 @@ class SentimentModel:
             )
         else:
             passes = tune_threads(choice.forward) if cpu_threads == "auto" else cpu_threads
-            run = PaddedPasses(choice.forward, padding)
-            log.info("passes of the network side by side", extra={"cpu_threads": passes})
+            run = PaddedPasses(choice.forward, padding, tune_pass_tokens(choice.forward))
+            log.info(
+                "passes of the network side by side", extra={"cpu_threads": passes, "pass_tokens": run.pass_tokens}
+            )
         return cls(
             name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
             encode=encode,
