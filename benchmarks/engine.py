@@ -165,7 +165,7 @@ def matrix_products() -> dict[str, list[Product]]:
     squares = {size: torch.randn(size, size) for size in (1_024, 2_048)}
     weight, bias, rows = torch.randn(936, 312), torch.randn(936), torch.randn(4_096, 312)
     flops = 2 * 4_096 * 312 * 936
-    plain, packed = PlainLinear(weight, bias, False), PackedLinear(weight, bias, False)
+    plain, packed = PlainLinear(weight, bias), PackedLinear(weight, bias)
     own = [Product(partial(torch.mm, matrix, matrix), 2 * size**3) for size, matrix in squares.items()]
     return {"torch": [*own, Product(partial(plain, rows), flops)], "oneDNN": [Product(partial(packed, rows), flops)]}
 

@@ -10,14 +10,15 @@ import os
 import stat
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
-from worker.network import NEVER, LeanNetwork, PlainLinear
+from worker.network import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(
@@ -26,7 +27,7 @@ os.environ.setdefault(
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it has a handler of its own
 
 PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
-VERSION: Final = "2"  # of what this module writes
+VERSION: Final = "3"  # of what this module writes
 
 
 class ExportedNetwork:
@@ -101,12 +102,27 @@ def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
         )
 
 
+class ApartLinear(PlainLinear):
+    """A product for each layer of the same input: parts of one would be copied before they can be used."""
+
+    _layers: Sequence[PlainLinear]
+
+    @classmethod
+    def of(cls, *layers: tuple[Tensor, Tensor], is_gelu: bool = False) -> Self:
+        made = super().of(*layers, is_gelu=is_gelu)
+        made._layers = [PlainLinear.of(layer) for layer in layers]
+        return made
+
+    def each(self, rows: Tensor) -> Sequence[Tensor]:
+        return [layer(rows) for layer in self._layers]
+
+
 class _Module(nn.Module):
     """torch's exporter takes modules alone."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self._lean = LeanNetwork(network, linear=PlainLinear, fused_from=NEVER)
+        self._lean = LeanNetwork(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self._lean(ids, lengths)

@@ -10,8 +10,8 @@ It gives the logits of the checkpoint's own network, but for rounding, and is fa
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,19 @@ ATTENTION_LENGTHS: Final = (512, 384, 256, 192, 128, 96, 64)  # the longer, the 
 NEVER: Final = 2**31
 PATIENCE_S: Final = 0.05
 GPU_HEAD_SIZES: Final = 8  # a multiple of it
+
+
+
+class Order(NamedTuple):
+    """How rows follow each other, by the axis of time in their shape, and the ways of (…, heads, size) to heads and back."""
+
+    time: int
+    to_heads: tuple[int, int, int, int]
+    from_heads: tuple[int, int, int, int]
+
+
+TEXT_BY_TEXT: Final = Order(1, (0, 2, 1, 3), (0, 2, 1, 3))  # rows as (N, T): what fused attention reads best
+TOKEN_BY_TOKEN: Final = Order(0, (1, 2, 0, 3), (2, 0, 1, 3))  # rows as (T, N): ONNX Runtime reads heads where they lie
 
 Linear = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # as LeanNetwork.__call__
@@ -38,11 +51,13 @@ class LeanNetwork:
         linear: "LinearKind | None" = None,
         fused_from: int | None = None,
         head_sizes: int | None = None,
+        order: Order = TEXT_BY_TEXT,
     ) -> None:
         """From a network that ``is_covered``; its weights are copied as far as they are packed anew.
 
         ``linear`` and ``fused_from``, the shortest text whose attention takes the fused kernel, are measured if not given.
         ``head_sizes``: heads are widened to a multiple of it; by default to what the device's kernels ask for.
+        ``order`` of the rows: the answer is the same.
         """
         config = network.config
         body = network.base_model
@@ -51,9 +66,10 @@ class LeanNetwork:
         kind = linear or _fastest_linear(body.encoder.layer[0].attention.self.query)
         activation = config.hidden_act if isinstance(config.hidden_act, str) else ""
         *earlier, last = body.encoder.layer
-        self._embeddings = _Embeddings(body.embeddings, _first_position(config))
-        self._layers = [_Layer(layer, kind, activation, head_sizes) for layer in earlier]
-        self._last = _LastLayer(last, kind, activation, head_sizes)
+        self._order = order
+        self._embeddings = _Embeddings(body.embeddings, _first_position(config), order)
+        self._layers = [_Layer(layer, kind, activation, head_sizes, order) for layer in earlier]
+        self._last = _LastLayer(last, kind, activation, head_sizes, order)
         self._head = _head(network)
         if fused_from is None:
             fused_from = _fused_from(self._last.heads, self._last.head_size, network.dtype, network.device)
@@ -65,9 +81,10 @@ class LeanNetwork:
         hidden = self._embeddings(ids)
         bias = None if lengths is None else _padding_bias(lengths, width, hidden.dtype)
         attend = _by_fused_kernel if width >= self._fused_from else _by_products
+        shape = ids.shape if self._order is TEXT_BY_TEXT else ids.shape[::-1]
         for layer in self._layers:
-            hidden = layer(hidden, ids.shape, bias, attend)
-        return self._head(self._last(hidden, ids.shape, bias))
+            hidden = layer(hidden, shape, bias, attend)
+        return self._head(self._last(hidden, shape, bias))
 
 
 def is_covered(network: Any) -> bool:
@@ -95,24 +112,29 @@ def is_alike(lean: Forward, network: Any) -> bool:
 
 
 class _Embeddings:
-    """Ids (N, T) → rows (N · T, width)."""
+    """Ids (N, T) → rows (N · T, width), in an order."""
 
-    def __init__(self, source: Any, first_position: int) -> None:
+    def __init__(self, source: Any, first_position: int, order: Order) -> None:
         positions = source.position_embeddings.weight[first_position:]
         self._words = source.word_embeddings.weight
         self._positions = (positions + source.token_type_embeddings.weight[0]).contiguous()
         self._norm = source.LayerNorm
+        self._order = order
 
     def __call__(self, ids: Tensor) -> Tensor:
-        sums = functional.embedding(ids, self._words).add_(self._positions[: ids.shape[1]])
+        positions = self._positions[: ids.shape[1]]
+        if self._order is TOKEN_BY_TOKEN:
+            ids, positions = ids.t(), positions[:, None]
+        sums = functional.embedding(ids, self._words).add_(positions)
         return _normed(sums.view(-1, sums.shape[-1]), self._norm)
 
 
 class _Block:
     """What follows attention, the same in every layer: rows (M, width) → rows (M, width)."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
         attention = source.attention.self
+        self._order = order
         self.heads: int = attention.num_attention_heads
         self.head_size: int = -(-attention.attention_head_size // head_sizes) * head_sizes
         self._extra = self.head_size - int(attention.attention_head_size)
@@ -142,6 +164,13 @@ class _Block:
             return layer
         return functional.pad(weight.view(len(weight), self.heads, -1), (0, self._extra)).flatten(1, 2), bias
 
+    def _heads(self, rows: Tensor, *shape: int) -> Tensor:
+        """Rows whose order has this shape, as heads (N, heads, T, size)."""
+        return rows.view(*shape, self.heads, self.head_size).permute(self._order.to_heads)
+
+    def _rows(self, heads: Tensor) -> Tensor:
+        return heads.permute(self._order.from_heads).reshape(-1, self.heads * self.head_size)
+
     def _finished(self, attended: Tensor, residual: Tensor) -> Tensor:
         hidden = _normed(self._output(attended).add_(residual), self._output_norm)
         wide = self._up(hidden)
@@ -151,35 +180,33 @@ class _Block:
 
 
 class _Layer(_Block):
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
-        super().__init__(source, kind, activation, head_sizes)
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
+        super().__init__(source, kind, activation, head_sizes, order)
         attention = source.attention.self
         self._query_key_value = kind.of(
             *self._to_heads(_query_weights(attention), _weights(attention.key), _weights(attention.value))
         )
 
-    def __call__(self, hidden: Tensor, shape: torch.Size, bias: Tensor | None, attend: "Attend") -> Tensor:
-        parts = self._query_key_value(hidden).view(*shape, 3, self.heads, self.head_size)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value, bias)
-        return self._finished(attended.transpose(1, 2).reshape(-1, self.heads * self.head_size), hidden)
+    def __call__(self, hidden: Tensor, shape: Sequence[int], bias: Tensor | None, attend: "Attend") -> Tensor:
+        query, key, value = (self._heads(rows, *shape) for rows in self._query_key_value.each(hidden))
+        return self._finished(self._rows(attend(query, key, value, bias)), hidden)
 
 
 class _LastLayer(_Block):
     """The layer of which only the first token's row is used: rows (N · T, width) → rows (N, width)."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int) -> None:
-        super().__init__(source, kind, activation, head_sizes)
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
+        super().__init__(source, kind, activation, head_sizes, order)
         attention = source.attention.self
         self._query = kind.of(*self._to_heads(_query_weights(attention)))
         self._key_value = kind.of(*self._to_heads(_weights(attention.key), _weights(attention.value)))
 
-    def __call__(self, hidden: Tensor, shape: torch.Size, bias: Tensor | None) -> Tensor:
-        first = hidden.view(*shape, -1)[:, 0]
-        query = self._query(first).view(shape[0], self.heads, 1, self.head_size)
-        key, value = self._key_value(hidden).view(*shape, 2, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
-        attended = _by_products(query, key, value, bias)
-        return self._finished(attended.reshape(-1, self.heads * self.head_size), first)
+    def __call__(self, hidden: Tensor, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+        time = self._order.time
+        first = hidden.view(*shape, -1).select(time, 0)
+        query = self._heads(self._query(first), *shape[:time], 1, *shape[time + 1 :])
+        key, value = (self._heads(rows, *shape) for rows in self._key_value.each(hidden))
+        return self._finished(self._rows(_by_products(query, key, value, bias)), first)
 
 
 # Products.
@@ -188,16 +215,21 @@ class _LastLayer(_Block):
 class PlainLinear:
     """torch's own product of rows, (M, in) → (M, out)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool = False, widths: Sequence[int] = ()) -> None:
         self._weight = weight
         self._bias = bias
         self._is_gelu = is_gelu
+        self._widths = list(widths)
 
     @classmethod
-    def of(cls, *layers: tuple[Tensor, Tensor], is_gelu: bool = False) -> "PlainLinear":
+    def of(cls, *layers: tuple[Tensor, Tensor], is_gelu: bool = False) -> Self:
         """One product for layers of the same input, whose outputs then lie side by side."""
         weights, biases = zip(*layers, strict=True)
-        return cls(torch.cat(weights), torch.cat(biases), is_gelu)
+        return cls(torch.cat(weights), torch.cat(biases), is_gelu, [len(bias) for bias in biases])
+
+    def each(self, rows: Tensor) -> Sequence[Tensor]:
+        """The outputs (M, out) of the layers that it was made of."""
+        return torch.split(self(rows), self._widths, -1)
 
     def __call__(self, rows: Tensor) -> Tensor:
         product = functional.linear(rows, self._weight, self._bias)
@@ -207,8 +239,8 @@ class PlainLinear:
 class PackedLinear(PlainLinear):
     """oneDNN's product over packed weights, with GELU in the same pass; torch's compiler makes the same calls."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, EXAMPLE_TOKENS), bias, is_gelu)
+    def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool = False, widths: Sequence[int] = ()) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, EXAMPLE_TOKENS), bias, is_gelu, widths)
         self._after = ("gelu", "none") if is_gelu else ("none", "")
 
     def __call__(self, rows: Tensor) -> Tensor:
