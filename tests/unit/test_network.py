@@ -1,7 +1,7 @@
 """The lean network gives the logits of the checkpoint's own, whatever the checkpoint, the lengths and their mixture."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "xlm-roberta": xlm_roberta,
     "builtin": lambda: AutoModelForSequenceClassification.from_pretrained(BUILTIN, dtype=torch.float32).eval(),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Beside other tests' processes torch's threads wait for each other, a hundred times as long as they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
