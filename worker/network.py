@@ -25,7 +25,6 @@ PATIENCE_S: Final = 0.05
 GPU_HEAD_SIZES: Final = 8  # a multiple of it
 
 
-
 class Order(NamedTuple):
     """How rows follow each other, by the axis of time in their shape, and the ways of (…, heads, size) to heads and back."""
 
