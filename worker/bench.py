@@ -21,7 +21,7 @@ from worker.exported import is_installed
 from worker.model import SentimentModel
 from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
-from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, WORTH
+from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, least_that_is_as_fast
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
 BATCHES: Final = (1, 8, 32, 128, 512)
@@ -53,8 +53,7 @@ class Measured:
     @property
     def budget(self) -> int:
         """The smallest that is about as fast as any: its device batches take less memory, and end sooner."""
-        fastest = max(self.texts_per_s.values())
-        return min(budget for budget, speed in self.texts_per_s.items() if speed * WORTH >= fastest)
+        return least_that_is_as_fast(self.texts_per_s)
 
     @property
     def speed(self) -> float:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -105,13 +105,10 @@ def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
 class ApartLinear(PlainLinear):
     """A product for each layer of the same input: parts of one would be copied before they can be used."""
 
-    _layers: Sequence[PlainLinear]
-
-    @classmethod
-    def of(cls, *layers: tuple[Tensor, Tensor], is_gelu: bool = False) -> Self:
-        made = super().of(*layers, is_gelu=is_gelu)
-        made._layers = [PlainLinear.of(layer) for layer in layers]
-        return made
+    def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool = False, widths: Sequence[int] = ()) -> None:
+        super().__init__(weight, bias, is_gelu, widths)
+        parts = zip(torch.split(weight, self._widths), torch.split(bias, self._widths), strict=True)
+        self._layers = [PlainLinear(*part, is_gelu) for part in parts]
 
     def each(self, rows: Tensor) -> Sequence[Tensor]:
         return [layer(rows) for layer in self._layers]

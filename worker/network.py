@@ -2,7 +2,7 @@
 
 It gives the logits of the checkpoint's own network, but for rounding, and is faster because
 
-- query, key and value are one product;
+- query, key and value are one product in torch, and are not copied apart in ONNX Runtime;
 - the last layer is computed for the first token alone, as far as the head reads no other: a quarter of three layers;
 - on a CPU, products go through oneDNN with weights that are packed once, where that is measured to be faster;
 - on a GPU, heads are widened with zeros to a multiple of eight, without which its fused attention refuses them;
@@ -11,7 +11,7 @@ It gives the logits of the checkpoint's own network, but for rounding, and is fa
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -24,17 +24,10 @@ NEVER: Final = 2**31
 PATIENCE_S: Final = 0.05
 GPU_HEAD_SIZES: Final = 8  # a multiple of it
 
-
-class Order(NamedTuple):
-    """How rows follow each other, by the axis of time in their shape, and the ways of (…, heads, size) to heads and back."""
-
-    time: int
-    to_heads: tuple[int, int, int, int]
-    from_heads: tuple[int, int, int, int]
-
-
-TEXT_BY_TEXT: Final = Order(1, (0, 2, 1, 3), (0, 2, 1, 3))  # rows as (N, T): what fused attention reads best
-TOKEN_BY_TOKEN: Final = Order(0, (1, 2, 0, 3), (2, 0, 1, 3))  # rows as (T, N): ONNX Runtime reads heads where they lie
+# The order of rows, as the axis of time in their shape: (N, T) or (T, N). Token by token a head's rows are a fixed step
+# apart across a whole batch, so ONNX Runtime multiplies them where they lie; fused attention on a GPU wants text by text.
+TEXT_BY_TEXT: Final = 1
+TOKEN_BY_TOKEN: Final = 0
 
 Linear = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # as LeanNetwork.__call__
@@ -50,13 +43,13 @@ class LeanNetwork:
         linear: "LinearKind | None" = None,
         fused_from: int | None = None,
         head_sizes: int | None = None,
-        order: Order = TEXT_BY_TEXT,
+        order: int = TEXT_BY_TEXT,
     ) -> None:
         """From a network that ``is_covered``; its weights are copied as far as they are packed anew.
 
         ``linear`` and ``fused_from``, the shortest text whose attention takes the fused kernel, are measured if not given.
         ``head_sizes``: heads are widened to a multiple of it; by default to what the device's kernels ask for.
-        ``order`` of the rows: the answer is the same.
+        ``order`` of the rows in between, TEXT_BY_TEXT or TOKEN_BY_TOKEN: the answer is the same.
         """
         config = network.config
         body = network.base_model
@@ -65,7 +58,7 @@ class LeanNetwork:
         kind = linear or _fastest_linear(body.encoder.layer[0].attention.self.query)
         activation = config.hidden_act if isinstance(config.hidden_act, str) else ""
         *earlier, last = body.encoder.layer
-        self._order = order
+        self._time = order
         self._embeddings = _Embeddings(body.embeddings, _first_position(config), order)
         self._layers = [_Layer(layer, kind, activation, head_sizes, order) for layer in earlier]
         self._last = _LastLayer(last, kind, activation, head_sizes, order)
@@ -77,13 +70,13 @@ class LeanNetwork:
     def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Logits (N, labels) of ids (N, T), where the n-th text is the first ``lengths[n]``; None: all are of length T."""
         width = ids.shape[1]
+        ids = ids.movedim(1, self._time)
         hidden = self._embeddings(ids)
         bias = None if lengths is None else _padding_bias(lengths, width, hidden.dtype)
         attend = _by_fused_kernel if width >= self._fused_from else _by_products
-        shape = ids.shape if self._order is TEXT_BY_TEXT else ids.shape[::-1]
         for layer in self._layers:
-            hidden = layer(hidden, shape, bias, attend)
-        return self._head(self._last(hidden, shape, bias))
+            hidden = layer(hidden, ids.shape, bias, attend)
+        return self._head(self._last(hidden, ids.shape, bias))
 
 
 def is_covered(network: Any) -> bool:
@@ -111,29 +104,27 @@ def is_alike(lean: Forward, network: Any) -> bool:
 
 
 class _Embeddings:
-    """Ids (N, T) → rows (N · T, width), in an order."""
+    """Ids (N, T), or (T, N) in that order → rows (N · T, width)."""
 
-    def __init__(self, source: Any, first_position: int, order: Order) -> None:
+    def __init__(self, source: Any, first_position: int, order: int) -> None:
         positions = source.position_embeddings.weight[first_position:]
         self._words = source.word_embeddings.weight
         self._positions = (positions + source.token_type_embeddings.weight[0]).contiguous()
         self._norm = source.LayerNorm
-        self._order = order
+        self._time = order
 
     def __call__(self, ids: Tensor) -> Tensor:
-        positions = self._positions[: ids.shape[1]]
-        if self._order is TOKEN_BY_TOKEN:
-            ids, positions = ids.t(), positions[:, None]
+        positions = self._positions[: ids.shape[self._time]].unsqueeze(1 - self._time)
         sums = functional.embedding(ids, self._words).add_(positions)
         return _normed(sums.view(-1, sums.shape[-1]), self._norm)
 
 
 class _Block:
-    """What follows attention, the same in every layer: rows (M, width) → rows (M, width)."""
+    """What every layer does alike: rows as heads and back, and what follows attention."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: int) -> None:
         attention = source.attention.self
-        self._order = order
+        self._time = order
         self.heads: int = attention.num_attention_heads
         self.head_size: int = -(-attention.attention_head_size // head_sizes) * head_sizes
         self._extra = self.head_size - int(attention.attention_head_size)
@@ -164,13 +155,15 @@ class _Block:
         return functional.pad(weight.view(len(weight), self.heads, -1), (0, self._extra)).flatten(1, 2), bias
 
     def _heads(self, rows: Tensor, *shape: int) -> Tensor:
-        """Rows whose order has this shape, as heads (N, heads, T, size)."""
-        return rows.view(*shape, self.heads, self.head_size).permute(self._order.to_heads)
+        """Rows (M, heads · size), whose order has this shape → (N, heads, T, size)."""
+        return rows.view(*shape, self.heads, self.head_size).movedim((1 - self._time, self._time), (0, 2))
 
     def _rows(self, heads: Tensor) -> Tensor:
-        return heads.permute(self._order.from_heads).reshape(-1, self.heads * self.head_size)
+        """(N, heads, T, size) → rows (N · T, heads · size)."""
+        return heads.movedim((0, 2), (1 - self._time, self._time)).reshape(-1, self.heads * self.head_size)
 
     def _finished(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """What heads gave (M, heads · size), and what the layer was given (M, width) → the layer's rows (M, width)."""
         hidden = _normed(self._output(attended).add_(residual), self._output_norm)
         wide = self._up(hidden)
         if self._activation is not None:
@@ -179,7 +172,7 @@ class _Block:
 
 
 class _Layer(_Block):
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: int) -> None:
         super().__init__(source, kind, activation, head_sizes, order)
         attention = source.attention.self
         self._query_key_value = kind.of(
@@ -194,16 +187,15 @@ class _Layer(_Block):
 class _LastLayer(_Block):
     """The layer of which only the first token's row is used: rows (N · T, width) → rows (N, width)."""
 
-    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: Order) -> None:
+    def __init__(self, source: Any, kind: "LinearKind", activation: str, head_sizes: int, order: int) -> None:
         super().__init__(source, kind, activation, head_sizes, order)
         attention = source.attention.self
         self._query = kind.of(*self._to_heads(_query_weights(attention)))
         self._key_value = kind.of(*self._to_heads(_weights(attention.key), _weights(attention.value)))
 
     def __call__(self, hidden: Tensor, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-        time = self._order.time
-        first = hidden.view(*shape, -1).select(time, 0)
-        query = self._heads(self._query(first), *shape[:time], 1, *shape[time + 1 :])
+        first = hidden.view(*shape, -1).select(self._time, 0)
+        query = self._heads(self._query(first), *(1 if axis == self._time else shape[axis] for axis in (0, 1)))
         key, value = (self._heads(rows, *shape) for rows in self._key_value.each(hidden))
         return self._finished(self._rows(_by_products(query, key, value, bias)), first)
 
@@ -218,16 +210,16 @@ class PlainLinear:
         self._weight = weight
         self._bias = bias
         self._is_gelu = is_gelu
-        self._widths = list(widths)
+        self._widths = list(widths) or [len(bias)]
 
     @classmethod
     def of(cls, *layers: tuple[Tensor, Tensor], is_gelu: bool = False) -> Self:
-        """One product for layers of the same input, whose outputs then lie side by side."""
+        """From layers of the same input; a call gives their outputs side by side."""
         weights, biases = zip(*layers, strict=True)
         return cls(torch.cat(weights), torch.cat(biases), is_gelu, [len(bias) for bias in biases])
 
     def each(self, rows: Tensor) -> Sequence[Tensor]:
-        """The outputs (M, out) of the layers that it was made of."""
+        """The output of each layer that it was made of, (M, that layer's out)."""
         return torch.split(self(rows), self._widths, -1)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -44,31 +45,34 @@ def use_one_thread() -> None:
 def tune_threads(forward: Forward) -> int:
     """The fewest threads that together score about as fast as any number up to the cores, a pass on each."""
     ids = _example(EXAMPLE_TOKENS, torch.device("cpu"))
-    best, fastest = 1, 0.0
+    speeds: dict[int, float] = {}
     threads = available_cores()
     deadline = time.monotonic() + PATIENCE_S
-    while threads and time.monotonic() < deadline:
-        speed = threads / _took_side_by_side(forward, ids, threads)
-        if speed * WORTH > fastest:
-            best, fastest = threads, max(speed, fastest)
+    while threads and (not speeds or time.monotonic() < deadline):
+        speeds[threads] = threads / _took_side_by_side(forward, ids, threads)
         threads //= 2
-    return best
+    return least_that_is_as_fast(speeds)
 
 
 def tune_budget(forward: Forward, device: torch.device, longest: int) -> int:
-    """The token budget with the most tokens a second; at least ``longest``, the model's maximum."""
+    """The smallest token budget with about the most tokens a second; at least ``longest``, the model's maximum."""
     budgets = CUDA_BUDGETS if device.type == "cuda" else CPU_BUDGETS
-    best, speed = 0, 0.0
+    speeds: dict[int, float] = {}
     deadline = time.monotonic() + PATIENCE_S
     for budget in budgets:
-        if best and time.monotonic() > deadline:
+        if speeds and time.monotonic() > deadline:
             break
         ids = _example(budget, device)
-        tokens_per_s = ids.numel() / _took(forward, ids)
-        if tokens_per_s > speed * WORTH:
-            best, speed = budget, tokens_per_s
-    log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speed)})
+        speeds[budget] = ids.numel() / _took(forward, ids)
+    best = least_that_is_as_fast(speeds)
+    log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speeds[best])})
     return max(best, longest)
+
+
+def least_that_is_as_fast(speeds: Mapping[int, float]) -> int:
+    """Of numbers and the speed with each, the smallest whose speed is within WORTH of the highest."""
+    fastest = max(speeds.values())
+    return min(number for number, speed in speeds.items() if speed * WORTH >= fastest)
 
 
 def tune_pass_tokens(forward: Forward) -> int:

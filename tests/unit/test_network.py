@@ -20,8 +20,18 @@ from transformers import (
 
 from worker import network as lean
 from worker.backend import PaddedPasses, choose
+from worker.exported import ApartLinear
 from worker.model import BUILTIN, SentimentModel
-from worker.network import Forward, LeanNetwork, PackedLinear, PlainLinear, is_alike, is_covered
+from worker.network import (
+    TEXT_BY_TEXT,
+    TOKEN_BY_TOKEN,
+    Forward,
+    LeanNetwork,
+    PackedLinear,
+    PlainLinear,
+    is_alike,
+    is_covered,
+)
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,
@@ -99,14 +109,13 @@ def test_mixed_lengths(network: Any) -> None:
         assert differences(network, forward, draw.integers(1, min(bound, longest(network)) + 1, 9).tolist()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear])
+@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear, ApartLinear])
 @pytest.mark.parametrize("fused_from", [0, lean.NEVER])
+@pytest.mark.parametrize("order", [TEXT_BY_TEXT, TOKEN_BY_TOKEN])
 def test_whichever_way_was_measured_to_be_faster(
-    network: Any, kind: type[PlainLinear], fused_from: int, monkeypatch: pytest.MonkeyPatch
+    network: Any, kind: type[PlainLinear], fused_from: int, order: int
 ) -> None:
-    monkeypatch.setattr(lean, "_fastest_linear", lambda _: kind)
-    monkeypatch.setattr(lean, "_fused_from", lambda *_: fused_from)
-    forward = LeanNetwork(network)
+    forward = LeanNetwork(network, linear=kind, fused_from=fused_from, order=order)
     assert differences(network, forward, [7]) < 1e-5
     assert differences(network, forward, [40, 33, 2, 1]) < 1e-5
 
@@ -168,6 +177,7 @@ def test_widened_heads_give_the_same_logits(network: Any) -> None:
     with torch.inference_mode():
         plain = LeanNetwork(network, linear=PlainLinear, fused_from=lean.NEVER)(ids, lengths)
         for fused_from in (0, lean.NEVER):
-            wide = LeanNetwork(network, linear=PlainLinear, fused_from=fused_from, head_sizes=8)
-            assert wide._last.head_size % 8 == 0
-            torch.testing.assert_close(wide(ids, lengths), plain, rtol=1e-5, atol=1e-5)
+            for order in (TEXT_BY_TEXT, TOKEN_BY_TOKEN):
+                wide = LeanNetwork(network, linear=PlainLinear, fused_from=fused_from, head_sizes=8, order=order)
+                assert wide._last.head_size % 8 == 0
+                torch.testing.assert_close(wide(ids, lengths), plain, rtol=1e-5, atol=1e-5)
