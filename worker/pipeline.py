@@ -43,6 +43,7 @@ from worker.transactions import Transactions
 log = logging.getLogger(__name__)
 
 SLICE: Final = 1_024  # records handled before the event loop may do something else: some milliseconds
+PUBLISHED: Final = 2_048  # records that go out in one round of requests, which costs what some dozens of records do
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
@@ -498,9 +499,9 @@ async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[Micro
 
 
 def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]:
-    """The parts' outcomes, in order, by slices of SLICE records."""
+    """The parts' outcomes, in order, by slices of PUBLISHED records."""
     some: list[tuple[Part, list[Outcome]]] = []
-    room = SLICE
+    room = PUBLISHED
     for part in parts:
         begin = 0
         while begin < len(part.outcomes):
@@ -510,7 +511,7 @@ def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]
             room -= len(taken)
             if not room:
                 yield some
-                some, room = [], SLICE
+                some, room = [], PUBLISHED
     if some:
         yield some
 
