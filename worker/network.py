@@ -25,7 +25,7 @@ PATIENCE_S: Final = 0.05
 GPU_HEAD_SIZES: Final = 8  # a multiple of it
 
 # The order of rows, as the axis of time in their shape: (N, T) or (T, N). Token by token a head's rows are a fixed step
-# apart across a whole batch, so ONNX Runtime multiplies them where they lie; fused attention on a GPU wants text by text.
+# apart across a whole batch, so ONNX Runtime multiplies them where they lie; torch's fused attention writes text by text.
 TEXT_BY_TEXT: Final = 1
 TOKEN_BY_TOKEN: Final = 0
 

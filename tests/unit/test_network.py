@@ -120,6 +120,15 @@ def test_whichever_way_was_measured_to_be_faster(
     assert differences(network, forward, [40, 33, 2, 1]) < 1e-5
 
 
+def test_what_is_not_given_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, fused_from in ((PlainLinear, 0), (PackedLinear, 77)):
+        monkeypatch.setattr(lean, "_fastest_linear", lambda _, kind=kind: kind)
+        monkeypatch.setattr(lean, "_fused_from", lambda *_, fused_from=fused_from: fused_from)
+        forward = LeanNetwork(bert())
+        assert type(forward._last._up) is kind
+        assert forward._fused_from == fused_from
+
+
 def test_without_onednn_torch_s_own_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no such product")

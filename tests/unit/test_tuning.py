@@ -32,7 +32,7 @@ def test_the_fewest_threads_that_are_about_as_fast(
     assert tune_threads(never) == threads
 
 
-def test_the_budget_with_the_most_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_budget_with_about_the_most_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     used = [budget // 48 * 48 for budget in tuning.CPU_BUDGETS]
     took = dict(zip(used, (1.0, 1.5, 2.0, 4.0, 8.1, 17.0), strict=True))
     monkeypatch.setattr(tuning, "_took", lambda _, ids: took[ids.numel()])
