@@ -14,6 +14,9 @@ IMAGE ?= sentiment-worker
 TARGET ?= cpu
 SUITE ?= engine tokenizers worker load end_to_end
 
+# Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard docs clean
 
 demo: $(INSTALLED)
