@@ -34,7 +34,7 @@ from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
 from worker.sentiment import Sentiment
-from worker.sink import Parcel, Sink
+from worker.sink import ROUND, Parcel, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
 from worker.tracing import Batch, Tracing
@@ -43,7 +43,6 @@ from worker.transactions import Transactions
 log = logging.getLogger(__name__)
 
 SLICE: Final = 1_024  # records handled before the event loop may do something else: some milliseconds
-PUBLISHED: Final = 2_048  # records that go out in one round of requests, which costs what some dozens of records do
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
@@ -311,6 +310,7 @@ class Pipeline:
                 outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
                 await self._deliver(outcomes, self._sink)
                 self._count(outcomes)
+                await asyncio.sleep(0)  # the next round is work of its own for the event loop
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
@@ -499,9 +499,9 @@ async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[Micro
 
 
 def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]:
-    """The parts' outcomes, in order, by slices of PUBLISHED records."""
+    """The parts' outcomes, in order, by slices of ROUND records."""
     some: list[tuple[Part, list[Outcome]]] = []
-    room = PUBLISHED
+    room = ROUND
     for part in parts:
         begin = 0
         while begin < len(part.outcomes):
@@ -511,7 +511,7 @@ def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]
             room -= len(taken)
             if not room:
                 yield some
-                some, room = [], PUBLISHED
+                some, room = [], ROUND
     if some:
         yield some
 

@@ -29,6 +29,7 @@ from worker.tasks import cancelled, within
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 1_000_000
+ROUND: Final = 2_048  # records to publish at once: a round of requests costs what some dozens of them do
 STALLED_S: Final = 10.0
 LIMITS_AGE_S: Final = 30.0
 LONGEST_VARINT: Final = 5  # bytes of a length

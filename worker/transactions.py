@@ -27,7 +27,7 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreac
 from worker.events import Reason
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.sink import REFUSALS, Columns, Load, Parcel, Sink
+from worker.sink import REFUSALS, ROUND, Columns, Load, Parcel, Sink
 from worker.tasks import cancelled, within
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ LONGEST_INTERVAL_S: Final = 5.0
 COST_MEMORY: Final = 0.9  # of a new commit's duration a tenth goes into what commits are thought to take
 ROOM_BYTES: Final = 64_000_000
 RECORD_BYTES: Final = 1_000  # of a waiting record, beside its value
-SLICE: Final = 2_000  # records sent before the event loop may do something else
 FAREWELL_S: Final = 5.0
 
 
@@ -309,6 +308,7 @@ class Writer:
             self._committed_at = time.monotonic()
             pages, self.committing = self.committing, []
             self._transactions.committed(self, pages, weight)
+            del pages  # or their records would stay until after the next commit
 
     async def _until_due(self) -> None:
         while True:
@@ -334,8 +334,8 @@ class Writer:
     async def _transact(self, pages: Sequence[Page]) -> None:
         outcomes = [outcome for page in pages for outcome in page.outcomes]
         started = time.monotonic()
-        for begin in range(0, len(outcomes), SLICE):
-            await self._transactions.deliver(outcomes[begin : begin + SLICE], self.sink)
+        for begin in range(0, len(outcomes), ROUND):
+            await self._transactions.deliver(outcomes[begin : begin + ROUND], self.sink)
         published = time.monotonic()
         await self.sink.commit(pages[-1].next_offset, self.assignment.tp, self._transactions.group_id)
         self._transactions.observe(published - started, time.monotonic() - published)

@@ -104,7 +104,7 @@ async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its next owner has them already, perhaps; the others' go on."""
-    monkeypatch.setattr(module, "PUBLISHED", 4)
+    monkeypatch.setattr(module, "ROUND", 4)
     source, sink = FakeSource(), FakeSink()
     going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
     sink.after_first = lambda: setattr(going, "is_owned", False)
