@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import compress, repeat
 from typing import Any, Final, cast
 
+from worker import garbage
 from worker.events import (
     Decoded,
     Decoder,
@@ -43,6 +44,7 @@ from worker.transactions import Transactions
 log = logging.getLogger(__name__)
 
 SLICE: Final = 1_024  # records handled before the event loop may do something else: some milliseconds
+FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
@@ -184,6 +186,7 @@ class Pipeline:
             "score": asyncio.create_task(self._score(stages)),
             "encode": asyncio.create_task(self._encode(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
+            "garbage": asyncio.create_task(garbage.collect(self._is_quiet)),
         }
         if self._transactions:
             tasks["transactions"] = asyncio.create_task(self._transactions.watch())
@@ -209,6 +212,9 @@ class Pipeline:
             await cancelled([draining, *tasks.values()])
         if broken:
             raise broken
+
+    def _is_quiet(self) -> bool:
+        return self._source.records_held() <= FEW
 
     # Endings.
 
@@ -306,11 +312,12 @@ class Pipeline:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            for some in _slices(parts):
+            for turn, some in enumerate(_slices(parts)):
+                if turn:  # a round is enough work for one turn of the event loop
+                    await asyncio.sleep(0)
                 outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
                 await self._deliver(outcomes, self._sink)
                 self._count(outcomes)
-                await asyncio.sleep(0)  # the next round is work of its own for the event loop
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
                 self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))

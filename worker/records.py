@@ -77,6 +77,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
 
     def __init__(self, fetched: PartitionRecords, limits: dict[TopicPartition, Callable[[], int]]) -> None:
         self.__dict__.update(fetched.__dict__)
+        fetched._records_iterator = None  # which holds it, and with it all that was fetched, in a reference cycle
         self._limits = limits
         self._records_iterator = self._runs()
 

@@ -1,6 +1,7 @@
 """The worker process: its parts made from the settings, its signals, its end."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -9,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker import garbage
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
@@ -70,7 +70,7 @@ async def _run(settings: RunSettings) -> int:
         inference,
         metrics,
         lambda old: _reloaded(settings, cast("SentimentModel", old)),
-        lambda model: _welcome(cast("SentimentModel", model), metrics),
+        lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
     tracing = _tracing(settings)
     guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
@@ -108,7 +108,6 @@ async def _work(
 ) -> int:
     starting = asyncio.create_task(_started(settings, metrics, inference, health, tap, tracing))
     stopping = asyncio.create_task(stop.wait())
-    collecting = asyncio.create_task(garbage.collect())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -131,7 +130,6 @@ async def _work(
         return 1
     finally:
         stopping.cancel()
-        collecting.cancel()
     log.info("drained")
     return 0
 
@@ -151,7 +149,9 @@ async def _started(
     connection = Connection.as_set(settings)
     keep_blocks()
     model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
-    _welcome(model, metrics)
+    gc.collect()
+    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
+    _tell_of_model(model, metrics)
     health.well("model")
     topics = settings.topics
     if settings.input_pattern:
@@ -244,10 +244,8 @@ def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
     return _loaded(settings.model_copy(update=measured))
 
 
-def _welcome(model: "SentimentModel", metrics: Metrics) -> None:
-    """What there is to do once a model is in use, the first or one after it."""
+def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    garbage.set_aside()
     metrics.tell_of_model(name, revision, str(model.device), model.dtype)
     log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": model.dtype})
 

@@ -216,6 +216,10 @@ class Source:
         assignment.under_way -= records
         self._settled.set()
 
+    def records_held(self) -> int:
+        """How many have been read, and are neither dropped nor on their way to be committed."""
+        return len(self._batcher) + sum(assignment.under_way for assignment in self._assignments.values())
+
     def stop_taking(self) -> None:
         """No more batches: what has not set out is left to whoever reads the partition next."""
         self._is_stopping = True

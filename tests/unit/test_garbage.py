@@ -1,7 +1,7 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,61 +15,62 @@ class Node:
         self.itself = self
 
 
-@pytest.fixture(autouse=True)
-def python_as_it_was() -> Iterator[None]:
-    yield
-    gc.enable()
-    gc.unfreeze()
+class Nap:
+    """Takes the place of asyncio.sleep. The ``last`` one, of those between searches, does not end."""
 
+    def __init__(self, last: int) -> None:
+        self.looks = 0
+        self._left = last
 
-def cycle() -> "weakref.ref[Node]":
-    return weakref.ref(Node())
-
-
-async def test_a_cycle_goes_in_a_moment_of_few_objects() -> None:
-    garbage.set_aside()
-    gone = asyncio.Event()
-    weakref.finalize(Node(), gone.set)
-    collecting = asyncio.create_task(garbage.collect(every_s=0.001, look_s=60))
-    await asyncio.wait_for(gone.wait(), 30)
-    collecting.cancel()
-
-
-async def test_where_there_are_always_many_it_goes_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = 0
-
-    async def sleep(seconds: float) -> None:
-        nonlocal looks
-        looks += seconds == garbage.LOOK_S
-        if seconds == garbage.EVERY_S and looks:
+    async def __call__(self, seconds: float) -> None:
+        self.looks += seconds == garbage.LOOK_S
+        self._left -= seconds == garbage.EVERY_S
+        if not self._left:
             raise asyncio.CancelledError
 
-    garbage.set_aside()
-    many = [[] for _ in range(garbage.FEW + 1)]  # type: ignore[var-annotated]
-    lost = cycle()
-    monkeypatch.setattr("worker.garbage.asyncio.sleep", sleep)
+
+@pytest.fixture(autouse=True)
+def _python_as_it_was() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+async def searched(monkeypatch: pytest.MonkeyPatch, times: int, is_quiet: Callable[[], bool]) -> int:
+    """How often it has looked whether it is quiet, and it was not."""
+    nap = Nap(times + 1)
+    monkeypatch.setattr("worker.garbage.asyncio.sleep", nap)
     with pytest.raises(asyncio.CancelledError):
-        await garbage.collect()
-    assert (looks, lost(), len(many)) == (garbage.PATIENCE, None, garbage.FEW + 1)
+        await garbage.collect(is_quiet)
+    return nap.looks
 
 
-async def test_what_is_set_aside_is_not_looked_through_again_and_is_freed_all_the_same() -> None:
-    kept = Node()
-    garbage.set_aside()
-    assert gc.get_freeze_count()
-    assert not gc.isenabled()
-    assert not any(each is kept for each in gc.get_objects())
-    lost = weakref.ref(kept)
-    kept.itself = None  # type: ignore[assignment]
-    del kept
-    assert lost() is None
-
-
-async def test_until_then_python_searches_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    searches = []
-    monkeypatch.setattr("worker.garbage.gc.collect", lambda: searches.append(1))
-    collecting = asyncio.create_task(garbage.collect(every_s=0))
-    for _ in range(100):
-        await asyncio.sleep(0)
-    assert not searches
+async def test_a_cycle_goes_once_it_is_quiet() -> None:
+    moments = iter([False, False, True])
+    gone = asyncio.Event()
+    weakref.finalize(Node(), gone.set)
+    collecting = asyncio.create_task(garbage.collect(lambda: next(moments), every_s=0.001, look_s=0.001))
+    await asyncio.wait_for(gone.wait(), 30)
     collecting.cancel()
+    assert next(moments, None) is None
+
+
+async def test_where_it_never_is_it_goes_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = weakref.ref(Node())
+    looks = await searched(monkeypatch, 1, lambda: False)
+    assert (looks, lost()) == (garbage.PATIENCE, None)
+
+
+async def test_everything_is_looked_through_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    generations: list[int] = []
+    monkeypatch.setattr("worker.garbage.gc.collect", generations.append)
+    await searched(monkeypatch, 2 * garbage.FULL, lambda: True)
+    assert generations == [*[1] * (garbage.FULL - 1), 2] * 2
+
+
+async def test_meanwhile_python_does_not_search_by_itself() -> None:
+    collecting = asyncio.create_task(garbage.collect(lambda: True))
+    await asyncio.sleep(0)
+    assert not gc.isenabled()
+    collecting.cancel()
+    await asyncio.wait({collecting})
+    assert gc.isenabled()

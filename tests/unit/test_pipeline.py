@@ -25,6 +25,20 @@ class FakeSource:
     def __init__(self) -> None:
         self.acknowledged: list[tuple[Assignment, int]] = []
         self.dropped: list[Assignment] = []
+        self.held = 0
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def next_batch(self) -> None: ...
+
+    def stop_taking(self) -> None: ...
+
+    async def close(self, _: float) -> int:
+        return 0
+
+    def records_held(self) -> int:
+        return self.held
 
     def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
         self.acknowledged.append((assignment, next_offset))
@@ -46,6 +60,13 @@ class FakeSink:
         self.after_first()
         return [None] * len(parcels)
 
+    async def close(self, _: float) -> None: ...
+
+
+class FakeInference:
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
 
 class FakeTransactions:
     def __init__(self) -> None:
@@ -58,11 +79,10 @@ class FakeTransactions:
 
 
 def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | None = None) -> Pipeline:
-    unused: Any = None
     return Pipeline(
         source=source,  # type: ignore[arg-type]
         decoder=Decoder(),
-        inference=unused,
+        inference=FakeInference(),  # type: ignore[arg-type]
         encoder=Encoder(output_mode="result"),
         sink=sink,  # type: ignore[arg-type]
         flood=FloodGauge(limit=0, window=1),
@@ -110,6 +130,30 @@ async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
     sink.after_first = lambda: setattr(going, "is_owned", False)
     await published(piped(source, sink), part_of(going, 10), part_of(staying, 3))
     assert sink.published == [(0, offset) for offset in range(4)] + [(1, offset) for offset in range(3)]
+
+
+async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = FakeSource()
+    pipeline = piped(source, FakeSink())
+    quiet: list[bool] = []
+    is_left = False
+
+    async def collect(is_quiet: Callable[[], bool]) -> None:
+        nonlocal is_left
+        for source.held in (0, module.FEW, module.FEW + 1):
+            quiet.append(is_quiet())
+        pipeline.drain()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_left = True
+
+    monkeypatch.setattr(module.garbage, "collect", collect)
+    await asyncio.wait_for(pipeline.run(), 5)
+    assert quiet == [True, True, False]
+    assert is_left
 
 
 # When something breaks.

@@ -1,5 +1,7 @@
 """What is read is what aiokafka itself would deliver, record for record. Fails first where aiokafka's inside has changed."""
 
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from inspect import getsource
@@ -132,6 +134,19 @@ async def test_each_partition_has_a_limit_of_its_own() -> None:
         )
     consumer.before_answering = lambda: reader._fetched.limits.__setitem__(other, lambda: 5)  # type: ignore[union-attr]
     assert len(await reader.read(TP, timeout_ms=1, limit=lambda: 1)) == 1
+
+
+def test_what_was_fetched_goes_with_its_last_record() -> None:
+    """Not only when Python looks for reference cycles: it is a megabyte for each partition, again and again."""
+    gc.disable()
+    try:
+        records = fetched(batch(0, plain(3)))
+        left = weakref.ref(records)
+        runs_of(records, 2)
+        del records
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_another_aiokafka_is_read_in_its_own_way() -> None:

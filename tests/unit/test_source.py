@@ -259,6 +259,20 @@ async def test_many_partitions_read_no_further_ahead_than_few(
     assert 512 <= len(stage.source._batcher) < 2_048  # not 40,000
 
 
+async def test_what_is_held_is_what_waits_and_what_is_under_way(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    assert stage.source.records_held() == 0
+    await stage.assign(TP)
+    chunks = await stage.take()
+    consumer.reading.clear()
+    held, under_way = stage.source.records_held(), sum(len(records) for _, records in chunks)
+    assert held == under_way + len(stage.source._batcher)
+    stage.acknowledge(chunks)
+    assert stage.source.records_held() == held - under_way
+    await stage.revoke(TP)
+    assert stage.source.records_held() == 0
+
+
 async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Reader", EndlessReader)
     stage = await staged(consumer, max_batch_texts=512)
