@@ -12,7 +12,7 @@ LOCK ?= dev
 JOBS ?= 3
 IMAGE ?= sentiment-worker
 TARGET ?= cpu
-SUITE ?= engine tokenizers worker load end_to_end
+SUITE ?= engine tokenizers worker load loop end_to_end
 
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE

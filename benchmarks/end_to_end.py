@@ -4,7 +4,7 @@ Writes benchmarks/results/end_to_end.{json,md}. Each reads the same backlog of u
 process of its own; in each round all take turns, in another order each time. Ratios are medians over the rounds.
 
 - model: a randomly initialised network of the card's architecture; the peers with transformers by the book (hf) and with
-  this project's own model class (ours).
+  this project's own model class (ours), called with the smallest batch that is about as fast as any.
 - plumbing: a model that costs nothing; batches of 2,000 for the peers and of 1,024 for the worker.
 
 All are measured from outside and in the same way: the ends of the output topic's partitions, asked every 50 ms. Speed is the
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,16 +38,19 @@ from benchmarks.common import RESULTS, WINDOW, Process, alive, event, machine, m
 from tests.broker import Broker, start_broker
 from tests.process import WorkerProcess, environment
 from tests.topics import Kafka, Record, Topics
+from worker.model import SentimentModel
+from worker.tuning import least_that_is_as_fast
 
 PARTITIONS = 4
 INTERVAL_S = 0.05
 DEADLINE_S = 900
 TICKS = os.sysconf("SC_CLK_TCK")
 VERSIONS = ("faststream", "quixstreams", "confluent-kafka", "aiokafka", "torch", "transformers")
+BATCHES_KEY = "texts/s of our model class by batch"
+BATCHES = (64, 128, 256, 512, 1_024, 2_048)
+BATCH_TURNS = 3
 PLUMBING_BATCH = 2_000
 PLUMBING_WINDOW = 1_024
-LAG_FILE = "lag"
-LAG_TURNS = 3
 
 Start = Callable[[Path, str, Topics], Process]
 """Folder for its output, bootstrap, topics → the running process."""
@@ -71,23 +74,28 @@ def main() -> None:
     options = parsed_options()
     texts = read_texts(options.texts)
     path = RESULTS / "end_to_end.json"
-    before: dict[str, Any] = json.loads(path.read_text())["cases"] if path.exists() else {}
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     with tempfile.TemporaryDirectory() as name, closing(start_broker()) as broker:
         folder = Path(name)
         checkpoint = make_checkpoint(folder / "card")
         engine = {name: getattr(options, name) for name in ("backend", "cpu_threads", "max_batch_tokens")}
-        cases = [model_case(checkpoint, texts, options.events, engine), plumbing_case(texts, options.plumbing_events)]
+        batches = best_batch(checkpoint, texts, engine) if options.events else before.get(BATCHES_KEY, {})
+        batch = least_that_is_as_fast(batches) if options.events else WINDOW
+        cases = [
+            model_case(checkpoint, texts, options.events, engine, batch),
+            plumbing_case(texts, options.plumbing_events),
+        ]
         figures = {
             "machine": {**machine(broker), "versions": versions()},
             "engine": engine,
+            BATCHES_KEY: batches,
             "cases": {
                 case.name: compare(case, broker, folder, options.rounds)
                 if case.records
-                else {**before[case.name], "is_older": True}
+                else {**before["cases"][case.name], "is_older": True}
                 for case in cases
-                if case.records or case.name in before
+                if case.records or case.name in before["cases"]
             },
-            "event loop late, ms": lags(broker, folder, cases[-1].records),
         }
     write("end_to_end", figures, table(figures))
 
@@ -107,15 +115,29 @@ def parsed_options() -> argparse.Namespace:
 # Who takes part.
 
 
-def model_case(checkpoint: Path, texts: Sequence[str], events: int, engine: dict[str, object]) -> Case:
+def model_case(checkpoint: Path, texts: Sequence[str], events: int, engine: dict[str, Any], batch: int) -> Case:
     contestants = {
         "worker": worker("worker", model=checkpoint, **engine),
         "faststream + hf": peer("faststream", "hf", WINDOW, model=checkpoint, **engine),
         "quix + hf": peer("quix", "hf", WINDOW, model=checkpoint, **engine),
-        "faststream + ours": peer("faststream", "ours", WINDOW, model=checkpoint, **engine),
-        "quix + ours": peer("quix", "ours", WINDOW, model=checkpoint, **engine),
+        "faststream + ours": peer("faststream", "ours", batch, model=checkpoint, **engine),
+        "quix + ours": peer("quix", "ours", batch, model=checkpoint, **engine),
     }
     return Case("model", records(texts, events), contestants)
+
+
+def best_batch(checkpoint: Path, texts: Sequence[str], engine: dict[str, Any]) -> dict[int, float]:
+    """Texts a second of our model class by the texts of a call: medians over turns."""
+    model = SentimentModel.load(str(checkpoint), **engine)
+    sample = texts[: max(BATCHES)]
+    speeds: dict[int, list[float]] = {size: [] for size in BATCHES}
+    for _ in range(BATCH_TURNS):
+        for size, measured_so_far in speeds.items():
+            started = time.perf_counter()
+            for begin in range(0, len(sample), size):
+                model.score(sample[begin : begin + size])
+            measured_so_far.append(len(sample) / (time.perf_counter() - started))
+    return {size: round(statistics.median(turns), 1) for size, turns in speeds.items()}
 
 
 def plumbing_case(texts: Sequence[str], events: int) -> Case:
@@ -133,12 +155,14 @@ def records(texts: Sequence[str], events: int) -> list[Record]:
     return [event(number, texts[at] + (f" {times}" if times else "")) for number, (times, at) in enumerate(rounds)]
 
 
-def worker(module: str, window: int = WINDOW, *, is_probed: bool = False, **settings: object) -> Start:
+def worker(
+    module: str, window: int = WINDOW, *, variables: Mapping[str, str] | None = None, **settings: object
+) -> Start:
     def start(folder: Path, bootstrap: str, topics: Topics) -> Process:
         return WorkerProcess(
             folder,
             module,
-            {"LAG_FILE": str(folder / LAG_FILE)} if is_probed else {},
+            variables,
             bootstrap_servers=bootstrap,
             input_topics=topics.input,
             output_topic=topics.output,
@@ -299,20 +323,6 @@ def check(results: Sequence[Record], sent: Sequence[Record]) -> None:
 # The rest.
 
 
-def lags(broker: Broker, folder: Path, sent: Sequence[Record]) -> dict[str, float]:
-    """How late the worker's event loop was, with a model that costs nothing: medians over turns of their own.
-
-    For the probe costs some percent of what it measures.
-    """
-    if not sent:
-        return {}
-    for _ in range(LAG_TURNS):
-        measured(worker("benchmarks.costless", is_probed=True), broker, folder, sent)
-    turns = [[float(word) for word in line.split()] for line in (folder / LAG_FILE).read_text().splitlines()]
-    most, p99, own = (statistics.median(column) for column in zip(*turns, strict=True))
-    return {"most": most, "p99": p99, "most by itself": own}
-
-
 def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS}
 
@@ -324,13 +334,12 @@ def table(figures: dict[str, Any]) -> str:
         f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {listed}. "
         "Medians of rounds in turn; in brackets minimum and maximum."
     )
+    batches = {int(size): speed for size, speed in figures[BATCHES_KEY].items()}
+    if batches:
+        tried = ", ".join(f"{size}: {speed:,.0f}" for size, speed in batches.items())
+        batch = least_that_is_as_fast(batches)
+        head += f" Peers call our model class with {batch} texts (texts/s by their number: {tried})."
     lines = [head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]
-    late = figures["event loop late, ms"]
-    if late:
-        what = (
-            f"late by {late['most']} ms at most, 99 % by {late['p99']} ms; by its own work {late['most by itself']} ms"
-        )
-        lines += ["", f"The worker's event loop, plumbing: {what} at most."]
     return "\n".join(lines) + "\n"
 
 

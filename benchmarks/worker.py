@@ -81,13 +81,14 @@ def backlog(
 ) -> dict[str, Any]:
     """Texts per second of each, by round."""
     model = SentimentModel.load(str(checkpoint))
+    measured = {"cpu_threads": model.passes, "max_batch_tokens": model.max_batch_tokens}  # by chance another each time
     card = CardLoop(checkpoint)
     speeds: dict[str, list[float]] = {"card loop": [], "engine": [], "worker": []}
     sample = texts[:events]
     for turn in range(rounds):
         speeds["card loop"].append(card.speed(sample[turn * 400 : turn * 400 + 400]))
         speeds["engine"].append(asyncio.run(engine_speed(model, sample)))
-        speeds["worker"].append(worker_speed(broker, checkpoint, folder, sample))
+        speeds["worker"].append(worker_speed(broker, checkpoint, folder, sample, **measured))
         print({name: round(values[-1], 1) for name, values in speeds.items()}, flush=True)
     worker = speeds["worker"]
     return {
@@ -136,13 +137,15 @@ async def engine_speed(model: Any, texts: Sequence[str]) -> float:
     return len(texts) / (time.perf_counter() - started)
 
 
-def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str]) -> float:
+def worker_speed(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], **settings: object) -> float:
     """Results per second from the first micro-batch published to the last: a backlog, without the start."""
     kafka, topics = Kafka(broker.bootstrap), Topics.unique()
     kafka.create_all(topics, 4)
     kafka.send(topics.input, [event(number, text) for number, text in enumerate(texts)])
     with workers_in(broker.bootstrap, checkpoint, folder) as workers:
-        worker = workers.start(topics, cache_size=0, cpu_threads="auto", max_batch_texts=WINDOW)
+        worker = workers.start(
+            topics, **{"cache_size": 0, "cpu_threads": "auto", "max_batch_texts": WINDOW, **settings}
+        )
         worker.wait_until_ready()
         wait_for(lambda: alive(worker) and kafka.count(topics.output) >= len(texts), "all results", 300, every=0.5)
         assert worker.terminate() == 0

@@ -62,6 +62,8 @@ def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     if wants_onnx:
         _refuse_what_onnx_cannot(network, backend, is_int8)
     if network.device.type == "cpu":
+        if network.dtype == torch.bfloat16 and not has_bfloat16():
+            log.warning("this CPU does not compute in bfloat16 itself: dtype bfloat16 is slower here than float32")
         keep_blocks()
         use_one_thread()
     lean = _lean(network)
@@ -98,7 +100,7 @@ def choose_on_cuda(
     forward = choose(network, backend=backend, is_int8=dtype == "int8")
     if dtype != "auto":
         return Choice(forward, name_of(network.dtype))
-    half = choose(copy.deepcopy(network).half(), backend=backend, is_int8=False)
+    half = _lean_or_own(copy.deepcopy(network).half())
     exact_logits, half_logits = (_logits_of(each, examples, network.device)[:, columns] for each in (forward, half))
     agreement = expected_agreement(exact_logits, half_logits)
     log.info("compared half precision", extra={"expected_agreement": f"{agreement:.4%}", "texts": len(examples)})
@@ -106,6 +108,12 @@ def choose_on_cuda(
         return Choice(half, "float16", forward)
     torch.set_float32_matmul_precision("high")
     return Choice(forward, "float32")
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 itself: else it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -151,6 +159,10 @@ def _logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) 
             output = forward(torch.from_numpy(padded).to(device), torch.from_numpy(lengths).to(device))
             logits.update(zip(batch, output.float().cpu().numpy(), strict=True))
     return np.array([logits[index] for index in range(len(examples))])
+
+
+def _lean_or_own(network: Any) -> Forward:
+    return _lean(network) or partial(_own_forward, network)
 
 
 def _lean(network: Any) -> LeanNetwork | None:

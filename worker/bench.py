@@ -3,20 +3,19 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import orjson
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from worker.backend import BackendError
+from worker.backend import BackendError, has_bfloat16
 from worker.exported import is_installed
 from worker.model import SentimentModel
 from worker.reviews import read_reviews
@@ -28,11 +27,10 @@ BATCHES: Final = (1, 8, 32, 128, 512)
 SAMPLE: Final = 2_048  # texts on which labels are compared
 
 log = logging.getLogger(__name__)
-Step = Callable[[str], None]
 
 
 class Engine(NamedTuple):
-    """What to load. ``is_exact``: its labels are those of float32 on a CPU."""
+    """What to load. ``is_exact``: ``auto`` may take it, for its labels are those of float32 but for one in a thousand."""
 
     backend: str
     dtype: str
@@ -42,6 +40,9 @@ class Engine(NamedTuple):
         return f"{self.backend} {self.dtype}"
 
 
+FLOAT32: Final = Engine("torch", "float32", True)
+
+
 @dataclass
 class Measured:
     """Texts per second by token budget, and how many labels are those of the first engine's."""
@@ -49,6 +50,7 @@ class Measured:
     engine: Engine
     texts_per_s: dict[int, float]
     agreement: float
+    threads: int = 1
 
     @property
     def budget(self) -> int:
@@ -64,7 +66,6 @@ class Measured:
 class Report:
     model: str
     device: str
-    threads: int
     texts: int
     engines: list[Measured] = field(default_factory=list)
     latency_ms: dict[int, float] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Report:
             f'dtype = "{best.engine.dtype}"', f"max_batch_tokens = {best.budget}",
         ]  # fmt: skip
         if self.device == "cpu":
-            lines.append(f"cpu_threads = {self.threads}")
+            lines.append(f"cpu_threads = {best.threads}")
         return "\n".join(lines)
 
     def hours_per_million(self) -> float:
@@ -91,7 +92,7 @@ class Report:
     def as_json(self) -> bytes:
         engines = [
             {**each.engine._asdict(), "texts_per_s": {str(k): round(v, 1) for k, v in each.texts_per_s.items()},
-             "agreement": round(each.agreement, 6)} for each in self.engines
+             "agreement": round(each.agreement, 6), "cpu_threads": each.threads} for each in self.engines
         ]  # fmt: skip
         answer = asdict(self) | {
             "engines": engines,
@@ -105,8 +106,8 @@ class Report:
 def run(settings: BenchSettings) -> int:
     """Measures and prints. Blocks for a minute or so; answers with the exit code. Raises UsersMistake."""
     texts = _texts(settings.file)
-    with _progress(settings.json_output) as step:
-        report = measure(settings, texts, step)
+    with Steps(settings.json_output) as steps:
+        report = measure(settings, texts, steps)
     if settings.json_output:
         sys.stdout.buffer.write(report.as_json() + b"\n")
     else:
@@ -114,35 +115,81 @@ def run(settings: BenchSettings) -> int:
     return 0
 
 
-def measure(settings: BenchSettings, texts: Sequence[str], step: Step) -> Report:
+class Steps:
+    """A progress bar on standard error, which goes when it is left; none if it is to be quiet."""
+
+    def __init__(self, is_quiet: bool = True) -> None:
+        self._progress = Progress(console=Console(stderr=True), disable=is_quiet, transient=True)
+        self._task = self._progress.add_task("loading", total=None)
+
+    def __enter__(self) -> "Steps":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @property
+    def done(self) -> tuple[float, float | None]:
+        """Steps that have ended, and of how many."""
+        (task,) = self._progress.tasks
+        return task.completed, task.total
+
+    def expect(self, count: int) -> None:
+        """There are so many in all."""
+        self._progress.update(self._task, total=count)
+
+    def skip(self, count: int) -> None:
+        self._progress.advance(self._task, count)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """What is measured meanwhile."""
+        self._progress.update(self._task, description=what)
+        yield
+        self._progress.advance(self._task)
+
+
+def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Report:
     """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
-    first = _load(settings, Engine("torch", "float32", True))
-    report = Report(first.name, str(first.device), first.passes, len(texts))
+    first = _load(settings, FLOAT32)
+    report = Report(first.name, str(first.device), len(texts))
     sample = list(texts[:SAMPLE])
     wanted = first.get_sentiment(sample)
+    engines, budgets = list(_engines(str(first.device))), _budgets(first)
+    steps.expect(len(engines) * len(budgets) + len(BATCHES))
     models: dict[Engine, SentimentModel] = {}
-    for engine in _engines(str(first.device)):
+    for engine in engines:
         try:
-            model = first if engine == ("torch", "float32", True) else _load(settings, engine)
+            model = first if engine == FLOAT32 else _load(settings, engine)
         except BackendError as error:
             log.info("%s is left out: %s", engine, error)
+            steps.skip(len(budgets))
             continue
         models[engine] = model
         agreement = sum(map(str.__eq__, wanted, model.get_sentiment(sample))) / len(sample)
-        report.engines.append(Measured(engine, {}, agreement))
-        for budget in _budgets(model):
-            step(f"{engine}, {budget} tokens")
-            model.max_batch_tokens = budget
-            report.engines[-1].texts_per_s[budget] = _texts_per_s(model, texts, settings.seconds)
-    best = models[report.best.engine]
-    best.max_batch_tokens = report.best.budget
+        report.engines.append(Measured(engine, {}, agreement, model.passes))
+        for budget in budgets:
+            with steps.step(f"{engine}, {budget} tokens"):
+                as_set = _with_budget(model, budget, settings, engine)
+                report.engines[-1].texts_per_s[budget] = _texts_per_s(as_set, texts, settings.seconds)
+    best = _with_budget(models[report.best.engine], report.best.budget, settings, report.best.engine)
     for size in BATCHES:
-        step(f"latency of {size} texts")
-        report.latency_ms[size] = _latency_ms(best, texts[:size] if size <= len(texts) else texts, settings.seconds)
+        with steps.step(f"latency of {size} texts"):
+            some = texts[:size] if size <= len(texts) else texts
+            report.latency_ms[size] = _latency_ms(best, some, settings.seconds)
     return report
 
 
-def _load(settings: BenchSettings, engine: Engine) -> SentimentModel:
+def _with_budget(model: SentimentModel, budget: int, settings: BenchSettings, engine: Engine) -> SentimentModel:
+    """On a GPU anew, for the shapes that it prepares are those of its budget."""
+    if model.device.type == "cuda" and model.max_batch_tokens != budget:
+        return _load(settings, engine, budget)
+    model.max_batch_tokens = budget
+    return model
+
+
+def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"] = "auto") -> SentimentModel:
     return SentimentModel.load(
         settings.model,
         revision=settings.revision,
@@ -151,16 +198,20 @@ def _load(settings: BenchSettings, engine: Engine) -> SentimentModel:
         dtype=engine.dtype,
         backend=engine.backend,
         cpu_threads=settings.cpu_threads,
+        max_batch_tokens=budget,
     )
 
 
 def _engines(device: str) -> Iterator[Engine]:
-    yield Engine("torch", "float32", True)
+    yield FLOAT32
     if device != "cpu":
-        yield from (Engine("torch", "bfloat16", False), Engine("torch", "float16", False))
+        yield from (
+            Engine("torch", "auto", True),
+            Engine("torch", "bfloat16", False),
+            Engine("torch", "float16", False),
+        )
         return
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+    if has_bfloat16():
         yield Engine("torch", "bfloat16", False)
     if is_installed():
         yield from (Engine("onnx", "float32", True), Engine("onnx", "int8", False))
@@ -207,20 +258,9 @@ def _texts(file: Path | None) -> list[str]:
     return list(islice(cycle(texts), max(WINDOW, len(texts))))
 
 
-@contextmanager
-def _progress(is_quiet: bool) -> Iterator[Step]:
-    with Progress(console=Console(stderr=True), disable=is_quiet, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def step(what: str) -> None:
-            bar.update(task, description=what)
-
-        yield step
-
-
 def _print(report: Report) -> None:
     console = Console()
-    console.print(f"{report.model} on {report.device}, {report.threads} CPU threads, {report.texts} texts")
+    console.print(f"{report.model} on {report.device}, {report.best.threads} CPU threads, {report.texts} texts")
     console.print(_speeds(report))
     console.print(_latencies(report))
     console.print("Settings for this machine, as lines of the file that --config names:\n", style="bold")
@@ -231,7 +271,8 @@ def _print(report: Report) -> None:
             f'dtype = "{quick.engine.dtype}" is {quick.speed / report.best.speed:.1f} times as fast; '
             f"{quick.agreement:.2%} of its labels are the same."
         )
-    console.print(f"A million texts take {report.hours_per_million():.2f} hours of this machine.")
+    hours = report.hours_per_million()
+    console.print(f"A million texts take {hours:.4f} hours of this machine, {3600 * hours:,.0f} s.")
 
 
 def _speeds(report: Report) -> Table:

@@ -1,7 +1,7 @@
 """The stages and the queues between them: gather → tokenize → network → publish → commit; start, drain, stop.
 
 Every consumed record travels in its micro-batch, tombstones and records that cannot be decoded too, so that none is
-overtaken. A queue holds one micro-batch; a full one is backpressure all the way to Kafka.
+overtaken. A queue holds one micro-batch, the last a few; a full one is backpressure all the way to Kafka.
 """
 
 import asyncio

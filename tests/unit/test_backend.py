@@ -42,12 +42,12 @@ def test_onnx_runtime_gives_the_same_logits(make: type) -> None:
 def test_int8_agrees_on_real_texts() -> None:
     """On the reviews that ship with the package; benchmarks/engine.py measures it on all."""
     with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)][:300]
+        texts = [row["text"] for row in csv.DictReader(file)]
     exact = SentimentModel.load("builtin", backend="torch")
     quantized = SentimentModel.load("builtin", dtype="int8")
     assert quantized.dtype == "int8"
     labels = zip(exact.get_sentiment(texts), quantized.get_sentiment(texts), strict=True)
-    assert sum(one == other for one, other in labels) >= 0.98 * len(texts)
+    assert sum(one == other for one, other in labels) >= 0.99 * len(texts)
 
 
 def test_an_export_is_kept_for_the_same_weights_alone(cache: Path) -> None:
