@@ -43,7 +43,7 @@ from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 1_024  # records handled before the event loop may do something else: some milliseconds
+SLICE: Final = 512  # records handled before the event loop may do something else: all stages may have their turn in one
 FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
@@ -312,9 +312,8 @@ class Pipeline:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            for turn, some in enumerate(_slices(parts)):
-                if turn:  # a round is enough work for one turn of the event loop
-                    await asyncio.sleep(0)
+            for some in _slices(parts):
+                await asyncio.sleep(0)  # a round is work enough for one turn of the event loop
                 outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
                 await self._deliver(outcomes, self._sink)
                 self._count(outcomes)
