@@ -1,7 +1,7 @@
 """The worker with a probe on its event loop: `python -m benchmarks.probed run …`; benchmarks.costless takes it too.
 
 With `LAG_FILE` the probe asks to be called every 5 ms, and adds a line to that file at the end, in ms: how late it was at
-worst, for 99 of 100 calls, and at worst by what its own thread computed meanwhile (the rest is other threads and programs).
+worst, for 99 of 100 calls, and at worst by what its own thread computed at most (the rest is other threads and programs).
 With `SWITCH_S` Python's switch interval is so many seconds. With `GARBAGE_S` garbage is looked for so often, however busy
 the worker is.
 """

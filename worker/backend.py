@@ -18,7 +18,7 @@ from worker.memory import keep_blocks
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
-from worker.tuning import use_one_thread
+from worker.tuning import cpu_has, use_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def choose_on_cuda(
 
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 itself: else it is slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return cpu_has("avx512_bf16", "amx_bf16", "bf16")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -16,11 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from worker.backend import BackendError, has_bfloat16
+from worker.cuda import AGREEMENT
 from worker.exported import is_installed
+from worker.inference import free_memory
 from worker.model import SentimentModel
 from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
-from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, least_that_is_as_fast
+from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, WORTH, least_that_is_as_fast
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
 BATCHES: Final = (1, 8, 32, 128, 512)
@@ -50,7 +52,8 @@ class Measured:
     engine: Engine
     texts_per_s: dict[int, float]
     agreement: float
-    threads: int = 1
+    threads: int | None
+    """On a CPU."""
 
     @property
     def budget(self) -> int:
@@ -72,8 +75,9 @@ class Report:
 
     @property
     def best(self) -> Measured:
-        """The fastest of the exact ones."""
-        return max((each for each in self.engines if each.engine.is_exact), key=lambda each: each.speed)
+        """The fastest of the exact ones, which has to show on these texts too."""
+        exact = (each for each in self.engines if each.engine.is_exact and each.agreement >= AGREEMENT)
+        return max(exact, key=lambda each: each.speed)
 
     def settings(self) -> str:
         """Lines for the file of ``--config``."""
@@ -82,7 +86,7 @@ class Report:
             f'device = "{self.device.partition(":")[0]}"', f'backend = "{best.engine.backend}"',
             f'dtype = "{best.engine.dtype}"', f"max_batch_tokens = {best.budget}",
         ]  # fmt: skip
-        if self.device == "cpu":
+        if best.threads is not None:
             lines.append(f"cpu_threads = {best.threads}")
         return "\n".join(lines)
 
@@ -104,7 +108,7 @@ class Report:
 
 
 def run(settings: BenchSettings) -> int:
-    """Measures and prints. Blocks for a minute or so; answers with the exit code. Raises UsersMistake."""
+    """Measures and prints. Blocks for a minute or so, on a GPU for some; answers with the exit code. Raises UsersMistake."""
     texts = _texts(settings.file)
     with Steps(settings.json_output) as steps:
         report = measure(settings, texts, steps)
@@ -139,13 +143,17 @@ class Steps:
         """There are so many in all."""
         self._progress.update(self._task, total=count)
 
+    def tell(self, what: str) -> None:
+        """What is done meanwhile, outside of the steps."""
+        self._progress.update(self._task, description=what)
+
     def skip(self, count: int) -> None:
         self._progress.advance(self._task, count)
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
         """What is measured meanwhile."""
-        self._progress.update(self._task, description=what)
+        self.tell(what)
         yield
         self._progress.advance(self._task)
 
@@ -154,42 +162,50 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Repo
     """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
     first = _load(settings, FLOAT32)
     report = Report(first.name, str(first.device), len(texts))
-    sample = list(texts[:SAMPLE])
-    wanted = first.get_sentiment(sample)
-    engines, budgets = list(_engines(str(first.device))), _budgets(first)
+    wanted = first.get_sentiment(list(texts[:SAMPLE]))
+    engines, budgets = list(_engines(report.device)), _budgets(first)
+    del first  # one model at a time: a device may have no room for two
     steps.expect(len(engines) * len(budgets) + len(BATCHES))
-    models: dict[Engine, SentimentModel] = {}
     for engine in engines:
+        steps.tell(f"loading {engine}")
         try:
-            model = first if engine == FLOAT32 else _load(settings, engine)
-        except BackendError as error:
+            report.engines.append(_measured(settings, engine, budgets, texts, wanted, steps))
+        except (BackendError, FloatingPointError) as error:
             log.info("%s is left out: %s", engine, error)
             steps.skip(len(budgets))
-            continue
-        models[engine] = model
-        agreement = sum(map(str.__eq__, wanted, model.get_sentiment(sample))) / len(sample)
-        report.engines.append(Measured(engine, {}, agreement, model.passes))
-        for budget in budgets:
-            with steps.step(f"{engine}, {budget} tokens"):
-                as_set = _with_budget(model, budget, settings, engine)
-                report.engines[-1].texts_per_s[budget] = _texts_per_s(as_set, texts, settings.seconds)
-    best = _with_budget(models[report.best.engine], report.best.budget, settings, report.best.engine)
+    best = _load(settings, report.best.engine, report.best.budget)
     for size in BATCHES:
+        some = texts[:size] if size <= len(texts) else texts
         with steps.step(f"latency of {size} texts"):
-            some = texts[:size] if size <= len(texts) else texts
             report.latency_ms[size] = _latency_ms(best, some, settings.seconds)
     return report
 
 
-def _with_budget(model: SentimentModel, budget: int, settings: BenchSettings, engine: Engine) -> SentimentModel:
-    """On a GPU anew, for the shapes that it prepares are those of its budget."""
-    if model.device.type == "cuda" and model.max_batch_tokens != budget:
-        return _load(settings, engine, budget)
-    model.max_batch_tokens = budget
-    return model
+def _measured(
+    settings: BenchSettings,
+    engine: Engine,
+    budgets: Sequence[int],
+    texts: Sequence[str],
+    wanted: Sequence[str],
+    steps: Steps,
+) -> Measured:
+    model = _load(settings, engine)
+    is_on_cpu = model.device.type == "cpu"
+    agreement = sum(map(str.__eq__, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
+    measured = Measured(engine, {}, agreement, model.passes if is_on_cpu else None)
+    for budget in budgets:
+        with steps.step(f"{engine}, {budget} tokens"):
+            if is_on_cpu:
+                model.max_batch_tokens = budget
+            else:  # anew, for the shapes that it prepares are those of its budget
+                del model
+                model = _load(settings, engine, budget)
+            measured.texts_per_s[budget] = _texts_per_s(model, texts, settings.seconds)
+    return measured
 
 
 def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"] = "auto") -> SentimentModel:
+    free_memory()
     return SentimentModel.load(
         settings.model,
         revision=settings.revision,
@@ -260,13 +276,13 @@ def _texts(file: Path | None) -> list[str]:
 
 def _print(report: Report) -> None:
     console = Console()
-    console.print(f"{report.model} on {report.device}, {report.best.threads} CPU threads, {report.texts} texts")
+    console.print(f"{report.model} on {report.device}, {report.texts} texts")
     console.print(_speeds(report))
     console.print(_latencies(report))
     console.print("Settings for this machine, as lines of the file that --config names:\n", style="bold")
     console.print(report.settings() + "\n", markup=False, highlight=False)
     quick = max(report.engines, key=lambda each: each.speed)
-    if not quick.engine.is_exact:
+    if not quick.engine.is_exact and quick.speed > WORTH * report.best.speed:
         console.print(
             f'dtype = "{quick.engine.dtype}" is {quick.speed / report.best.speed:.1f} times as fast; '
             f"{quick.agreement:.2%} of its labels are the same."

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.network import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
+from worker.tuning import cpu_has
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(
@@ -173,5 +174,4 @@ def _read_own(file: Path) -> bytes:
 
 
 def _has_vnni() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") or capabilities.get("dot"))
+    return cpu_has("avx512_vnni", "avx_vnni", "dot")

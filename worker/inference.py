@@ -348,7 +348,7 @@ class Inference:
         return self._score_batch(model, ids[:half]) + self._score_batch(model, ids[half:])
 
     def _score_with_less_memory(self, model: Model, ids: list[TokenIds]) -> list[Sentiment | str]:
-        _free_memory()
+        free_memory()
         if len(ids) == 1:
             return self._wait_for_memory(model, ids)
         longest = max(len(tokens) for tokens in ids)
@@ -362,7 +362,7 @@ class Inference:
         for seconds in MEMORY_PATIENCE_S:
             time.sleep(seconds)
             self._network.restart_clock()
-            _free_memory()
+            free_memory()
             try:
                 model.logits(ids)
             except Exception as error:  # noqa: BLE001 - torch raises what it likes
@@ -406,7 +406,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     torch = sys.modules.get("torch")  # a model without torch has nothing to free, and no memory to load it either
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

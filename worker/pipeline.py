@@ -308,12 +308,14 @@ class Pipeline:
 
     async def _publish(self, stages: Stages) -> None:
         while batches := await _all_there_is(stages.encoded):
+            await asyncio.sleep(0)  # a round is work enough for one turn of the event loop
             for batch in batches:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            for some in _slices(parts):
-                await asyncio.sleep(0)  # a round is work enough for one turn of the event loop
+            for turn, some in enumerate(_slices(parts)):
+                if turn:
+                    await asyncio.sleep(0)
                 outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
                 await self._deliver(outcomes, self._sink)
                 self._count(outcomes)

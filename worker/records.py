@@ -5,6 +5,7 @@ native, are unpacked a run of records at a time. Everything that decides *which*
 position is after them, stays where it was: in aiokafka's fetcher, and in ``Runs``, which follows its PartitionRecords.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -79,7 +80,8 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         self.__dict__.update(fetched.__dict__)
         fetched._records_iterator = None  # which holds it, and with it all that was fetched, in a reference cycle
         self._limits = limits
-        self._records_iterator = self._runs()
+        # By a proxy, for an iterator that holds its owner is a reference cycle: one that is dropped unread stays long
+        self._records_iterator = Runs._runs(weakref.proxy(self))  # type: ignore[arg-type]
 
     def _runs(self) -> Iterator[list[Record]]:
         run: list[Record] = []

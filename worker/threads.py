@@ -50,6 +50,7 @@ class Thread:
                 error = raised
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, answer, error)
+            del answer, error  # an error's traceback holds this frame, and with it what failed: a model perhaps
 
         self._calls.put(run)
         return future

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -34,6 +34,12 @@ def available_cores() -> int:
     except (OSError, ValueError):  # no quota
         pass
     return max(1, cores)
+
+
+def cpu_has(*names: str) -> bool:
+    """Whether this CPU has one of these capabilities, by torch's names; False where this torch does not tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in names)
 
 
 def use_one_thread() -> None:

@@ -39,6 +39,15 @@ def test_onnx_runtime_gives_the_same_logits(make: type) -> None:
         assert differences(network, forward, draw.integers(1, bound + 1, 9).tolist()) < 1e-5
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_number_type_that_the_cpu_lacks_is_slow_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_it: bool
+) -> None:
+    monkeypatch.setattr(backend, "has_bfloat16", lambda: has_it)
+    choose(bert(num_hidden_layers=1).bfloat16(), backend="torch", is_int8=False)
+    assert ("slower here than float32" in caplog.text) != has_it
+
+
 def test_int8_agrees_on_real_texts() -> None:
     """On the reviews that ship with the package; benchmarks/engine.py measures it on all."""
     with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as file:

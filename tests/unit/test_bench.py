@@ -20,7 +20,7 @@ from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS
     ],
 )
 def test_a_larger_budget_has_to_be_worth_it(texts_per_s: dict[int, float], budget: int) -> None:
-    assert Measured(Engine("torch", "float32", True), texts_per_s, 1.0).budget == budget
+    assert Measured(FLOAT32, texts_per_s, 1.0, 1).budget == budget
 
 
 class FakeModel:
@@ -32,27 +32,31 @@ class FakeModel:
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens
         self.passes = passes
+        self.scored: set[int] = set()  # with which budgets
 
     def get_sentiment(self, texts: list[str]) -> list[str]:
+        if self.dtype == "float16":
+            raise FloatingPointError
         return ["neutral"] * len(texts)
 
-    def score(self, texts: list[str]) -> None: ...
+    def score(self, texts: list[str]) -> None:
+        self.scored.add(self.max_batch_tokens)
 
 
 class Loads:
-    """Notes what is loaded; ``refused`` dtypes cannot be."""
+    """Keeps what is loaded; the dtype ``refused`` cannot be."""
 
     def __init__(self, device: str, refused: str = "") -> None:
-        self.seen: list[tuple[str, str, object]] = []
+        self.models: list[FakeModel] = []
         self._device = device
         self._refused = refused
 
     def __call__(self, _: str, *, dtype: str, backend: str, max_batch_tokens: object, **__: object) -> FakeModel:
-        self.seen.append((backend, dtype, max_batch_tokens))
         if dtype == self._refused:
             raise BackendError("not here")
         budget = max_batch_tokens if isinstance(max_batch_tokens, int) else 4_096
-        return FakeModel(self._device, dtype, budget, passes=1 if backend == "torch" else 2)
+        self.models.append(FakeModel(self._device, dtype, budget, passes=1 if backend == "torch" else 2))
+        return self.models[-1]
 
 
 @pytest.fixture
@@ -71,11 +75,10 @@ def test_the_bar_comes_to_its_end(monkeypatch: pytest.MonkeyPatch, settings: Ben
     with_loads(monkeypatch, Loads("cpu", refused))
     steps = Steps()
     report = measure(settings, ["да"] * 600, steps)
-    assert steps.done == (
-        4 * len(CPU_BUDGETS[:-1]) + len(bench.BATCHES),
-        4 * len(CPU_BUDGETS[:-1]) + len(bench.BATCHES),
-    )
-    assert len(report.engines) == (3 if refused else 4)
+    assert steps.done == (4 * len(CPU_BUDGETS[:-1]) + len(bench.BATCHES),) * 2
+    threads = {(each.engine.backend, each.engine.dtype): each.threads for each in report.engines}
+    expected = {("torch", "float32"): 1, ("torch", "bfloat16"): 1, ("onnx", "float32"): 2, ("onnx", "int8"): 2}
+    assert threads == {engine: count for engine, count in expected.items() if engine[1] != refused}
 
 
 def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(
@@ -83,28 +86,39 @@ def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(
 ) -> None:
     loads = Loads("cuda")
     with_loads(monkeypatch, loads)
-    measure(settings, ["да"] * 600, Steps())
-    for dtype in ("float32", "auto"):
-        assert {budget for _, each, budget in loads.seen if each == dtype} >= set(CUDA_BUDGETS[1:])
+    report = measure(settings, ["да"] * 600, Steps())
+    assert [each.engine.dtype for each in report.engines] == ["float32", "auto", "bfloat16"]  # float16 gives no numbers
+    assert all(each.threads is None for each in report.engines)
+    *others, last = loads.models
+    scored = [(model.dtype, *model.scored) for model in others if model.scored]
+    assert scored == [(each.engine.dtype, budget) for each in report.engines for budget in CUDA_BUDGETS]
+    assert (last.dtype, last.scored) == (report.best.engine.dtype, {report.best.budget})
 
 
-def speeds(**by_engine: tuple[Engine, float, int]) -> Report:
-    report = Report("m@1", "cpu", 10)
-    report.engines = [Measured(engine, {512: speed}, 1.0, threads) for engine, speed, threads in by_engine.values()]
+AUTO = Engine("torch", "auto", True)
+
+
+def speeds(device: str, *engines: tuple[Engine, float, int | None, float]) -> Report:
+    """Of engines, their texts a second, threads and agreement."""
+    report = Report("m@1", device, 10)
+    report.engines = [Measured(engine, {512: speed}, same, threads) for engine, speed, threads, same in engines]
     return report
 
 
 def test_what_is_recommended_is_the_fastest_exact_one_with_its_own_threads() -> None:
     onnx, int8 = Engine("onnx", "float32", True), Engine("onnx", "int8", False)
-    report = speeds(torch=(FLOAT32, 100.0, 1), onnx=(onnx, 200.0, 2), int8=(int8, 300.0, 4))
+    report = speeds("cpu", (FLOAT32, 100.0, 1, 1.0), (onnx, 200.0, 2, 1.0), (int8, 300.0, 4, 0.998))
     assert report.settings().splitlines() == [
         'device = "cpu"', 'backend = "onnx"', 'dtype = "float32"', "max_batch_tokens = 512", "cpu_threads = 2",
     ]  # fmt: skip
 
 
 def test_on_a_gpu_that_is_the_default_where_it_is_faster() -> None:
-    report = speeds(torch=(FLOAT32, 100.0, 1), auto=(Engine("torch", "auto", True), 200.0, 1))
-    report.device = "cuda:0"
+    report = speeds("cuda:0", (FLOAT32, 100.0, None, 1.0), (AUTO, 200.0, None, 0.9995))
     assert report.settings().splitlines() == [
         'device = "cuda"', 'backend = "torch"', 'dtype = "auto"', "max_batch_tokens = 512",
     ]  # fmt: skip
+
+
+def test_what_gives_other_labels_on_these_texts_is_not_recommended() -> None:
+    assert speeds("cuda:0", (FLOAT32, 100.0, None, 1.0), (AUTO, 200.0, None, 0.97)).best.engine == FLOAT32

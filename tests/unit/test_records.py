@@ -5,6 +5,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from inspect import getsource
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,15 +137,21 @@ async def test_each_partition_has_a_limit_of_its_own() -> None:
     assert len(await reader.read(TP, timeout_ms=1, limit=lambda: 1)) == 1
 
 
-def test_what_was_fetched_goes_with_its_last_record() -> None:
+@pytest.mark.parametrize("taken", [0, 1, None])
+def test_what_was_fetched_goes_when_it_is_read_or_dropped(taken: int | None) -> None:
     """Not only when Python looks for reference cycles: it is a megabyte for each partition, again and again."""
     gc.disable()
     try:
         records = fetched(batch(0, plain(3)))
-        left = weakref.ref(records)
-        runs_of(records, 2)
-        del records
-        assert left() is None
+        store = Fetched()
+        store.limits[TP] = lambda: 2
+        store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
+        runs = store[TP]._partition_records
+        left = weakref.ref(records), weakref.ref(runs)
+        assert len(list(islice(runs, taken))) == (2 if taken is None else taken)
+        store.clear()
+        del records, runs
+        assert [each() for each in left] == [None, None]
     finally:
         gc.enable()
 
