@@ -240,7 +240,8 @@ class Replay:
     # Go through.
 
     async def _go_through(self, tp: TopicPartition, lane: Lane) -> None:
-        self._consumer.seek(tp, lane.next)
+        with contextlib.suppress(IllegalStateError):  # revoked just now: it is begun there when it comes back
+            self._consumer.seek(tp, lane.next)
         heard_at = time.monotonic()
         while lane.next < lane.end and not self._stop.is_set():
             if tp not in self._owned and not self._is_dry:
