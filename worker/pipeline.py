@@ -9,12 +9,13 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from typing import Any, Final, cast
 
 from worker import garbage
+from worker.breath import Breath
 from worker.events import (
     Decoded,
     Decoder,
@@ -43,7 +44,7 @@ from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 512  # records handled before the event loop may do something else: all stages may have their turn in one
+SLICE: Final = 512  # records that are decoded or encoded at once
 FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
@@ -110,20 +111,6 @@ class Stages:
     encoded: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(ENCODED))
 
 
-class Breath:
-    """Lets the event loop do something else whenever SLICE records have been handled."""
-
-    def __init__(self) -> None:
-        self._handled = 0
-
-    async def after(self, records: int) -> None:
-        """So many records have just been handled."""
-        self._handled += records
-        if self._handled >= SLICE:
-            self._handled = 0
-            await asyncio.sleep(0)
-
-
 class Pipeline:
     """Moves records from source through inference to sink. ``run`` until ``drain`` is called, or something breaks.
 
@@ -140,6 +127,7 @@ class Pipeline:
         encoder: Encoder,
         sink: Sink,
         flood: FloodGauge,
+        breath: Breath,
         metrics: Metrics,
         output_topic: str,
         dead_letter_topic: str,
@@ -155,6 +143,7 @@ class Pipeline:
         self._encoder = encoder
         self._sink = sink
         self._flood = flood
+        self._breath = breath
         self._metrics = metrics
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
@@ -283,7 +272,6 @@ class Pipeline:
 
         With transactions they take over from here.
         """
-        breath = Breath()
         while (batch := await stages.scored.get()) is not None:
             self._metrics.queue_depth["scored"].dec(len(batch))
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
@@ -291,12 +279,11 @@ class Pipeline:
                 continue
             self._flood.look_at(len(batch), batch.failures())
             for part in batch.parts:
-                for outcomes in self._outcomes(part, batch.job):
+                async for outcomes in self._outcomes(part, batch.job):
                     if self._transactions:  # which count and acknowledge them once they are committed
                         await self._transactions.put(part.assignment, outcomes)
                     else:
                         part.outcomes += outcomes
-                    await breath.after(len(outcomes))
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
                 self._tracing.processed(batch.trace, done, batch.failures().total())
@@ -308,16 +295,15 @@ class Pipeline:
 
     async def _publish(self, stages: Stages) -> None:
         while batches := await _all_there_is(stages.encoded):
-            await asyncio.sleep(0)  # a round is work enough for one turn of the event loop
             for batch in batches:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
-            for turn, some in enumerate(_slices(parts)):
-                if turn:
-                    await asyncio.sleep(0)
+            for some in _slices(parts):
+                await self._breath.before(sum(len(outcomes) for _, outcomes in some))
                 outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
                 await self._deliver(outcomes, self._sink)
+                await self._breath.before(len(outcomes))
                 self._count(outcomes)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
@@ -333,23 +319,23 @@ class Pipeline:
     async def _decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
         parts: list[Part] = []
         texts: list[str] = []
-        breath = Breath()
         for assignment, records in chunks:
             decoded: list[Decoded] = []
             for begin in range(0, len(records), SLICE):
                 some = records[begin : begin + SLICE]
+                await self._breath.before(len(some))
                 decoded += self._decoder.decode_all(some)
-                await breath.after(len(some))
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts += [event.text for event in decoded if type(event) is Event]
         return parts, texts
 
-    def _outcomes(self, part: Part, job: Job) -> Iterator[list[Outcome]]:
-        """By slices, of which each holds up the event loop for some milliseconds."""
+    async def _outcomes(self, part: Part, job: Job) -> AsyncIterator[list[Outcome]]:
+        """By slices of at most SLICE records."""
         processed_at = iso_time(time.time() * 1000)
         first_text = part.first_text
         for begin in range(0, len(part.records), SLICE):
             records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
+            await self._breath.before(len(records))
             events = cast("list[Event]", decoded)
             if set(map(type, decoded)) == {Event}:
                 yield self._results(records, events, job, first_text, processed_at)

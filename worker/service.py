@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
+from worker.breath import Breath
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
@@ -162,12 +163,13 @@ async def _started(
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     limits = await wait_until_usable(connection, roles, health)
-    transactions = None
+    transactions, breath = None, Breath()
     if settings.delivery == "exactly-once":
         transactions = Transactions(
             connection,
             group_id=settings.group_id,
             limits=limits,
+            breath=breath,
             metrics=metrics,
             health=health,
             compression_type=settings.compression_type,
@@ -186,6 +188,7 @@ async def _started(
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
         transactions=transactions,
+        breath=breath,
         metrics=metrics,
         health=health,
     )
@@ -201,6 +204,7 @@ async def _started(
         ),
         sink=sink,
         flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
+        breath=breath,
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,

@@ -33,6 +33,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 
 from worker.batching import MicroBatcher
+from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.health import Health
 from worker.metrics import Metrics
@@ -128,6 +129,7 @@ class Source:
         topics: Iterable[str],
         pattern: str | None = None,
         group_id: str,
+        breath: Breath,
         metrics: Metrics,
         health: Health,
         group_instance_id: str | None = None,
@@ -144,6 +146,7 @@ class Source:
         self._topics = tuple(topics)
         self._pattern = pattern
         self._group_id = group_id
+        self._breath = breath
         self._metrics = metrics
         self._health = health
         self._group_instance_id = group_instance_id
@@ -588,6 +591,7 @@ class Source:
         limit = (lambda: 1) if assignment.careful_reads else self._share
         records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         self._health.well("read")
+        self._breath.after(len(records))
         if not records or not assignment.accepts or self._is_stopping:
             return
         now = self._clock()

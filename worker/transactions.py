@@ -23,6 +23,7 @@ from aiokafka.errors import (
     TransactionalIdAuthorizationFailed,
 )
 
+from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
 from worker.events import Reason
 from worker.health import Health
@@ -243,11 +244,11 @@ class Page:
 
     next_offset: int
     outcomes: Sequence["Outcome"] = ()
+    weight: int = field(init=False)  # bytes
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def weight(self) -> int:
-        return sum(len(outcome.record.value or b"") + RECORD_BYTES for outcome in self.outcomes)
+    def __post_init__(self) -> None:
+        self.weight = sum(len(outcome.record.value or b"") + RECORD_BYTES for outcome in self.outcomes)
 
 
 class Owner(Protocol):
@@ -279,11 +280,11 @@ class Writer:
         self._changed = asyncio.Event()
         self.task = asyncio.create_task(self._write())
 
-    def put(self, page: Page, weight: int) -> None:
+    def put(self, page: Page) -> None:
         if not self.pages:
             self._gathered_at = time.monotonic()
         self.pages.append(page)
-        self.weight += weight
+        self.weight += page.weight
         self._changed.set()
 
     def goes_beyond(self, offset: int) -> bool:
@@ -303,12 +304,12 @@ class Writer:
         while True:
             await self._until_due()
             self.committing, self.pages = self.pages, []
-            weight, self.weight = self.weight, 0
+            self.weight = 0
             await self._transact(self.committing)
             self._committed_at = time.monotonic()
-            pages, self.committing = self.committing, []
-            self._transactions.committed(self, pages, weight)
-            del pages  # or their records would stay until after the next commit
+            while self.committing:
+                await self._transactions.breath.before(len(self.committing[0].outcomes))
+                self._transactions.committed(self, self.committing.pop(0))
 
     async def _until_due(self) -> None:
         while True:
@@ -335,7 +336,9 @@ class Writer:
         outcomes = [outcome for page in pages for outcome in page.outcomes]
         started = time.monotonic()
         for begin in range(0, len(outcomes), ROUND):
-            await self._transactions.deliver(outcomes[begin : begin + ROUND], self.sink)
+            some = outcomes[begin : begin + ROUND]
+            await self._transactions.breath.before(len(some))
+            await self._transactions.deliver(some, self.sink)
         published = time.monotonic()
         await self.sink.commit(pages[-1].next_offset, self.assignment.tp, self._transactions.group_id)
         self._transactions.observe(published - started, time.monotonic() - published)
@@ -354,6 +357,7 @@ class Transactions:
         *,
         group_id: str,
         limits: Mapping[str, TopicLimits],
+        breath: Breath,
         metrics: Metrics,
         health: Health,
         compression_type: str = "none",
@@ -361,6 +365,7 @@ class Transactions:
     ) -> None:
         self.group_id = group_id
         self.interval_s = interval_s
+        self.breath = breath
         self._connection = connection
         self._limits = dict(limits)
         self._metrics = metrics
@@ -433,7 +438,7 @@ class Transactions:
             writer = self._writers.get(assignment)
             if writer is not None and not writer.goes_beyond(offset):
                 pages.append(Page(offset))
-                writer.put(pages[-1], 0)
+                writer.put(pages[-1])
         for page in pages:
             await page.done.wait()
 
@@ -456,8 +461,7 @@ class Transactions:
     async def put(self, assignment: "Assignment", outcomes: Sequence["Outcome"]) -> None:
         """Gathers outcomes of one partition for its next transaction. Waits while too much is gathered already."""
         page = Page(outcomes[-1].record.offset + 1, outcomes)
-        weight = page.weight
-        while self._weight and self._weight + weight > ROOM_BYTES:
+        while self._weight and self._weight + page.weight > ROOM_BYTES:
             self._room.clear()
             for writer in self._writers.values():
                 writer.look_again()
@@ -465,8 +469,8 @@ class Transactions:
             self._raise_broken()
         self._raise_broken()
         if assignment in self._writers:
-            self._weight += weight
-            self._writers[assignment].put(page, weight)
+            self._weight += page.weight
+            self._writers[assignment].put(page)
         else:
             self._owner.drop(assignment, len(outcomes))
 
@@ -511,16 +515,15 @@ class Transactions:
         self._metrics.stage_seconds["commit"].observe(commit_s)
         self._commit_s = COST_MEMORY * self._commit_s + (1 - COST_MEMORY) * commit_s / max(1, beside)
 
-    def committed(self, writer: Writer, pages: Sequence[Page], weight: int) -> None:
+    def committed(self, writer: Writer, page: Page) -> None:
         tp = writer.assignment.tp
         self._well(tp)
-        self._refusals[tp].forget_before(pages[-1].next_offset)
-        for page in pages:
-            if page.outcomes:
-                self._count(page.outcomes)
-            self._owner.advance(writer.assignment, page.next_offset, len(page.outcomes))
-            page.done.set()
-        self._free(weight)
+        self._refusals[tp].forget_before(page.next_offset)
+        if page.outcomes:
+            self._count(page.outcomes)
+        self._owner.advance(writer.assignment, page.next_offset, len(page.outcomes))
+        page.done.set()
+        self._free(page.weight)
 
     # Beginnings and ends.
 

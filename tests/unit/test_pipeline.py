@@ -10,6 +10,7 @@ import pytest
 from aiokafka import TopicPartition
 
 from worker import pipeline as module
+from worker.breath import Breath
 from worker.events import Decoder, Encoder, Outgoing, Reason
 from worker.flood import FloodGauge
 from worker.metrics import Metrics
@@ -86,6 +87,7 @@ def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | N
         encoder=Encoder(output_mode="result"),
         sink=sink,  # type: ignore[arg-type]
         flood=FloodGauge(limit=0, window=1),
+        breath=Breath(),
         metrics=Metrics("test"),
         output_topic="out",
         dead_letter_topic="dead",

@@ -13,6 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
 
 from worker import source as module
+from worker.breath import Breath
 from worker.cluster import Connection
 from worker.health import Health
 from worker.metrics import Metrics
@@ -119,7 +120,8 @@ class Stage:
 
 async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
     metrics, health = Metrics("test"), Health()
-    source = Source(Connection(("x:1",)), topics=["t"], group_id="g", metrics=metrics, health=health, **settings)
+    connection, breath = Connection(("x:1",)), Breath()
+    source = Source(connection, topics=["t"], group_id="g", breath=breath, metrics=metrics, health=health, **settings)
 
     async def started() -> FakeConsumer:
         return consumer

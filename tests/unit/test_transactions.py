@@ -10,6 +10,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
 
 from worker import transactions as module
+from worker.breath import RECORDS, Breath
 from worker.cluster import Backoff, Connection
 from worker.events import Outgoing, Reason
 from worker.health import Health
@@ -143,7 +144,13 @@ class World:
         self.health = Health()
         self.metrics = Metrics("test")
         self.transactions = Transactions(
-            Connection(("nowhere:1",)), group_id="g", limits={}, metrics=self.metrics, health=self.health, interval_s=30
+            Connection(("nowhere:1",)),
+            group_id="g",
+            limits={},
+            breath=Breath(),
+            metrics=self.metrics,
+            health=self.health,
+            interval_s=30,
         )
         self.transactions.serve(self, self.deliver, self.count)  # type: ignore[arg-type]
         self.sinks: list[FakeSink] = []
@@ -227,6 +234,18 @@ async def test_pages_gather_while_more_follows_and_go_as_one_transaction(world: 
     world.transactions.settle([assignment])
     await until(lambda: assignment.committed == 4)
     assert world.sinks[0].committed == [4]
+
+
+async def test_large_pages_are_counted_one_in_a_turn_of_the_event_loop(world: World) -> None:
+    assignment = await owned(world, delivered=10_000)
+    for begin in range(0, 3 * RECORDS, RECORDS):
+        await world.put(assignment, *range(begin, begin + RECORDS))
+    world.transactions.settle([assignment])
+    counted = set()
+    while len(world.counted) < 3 * RECORDS:
+        await asyncio.sleep(0)
+        counted.add(len(world.counted))
+    assert counted >= {RECORDS, 2 * RECORDS, 3 * RECORDS}
 
 
 async def test_finish_commits_what_is_there(world: World) -> None:

@@ -1,0 +1,88 @@
+import asyncio
+
+from worker.breath import RECORDS, Breath
+
+
+class Loop:
+    """How many records were handled in each turn of the event loop, while there was anything to handle."""
+
+    def __init__(self) -> None:
+        self.turns: list[int] = []
+
+    async def watch(self) -> None:
+        while True:
+            self.turns.append(0)
+            await asyncio.sleep(0)
+
+
+async def handle(breath: Breath, loop: Loop, pieces: int, records: int) -> None:
+    for _ in range(pieces):
+        await breath.before(records)
+        loop.turns[-1] += records
+
+
+async def handled_by(stages: int, records: int, pieces: int = 50) -> Loop:
+    breath, loop = Breath(), Loop()
+    watching = asyncio.create_task(loop.watch())
+    await asyncio.sleep(0)
+    await asyncio.gather(*(handle(breath, loop, pieces, records) for _ in range(stages)))
+    watching.cancel()
+    assert sum(loop.turns) == stages * pieces * records
+    return loop
+
+
+async def test_all_stages_together_handle_no_more_in_a_turn_than_one_may() -> None:
+    for stages in (1, 2, 10):
+        loop = await handled_by(stages, records=300)
+        assert max(loop.turns) <= RECORDS, stages
+
+
+async def test_what_is_more_than_a_turns_work_has_a_turn_for_itself() -> None:
+    loop = await handled_by(3, records=2 * RECORDS)
+    assert max(loop.turns) == 2 * RECORDS
+
+
+async def test_little_does_not_wait() -> None:
+    breath = Breath()
+    waiting = breath.before(RECORDS - 1)
+    try:
+        waiting.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waited")
+
+
+async def test_what_was_handled_unasked_counts_too() -> None:
+    breath, loop = Breath(), Loop()
+    watching = asyncio.create_task(loop.watch())
+    await asyncio.sleep(0)
+    breath.after(RECORDS)
+    loop.turns[-1] += RECORDS
+    await handle(breath, loop, 1, 1)
+    watching.cancel()
+    assert [turn for turn in loop.turns if turn] == [RECORDS, 1]
+
+
+async def test_who_waits_goes_on_in_the_order_of_asking() -> None:
+    breath = Breath()
+    breath.after(RECORDS)
+    order: list[int] = []
+
+    async def ask(number: int) -> None:
+        for _ in range(3):
+            await breath.before(RECORDS)
+            order.append(number)
+
+    await asyncio.gather(*map(ask, range(4)))
+    assert order == [0, 1, 2, 3] * 3
+
+
+async def test_who_is_cancelled_while_waiting_leaves_the_turn_to_the_next() -> None:
+    breath = Breath()
+    breath.after(RECORDS)
+    asking = [asyncio.create_task(breath.before(1)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for gone in asking[:2]:
+        gone.cancel()
+    await asyncio.wait_for(asking[2], 5)
+    assert [gone.cancelled() for gone in asking] == [True, True, False]
