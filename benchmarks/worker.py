@@ -4,7 +4,8 @@ Two questions, with a randomly initialised network of the card's architecture:
 
 - backlog: texts per second of the worker on a backlog, of the same engine without Kafka, and of the card's own function,
   one text at a time. The three take turns; ratios are medians over the rounds.
-- light load: from publishing an event to reading its result, at 5 events per second.
+- light load: from publishing an event to reading its result, at 5 events per second; and with a model that costs nothing,
+  which leaves the linger and two ways through Kafka.
 
 It starts a Kafka as the tests do. Nothing else should run on the machine.
 """
@@ -59,6 +60,9 @@ def main() -> None:
                 "machine": machine(broker),
                 "backlog": backlog(broker, checkpoint, folder, texts, options.events, options.rounds),
                 "light_load": light_load(broker, checkpoint, folder, texts, options.seconds),
+                "light_load_costless": light_load(
+                    broker, checkpoint, folder, texts, options.seconds, module="benchmarks.costless"
+                ),
                 "help_s": help_seconds(),
             }
         finally:
@@ -165,12 +169,14 @@ def published(kafka: Kafka, topics: Topics) -> list[float]:
 # Light load.
 
 
-def light_load(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], seconds: float) -> dict[str, Any]:
+def light_load(
+    broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], seconds: float, **more: Any
+) -> dict[str, Any]:
     """Milliseconds from publishing to reading the result, 5 events per second, one partition."""
     kafka, topics = Kafka(broker.bootstrap), Topics.unique()
     kafka.create_all(topics, 1)
     with workers_in(broker.bootstrap, checkpoint, folder) as workers:
-        worker = workers.start(topics, cache_size=0, cpu_threads="auto", linger_ms=LINGER_MS)
+        worker = workers.start(topics, cache_size=0, cpu_threads="auto", linger_ms=LINGER_MS, **more)
         worker.wait_until_ready()
         times = asyncio.run(publish_to_result_ms(broker.bootstrap, topics, texts, int(seconds * 5)))
         assert worker.terminate() == 0
@@ -241,6 +247,7 @@ def table(figures: dict[str, Any]) -> str:
         ),
         f"| light load, publish to result, p50 | {figures['light_load']['p50_ms']} ms |",
         f"| light load, publish to result, p95 | {figures['light_load']['p95_ms']} ms |",
+        f"| the same with a model that costs nothing, p50 | {figures['light_load_costless']['p50_ms']} ms |",
         f"| linger | {figures['light_load']['linger_ms']} ms |",
         *(f"| `{words}` | {seconds} s |" for words, seconds in figures["help_s"].items()),
     ]
