@@ -100,7 +100,11 @@ def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, A
 class HuggingFacePipeline:
     def __init__(self, checkpoint: Path) -> None:
         self._pipeline = pipeline(
-            "text-classification", model=str(checkpoint), device="cpu", function_to_apply="sigmoid"
+            "text-classification",
+            model=str(checkpoint),
+            device="cpu",
+            dtype=torch.float32,
+            function_to_apply="sigmoid",
         )
 
     def speed(self, texts: Sequence[str]) -> float:
@@ -115,9 +119,7 @@ class HuggingFacePipeline:
         return np.array([[of[label] for label in labels] for of in scores])
 
     def _answers(self, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
-        answers: list[list[dict[str, Any]]] = self._pipeline(
-            list(texts), batch_size=32, top_k=None, truncation=True, max_length=512
-        )
+        answers: list[list[dict[str, Any]]] = self._pipeline(list(texts), batch_size=32, top_k=None, truncation=True)
         return answers
 
 

@@ -110,7 +110,7 @@ class CardLoop:
 
     def __init__(self, checkpoint: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
 
     def speed(self, texts: Sequence[str]) -> float:
         torch.set_num_threads(TORCH_THREADS)
