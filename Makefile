@@ -39,8 +39,9 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
 	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
-# All figures on an idle machine, about an hour: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to the
-# comparison with the peers, which cap what the worker has newer, hence an environment of their own.
+# Most figures, on an idle machine, about two hours: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to
+# the comparison with the peers, which cap what the worker has newer, hence an environment of their own. Not in SUITE:
+# python -m benchmarks.delivery, benchmarks.console and benchmarks.gpu, and make chaos CHAOS="--report FILE".
 bench: $(INSTALLED)
 	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done
 ifneq ($(filter end_to_end,$(SUITE)),)

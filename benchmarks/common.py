@@ -1,6 +1,7 @@
 """What the benchmarks share: texts, a checkpoint, events, ratios, the machine, and where results go."""
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from tests.checkpoint import TOKENIZER
 from tests.topics import Record
 
 RESULTS = Path(__file__).parent / "results"
+WORKER = Path(__file__).parent.parent / "worker"
 WINDOW = 512
 
 
@@ -77,6 +79,14 @@ def machine(broker: Broker | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "broker": broker.kind if broker else None,
     }
+
+
+def code() -> str:
+    """A digest of the worker's own code: figures of the same one belong together."""
+    digest = hashlib.sha256()
+    for path in sorted(WORKER.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def write(name: str, figures: dict[str, Any], table: str) -> None:

@@ -11,6 +11,7 @@ All are measured from outside and in the same way: the ends of the output topic'
 slope from the first sample with a tenth of the results to the first with nine tenths; CPU is what the process used between
 the same two. So neither start nor loading counts, nor what a pipeline has finished beforehand: it is as full at both ends.
 The model's backend, threads and token budget are the same for all: what it measures at its own start differs by chance.
+The worker's cache is off (cache_size=0, not the default): all texts are unique, so it would answer none.
 
 Afterwards every event must have its result, under its own key. A case with 0 events keeps the figures that are there, which
 the table then says.
@@ -34,7 +35,19 @@ from typing import Any, NamedTuple
 
 from confluent_kafka.admin import OffsetSpec
 
-from benchmarks.common import RESULTS, WINDOW, Process, alive, event, machine, make_checkpoint, ratio, read_texts, write
+from benchmarks.common import (
+    RESULTS,
+    WINDOW,
+    Process,
+    alive,
+    code,
+    event,
+    machine,
+    make_checkpoint,
+    ratio,
+    read_texts,
+    write,
+)
 from tests.broker import Broker, start_broker
 from tests.process import WorkerProcess, environment
 from tests.topics import Kafka, Record, Topics
@@ -89,10 +102,11 @@ def main() -> None:
             "machine": {**machine(broker), "versions": versions()},
             "engine": engine,
             BATCHES_KEY: batches,
+            "code": code(),
             "cases": {
-                case.name: compare(case, broker, folder, options.rounds)
+                case.name: {"code": code(), **compare(case, broker, folder, options.rounds)}
                 if case.records
-                else {**before["cases"][case.name], "is_older": True}
+                else before["cases"][case.name]
                 for case in cases
                 if case.records or case.name in before["cases"]
             },
@@ -168,9 +182,7 @@ def worker(
             output_topic=topics.output,
             dead_letter_topic=topics.dead_letters,
             group_id=topics.group,
-            cache_size=0,
-            max_batch_texts=window,
-            **settings,
+            **{"cache_size": 0, "max_batch_texts": window, **settings},
         )
 
     return start
@@ -339,12 +351,14 @@ def table(figures: dict[str, Any]) -> str:
         tried = ", ".join(f"{size}: {speed:,.0f}" for size, speed in batches.items())
         batch = least_that_is_as_fast(batches)
         head += f" Peers call our model class with {batch} texts (texts/s by their number: {tried})."
-    lines = [head, *(line for name, case in figures["cases"].items() for line in rows(name, case))]
+    lines = [head]
+    for name, case in figures["cases"].items():
+        lines += rows(name, case, is_older=case["code"] != figures["code"])
     return "\n".join(lines) + "\n"
 
 
-def rows(name: str, case: dict[str, Any]) -> list[str]:
-    age = " (of an earlier version)" if case.get("is_older") else ""
+def rows(name: str, case: dict[str, Any], *, is_older: bool) -> list[str]:
+    age = " (of an earlier version)" if is_older else ""
     return [
         "",
         f"{name}, {case['events']:,} events, {case['rounds']} rounds{age}",

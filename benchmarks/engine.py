@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = name
         figures = measured(make_checkpoint(Path(name) / "card"), texts, options.rounds)
-    figures["agreement"] = {"texts": len(texts), "engines": agreement(texts)}
+        figures["agreement"] = {"texts": len(texts), "engines": agreement(texts)}
     write("engine", figures, table(figures))
 
 

@@ -7,12 +7,15 @@ It needs no network. In this order, and each part is written down as soon as it 
 - engine: texts/s from token ids and from text, for a network of the card's architecture, in micro-batches of --window.
 - floor: the multiply-adds that a text needs, at the measured peak of products of matrices in the same number type.
 - where the time goes: tokenizing, packing, the device alone, and all of it together, for one micro-batch.
-- end to end: events/s on a backlog, one worker and four that share the GPU, with the broker on the same machine.
-- latency: publish to result at half the measured speed, in an open loop.
+- end to end: events/s on a backlog, one worker and four that share the GPU, with the broker on the same machine; in
+  micro-batches of --window too (8,192).
+- latency: publish to result at half the measured speed, in an open loop; in micro-batches of the worker's default (512).
 
-The broker is a Kafka where tests would start one: bring a Java runtime and the folder of jars that tests keep in
-`$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`), or name a running one in TEST_KAFKA_BOOTSTRAP. Else it is
-librdkafka's mock cluster, which takes one consumer per group: then four workers have a topic and a group each.
+The broker is a Kafka where tests would start one and nothing need be fetched for it: bring a Java runtime and the folder of
+jars that tests keep in `$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`), or name a running one in
+TEST_KAFKA_BOOTSTRAP. Else, and with --mock, it is librdkafka's mock cluster, and the table says so and why. That takes one
+consumer per group: each of four workers has topics and a group of its own. Its topics have 4 partitions of 5 MiB, and what
+is older than that is dropped: a backlog is compressed, and lies in a topic for every 50,000 events.
 
 `--device cpu --quick` shows on any machine that the script works, and writes gpu-cpu.{json,md}: no figures of a GPU.
 """
@@ -23,30 +26,43 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import OffsetSpec
 from numpy.typing import NDArray
 
 from benchmarks.common import alive, event, machine, make_checkpoint, read_texts, write
 from benchmarks.engine import compared, flops_per_text
 from benchmarks.load import percentiles, publish_to_result_ms
+from tests.broker import KINDS, VERSION, Broker, UnavailableError, allowed_kinds
+from tests.broker import started as start_kafka
 from tests.process import WorkerProcess
 from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
 from worker.cuda import CudaLane, Passes, Shapes, expected_agreement, pack
+from worker.demo.broker import ANSWER_S
+from worker.demo.broker import start as start_mock
 from worker.model import SentimentModel
 from worker.network import seconds
 from worker.reviews import read_reviews
+from worker.settings import RunSettings
 
 ASKED = {
+    "labels that agree in half precision, %": 99.9,
     "from ids, texts/s": 300_000, "from text, texts/s": 100_000,
     "one worker, events/s": 30_000, "four workers, events/s": 80_000, "half load, p99 ms": 25,
 }  # fmt: skip
 PARTITIONS = 8
+TOPIC_EVENTS = 50_000  # of a backlog in one topic of the mock: a third of what it keeps, with these texts
+WORKERS_WINDOW: int = RunSettings.model_fields["max_batch_texts"].default
 WARM_SHARE = 0.2
 LOADING_S = 300
 
@@ -83,10 +99,12 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=400_000, help="of a backlog, for each worker (default: 400000)")
     parser.add_argument("--seconds", type=float, default=20, help="of half load, s (default: 20)")
     parser.add_argument("--parts", nargs="+", default=["right", "engine", "kafka"], help="(default: all three)")
+    parser.add_argument("--mock", action="store_true", help="librdkafka's mock cluster, even where there is a Kafka")
     parser.add_argument("--quick", action="store_true", help="little of everything: whether it works, not how fast")
     options = parser.parse_args()
     if options.quick:
-        options.window, options.budget, options.rounds, options.events, options.seconds = 512, 1_024, 1, 1_000, 4.0
+        options.window, options.budget, options.rounds, options.seconds = 512, 1_024, 1, 4.0
+        options.events = 4_000 if options.device == "cpu" else 200_000  # seconds, in which all workers become ready
     if options.device == "cpu":
         options.dtype = "float32"
     return options
@@ -116,8 +134,9 @@ def rightness(device: str, texts: Sequence[str]) -> dict[str, Any]:
     }
     auto = SentimentModel.load("builtin", device=device, backend="torch")
     sample = exact.tokenize(read_reviews()).ids
-    figures = {
+    figures: dict[str, Any] = {
         "texts": len(texts),
+        "half": f"graphs, {half_type}",
         "auto_is": auto.dtype,
         "expected_agreement": expected_agreement(exact._all_logits(sample), half._all_logits(sample)),
         "against_float32": {
@@ -266,75 +285,119 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 # Kafka.
 
 
+@dataclass
+class Server:
+    """A running broker: where and what it is, why it is no Kafka if it is none, and then the mock's owner."""
+
+    bootstrap: str
+    kind: str
+    why: str = ""
+    owner: Producer | None = None
+    client: Kafka = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = Kafka(self.bootstrap)
+
+    def create(self, *names: str) -> None:
+        """Makes topics: with PARTITIONS of a Kafka, with the mock's own 4 of the mock."""
+        for name in names:
+            if self.owner is None:
+                self.client.create(name, PARTITIONS)
+            else:
+                self.owner.list_topics(name, timeout=ANSWER_S)  # asking makes it: the mock knows no CreateTopics
+
+    def places(self, names: Sequence[str]) -> list[TopicPartition]:
+        """All partitions of these topics, by a request that the mock knows too."""
+        topics = self.client.admin.list_topics(timeout=ANSWER_S).topics
+        return [TopicPartition(name, number) for name in names for number in topics[name].partitions]
+
+    def offsets(self, places: Sequence[TopicPartition], end: OffsetSpec) -> int:
+        """The sum of these partitions' first or next offsets, in one request."""
+        answers = self.client.admin.list_offsets(dict.fromkeys(places, end))
+        return sum(answer.result(30).offset for answer in answers.values())
+
+
 def kafka(checkpoint: Path, folder: Path, options: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     """Backlogs for one and for four workers, then half of the one's speed in an open loop."""
     settings = {
         "model": checkpoint, "device": options.device, "dtype": options.dtype, "max_batch_tokens": options.budget,
-        "max_batch_texts": options.window, "cache_size": 0, "backend": "torch",
+        "cache_size": 0, "backend": "torch",
     }  # fmt: skip
+    of_backlog = {**settings, "max_batch_texts": options.window}
     counts = (1, 2) if options.quick else (1, 4)
-    with broker() as (bootstrap, kind):
-        speeds = {
-            count: backlog_speed(bootstrap, kind, folder, settings, texts, options.events, count) for count in counts
-        }
+    speeds: dict[int, float] = {}
+    with broker(options.mock) as server:
+        for count in counts:
+            speeds[count] = backlog_speed(server, folder, of_backlog, texts, options.events, count)
+            print(f"{count} of the workers: {speeds[count]:,.0f} events/s", flush=True)
         rate = max(1.0, speeds[1] / 2)
-        times = half_load(bootstrap, folder, {**settings, "max_batch_texts": 512}, texts, rate, options.seconds)
+        times = half_load(server, folder, settings, texts, rate, options.seconds)
     return {
-        "broker": kind,
+        "broker": server.kind,
+        "no_kafka": server.why,
+        "micro_batches": {"backlog": options.window, "half_load": WORKERS_WINDOW},
         "events_per_s": {str(count): round(speed) for count, speed in speeds.items()},
         "half_load": {"events_per_s": round(rate), **percentiles(times)},
     }
 
 
 @contextmanager
-def broker() -> Iterator[tuple[str, str]]:
-    """The address of a broker, and what it is."""
-    from tests.broker import start_broker
-
-    try:
-        started = start_broker()
-    except Exception as error:  # noqa: BLE001 - whatever keeps a Kafka from starting, there is the mock
-        from confluent_kafka import Producer
-
-        print(f"no Kafka ({type(error).__name__}: {str(error)[:200]}): librdkafka's mock cluster instead", flush=True)
-        mock = Producer({"bootstrap.servers": "x", "test.mock.num.brokers": 1})
-        yield ",".join(f"{each.host}:{each.port}" for each in mock.list_topics().brokers.values()), "mock"
+def broker(mock: bool) -> Iterator[Server]:
+    """A Kafka that is here, else or if wanted the mock."""
+    found = "--mock" if mock else kafka_at_hand()
+    if isinstance(found, str):
+        print(f"librdkafka's mock cluster, no Kafka: {found}", flush=True)
+        owner, bootstrap = start_mock()
+        yield Server(bootstrap, "mock", found, owner)
         return
-    try:
-        yield started.bootstrap, started.kind
-    finally:
-        started.close()
+    with closing(found):
+        yield Server(found.bootstrap, found.kind)
+
+
+def kafka_at_hand() -> Broker | str:
+    """A running Kafka, of the first kind for which nothing must be fetched; the reasons where there is none."""
+    reasons = []
+    with patch("tests.broker.fetch_jars", side_effect=UnavailableError("Kafka's jars are not in the cache")):
+        for kind in allowed_kinds(controllable=False):
+            try:
+                if kind == "docker":
+                    look_for_image()
+                found = KINDS[kind]()
+                start_kafka(found)
+            except Exception as error:  # noqa: BLE001 - whatever keeps one from starting, there is the next, and the mock
+                reasons.append(f"{kind}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+            else:
+                return found
+    return "; ".join(reasons)
+
+
+def look_for_image() -> None:
+    """An exception of some kind where Docker does not answer soon or would have to fetch Kafka's image."""
+    from docker import from_env  # type: ignore[import-untyped]
+
+    from_env(timeout=5).images.get(f"apache/kafka:{VERSION}")
 
 
 def backlog_speed(
-    bootstrap: str, kind: str, folder: Path, settings: dict[str, Any], texts: Sequence[str], events: int, workers: int
+    server: Server, folder: Path, settings: dict[str, Any], texts: Sequence[str], events: int, workers: int
 ) -> float:
     """Results per second from a fifth of all, or from when all workers are ready, to nine tenths.
 
-    With the mock, each worker has its own topic.
+    With the mock, each worker has topics of its own.
     """
-    client = Kafka(bootstrap)
-    groups = [Topics.unique() for _ in range(workers if kind == "mock" else 1)]
-    of_worker = [groups[number % len(groups)] for number in range(workers)]
     total = events * workers
-    for topics in groups:
-        if kind != "mock":
-            client.create_all(topics, PARTITIONS)
-        share = total // len(groups)
-        for begin in range(0, share, 50_000):
-            numbers = range(begin, min(share, begin + 50_000))
-            client.send(topics.input, [event(number, numbered(texts, number)) for number in numbers])
+    groups = workers if server.kind == "mock" else 1
+    backlogs = [backlog(server, texts, total // groups) for _ in range(groups)]
+    of_worker = [backlogs[number % groups] for number in range(workers)]
+    results = server.places([topics.output for topics in backlogs])
     with ExitStack() as stack:
-        running = [started(stack, folder / f"{topics.group}-{number}", bootstrap, topics, settings)
+        running = [started(stack, folder / f"{topics.group}-{number}", server.bootstrap, topics, settings)
                    for number, topics in enumerate(of_worker)]  # fmt: skip
-
-        def count() -> int:
-            return sum(client.count(topics.output) for topics in groups)
 
         def reached(least: float) -> tuple[float, int] | None:
             for worker in running:
                 alive(worker)
-            found = count()
+            found = server.offsets(results, OffsetSpec.latest())
             return (time.monotonic(), found) if found >= least else None
 
         for worker in running:
@@ -344,6 +407,22 @@ def backlog_speed(
         end = wait_for(lambda: reached(total * 0.9), "most of the results", 600, every=0.05)
         wait_for(lambda: reached(total), "all results", 120, every=0.2)
     return (end[1] - begin[1]) / (end[0] - begin[0])
+
+
+def backlog(server: Server, texts: Sequence[str], events: int) -> Topics:
+    """New topics, with so many events published to the input; of the mock, to several inputs, separated by commas."""
+    topics = Topics.unique()
+    is_mock = server.kind == "mock"
+    parts = [range(begin, min(events, begin + TOPIC_EVENTS)) for begin in range(0, events, TOPIC_EVENTS)]
+    inputs = [f"{topics.input}.{part.start}" for part in parts] if is_mock else [topics.input]
+    # The mock keeps little, and answers a fetch with one batch of a partition: large and compressed ones.
+    sending: dict[str, Any] = {"codec": "zstd", "linger.ms": 200} if is_mock else {}
+    server.create(*inputs, topics.output, topics.dead_letters)
+    for part, name in zip(parts, cycle(inputs), strict=False):
+        server.client.send(name, [event(number, numbered(texts, number)) for number in part], **sending)
+    first = server.offsets(server.places(inputs), OffsetSpec.earliest())
+    assert not first, f"the broker has dropped {first} events of the backlog: lower TOPIC_EVENTS"
+    return replace(topics, input=",".join(inputs))
 
 
 def numbered(texts: Sequence[str], number: int) -> str:
@@ -369,14 +448,15 @@ def started(stack: ExitStack, folder: Path, bootstrap: str, topics: Topics, sett
 
 
 def half_load(
-    bootstrap: str, folder: Path, settings: dict[str, Any], texts: Sequence[str], rate: float, seconds: float
+    server: Server, folder: Path, settings: dict[str, Any], texts: Sequence[str], rate: float, seconds: float
 ) -> list[float]:
-    client, topics = Kafka(bootstrap), Topics.unique()
-    client.create_all(topics, PARTITIONS)
+    """Milliseconds from publishing to the result of each event, at `rate` events/s."""
+    topics = Topics.unique()
+    server.create(topics.input, topics.output, topics.dead_letters)
     with ExitStack() as stack:
-        worker = started(stack, folder / topics.group, bootstrap, topics, settings)
+        worker = started(stack, folder / topics.group, server.bootstrap, topics, settings)
         worker.wait_for_status("/readyz", 200, LOADING_S)
-        return asyncio.run(publish_to_result_ms(bootstrap, topics, texts, rate, int(rate * seconds)))
+        return asyncio.run(publish_to_result_ms(server.bootstrap, topics, texts, rate, int(rate * seconds)))
 
 
 # The table.
@@ -401,6 +481,9 @@ def table(figures: dict[str, Any]) -> str:
             ),
         ]
     rows: list[tuple[str, float, float | None]] = []
+    if right:
+        agreeing = 100 * (1 - right["against_float32"][right["half"]]["changed_labels"] / right["texts"])
+        rows += [(name := "labels that agree in half precision, %", round(agreeing, 3), ASKED[name])]
     if engine:
         speeds = {name: statistics.median(values) for name, values in engine["texts_per_s"].items()}
         rows += [
@@ -418,11 +501,23 @@ def table(figures: dict[str, Any]) -> str:
         load = kafka["half_load"]
         rows += [(f"half load ({load['events_per_s']} events/s), p50 ms", load["p50_ms"], None)]
         rows += [("half load, p99 ms", load["p99_ms"], ASKED["half load, p99 ms"])]
-        lines += ["", f"Broker: {kafka['broker']}, on the same machine."]
+        lines += ["", served(kafka)]
     if rows:
         lines += ["", "| what | measured | asked |", "| --- | --- | --- |"]
         lines += [f"| {name} | {value:,} | {'' if asked is None else f'{asked:,}'} |" for name, value, asked in rows]
     return "\n".join(lines) + "\n"
+
+
+def served(kafka: dict[str, Any]) -> str:
+    """The sentences on the broker and on the micro-batches."""
+    name = kafka["broker"]
+    if name == "mock":
+        name = f"librdkafka's mock cluster, no Kafka ({kafka['no_kafka']}); each worker with topics of its own"
+    sizes = kafka["micro_batches"]
+    return (
+        f"Broker: {name}; on the same machine. Micro-batches of {sizes['backlog']:,} texts on the backlog, "
+        f"of {sizes['half_load']:,} at half load."
+    )
 
 
 if __name__ == "__main__":

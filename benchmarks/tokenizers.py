@@ -4,6 +4,10 @@ Writes benchmarks/results/tokenizers.{json,md}. For the card's tokenizer and the
 is installed must give the same ids for every text of the file, and for as many fuzzed ones: texts that are cut and joined,
 letters of all of Unicode, white space and control characters, marks that join, words without end, special tokens' names.
 Speed is that of micro-batches of 512 of the file's texts, taken in turn; CPU counts all threads.
+
+The last four libraries are in no extra: `pip install tokie==0.1.4 morpheme==0.5.0 kitoken==0.11.1 flash-tokenizer==1.2.0`.
+flash-tokenizer has not been measured: 1.2.0 has no `batch_encode`, which is called here, and builtin's
+checkpoint has no vocab.txt, which it needs.
 """
 
 import argparse

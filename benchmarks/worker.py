@@ -1,6 +1,6 @@
 """The worker on a real Kafka: `python -m benchmarks.worker TEXTS.csv` writes benchmarks/results/worker.{json,md}.
 
-Two questions, with a randomly initialised network of the card's architecture:
+Its questions, with a randomly initialised network of the card's architecture:
 
 - backlog: texts per second of the worker on a backlog, of the same engine without Kafka, and of the card's own function,
   one text at a time. The three take turns; ratios are medians over the rounds.

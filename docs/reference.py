@@ -151,8 +151,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
         "consumer_lag_seconds": "What people feel of the lag, and what to alert on. 0 when nothing waits, and until the first "
         "record that waits has been read.",
-        "queue_depth": "What is slow: `tokenized` above 0 most of the time: the network; `scored`: publishing; `gather` alone: "
-        "the tokenizer. `gather` is full at twice `max_batch_texts`.",
+        "queue_depth": "What is slow: `tokenized` above 0 most of the time: the network; `scored`: publishing, for which up to "
+        "four micro-batches more wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
         "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
         "and the difference between the producer's clock and this one.",
         "stage_seconds": "Where the time goes. `wait` is the linger, longer where the stages after it are busy; `forward` is "
@@ -161,7 +161,8 @@ READING: Final[dict[str, dict[str, str]]] = {
     "Are the batches full?": {
         "batch_texts": "Small at full load on a GPU: `max_batch_tokens` or `max_batch_texts` is too low. On a CPU passes are short: one "
         "ends where its padding would cost more than the next pass.",
-        "batch_tokens": "On a GPU near `max_batch_tokens` at full load; far below it when there is little to do, and on a CPU.",
+        "batch_tokens": "On a GPU near `max_batch_tokens` at full load; far below it when there is little to do, and on a CPU. "
+        "Without what a GPU's passes are rounded up to.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse(f"{name!r} is no command; `sentiment-worker --help` lists them")
     from worker.settings import UsersMistake
 
-    # torch's threads would wait for each other by spinning, on the cores that event loop and tokenizer want too
+    # for `train`, where torch's threads would wait for each other by spinning; a worker's pass on a CPU takes one thread
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = COMMANDS[name](arguments)

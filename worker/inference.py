@@ -1,7 +1,7 @@
 """The threads that own tokenizer and network, and the only door to them.
 
-One thread tokenizes, one runs the network, so that the next micro-batch is tokenized while this one is in the network. On
-a CPU the network's thread has others run passes beside it, one device batch each.
+One thread tokenizes, one runs the network, so that the next micro-batch is tokenized while this one is in the network. The
+network's thread has others run passes side by side, one device batch each: ``cpu_threads`` on a CPU, two on a GPU.
 What fails is told apart here: a poison text, memory that does not suffice, a device that is lost, a call that hangs.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.batching import TokenIds, cut_by_length
+from worker.breath import Breath
 from worker.metrics import Metrics
 from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
 from worker.threads import Thread, side_by_side
@@ -28,7 +29,7 @@ KNOWN_GOOD = "Хорошо, спасибо."
 TOO_MANY = 8  # texts of one micro-batch that cannot all be poison
 MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # for a neighbour on the same device to give memory back
 WARM_UP_LENGTHS = (4, 32, 128, 512)
-SLICE = 2_048  # texts digested before the event loop may do something else: some milliseconds
+SLICE = 512  # texts looked up at once
 
 Answer = TypeVar("Answer")
 
@@ -127,9 +128,11 @@ class Inference:
     """Scores texts with one model. Use it from one event loop; nothing here blocks that loop.
 
     ``timeout_s``: a call to tokenizer or network that takes longer hangs (for the network: one device batch).
+    ``breath`` is for the other stages to share.
     """
 
     def __init__(self, metrics: Metrics, *, timeout_s: float = 60, cache_size: int = 0) -> None:
+        self.breath = Breath()
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._cache_size = cache_size
@@ -228,29 +231,26 @@ class Inference:
             distinct: dict[str, int] = {}
             places = [distinct.setdefault(text, len(distinct)) for text in texts]
             return Job(self.model, list(distinct), places)
-        digests: list[bytes] = []
-        for begin in range(0, len(texts), SLICE):
-            digests.extend(map(_digest, texts[begin : begin + SLICE]))
-            await asyncio.sleep(0)
-        return self._with_hits(texts, digests)
-
-    def _with_hits(self, texts: Sequence[str], digests: Sequence[bytes]) -> Job:
-        job = Job(self.model, [], [])
+        job, cache = Job(self.model, [], []), self._cache  # of one and the same model
         firsts: dict[bytes, int] = {}
-        for text, digest in zip(texts, digests, strict=True):
-            entry = self._cache.get(digest)
-            if entry:
-                job.hits.append(entry)
-                job.places.append(-len(job.hits))
-            elif digest in firsts:
-                job.places.append(firsts[digest])
-            else:
-                firsts[digest] = len(job.texts)
-                job.places.append(len(job.texts))
-                job.texts.append(text)
+        for begin in range(0, len(texts), SLICE):
+            some = texts[begin : begin + SLICE]
+            await self.breath.before(len(some))
+            for text in some:
+                digest = _digest(text)
+                entry = cache.get(digest)
+                if entry:
+                    job.hits.append(entry)
+                    job.places.append(-len(job.hits))
+                elif digest in firsts:
+                    job.places.append(firsts[digest])
+                else:
+                    firsts[digest] = len(job.texts)
+                    job.places.append(len(job.texts))
+                    job.texts.append(text)
         job.hits.reverse()  # a place that counts from the end is the same one then, however many are before the hits
         job.digests = list(firsts)
-        self._metrics.cache_hits.inc(len(job.hits))
+        self._metrics.cache_hits.inc(len(texts) - len(job.texts))
         return job
 
     async def _unless_lost(self, thread: Thread, function: Callable[..., Answer], *arguments: Any) -> Answer:

@@ -128,7 +128,9 @@ class Metrics:
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")
         self.device_memory = gauge("inference_device_memory_bytes", "Device memory in use; 0 on CPU")
-        self.cache_hits = counter("cache_hits_total", "Texts answered from the cache")
+        self.cache_hits = counter(
+            "cache_hits_total", "Texts answered without the network: scored before, or in the same micro-batch"
+        )
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge("model_info", "The loaded model", ["model", "revision", "device", "dtype"])
         self.reloads = counter("model_reloads_total", "Checkpoints loaded in the place of another", ["outcome"])

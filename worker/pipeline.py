@@ -299,15 +299,22 @@ class Pipeline:
                 self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             started = time.monotonic()
             parts = [part for batch in batches for part in batch.parts]
+            begun: set[int] = set()  # parts of which something is published
             for some in _slices(parts):
                 await self._breath.before(sum(len(outcomes) for _, outcomes in some))
-                outcomes = [outcome for part, outcomes in some if part.assignment.is_owned for outcome in outcomes]
+                owned = [(part, outcomes) for part, outcomes in some if part.assignment.is_owned]
+                begun.update(id(part) for part, _ in owned)
+                outcomes = [outcome for _, of_part in owned for outcome in of_part]
                 await self._deliver(outcomes, self._sink)
+                now = time.time()
                 await self._breath.before(len(outcomes))
-                self._count(outcomes)
+                self._count(outcomes, now)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
-                self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
+                if id(part) in begun:
+                    self._source.acknowledge(part.assignment, part.records[-1].offset + 1, len(part.records))
+                else:
+                    self._source.drop(part.assignment, len(part.records))
 
     def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:
         for part in parts:
@@ -460,8 +467,8 @@ class Pipeline:
             if records:
                 tracing.sent(topic, records, began_at)
 
-    def _count(self, outcomes: Sequence[Outcome]) -> None:
-        now = time.time()
+    def _count(self, outcomes: Sequence[Outcome], now: float) -> None:
+        """What has been acknowledged, and when, in s since 1970."""
         sentiments = [outcome.sentiment for outcome in outcomes if outcome.sentiment]
         if sentiments:
             labels, scores, _ = zip(*sentiments, strict=True)

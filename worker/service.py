@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.breath import Breath
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
@@ -163,7 +162,7 @@ async def _started(
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     limits = await wait_until_usable(connection, roles, health)
-    transactions, breath = None, Breath()
+    transactions, breath = None, inference.breath
     if settings.delivery == "exactly-once":
         transactions = Transactions(
             connection,

@@ -272,6 +272,8 @@ class Writer:
         self.sink = sink
         self.pages: list[Page] = []  # gathered for the next transaction
         self.committing: list[Page] = []
+        self.committed: list[Page] = []  # and not counted yet
+        self.committed_at = 0.0  # s since 1970
         self.weight = 0
         self.is_hurried = False
         self._transactions = transactions
@@ -279,6 +281,11 @@ class Writer:
         self._committed_at = -LONGEST_INTERVAL_S
         self._changed = asyncio.Event()
         self.task = asyncio.create_task(self._write())
+
+    @property
+    def is_busy(self) -> bool:
+        """Something of it is still to be committed."""
+        return bool(self.pages or self.committing)
 
     def put(self, page: Page) -> None:
         if not self.pages:
@@ -289,7 +296,8 @@ class Writer:
 
     def goes_beyond(self, offset: int) -> bool:
         """Records after this offset are on their way: they commit it too, and behind them it would lead back."""
-        return any(page.outcomes and page.next_offset > offset for page in (*self.committing, *self.pages))
+        pages = (*self.committed, *self.committing, *self.pages)
+        return any(page.outcomes and page.next_offset > offset for page in pages)
 
     def hurry(self) -> None:
         """From now on whatever is there is committed at once."""
@@ -306,10 +314,11 @@ class Writer:
             self.committing, self.pages = self.pages, []
             self.weight = 0
             await self._transact(self.committing)
-            self._committed_at = time.monotonic()
-            while self.committing:
-                await self._transactions.breath.before(len(self.committing[0].outcomes))
-                self._transactions.committed(self, self.committing.pop(0))
+            self._committed_at, self.committed_at = time.monotonic(), time.time()
+            self.committed, self.committing = self.committing, []
+            while self.committed:
+                await self._transactions.breath.before(len(self.committed[0].outcomes))
+                self._transactions.settled(self, self.committed.pop(0))
 
     async def _until_due(self) -> None:
         while True:
@@ -389,9 +398,12 @@ class Transactions:
         self,
         owner: Owner,
         deliver: Callable[[Sequence["Outcome"], Sink], Awaitable[None]],
-        count: Callable[[Sequence["Outcome"]], None],
+        count: Callable[[Sequence["Outcome"], float], None],
     ) -> None:
-        """Who owns the assignments, how outcomes are published to a sink, and who counts those that are committed."""
+        """Who owns the assignments, how outcomes are published to a sink, and who counts those that are committed.
+
+        With them goes when they were, in s since 1970.
+        """
         self._owner = owner
         self.deliver = deliver
         self._count = count
@@ -429,7 +441,7 @@ class Transactions:
         if is_done:  # and nothing has to be committed again, which would tell that all is well
             self._well(assignment.tp)
             for page in pages:
-                self._count(page.outcomes)
+                self._count(page.outcomes, time.time())
 
     async def commit(self, offsets: Iterable[tuple["Assignment", int]]) -> None:
         """Commits offsets that no record belongs to; returns when it is done, or the partition has begun anew."""
@@ -478,7 +490,7 @@ class Transactions:
         """Commits all that was put, and returns when it is done, or its partition has been given up."""
         for writer in self._writers.values():
             writer.hurry()
-        while any(writer.pages or writer.committing for writer in self._writers.values()):
+        while any(writer.is_busy or writer.committed for writer in self._writers.values()):
             self._settled.clear()
             self._raise_broken()
             await self._settled.wait()
@@ -501,7 +513,7 @@ class Transactions:
 
     def least_s(self) -> float:
         """How far apart the transactions of one partition are at least."""
-        busy = sum(1 for writer in self._writers.values() if writer.pages or writer.committing)
+        busy = sum(1 for writer in self._writers.values() if writer.is_busy)
         return least_interval_s(busy, self._commit_s)
 
     def needs_room(self, writer: Writer) -> bool:
@@ -515,12 +527,13 @@ class Transactions:
         self._metrics.stage_seconds["commit"].observe(commit_s)
         self._commit_s = COST_MEMORY * self._commit_s + (1 - COST_MEMORY) * commit_s / max(1, beside)
 
-    def committed(self, writer: Writer, page: Page) -> None:
+    def settled(self, writer: Writer, page: Page) -> None:
+        """This page is committed: it is counted, and its records are done with."""
         tp = writer.assignment.tp
         self._well(tp)
         self._refusals[tp].forget_before(page.next_offset)
         if page.outcomes:
-            self._count(page.outcomes)
+            self._count(page.outcomes, writer.committed_at)
         self._owner.advance(writer.assignment, page.next_offset, len(page.outcomes))
         page.done.set()
         self._free(page.weight)
@@ -605,6 +618,9 @@ class Transactions:
         if writer is None:
             return
         writer.task.cancel()
+        for page in writer.committed:
+            self.settled(writer, page)
+        writer.committed = []
         pages = [*writer.committing, *writer.pages]
         farewell = asyncio.create_task(self._farewell(writer))
         self._farewells.add(farewell)

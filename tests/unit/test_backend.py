@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-from tests.unit.test_network import SIZES, bert, differences, longest, xlm_roberta
+from tests.unit.test_network import NETWORKS, SIZES, bert, differences, longest
 from worker import backend, exported
 from worker.backend import BackendError, choose
 from worker.exported import ExportedNetwork, export
@@ -27,10 +27,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "sentiment-worker" / "onnx"
 
 
-@pytest.mark.parametrize("make", [bert, xlm_roberta])
-def test_onnx_runtime_gives_the_same_logits(make: type) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_runtime_gives_the_same_logits(name: str) -> None:
     torch.manual_seed(3)
-    network = make()
+    network = NETWORKS[name]()
     forward = ExportedNetwork(export(network, is_int8=False))
     lengths = [*range(1, 40), 64, 100, 255, 256, longest(network)]
     assert max(differences(network, forward, [length]) for length in lengths) < 1e-5

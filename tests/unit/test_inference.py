@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tests.waiting import wait_for
 from worker import inference as inference_module
-from worker.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
+from worker.breath import Breath
+from worker.inference import KNOWN_GOOD, SLICE, Cache, Inference, InferenceLost, Job
 from worker.metrics import Metrics
 from worker.model import Tokens
 from worker.sentiment import Activation, Sentiment
@@ -257,7 +258,7 @@ async def test_repeated_texts_are_scored_once(model: Model) -> None:
     assert model.tokenized == ["раз", "два" * 20, "три"]
     assert first.answers[0] == first.answers[2] == second.answers[1]
     assert second.truncated == [True, False, False]
-    assert metrics.cache_hits._value.get() == 2
+    assert metrics.cache_hits._value.get() == 3
 
 
 async def test_the_cache_is_bounded_and_keeps_what_was_used_last(model: Model) -> None:
@@ -353,6 +354,23 @@ async def test_a_reload_scores_new_jobs_with_the_new_model_and_lets_old_ones_end
     after = await answers(inference, ["текст"])
     assert after.model.name == "fake@2"
     assert after.answers != begun.answers, "the cache holds an answer of the old model"
+
+
+async def test_a_job_that_is_looked_up_during_a_reload_has_one_model(model: Model) -> None:
+    inference = await loaded(model, cache_size=10_000)
+    texts = [str(number) for number in range(2 * SLICE)]
+    old = await answers(inference, texts)
+
+    class Reloading(Breath):
+        async def before(self, _: int) -> None:
+            inference.breath = Breath()
+            await inference.reload(lambda: Recorded("fake@2"))
+            await answers(inference, texts)  # the new model's are in its cache
+
+    inference.breath = Reloading()
+    job = await answers(inference, texts)
+    assert (job.model.name, job.answers) == ("fake@1", old.answers)
+    assert (await answers(inference, texts)).answers != old.answers
 
 
 async def test_scoring_goes_on_while_another_model_loads(model: Model) -> None:

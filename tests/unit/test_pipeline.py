@@ -64,6 +64,19 @@ class FakeSink:
     async def close(self, _: float) -> None: ...
 
 
+class FakeBreath(Breath):
+    """Notes what it is asked for, and has something happen meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+        self._meanwhile = meanwhile
+
+    async def before(self, records: int) -> None:
+        self.asked.append(records)
+        self._meanwhile()
+
+
 class FakeInference:
     async def watch(self) -> None:
         await asyncio.Event().wait()
@@ -132,6 +145,28 @@ async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
     sink.after_first = lambda: setattr(going, "is_owned", False)
     await published(piped(source, sink), part_of(going, 10), part_of(staying, 3))
     assert sink.published == [(0, offset) for offset in range(4)] + [(1, offset) for offset in range(3)]
+
+
+async def test_a_partition_that_goes_before_anything_is_published_is_dropped() -> None:
+    """What was not published cannot be published twice."""
+    source, sink = FakeSource(), FakeSink()
+    going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
+    pipeline = piped(source, sink)
+    pipeline._breath = FakeBreath(lambda: setattr(going, "is_owned", False))
+    await published(pipeline, part_of(going, 10), part_of(staying, 3))
+    assert sink.published == [(1, offset) for offset in range(3)]
+    assert (source.acknowledged, source.dropped) == ([(staying, 3)], [going])
+
+
+async def test_every_stage_asks_before_it_handles_records() -> None:
+    pipeline = piped(FakeSource(), FakeSink())
+    breath = pipeline._breath = FakeBreath()
+    part = part_of(Assignment(TopicPartition("t", 0)), 1_000)
+    await pipeline._decoded([(part.assignment, part.records)])
+    assert breath.asked == [512, 488]
+    breath.asked.clear()
+    await published(pipeline, part)
+    assert breath.asked == [1_000, 1_000], "to publish, and to count"
 
 
 async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(

@@ -170,7 +170,7 @@ class World:
     async def deliver(self, outcomes: Sequence[FakeOutcome], sink: FakeSink) -> None:
         await sink.publish([outcome.record.offset for outcome in outcomes])
 
-    def count(self, outcomes: Sequence[FakeOutcome]) -> None:
+    def count(self, outcomes: Sequence[FakeOutcome], _: float) -> None:
         self.counted.extend(outcome.record.offset for outcome in outcomes)
 
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
@@ -241,11 +241,33 @@ async def test_large_pages_are_counted_one_in_a_turn_of_the_event_loop(world: Wo
     for begin in range(0, 3 * RECORDS, RECORDS):
         await world.put(assignment, *range(begin, begin + RECORDS))
     world.transactions.settle([assignment])
-    counted = set()
-    while len(world.counted) < 3 * RECORDS:
-        await asyncio.sleep(0)
-        counted.add(len(world.counted))
-    assert counted >= {RECORDS, 2 * RECORDS, 3 * RECORDS}
+    seen = set()
+    await until(lambda: seen.add(len(world.counted)) or len(world.counted) == 3 * RECORDS)
+    assert seen >= {RECORDS, 2 * RECORDS, 3 * RECORDS}
+    assert (assignment.under_way, assignment.committed, world.transactions._weight) == (0, 3 * RECORDS, 0)
+
+
+async def test_what_is_committed_is_counted_though_the_partition_goes_meanwhile(world: World) -> None:
+    assignment = await owned(world, delivered=10_000)
+    for begin in range(0, 3 * RECORDS, RECORDS):
+        await world.put(assignment, *range(begin, begin + RECORDS))
+    world.transactions.settle([assignment])
+    await until(lambda: world.counted)
+    assert len(world.counted) < 3 * RECORDS, "the rest has its turn later"
+    world.transactions.release(assignment)
+    assert world.counted == [*range(3 * RECORDS)]
+    assert (world.dropped, assignment.under_way, world.transactions._weight) == (0, 0, 0)
+
+
+async def test_who_cannot_count_ends_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(world.transactions, "_count", broken)
+    assignment = await owned(world, delivered=1)
+    await world.put(assignment, 0)
+    with pytest.raises(LookupError):
+        await asyncio.wait_for(world.transactions.watch(), 5)
 
 
 async def test_finish_commits_what_is_there(world: World) -> None:
