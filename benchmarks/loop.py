@@ -3,9 +3,9 @@
 Writes benchmarks/results/loop.{json,md}. What takes long there holds up heartbeats, HTTP and all other partitions; no stage
 is to take more than 20 ms. The cases take turns:
 
-- a model that costs nothing, so that the plumbing is all there is, and the cache of results with it: at-least-once, with
-  garbage looked for every second (by itself the worker does it once a minute in a backlog, so not at all within a turn),
-  and exactly-once;
+- a model that costs nothing, so that the plumbing is all there is, without the cache of results: at-least-once, with garbage
+  looked for every second (by itself the worker does it once a minute in a backlog, so not at all within a turn), and
+  exactly-once;
 - a network of the card's architecture, whose threads want the interpreter too, at Python's switch interval and at shorter
   ones. Shorter ones have brought nothing: the worker leaves it as it is.
 """
@@ -25,7 +25,6 @@ from benchmarks.end_to_end import PLUMBING_WINDOW, Start, measured, records, wor
 from tests.broker import start_broker
 from tests.topics import Record
 
-CACHE_SIZE = 65_536  # the worker's own default
 FIGURES = ("most_ms", "p99_ms", "most_by_itself_ms", "events_per_s")
 
 
@@ -74,7 +73,7 @@ def parsed_options() -> argparse.Namespace:
 def plumbing(sent: Sequence[Record], lag_file: Path) -> list[Case]:
     def costless(more: dict[str, str] | None = None, **settings: object) -> Start:
         variables = {"LAG_FILE": str(lag_file), **(more or {})}
-        return worker("benchmarks.costless", PLUMBING_WINDOW, variables=variables, cache_size=CACHE_SIZE, **settings)
+        return worker("benchmarks.costless", PLUMBING_WINDOW, variables=variables, **settings)
 
     return [
         Case("plumbing, at-least-once", costless(), sent),

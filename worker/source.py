@@ -611,7 +611,6 @@ class Source:
         Also while there is room, for what is fetched already is read without waiting.
         """
         await asyncio.sleep(0)
-        await self._breath.before(0)
         while not self._room.is_set():
             await self._room.wait()
 

@@ -1,5 +1,4 @@
 import asyncio
-import statistics
 
 from worker.breath import RECORDS, Breath
 
@@ -35,13 +34,7 @@ async def handled_by(stages: int, records: int, pieces: int = 50) -> Loop:
 async def test_all_stages_together_handle_no_more_in_a_turn_than_one_may() -> None:
     for stages in (1, 2, 10):
         loop = await handled_by(stages, records=300)
-        assert max(loop.turns) <= 2 * RECORDS, stages
-        assert statistics.mean(filter(None, loop.turns)) <= RECORDS, stages
-
-
-async def test_small_pieces_share_a_turn() -> None:
-    loop = await handled_by(20, records=100)
-    assert len(loop.turns) < 1.2 * 20 * 50 * 100 / RECORDS
+        assert max(loop.turns) <= RECORDS, stages
 
 
 async def test_what_is_more_than_a_turns_work_has_a_turn_for_itself() -> None:
