@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from struct import Struct
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -93,30 +94,36 @@ class Cache:
 
     Two generations: what is asked for moves to the young one, and once that is half of all, it becomes the old one, and the
     old one goes, an entry or two at a time. Unlike an order by last use, memory stays level once both have been full.
+    An entry is packed: Python's garbage collector would walk through tuples, tens of thousands at once after a backlog.
     """
+
+    _entry = Struct("<B?4d")  # a label's place, whether the text was cut, the score and the probabilities
 
     def __init__(self, size: int) -> None:
         """Of ``size`` texts, 0 for none; as there are two generations, 1 is as 2."""
         self.is_off = size == 0
         self._half = max(1, size // 2)
-        self._young: dict[bytes, tuple[Sentiment, bool]] = {}
-        self._old: dict[bytes, tuple[Sentiment, bool]] = {}
-        self._going: dict[bytes, tuple[Sentiment, bool]] = {}
+        self._young: dict[bytes, bytes] = {}
+        self._old: dict[bytes, bytes] = {}
+        self._going: dict[bytes, bytes] = {}
 
     def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
         entry = self._young.get(digest)
         if entry is None:
             entry = self._old.pop(digest, None)
-            if entry is not None:
-                self._keep(digest, entry)
-        return entry
+            if entry is None:
+                return None
+            self._keep(digest, entry)
+        label, truncated, score, *probabilities = self._entry.unpack(entry)
+        return Sentiment(LABELS[label], score, tuple(probabilities)), truncated
 
     def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
         if not self.is_off:
             self._old.pop(digest, None)
-            self._keep(digest, (sentiment, truncated))
+            label, score, probabilities = sentiment
+            self._keep(digest, self._entry.pack(LABELS.index(label), truncated, score, *probabilities))
 
-    def _keep(self, digest: bytes, entry: tuple[Sentiment, bool]) -> None:
+    def _keep(self, digest: bytes, entry: bytes) -> None:
         if len(self._young) >= self._half and digest not in self._young:
             self._young, self._old, self._going = {}, self._young, self._old
         self._young[digest] = entry

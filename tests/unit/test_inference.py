@@ -1,6 +1,7 @@
 """The threads of inference with models that misbehave in every way that a device or a text can."""
 
 import asyncio
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from worker.breath import Breath
 from worker.inference import KNOWN_GOOD, SLICE, Cache, Inference, InferenceLost, Job
 from worker.metrics import Metrics
 from worker.model import Tokens
-from worker.sentiment import Activation, Sentiment
+from worker.sentiment import LABELS, Activation, Label, Sentiment
 
 Fault = Callable[[Sequence[Sequence[int]]], None]
 
@@ -312,6 +313,24 @@ def test_what_is_put_twice_drives_nothing_out() -> None:
     for name in (b"a", b"b", b"c", b"d", b"d", b"d"):
         cache.put(name, SENTIMENT, False)
     assert set(cache._old) | set(cache._young) == {b"a", b"b", b"c", b"d"}
+
+
+@given(st.sampled_from(LABELS), st.tuples(*[st.floats(0, 1)] * 3), st.floats(-1, 1), st.booleans())
+def test_what_is_found_is_what_was_put(
+    label: Label, probabilities: tuple[float, float, float], score: float, truncated: bool
+) -> None:
+    cache = Cache(2)
+    cache.put(b"a", Sentiment(label, score, probabilities), truncated)
+    found = cache.get(b"a")
+    assert found == (Sentiment(label, score, probabilities), truncated)
+    assert type(found[0]) is Sentiment
+    assert type(found[1]) is bool
+
+
+def test_the_garbage_collector_has_no_entries_to_walk_through() -> None:
+    cache = Cache(2)
+    cache.put(b"a", SENTIMENT, False)
+    assert not any(map(gc.is_tracked, (*cache._young, *cache._young.values())))
 
 
 async def test_a_failure_is_not_remembered(model: Model) -> None:
