@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable
+from worker.consumer import committed_offsets, offset_fetch
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
 from worker.metrics import Metrics
@@ -231,11 +232,13 @@ class Replay:
         client = AIOKafkaAdminClient(**self._connection.options())
         try:
             await client.start()
-            commits = await client.list_consumer_group_offsets(self._group_id, partitions=tps)
+            coordinator = await client.find_coordinator(self._group_id)
+            response = await client._send_request(offset_fetch(self._group_id, tps), coordinator)
         finally:
             with contextlib.suppress(*UNREACHABLE):
                 await within(5, client.close())
-        return {tp: Replayed.read(max(0, commits[tp].offset), commits[tp].metadata or "") for tp in tps}
+        commits = committed_offsets(response, tps)
+        return {tp: Replayed.read(max(0, commits[tp].offset), commits[tp].metadata) for tp in tps}
 
     # Go through.
 

@@ -35,6 +35,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
+from worker.consumer import Consumer
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.records import Reader, Record
@@ -309,7 +310,7 @@ class Source:
     async def _started_consumer(self) -> AIOKafkaConsumer:
         backoff = Backoff()
         while True:
-            consumer = AIOKafkaConsumer(
+            consumer = Consumer(
                 **self._connection.options(),
                 group_id=self._group_id,
                 group_instance_id=self._group_instance_id,

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    NotCoordinatorForGroupError,
+    RequestTimedOutError,
+)
 
 from worker import source as module
 from worker.breath import Breath
@@ -40,6 +47,7 @@ class FakeConsumer:
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
+    committed_errors: list[Exception] = field(default_factory=list)  # raised one after the other, before it answers
     _coordinator: Any = None
     _client: Any = None
 
@@ -55,6 +63,8 @@ class FakeConsumer:
 
     async def committed(self, _: TopicPartition) -> int | None:
         await self.knows_committed.wait()
+        if self.committed_errors:
+            raise self.committed_errors.pop(0)
         return self.committed_at
 
     async def beginning_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -521,3 +531,17 @@ async def test_a_partition_that_is_lost_while_it_is_ours_begins_anew(
     assert (transactions.released, transactions.retired) == ([], [assignment])
     assert (await stage.take())[0][1][0].offset == 30
     assert stage.source._assignments[TP] is not assignment
+
+
+async def test_where_to_begin_is_asked_for_until_the_coordinator_can_say(consumer: FakeConsumer) -> None:
+    consumer.committed_at = 700
+    consumer.committed_errors = [
+        GroupLoadInProgressError(),
+        NotCoordinatorForGroupError(),
+        GroupCoordinatorNotAvailableError(),
+    ]
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    [(_, records)] = await stage.take()
+    assert records[0].offset == 700
+    assert not consumer.committed_errors
