@@ -5,6 +5,7 @@ the brokers named in `TEST_KAFKA_BOOTSTRAP`; the official image where Docker run
 Central on this machine's Java.
 """
 
+import fcntl
 import io
 import os
 import random
@@ -20,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -391,8 +392,8 @@ def server_properties(
     return {
         "node.id": "1",
         "process.roles": "broker,controller",
-        # A node that hands its partitions over to nobody first has them without a leader, and Kafka 4.3 then ends transactions
-        # without the markers that make them count (KAFKA-20734): their offsets are lost, and their records come twice.
+        # A single node that shuts down in order first leaves its partitions without a leader, and Kafka 4.3 then ends
+        # transactions without the markers that make them count (KAFKA-20734): offsets are lost, and records come twice.
         "controlled.shutdown.enable": "false",
         "controller.quorum.voters": f"1@localhost:{controller_port}",
         "listeners": ",".join([*bound, f"CONTROLLER://localhost:{controller_port}"]),
@@ -426,16 +427,28 @@ def segment(topic: str, partition: int) -> str:
     return f"{topic}-{partition}/{0:020}.log"
 
 
+_reserved: list[TextIO] = []  # files that say which ports are this process's, until it ends
+
+
 def free_port() -> int:
-    """A port below the ephemeral range, so that no outgoing connection takes it while the broker is stopped."""
+    """A port that no other process of the tests gets while this one lives, also while a broker of it is stopped.
+
+    It is below the ephemeral range, so that no outgoing connection takes it either.
+    """
+    folder = Path(tempfile.gettempdir()) / f"sentiment-worker-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
     while True:
         port = random.randrange(20_000, 32_000)
-        with socket.socket() as candidate:
-            try:
+        file = (folder / str(port)).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as candidate:
                 candidate.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            file.close()
+            continue
+        _reserved.append(file)
+        return port
 
 
 def kafka_jars() -> Path:
