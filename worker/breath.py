@@ -1,9 +1,13 @@
 """How much of the worker's own work fits in one turn of the event loop, whichever stage it is of."""
 
 import asyncio
-from typing import Final
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, TypeVar
 
 RECORDS: Final = 1_024  # each costs a stage some microseconds
+SLICE: Final = 512  # of many records, handled at once
+
+Item = TypeVar("Item")
 
 
 class Breath:
@@ -24,6 +28,13 @@ class Breath:
                 self._handled = 0
                 await asyncio.sleep(0)
             self._handled += records
+
+    async def slices(self, items: Sequence[Item]) -> AsyncIterator[Sequence[Item]]:
+        """N items in order, by SLICE at most, each slice when there is room for it."""
+        for begin in range(0, len(items), SLICE):
+            some = items[begin : begin + SLICE]
+            await self.before(len(some))
+            yield some
 
     def after(self, records: int) -> None:
         """So many have been handled by a stage that could not wait. Answers at once."""

@@ -30,7 +30,6 @@ KNOWN_GOOD = "Хорошо, спасибо."
 TOO_MANY = 8  # texts of one micro-batch that cannot all be poison
 MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # for a neighbour on the same device to give memory back
 WARM_UP_LENGTHS = (4, 32, 128, 512)
-SLICE = 512  # texts looked up at once
 
 Answer = TypeVar("Answer")
 
@@ -240,9 +239,7 @@ class Inference:
             return Job(self.model, list(distinct), places)
         job, cache = Job(self.model, [], []), self._cache  # of one and the same model
         firsts: dict[bytes, int] = {}
-        for begin in range(0, len(texts), SLICE):
-            some = texts[begin : begin + SLICE]
-            await self.breath.before(len(some))
+        async for some in self.breath.slices(texts):
             for text in some:
                 digest = _digest(text)
                 entry = cache.get(digest)

@@ -15,7 +15,7 @@ from itertools import compress, repeat
 from typing import Any, Final, cast
 
 from worker import garbage
-from worker.breath import Breath
+from worker.breath import SLICE, Breath
 from worker.events import (
     Decoded,
     Decoder,
@@ -44,7 +44,6 @@ from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 512  # records that are decoded or encoded at once
 FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
 ENCODED: Final = 4  # micro-batches that may wait for those before them to be acknowledged, and go as one then
 LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
@@ -328,9 +327,7 @@ class Pipeline:
         texts: list[str] = []
         for assignment, records in chunks:
             decoded: list[Decoded] = []
-            for begin in range(0, len(records), SLICE):
-                some = records[begin : begin + SLICE]
-                await self._breath.before(len(some))
+            async for some in self._breath.slices(records):
                 decoded += self._decoder.decode_all(some)
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts += [event.text for event in decoded if type(event) is Event]
@@ -418,20 +415,21 @@ class Pipeline:
         refused = await self._send([outcome for outcome in outcomes if outcome.parcel], sink)
         if not refused:
             return
-        for outcome, reason in refused:
-            if outcome.failure is None:
-                outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
-                outcome.sentiment = None
-                outcome.parcel = self._letter(
-                    outcome.record, dead_letter(outcome.record, outcome.failure, self._version)
-                )
+        async for some in self._breath.slices(refused):
+            for outcome, reason in some:
+                if outcome.failure is None:
+                    outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
+                    outcome.sentiment = None
+                    letter = dead_letter(outcome.record, outcome.failure, self._version)
+                    outcome.parcel = self._letter(outcome.record, letter)
         refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
-            for outcome, _ in refused:
-                if outcome.failure:
-                    smaller = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
-                    outcome.parcel = self._letter(outcome.record, smaller)
+            async for some in self._breath.slices(refused):
+                for outcome, _ in some:
+                    if outcome.failure:
+                        smaller = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
+                        outcome.parcel = self._letter(outcome.record, smaller)
             refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
 

@@ -1,6 +1,6 @@
 import asyncio
 
-from worker.breath import RECORDS, Breath
+from worker.breath import RECORDS, SLICE, Breath
 
 
 class Loop:
@@ -87,3 +87,18 @@ async def test_who_is_cancelled_while_waiting_leaves_the_turn_to_the_next() -> N
         gone.cancel()
     await asyncio.wait_for(asking[3], 5)
     assert [each.cancelled() for each in asking] == [False, True, True, False]
+
+
+async def test_many_are_handled_by_slices_in_their_order() -> None:
+    breath, loop = Breath(), Loop()
+    watching = asyncio.create_task(loop.watch())
+    await asyncio.sleep(0)
+    items = list(range(5 * SLICE + 1))
+    handled: list[int] = []
+    async for some in breath.slices(items):
+        handled += some
+        loop.turns[-1] += len(some)
+    watching.cancel()
+    assert handled == items
+    assert max(loop.turns) <= RECORDS
+    assert [some async for some in breath.slices([])] == []

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tests.waiting import wait_for
 from worker import inference as inference_module
-from worker.breath import Breath
-from worker.inference import KNOWN_GOOD, SLICE, Cache, Inference, InferenceLost, Job
+from worker.breath import SLICE, Breath
+from worker.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.metrics import Metrics
 from worker.model import Tokens
 from worker.sentiment import LABELS, Activation, Label, Sentiment

@@ -169,6 +169,20 @@ async def test_every_stage_asks_before_it_handles_records() -> None:
     assert breath.asked == [1_000, 1_000], "to publish, and to count"
 
 
+async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None:
+    class Refusing(FakeSink):
+        async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+            await super().publish(parcels)
+            return ["result_too_large" if parcel.topic == "out" else None for parcel in parcels]
+
+    sink = Refusing()
+    pipeline = piped(FakeSource(), sink)
+    breath = pipeline._breath = FakeBreath()
+    await published(pipeline, part_of(Assignment(TopicPartition("t", 0)), 1_000))
+    assert breath.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
+    assert sink.published == [(0, offset) for offset in range(1_000)] * 2
+
+
 async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
