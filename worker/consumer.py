@@ -5,51 +5,70 @@ so it does while the group's coordinator is loading or has moved. aiokafka 0.14 
 for a group that has committed nothing: it would begin at ``auto_offset_reset``, and repeat or lose all that is between.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import asyncio
+from collections.abc import Collection
+from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import GroupCoordinatorNotAvailableError, NoError, NotCoordinatorForGroupError, for_code
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    KafkaError,
+    NoError,
+    NotCoordinatorForGroupError,
+    for_code,
+)
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
+
+RETRY_S: Final = 0.1
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     """aiokafka's, with a ``committed`` that tells "there is none" from "the coordinator cannot say"."""
 
     async def committed(self, partition: TopicPartition) -> int | None:
-        """The group's committed offset, None where there is none. Raises KafkaError, retriable if it may be asked again.
-
-        May wait without end for a coordinator to be found.
-        """
-        coordinator = self._coordinator
-        await coordinator.ensure_coordinator_known()
-        response = await coordinator._send_req(offset_fetch(coordinator.group_id, [partition]))
-        try:
-            offset: int = committed_offsets(response, [partition])[partition].offset
-        except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
-            coordinator.coordinator_dead()  # it is looked up anew
-            raise
+        """The group's committed offset, None where there is none. Waits and raises as ``committed_offsets``."""
+        offset: int = (await self.committed_offsets([partition]))[partition].offset
         return offset if offset >= 0 else None
 
+    async def committed_offsets(
+        self, partitions: Collection[TopicPartition]
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        """The group's committed offset and its metadata for each of these partitions; a negative offset for none.
 
-def offset_fetch(group_id: str, partitions: Iterable[TopicPartition]) -> OffsetFetchRequest:
-    """The request for a group's committed offsets of some partitions."""
+        Waits, without end, for a coordinator that can say. Raises the KafkaError of what does not pass by itself.
+        """
+        coordinator = self._coordinator
+        request = _offset_fetch(coordinator.group_id, partitions)
+        while True:
+            await coordinator.ensure_coordinator_known()
+            asked = coordinator.coordinator_id
+            try:
+                return _committed_offsets(await coordinator._send_req(request), partitions)
+            except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
+                if coordinator.coordinator_id == asked:
+                    coordinator.coordinator_dead()  # it is looked up anew
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
+
+def _offset_fetch(group_id: str, partitions: Collection[TopicPartition]) -> OffsetFetchRequest:
     by_topic: dict[str, list[int]] = {}
     for tp in partitions:
         by_topic.setdefault(tp.topic, []).append(tp.partition)
     return OffsetFetchRequest(group_id, list(by_topic.items()))
 
 
-def committed_offsets(response: Any, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-    """What a response to ``offset_fetch`` says of these partitions; a negative offset where nothing is committed.
-
-    Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it says nothing of one.
-    """
+def _committed_offsets(
+    response: Any, partitions: Collection[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it leaves one out."""
     _raise_for(getattr(response, "error_code", 0))
     found = {}
     for topic, answers in response.topics:
-        for partition, offset, metadata, code in answers:
+        for partition, offset, *_, metadata, code in answers:
             _raise_for(code)
             found[TopicPartition(topic, partition)] = OffsetAndMetadata(offset, metadata or "")
     if not found.keys() >= set(partitions):

@@ -17,15 +17,14 @@ from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable
-from worker.consumer import committed_offsets, offset_fetch
+from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
 from worker.metrics import Metrics
@@ -138,7 +137,7 @@ class Replay:
         self._progress = progress
         self._bar = progress.add_task("", total=None)
         self._sink = Sink(self._connection, limits={}, metrics=Metrics(""), health=self._health)
-        self._consumer = AIOKafkaConsumer(
+        self._consumer = Consumer(
             **self._connection.options(),
             group_id=self._group_id,
             enable_auto_commit=False,
@@ -229,15 +228,7 @@ class Replay:
         return {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in tps}
 
     async def _states(self, tps: list[TopicPartition]) -> dict[TopicPartition, Replayed]:
-        client = AIOKafkaAdminClient(**self._connection.options())
-        try:
-            await client.start()
-            coordinator = await client.find_coordinator(self._group_id)
-            response = await client._send_request(offset_fetch(self._group_id, tps), coordinator)
-        finally:
-            with contextlib.suppress(*UNREACHABLE):
-                await within(5, client.close())
-        commits = committed_offsets(response, tps)
+        commits = await self._consumer.committed_offsets(tps)
         return {tp: Replayed.read(max(0, commits[tp].offset), commits[tp].metadata) for tp in tps}
 
     # Go through.

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer
 from numpy.typing import NDArray
 
 from benchmarks.costless import CostlessModel
 from tests.chaos.events import POISON, logit_of
 from worker import service, sink, source
 from worker.cli import main
+from worker.consumer import Consumer
 from worker.settings import RunSettings
 
 POISONED = -1
@@ -82,12 +82,12 @@ def lower_limits() -> None:
 
 
 def mute_first_consumer(file: Path) -> None:
-    made: list[AIOKafkaConsumer] = []
+    made: list[Consumer] = []
 
-    def is_mute(consumer: AIOKafkaConsumer) -> bool:
+    def is_mute(consumer: Consumer) -> bool:
         return consumer is made[0] and file.exists()
 
-    class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
+    class Mute(Consumer):
         def __init__(self, *topics: str, **options: Any) -> None:
             super().__init__(*topics, **options)
             made.append(self)
@@ -100,7 +100,7 @@ def mute_first_consumer(file: Path) -> None:
                 self.seek(place, runs[0][0].offset)
             return {}
 
-    source.AIOKafkaConsumer = Consumer
+    source.Consumer = Mute  # type: ignore[misc]
 
 
 if __name__ == "__main__":

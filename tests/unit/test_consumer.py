@@ -1,23 +1,27 @@
-"""What a consumer takes for its group's committed offset, with answers as brokers give them."""
+"""What a consumer takes for its group's committed offsets, with answers as brokers give them."""
 
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
-    GroupCoordinatorNotAvailableError,
-    GroupLoadInProgressError,
+    KafkaConnectionError,
     KafkaError,
-    NotCoordinatorForGroupError,
-    UnknownTopicOrPartitionError,
+    TopicAuthorizationFailedError,
 )
 from aiokafka.protocol.commit import OffsetFetchRequest_v1, OffsetFetchResponse_v1, OffsetFetchResponse_v3
 
-from worker.consumer import Consumer, committed_offsets, offset_fetch
+from worker import consumer as module
+from worker.consumer import Consumer
 
 TP = TopicPartition("t", 3)
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0)
 
 
 def whole(code: int) -> OffsetFetchResponse_v3:
@@ -30,25 +34,34 @@ def of_partition(offset: int, code: int = 0) -> OffsetFetchResponse_v3:
 
 
 class Coordinator:
-    group_id = "g"
+    """Gives these answers one after the other."""
 
-    def __init__(self, response: Any) -> None:
-        self.response = response
+    group_id = "g"
+    coordinator_id = 1
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers: Iterator[Any] = iter(answers)
         self.requests: list[Any] = []
-        self.is_dead = False
+        self.deaths = 0
 
     async def ensure_coordinator_known(self) -> None: ...
 
     async def _send_req(self, request: Any) -> Any:
         self.requests.append(request.build(OffsetFetchRequest_v1))
-        return self.response
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def coordinator_dead(self) -> None:
-        self.is_dead = True
+        self.deaths += 1
 
 
-async def committed(coordinator: Coordinator) -> int | None:
-    return await Consumer.committed(SimpleNamespace(_coordinator=coordinator), TP)  # type: ignore[arg-type]
+def asking(coordinator: Any) -> Consumer:
+    consumer = Consumer.__new__(Consumer)  # without a client, which would want brokers
+    consumer._coordinator = coordinator
+    consumer._closed = True
+    return consumer
 
 
 @pytest.mark.parametrize(
@@ -62,36 +75,54 @@ async def committed(coordinator: Coordinator) -> int | None:
 )
 async def test_what_is_committed_is_the_partitions_answer(response: Any, offset: int | None) -> None:
     coordinator = Coordinator(response)
-    assert await committed(coordinator) == offset
+    assert await asking(coordinator).committed(TP) == offset
     [request] = coordinator.requests
     assert (request.consumer_group, request.topics) == ("g", [("t", [3])])
 
 
 @pytest.mark.parametrize(
-    ("response", "error", "is_dead"),
+    ("answer", "deaths"),
     [
-        (whole(14), GroupLoadInProgressError, False),
-        (whole(15), GroupCoordinatorNotAvailableError, True),
-        (whole(16), NotCoordinatorForGroupError, True),
-        (whole(30), GroupAuthorizationFailedError, False),
-        (whole(0), GroupCoordinatorNotAvailableError, True),
-        (of_partition(-1, 3), UnknownTopicOrPartitionError, False),
-        (OffsetFetchResponse_v1([("t", [(3, -1, "", 16)])]), NotCoordinatorForGroupError, True),
-        (OffsetFetchResponse_v1([("t", [(2, 5, "", 0)])]), GroupCoordinatorNotAvailableError, True),
+        (whole(14), 0),  # the coordinator is loading
+        (whole(15), 1),  # it is not there
+        (whole(16), 1),  # it is another one
+        (whole(0), 1),  # nothing is said of the partition
+        (OffsetFetchResponse_v1([("t", [(2, 5, "", 0)])]), 1),
+        (OffsetFetchResponse_v1([("t", [(3, -1, "", 16)])]), 1),
+        (of_partition(-1, 14), 0),
+        (KafkaConnectionError(), 0),
     ],
 )
-async def test_no_answer_is_not_taken_for_nothing_committed(
-    response: Any, error: type[KafkaError], is_dead: bool
-) -> None:
-    coordinator = Coordinator(response)
+async def test_no_answer_is_not_taken_for_nothing_committed(answer: Any, deaths: int) -> None:
+    coordinator = Coordinator(answer, answer, of_partition(1201))
+    assert await asking(coordinator).committed(TP) == 1201
+    assert len(coordinator.requests) == 3
+    assert coordinator.deaths == 2 * deaths
+
+
+async def test_a_late_answer_does_not_end_the_coordinator_that_was_found_since() -> None:
+    class Moved(Coordinator):
+        async def _send_req(self, request: Any) -> Any:
+            self.coordinator_id += 1  # others have found it meanwhile
+            return await super()._send_req(request)
+
+    coordinator = Moved(whole(16), of_partition(5))
+    assert (await asking(coordinator).committed(TP), coordinator.deaths) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(whole(30), GroupAuthorizationFailedError), (of_partition(-1, 29), TopicAuthorizationFailedError)],
+)
+async def test_what_does_not_pass_by_itself_is_raised(answer: Any, error: type[KafkaError]) -> None:
     with pytest.raises(error):
-        await committed(coordinator)
-    assert coordinator.is_dead == is_dead
+        await asking(Coordinator(answer)).committed(TP)
 
 
-def test_several_partitions_are_asked_for_at_once() -> None:
+async def test_several_partitions_are_asked_for_at_once() -> None:
     tps = [TopicPartition("t", 0), TopicPartition("u", 1), TopicPartition("t", 2)]
-    assert offset_fetch("g", tps).build(OffsetFetchRequest_v1).topics == [("t", [0, 2]), ("u", [1])]
     response = OffsetFetchResponse_v3(0, [("t", [(0, 5, None, 0), (2, -1, "", 0)]), ("u", [(1, 9, "m", 0)])], 0)
-    found = committed_offsets(response, tps)
+    coordinator = Coordinator(response)
+    found = await asking(coordinator).committed_offsets(tps)
+    assert coordinator.requests[0].topics == [("t", [0, 2]), ("u", [1])]
     assert [(found[tp].offset, found[tp].metadata) for tp in tps] == [(5, ""), (9, "m"), (-1, "")]

@@ -10,18 +10,12 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import (
-    CommitFailedError,
-    CorruptRecordException,
-    GroupCoordinatorNotAvailableError,
-    GroupLoadInProgressError,
-    NotCoordinatorForGroupError,
-    RequestTimedOutError,
-)
+from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
 
 from worker import source as module
 from worker.breath import Breath
 from worker.cluster import Connection
+from worker.consumer import Consumer
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
@@ -47,7 +41,6 @@ class FakeConsumer:
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
-    committed_errors: list[Exception] = field(default_factory=list)  # raised one after the other, before it answers
     _coordinator: Any = None
     _client: Any = None
 
@@ -63,8 +56,6 @@ class FakeConsumer:
 
     async def committed(self, _: TopicPartition) -> int | None:
         await self.knows_committed.wait()
-        if self.committed_errors:
-            raise self.committed_errors.pop(0)
         return self.committed_at
 
     async def beginning_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -533,15 +524,13 @@ async def test_a_partition_that_is_lost_while_it_is_ours_begins_anew(
     assert stage.source._assignments[TP] is not assignment
 
 
-async def test_where_to_begin_is_asked_for_until_the_coordinator_can_say(consumer: FakeConsumer) -> None:
-    consumer.committed_at = 700
-    consumer.committed_errors = [
-        GroupLoadInProgressError(),
-        NotCoordinatorForGroupError(),
-        GroupCoordinatorNotAvailableError(),
-    ]
-    stage = await staged(consumer)
-    await stage.assign(TP)
-    [(_, records)] = await stage.take()
-    assert records[0].offset == 700
-    assert not consumer.committed_errors
+async def test_it_reads_with_the_consumer_that_knows_what_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(_: Consumer) -> None: ...
+
+    monkeypatch.setattr(Consumer, "start", start)
+    source = Source(
+        Connection(("x:1",)), topics=["t"], group_id="g", breath=Breath(), metrics=Metrics("test"), health=Health()
+    )
+    consumer = await source._started_consumer()
+    await consumer.stop()
+    assert type(consumer) is Consumer
