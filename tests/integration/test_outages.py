@@ -1,12 +1,19 @@
 """A broker that is not there, goes away and comes back. It is a broker of its own: the others' tests go on."""
 
+import asyncio
+import contextlib
+
 import pytest
+from aiokafka import TopicPartition
 
 from tests.broker import Broker
 from tests.process import COSTLESS, Workers
 from tests.scenario import result_place, wait_until_committed
 from tests.topics import Kafka, Load, Topics, numbered
 from tests.waiting import holds_for, wait_for
+from worker.cluster import UNREACHABLE
+from worker.consumer import Consumer
+from worker.tasks import within
 
 pytestmark = pytest.mark.kafka
 
@@ -69,3 +76,27 @@ def test_the_broker_goes_away_under_load(
     assert not missing, f"{len(missing)} of {len(sent)} are missing, such as {sorted(missing)[:3]}"
     assert len(worker.warnings()) < 10, f"not a line at every try: {worker.warnings()}"
     assert worker.terminate() == 0
+
+
+async def test_a_coordinator_that_is_loading_does_not_say_that_nothing_is_committed(
+    fragile_broker: Broker, fragile_kafka: Kafka, topics: Topics
+) -> None:
+    """Who believes it begins at the topic's first record again, or at its end."""
+    fragile_kafka.create_all(topics, 1)
+    tp = TopicPartition(topics.input, 0)
+    consumer = Consumer(bootstrap_servers=fragile_kafka.bootstrap, group_id=topics.group, enable_auto_commit=False)
+    await consumer.start()
+    answers: list[int | None] = []
+    try:
+        consumer.assign([tp])
+        await consumer.commit({tp: 7})
+        for _ in range(3):
+            fragile_broker.kill()
+            starting = asyncio.create_task(asyncio.to_thread(fragile_broker.start))
+            while not starting.done() or answers[-1:] != [7]:
+                with contextlib.suppress(*UNREACHABLE):
+                    answers.append(await within(60, consumer.committed(tp)))
+            await starting
+    finally:
+        await consumer.stop()
+    assert set(answers) == {7}
