@@ -28,7 +28,8 @@ from confluent_kafka.admin import AdminClient
 
 from tests.waiting import wait_for
 
-VERSION = os.environ.get("TEST_KAFKA_VERSION", "4.2.2")  # not 4.3: see docs/guarantees.md, "Exactly once"
+POM = Path(__file__).parent / "kafka" / "pom.xml"
+VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
 HEAP = "-Xms128m -Xmx512m -XX:TieredStopAtLevel=1"
 START_SECONDS = 90
 
@@ -463,8 +464,7 @@ def kafka_jars() -> Path:
 def fetch_jars(folder: Path) -> None:
     if shutil.which("mvn") is None:
         raise UnavailableError("there is no mvn to fetch Kafka's jars")
-    pom = Path(__file__).parent / "kafka" / "pom.xml"
-    command = ["mvn", "-q", "-B", "-f", str(pom), f"-Dkafka.version={VERSION}", "dependency:copy-dependencies"]
+    command = ["mvn", "-q", "-B", "-f", str(POM), f"-Dkafka.version={VERSION}", "dependency:copy-dependencies"]
     arguments = ["-DincludeScope=runtime", f"-DoutputDirectory={folder}"]
     done = subprocess.run(
         command + arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False
