@@ -64,6 +64,8 @@ class WorkerProcess:
         self, folder: Path, module: str = "worker", variables: Mapping[str, str] | None = None, **settings: object
     ) -> None:
         port = settings.get("http_port") or free_port()
+        self.folder = folder
+        self.is_paused = False
         self.url = f"http://127.0.0.1:{port}"
         flags = {"http_port": port, "log_format": "json", **settings}
         command = [sys.executable, "-m", module, "run"]
@@ -155,10 +157,16 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGHUP)
 
     def pause(self) -> None:
+        self.is_paused = True
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+        self.is_paused = False
+
+    def ask(self, number: signal.Signals) -> None:
+        """Sends a signal that a module for tests answers."""
+        self._process.send_signal(number)
 
     def wait(self, seconds: float = 60) -> int:
         """The exit code, once it ends by itself."""

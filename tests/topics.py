@@ -78,22 +78,6 @@ COORDINATOR_NOT_YET = (
 )
 
 
-def of_the_group(ask: Callable[[], Any]) -> Any:
-    """What the admin client answers, once the group's coordinator has loaded."""
-    answers: list[Any] = []
-
-    def answered() -> bool:
-        try:
-            answers.append(ask().result(30))
-        except KafkaException as error:
-            if error.args[0].code() not in COORDINATOR_NOT_YET:
-                raise
-        return bool(answers)
-
-    wait_for(answered, "the group's coordinator", 30)
-    return answers[0]
-
-
 @dataclass
 class Kafka:
     """A client of one broker. Every call blocks until the broker has answered, and raises when it refuses."""
@@ -158,15 +142,41 @@ class Kafka:
         """Whether there are records that may still be committed or aborted."""
         return self.ends(topic, IsolationLevel.READ_COMMITTED) != self.ends(topic)
 
+    def _of_the_group(self, ask: Callable[[AdminClient], Any]) -> Any:
+        """What the group's coordinator answers, once it has loaded.
+
+        Each try has a client of its own: one that knew a coordinator before its restart may wait for it for ever.
+        """
+        answers: list[Any] = []
+
+        def answered() -> bool:
+            admin = AdminClient(self._config())  # it has to live until it has answered
+            try:
+                answers.append(ask(admin).result(10))
+            except KafkaException as error:
+                if error.args[0].code() not in COORDINATOR_NOT_YET:
+                    raise
+            except TimeoutError:
+                return False
+            return bool(answers)
+
+        wait_for(answered, "the group's coordinator", 60)
+        return answers[0]
+
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out."""
         asked = ConsumerGroupTopicPartitions(group, self.partitions(topic))
-        places = of_the_group(lambda: self.admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+        places = self._of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
         return {place.partition: place.offset for place in places if place.offset >= 0}
 
     def members(self, group: str) -> set[str]:
-        described = of_the_group(lambda: self.admin.describe_consumer_groups([group])[group])
+        described = self._of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
         return {member.member_id for member in described.members}
+
+    def coordinator(self, group: str) -> int:
+        """The broker that coordinates a group."""
+        described = self._of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
+        return int(described.coordinator.id)
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
         """Moves a group that has no members."""

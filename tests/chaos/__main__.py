@@ -17,9 +17,11 @@ from typing import Any
 
 from confluent_kafka import KafkaException
 
-from tests.chaos.acts import ACTS, plan
+from tests.chaos.acts import ACTS, OF_SEVERAL_BROKERS, plan
 from tests.chaos.driver import Fleet, Scene, scene
 from tests.waiting import wait_for
+
+FIRST_RESULTS = 50
 
 
 def main() -> int:
@@ -53,17 +55,22 @@ def parsed_options() -> argparse.Namespace:
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run and its audit. Blocks for as long as the feed takes, and the rest after it."""
     chance = random.Random(options.seed)
-    names = plan(options.acts, chance)
-    if options.only:
-        names = [options.only[number % len(options.only)] for number in range(options.acts)]
     began = time.monotonic()
     acts: list[dict[str, Any]] = []
     failures: list[str] = []
     with scene(folder, events=options.events, rate=options.rate, delivery=options.delivery) as stage:
+        names = plan(options.acts, chance, has_several_brokers=bool(stage.nodes))
+        if not stage.nodes:
+            say(options, f"one broker alone, for there is no Java: without {', '.join(sorted(OF_SEVERAL_BROKERS))}")
+        if options.only:
+            names = [options.only[number % len(options.only)] for number in range(options.acts)]
         share = options.events // max(1, options.acts)
         stage.feed.allowed = share
         stage.feed.start()
         fed = time.monotonic()
+        leaks: list[str] = []
+        wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results", 60)
+        stage.before = stage.census()
         try:
             for number, name in enumerate(names):
                 half = share * number + share // 2
@@ -73,12 +80,14 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 say(options, f"{acts[-1]['at_s']:7.1f} s +{acts[-1]['took_s']:5.1f}  {name}: {acts[-1]['what']}")
             stage.calm()
             stage.feed.allowed = options.events
-            stage.finish()
+            leaks = stage.finish()
         except (AssertionError, subprocess.TimeoutExpired, KafkaException) as error:
             failures.append(f"the run ended early: {error}")  # what it has done is accounted for all the same
         say(options, "auditing ...")
         found = stage.audit()
-    failures += found.failures(options.delivery) + stage.fleet.surprises
+    failures += (
+        found.failures(options.delivery) + stage.fleet.surprises + [f"more than at the start: {leak}" for leak in leaks]
+    )
     return {
         "seed": options.seed,
         "delivery": options.delivery,
@@ -89,6 +98,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "audit": {**asdict(found), "repeated_share": found.repeated_share},
         "exits": stage.fleet.exits,
         "memory_mb": memory_mb(stage.fleet),
+        "census": [asdict(census) for census in stage.before],
+        "leaks": leaks,
         "acts": acts,
     }
 
@@ -118,6 +129,8 @@ def table(report: dict[str, Any]) -> str:
         ("outcomes", ", ".join(f"{count:,} {kind}" for kind, count in sorted(found["kinds"].items()))),
         ("lost", found["lost"]),
         ("twice", f"{found['repeated']:,} events; {found['repeated_share']:.3%} repeats"),
+        ("repeats explained", f"{found['repeats']:,} of at most {found['explained']:,}"),
+        ("leaks", ", ".join(report["leaks"]) or "none"),
         ("out of order", found["disordered"]),
         ("wrong", found["wrong"]),
         ("endings of workers", ", ".join(f"{count} {how}" for how, count in sorted(report["exits"].items()))),

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.chaos.driver import SESSION_S, WORKERS, Scene, Slot
+from tests.broker import Broker, free_port
+from tests.chaos.cluster import Node, begin_all
+from tests.chaos.driver import PARTITIONS, SESSION_S, WORKERS, Scene, Slot, as_given, read
 from tests.waiting import wait_for
 
 Act = Callable[[Scene, random.Random], str]
@@ -71,29 +73,98 @@ def one_fewer(scene: Scene, chance: random.Random) -> str:
 
 def broker_restart(scene: Scene, chance: random.Random) -> str:
     seconds = chance.uniform(0, 5)
-    scene.broker.stop()
+    for broker in scene.brokers[::-1]:  # the controller last: the others cannot stop in order without it
+        broker.stop()
     time.sleep(seconds)
-    scene.broker.start()
-    return f"the broker is stopped, and starts again after {seconds:.1f} s"
+    begin(scene.brokers)
+    return f"all brokers are stopped, and start again after {seconds:.1f} s"
 
 
 def broker_kill(scene: Scene, chance: random.Random) -> str:
     seconds = chance.uniform(0, 3)
-    scene.broker.kill()
+    for broker in scene.brokers:
+        broker.kill()
     time.sleep(seconds)
-    scene.broker.start()
-    return f"the broker is killed, and starts again after {seconds:.1f} s"
+    begin(scene.brokers)
+    return f"all brokers are killed, and start again after {seconds:.1f} s"
+
+
+def begin(brokers: list[Broker]) -> None:
+    """Starts them again, side by side where there are several."""
+    nodes = [broker for broker in brokers if isinstance(broker, Node)]
+    if nodes:
+        begin_all(nodes)
+    else:
+        brokers[0].start()
+
+
+def without_leader(scene: Scene, chance: random.Random) -> str:
+    """The partitions of one broker have no leader; the others go on."""
+    seconds, node = chance.uniform(2, 10), scene.nodes[1]
+    node.kill()
+    time.sleep(seconds)
+    node.start()
+    return f"broker {node.number} is killed for {seconds:.1f} s: its partitions have no leader"
+
+
+def coordinator_away(scene: Scene, chance: random.Random) -> str:
+    """The group has no coordinator; the partitions of the other broker keep their leader."""
+    seconds, node = chance.uniform(2, 10), scene.nodes[0]
+    node.stop()
+    time.sleep(seconds)
+    node.start()
+    return f"broker {node.number}, which coordinates the group, is stopped for {seconds:.1f} s"
+
+
+def other_addresses(scene: Scene, chance: random.Random) -> str:
+    """All brokers come back where no client knows of; `bootstrap_servers` still lead to them."""
+    for node in scene.nodes[::-1]:
+        node.stop()
+    for number, node in enumerate(scene.nodes):
+        ways = [slot.ways[number] for slot in scene.fleet.slots]
+        for way in ways:
+            way.address.move(free_port())
+        node.advertise({way.listener: f"127.0.0.1:{way.address.port}" for way in ways})
+    begin_all(scene.nodes)
+    before = scene.results()
+    scene.feed.trickle()
+    wait_for(lambda: scene.results() > before, "a result by the new addresses", 120, 0.5)
+    return "all brokers are stopped, and start again under other addresses"
+
+
+def topic_made_anew(scene: Scene, _: random.Random) -> str:
+    """The input topic is deleted when all of it is done, and made again: every worker ends over it, and begins anew."""
+    fleet, topics = scene.fleet, scene.topics
+    allowed = scene.feed.allowed
+    scene.feed.hold()
+    scene.wait_until_done()
+    scene.past += [as_given(message) for message in read(scene.kafka, topics.input)]
+    workers = [(slot, slot.worker) for slot in fleet.running()]
+    for slot in fleet.slots:
+        slot.may_fail = True
+    scene.kafka.delete(topics.input)
+    scene.kafka.create(topics.input, PARTITIONS)
+    scene.feed.allowed = allowed
+    for slot, worker in workers:
+        wait_until(slot, lambda slot=slot, worker=worker: slot.worker is not worker, "end over it")  # type: ignore[misc]
+    for slot, _ in workers:
+        wait_until(slot, lambda slot=slot: is_ready(slot), "be ready")  # type: ignore[misc]
+    for slot in fleet.slots:
+        slot.may_fail = False
+    return "the input topic is deleted and made again"
 
 
 def slow_output(scene: Scene, chance: random.Random) -> str:
-    """The broker stands still, with every connection open."""
+    """The brokers stand still, with every connection open."""
     seconds = chance.uniform(2, SESSION_S + 2)
-    scene.broker.pause()
+    for broker in scene.brokers:
+        broker.pause()
     try:
         time.sleep(seconds)
     finally:
-        scene.broker.resume()
-    return f"the broker stands still for {seconds:.1f} s"
+        for broker in scene.brokers:
+            broker.resume()
+    return f"all brokers stand still for {seconds:.1f} s"
 
 
 def resets(scene: Scene, chance: random.Random) -> str:
@@ -128,21 +199,21 @@ def delay(scene: Scene, chance: random.Random) -> str:
 def partition(scene: Scene, chance: random.Random) -> str:
     """One worker's packets go nowhere for longer than its session: a zombie that knows of time."""
     slot, seconds = some_worker(scene, chance), chance.uniform(2, SESSION_S + 4)
-    slot.proxy.set(swallows=True)
+    slot.network(swallows=True)
     try:
         time.sleep(seconds)
     finally:
-        slot.proxy.set()
+        slot.network()
     return f"{slot.name} is cut off for {seconds:.1f} s, its connections open"
 
 
 def refusal(scene: Scene, chance: random.Random) -> str:
     slot, seconds = some_worker(scene, chance), chance.uniform(2, SESSION_S + 4)
-    slot.proxy.set(refuses=True)
+    slot.network(refuses=True)
     try:
         time.sleep(seconds)
     finally:
-        slot.proxy.set()
+        slot.network()
     return f"{slot.name} is refused every connection for {seconds:.1f} s"
 
 
@@ -217,6 +288,10 @@ def some_worker(scene: Scene, chance: random.Random) -> Slot:
     return slot
 
 
+def wait_until(slot: Slot, condition: Callable[[], object], what: str) -> None:
+    wait_for(condition, f"{slot.name} to {what}", 60, describe=lambda: last_words(slot))
+
+
 def is_ready(slot: Slot) -> bool:
     worker = slot.worker
     return worker is not None and worker.status("/readyz") == 200
@@ -231,15 +306,17 @@ ACTS: Final[dict[str, Act]] = {
     for act in (
         kill, zombie, restart, one_more, broker_restart, resets, model_raises, partition, broker_kill, slow_output, cuts,
         model_hangs, one_fewer, delay, unwritable, model_shapes, refusal, model_without_memory, model_hesitates,
-        short_sleep, model_short_of_memory,
+        short_sleep, model_short_of_memory, without_leader, coordinator_away, other_addresses, topic_made_anew,
     )
 }  # fmt: skip
+OF_SEVERAL_BROKERS: Final = {"without_leader", "coordinator_away", "other_addresses"}
 
 
-def plan(count: int, chance: random.Random) -> list[str]:
+def plan(count: int, chance: random.Random, has_several_brokers: bool) -> list[str]:
     """`count` acts: every one as often as any other, in an order that chance gives."""
-    rounds = -(-count // len(ACTS))
+    possible = [name for name in ACTS if has_several_brokers or name not in OF_SEVERAL_BROKERS]
+    rounds = -(-count // len(possible))
     names: list[str] = []
     for _ in range(rounds):
-        names += chance.sample(list(ACTS), len(ACTS))
+        names += chance.sample(possible, len(possible))
     return names[:count]

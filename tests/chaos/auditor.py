@@ -44,6 +44,7 @@ class Audit:
     repeated: int = 0  # events with repeats
     disordered: int = 0
     wrong: int = 0
+    explained: int | None = None  # repeats that the workers counted as possible, or whose worker ended suddenly
     samples: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -55,7 +56,10 @@ class Audit:
         """What breaks the promise of this delivery; empty where it was kept."""
         names = ["lost", "disordered", "wrong"] + (["repeats"] if delivery == "exactly-once" else [])
         found = [(name, getattr(self, name)) for name in names]
-        return [f"{count} {name}: {'; '.join(self.samples.get(name, []))}" for name, count in found if count]
+        failures = [f"{count} {name}: {'; '.join(self.samples.get(name, []))}" for name, count in found if count]
+        if self.explained is not None and self.repeats > self.explained:
+            failures.append(f"{self.repeats} repeats, of which nothing explains more than {self.explained}")
+        return failures
 
     def note(self, what: str, words: str) -> None:
         sample = self.samples.setdefault(what, [])
@@ -88,10 +92,10 @@ def audit(given: Iterable[Given], output: Iterable[Seen], dead_letters: Iterable
             found.repeats += 1
             found.note("repeats", f"event {seen.number} ({here.partition}-{here.offset})")
         elif is_ordered:
-            if here.offset < last.get(here.key, -1):
+            if here.number < last.get(here.key, -1):  # in the order of their numbers they were published
                 found.disordered += 1
                 found.note("disordered", f"event {seen.number} ({here.partition}-{here.offset}) after {last[here.key]}")
-            last[here.key] = here.offset
+            last[here.key] = here.number
         found.kinds[seen.kind] = found.kinds.get(seen.kind, 0) + (times[seen.number] == 1)
     found.repeated = sum(1 for count in times.values() if count > 1)
     for number, event in events.items():

@@ -1,26 +1,31 @@
-"""The scene of a run: a broker behind proxies, a fleet of workers that are started again when they end, and a feed."""
+"""The scene of a run: brokers behind proxies, a fleet of workers that are started again when they end, and a feed."""
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from tests.broker import Broker, Extras, free_port, start_broker
+from tests.broker import Broker, Extras, allowed_kinds, free_port, start_broker
 from tests.chaos.auditor import Audit, Given, Seen, audit
+from tests.chaos.census import Census, census_of
+from tests.chaos.cluster import Node, begin_all
 from tests.chaos.events import NUMBER, RESULT, TOMBSTONE, kind_of, record_of, score_of
 from tests.chaos.proxy import Proxy
-from tests.process import WorkerProcess
+from tests.process import Metrics, WorkerProcess
 from tests.topics import Kafka, Topics, sending_config
 from tests.waiting import wait_for
 
 PARTITIONS: Final = 6
+BROKERS: Final = 2  # where there is Java; the first is the controller, and coordinates the group
 SLOTS: Final = 4  # workers at most; each has a listener of its own, behind a proxy of its own
 WORKERS: Final = 3
 SESSION_S: Final = 6.0
@@ -28,6 +33,8 @@ TICK_S: Final = 0.02
 TRICKLE: Final = 50
 MODEL: Final = "tests.chaos.model"
 BACK_S: Final = 180.0  # to have done everything, once nothing disturbs any more
+SCRAPE_EVERY: Final = 4  # looks at the fleet
+UNCOMMITTED: Final = 6 * 512  # records that one worker may have published and not committed: its queues, full
 
 
 class Feed(threading.Thread):
@@ -54,7 +61,7 @@ class Feed(threading.Thread):
         while self.offered < self._events and not self._stopping.wait(TICK_S):
             now = time.monotonic()
             owed, at = min(owed + (now - at) * self._rate, self._rate), now
-            count = min(int(owed), self.allowed - self.offered)
+            count = max(0, min(int(owed), self.allowed - self.offered))
             for number in range(self.offered, self.offered + count):
                 self._send(number)
             self.offered += count
@@ -69,6 +76,11 @@ class Feed(threading.Thread):
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
             self._refused.append(str(error))
+
+    def hold(self) -> None:
+        """Nothing more until `allowed` is raised; returns when all that was offered is published."""
+        self.allowed = 0
+        wait_for(lambda: self._producer.flush(1) == 0, "the feed to be published", 60)
 
     def trickle(self) -> None:
         """Some events more are allowed, for an act that needs load."""
@@ -88,11 +100,24 @@ class Feed(threading.Thread):
 
 
 @dataclass
+class Way:
+    """One worker's way to one broker: a listener of its own, and the proxies that lead to it.
+
+    `entry` is in the worker's `bootstrap_servers`; `address` is where the broker sends its clients, and may move.
+    """
+
+    listener: str
+    port: int
+    entry: Proxy
+    address: Proxy
+
+
+@dataclass
 class Slot:
-    """One worker's place: its process comes and goes, the place and its way to the broker stay."""
+    """One worker's place: its process comes and goes, the place and its ways to the brokers stay."""
 
     name: str
-    proxy: Proxy
+    ways: list[Way]
     fault: Path
     is_wanted: bool = False
     worker: WorkerProcess | None = None
@@ -100,6 +125,16 @@ class Slot:
     may_fail: bool = False  # an act makes this worker end with 1
     is_leaving: bool = False
     begins_at: float = 0.0
+    possible_duplicates: float = 0.0  # what its worker has counted by now
+
+    @property
+    def proxies(self) -> list[Proxy]:
+        return [proxy for way in self.ways for proxy in (way.entry, way.address)]
+
+    def network(self, **conditions: Any) -> None:
+        """How all its ways are from now on, as of `Proxy.set`."""
+        for proxy in self.proxies:
+            proxy.set(**conditions)
 
 
 class Fleet:
@@ -119,6 +154,8 @@ class Fleet:
         self.surprises: list[str] = []
         self.exits: dict[str, int] = {}
         self.resident: list[tuple[float, int]] = []  # of the largest worker: when, and its bytes
+        self.possible_duplicates = 0.0  # counted by workers that have ended
+        self.sudden_ends = 0  # of workers that could commit nothing more
 
     def start(self, workers: int) -> None:
         for slot in self.slots[:workers]:
@@ -173,7 +210,7 @@ class Fleet:
             self._folder,
             MODEL,
             {"FAULT_FILE": str(slot.fault), **slot.variables},
-            bootstrap_servers=f"127.0.0.1:{slot.proxy.port}",
+            bootstrap_servers=",".join(f"127.0.0.1:{way.entry.port}" for way in slot.ways),
             input_topics=self._topics.input,
             output_topic=self._topics.output,
             dead_letter_topic=self._topics.dead_letters,
@@ -183,11 +220,24 @@ class Fleet:
         )
 
     def _watch(self) -> None:
+        looks = 0
         while not self._stopping.wait(0.25):
             with self._lock:
                 for slot in self.slots:
                     self._look_after(slot)
             self._weigh()
+            looks += 1
+            if looks % SCRAPE_EVERY == 0:
+                self.scrape()
+
+    def scrape(self) -> None:
+        """Notes what each worker counts, for one that ends suddenly cannot be asked any more."""
+        for slot in self.slots:
+            worker = slot.worker
+            if worker is not None and not worker.is_paused:
+                status, text = worker.get("/metrics")
+                if status == 200 and slot.worker is worker:
+                    slot.possible_duplicates = Metrics(text).get("duplicates_possible_total")
 
     def _look_after(self, slot: Slot) -> None:
         if slot.is_leaving:
@@ -201,6 +251,9 @@ class Fleet:
     def _ended(self, slot: Slot, how: str, expected: bool = True) -> None:
         worker, slot.worker = slot.worker, None
         self.exits[how] = self.exits.get(how, 0) + 1
+        self.possible_duplicates += slot.possible_duplicates
+        slot.possible_duplicates = 0.0
+        self.sudden_ends += how != "terminated: 0"
         assert worker is not None
         if not expected:
             self.surprises.append(f"{slot.name} {how}: {worker.output[-1500:]}")
@@ -223,35 +276,54 @@ def resident_bytes(pid: int) -> int:
 
 @dataclass
 class Scene:
-    """All that acts may lay hands on."""
+    """All that acts may lay hands on. `past` are the events of input topics that have been deleted since."""
 
-    broker: Broker
+    brokers: list[Broker]
     kafka: Kafka
     topics: Topics
     fleet: Fleet
     feed: Feed
+    before: list[Census] = field(default_factory=list)
+    past: list[Given] = field(default_factory=list)
 
     @property
     def proxies(self) -> list[Proxy]:
-        return [slot.proxy for slot in self.fleet.slots]
+        return [proxy for slot in self.fleet.slots for proxy in slot.proxies]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The brokers, where there are several."""
+        return [broker for broker in self.brokers if isinstance(broker, Node)]
 
     def results(self) -> int:
         return self.kafka.count(self.topics.output)
 
     def calm(self) -> None:
         """Nothing is disturbed any more, and three workers run."""
-        self.broker.restore()
+        for broker in self.brokers:
+            broker.restore()
         for slot in self.fleet.slots:
-            slot.proxy.set()
+            slot.network()
             slot.fault.unlink(missing_ok=True)
             slot.variables.clear()
             slot.may_fail = False
         for slot in self.fleet.slots[:WORKERS]:
             self.fleet.begin_again(slot)
+        for slot in self.fleet.slots[WORKERS:]:
+            if slot.worker is not None:
+                self.fleet.terminate(slot, forever=True)
 
-    def finish(self) -> None:
-        """Waits until every event is fed and done, and ends the workers."""
+    def finish(self) -> list[str]:
+        """Waits until every event is fed and done, and ends the workers. What has grown since the start, a line each."""
         self.feed.finish()
+        self.wait_until_done()
+        leaks = self._leaks()
+        self.fleet.scrape()
+        self.fleet.stop()
+        return leaks
+
+    def wait_until_done(self) -> None:
+        """Until all that is in the input is committed."""
         ends = self.kafka.ends(self.topics.input)
 
         def left() -> int:
@@ -259,45 +331,103 @@ class Scene:
             return sum(ends.values()) - sum(committed.values())
 
         wait_for(lambda: left() == 0, "every event to be committed", BACK_S, 1, lambda: f"({left()} are left)")
-        self.fleet.stop()
+
+    def census(self) -> list[Census]:
+        """Of every worker that runs."""
+        return [census_of(slot.worker) for slot in self.fleet.running() if slot.worker]
+
+    def _leaks(self) -> list[str]:
+        found: list[str] = []
+
+        def is_as_before() -> bool:
+            found[:] = [words for census in self.census() for words in census.beyond(self.before)]
+            return not found
+
+        with contextlib.suppress(AssertionError):  # what is still there is the answer
+            wait_for(is_as_before, "as many clients, tasks and sockets as at the start", 60, 1)
+        return found
 
     def audit(self) -> Audit:
         """Blocks; reads every topic once."""
-        return audited(self.kafka, self.topics)
+        found = audited(self.kafka, self.topics, self.past)
+        found.explained = int(self.fleet.possible_duplicates) + UNCOMMITTED * self.fleet.sudden_ends
+        return found
 
 
 @contextlib.contextmanager
 def scene(folder: Path, *, events: int, rate: float, workers: int = WORKERS, **settings: Any) -> Iterator[Scene]:
-    """A broker of its own, with its topics, `workers` running and the feed not yet started."""
-    ports = [free_port() for _ in range(2 * SLOTS)]
-    names = [f"WAY{number}" for number in range(SLOTS)]
-    extras = Extras(
-        listeners={name: ("PLAINTEXT", port) for name, port in zip(names, ports[:SLOTS], strict=True)},
-        advertised={name: f"127.0.0.1:{port}" for name, port in zip(names, ports[SLOTS:], strict=True)},
-    )
-    broker = start_broker(controllable=True, extras=extras)
-    host = broker.bootstrap.rpartition(":")[0]
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    slots = [
-        Slot(f"worker-{number}", Proxy(ports[SLOTS + number], f"{host}:{ports[number]}"), folder / f"fault-{number}")
-        for number in range(SLOTS)
-    ]
-    defaults = {"session_timeout_ms": int(SESSION_S * 1000), "inference_timeout_s": 6, "cpu_threads": 1}
-    fleet = Fleet(slots, topics, folder, {**defaults, **settings})
-    feed = Feed(broker.bootstrap, topics.input, events, rate)
+    """Brokers of its own, with its topics, `workers` running and the feed not yet started."""
+    brokers, slots = surroundings(folder)
+    everyone = ",".join(broker.bootstrap for broker in brokers)
+    kafka = Kafka(everyone)
+    feed = fleet = None
     try:
+        topics = topics_of_the_first(kafka, brokers)
+        defaults = {"session_timeout_ms": int(SESSION_S * 1000), "inference_timeout_s": 6, "cpu_threads": 1}
+        fleet = Fleet(slots, topics, folder, {**defaults, **settings})
+        feed = Feed(everyone, topics.input, events, rate)
         kafka.create_all(topics, PARTITIONS)
         fleet.start(workers)
         for slot in slots[:workers]:
             if slot.worker:
-                slot.worker.wait_until_ready()
-        yield Scene(broker, kafka, topics, fleet, feed)
+                slot.worker.wait_until_assigned(PARTITIONS // workers)
+        yield Scene(brokers, kafka, topics, fleet, feed)
     finally:
-        feed.stop()
-        fleet.close()
+        if feed and fleet:
+            feed.stop()
+            fleet.close()
         for slot in slots:
-            slot.proxy.close()
-        broker.close()
+            for proxy in slot.proxies:
+                proxy.close()
+        for broker in brokers:
+            broker.close()
+
+
+def surroundings(folder: Path) -> tuple[list[Broker], list[Slot]]:
+    """Running brokers, and workers' places with a way to each: two where there is Java, else one of another kind."""
+    is_java = "java" in allowed_kinds(controllable=True) and shutil.which("java") is not None
+    ports = [[(free_port(), free_port()) for _ in range(SLOTS)] for _ in range(BROKERS if is_java else 1)]
+    names = [f"WAY{number}" for number in range(SLOTS)]
+    if is_java:
+        cluster_id, controllers = Extras().cluster_id, {1: free_port()}
+        brokers: list[Broker] = [
+            Node(
+                number,
+                cluster_id,
+                controllers,
+                ways={name: (port, f"127.0.0.1:{address}") for name, (port, address) in zip(names, own, strict=True)},
+            )
+            for number, own in enumerate(ports, 1)
+        ]
+        begin_all(brokers)  # type: ignore[arg-type]
+    else:
+        extras = Extras(
+            listeners={name: ("PLAINTEXT", port) for name, (port, _) in zip(names, ports[0], strict=True)},
+            advertised={name: f"127.0.0.1:{address}" for name, (_, address) in zip(names, ports[0], strict=True)},
+        )
+        brokers = [start_broker(controllable=True, extras=extras)]
+    slots = [
+        Slot(
+            f"worker-{number}",
+            [way_to(broker, name, *own[number]) for broker, own in zip(brokers, ports, strict=True)],
+            folder / f"fault-{number}",
+        )
+        for number, name in enumerate(names)
+    ]
+    return brokers, slots
+
+
+def way_to(broker: Broker, listener: str, port: int, address: int) -> Way:
+    target = f"{broker.bootstrap.rpartition(':')[0]}:{port}"
+    return Way(listener, port, Proxy(free_port(), target), Proxy(address, target))
+
+
+def topics_of_the_first(kafka: Kafka, brokers: list[Broker]) -> Topics:
+    """Topics and a group that the first broker coordinates, so that an act knows whom to stop."""
+    while True:
+        topics = Topics.unique()
+        if len(brokers) == 1 or kafka.coordinator(topics.group) == 1:
+            return topics
 
 
 def wait_for_results(kafka: Kafka, topics: Topics, more: int, seconds: float = 180) -> None:
@@ -318,9 +448,9 @@ def wait_for_results(kafka: Kafka, topics: Topics, more: int, seconds: float = 1
 # What came of it.
 
 
-def audited(kafka: Kafka, topics: Topics) -> Audit:
-    """Accounts for every event in these topics. Blocks; reads each once, with read_committed."""
-    given = (as_given(message) for message in read(kafka, topics.input))
+def audited(kafka: Kafka, topics: Topics, past: Iterable[Given] = ()) -> Audit:
+    """Accounts for every event in these topics, and in `past`. Blocks; reads each once, with read_committed."""
+    given = chain(past, (as_given(message) for message in read(kafka, topics.input)))
     output = (as_seen(message) for message in read(kafka, topics.output))
     letters = (as_letter(message) for message in read(kafka, topics.dead_letters))
     return audit(given, output, letters)

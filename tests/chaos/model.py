@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.costless import CostlessModel
+from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
 from worker import service, sink, source
 from worker.cli import main
@@ -106,6 +107,7 @@ def mute_first_consumer(file: Path) -> None:
 if __name__ == "__main__":
     service._loaded = load  # type: ignore[assignment]
     lower_limits()
+    answer_with_census(Path.cwd())
     if "MUTE_FILE" in os.environ:
         mute_first_consumer(Path(os.environ["MUTE_FILE"]))
     main()

@@ -62,6 +62,17 @@ class Proxy:
 
         self._call(cut)
 
+    def move(self, port: int) -> None:
+        """Leads from another port; nobody is let in at the one before, and whoever was in is out."""
+
+        async def move() -> asyncio.Server:
+            self._server.close()
+            self._reset_all()
+            self.port = port
+            return await self._listen()
+
+        self._server = self._call(move)
+
     def close(self) -> None:
         async def close() -> None:
             self._server.close()
