@@ -350,7 +350,8 @@ class Scene:
     def audit(self) -> Audit:
         """Blocks; reads every topic once."""
         found = audited(self.kafka, self.topics, self.past)
-        found.explained = int(self.fleet.possible_duplicates) + UNCOMMITTED * self.fleet.sudden_ends
+        counted = self.fleet.possible_duplicates + sum(slot.possible_duplicates for slot in self.fleet.slots)
+        found.explained = int(counted) + UNCOMMITTED * self.fleet.sudden_ends
         return found
 
 
