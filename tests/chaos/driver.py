@@ -61,7 +61,7 @@ class Feed(threading.Thread):
         while self.offered < self._events and not self._stopping.wait(TICK_S):
             now = time.monotonic()
             owed, at = min(owed + (now - at) * self._rate, self._rate), now
-            count = max(0, min(int(owed), self.allowed - self.offered))
+            count = max(0, min(int(owed), min(self.allowed, self._events) - self.offered))
             for number in range(self.offered, self.offered + count):
                 self._send(number)
             self.offered += count
