@@ -1,0 +1,61 @@
+"""Which topic an offset belongs to, by the topic's id: one that is deleted and made again keeps only its name. Pure.
+
+A commit's metadata names the id. So an offset of the old topic is never taken for one of the new, whoever committed it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+_NAMED: Final = re.compile(r"(?:(.*);)?topic_id=([A-Za-z0-9_-]{22})", re.DOTALL)
+
+
+class TopicRecreated(Exception):
+    """An input topic was deleted and made again while this process used it; the message names it. Exit code 1."""
+
+
+def with_topic_id(topic_id: str, metadata: str = "") -> str:
+    """A commit's metadata with the topic's id behind what else it says; as it is where the id is not known (empty)."""
+    return ";".join(filter(None, (metadata, topic_id and f"topic_id={topic_id}")))
+
+
+def without_topic_id(metadata: str) -> tuple[str, str]:
+    """The topic's id of a commit's metadata, empty where it names none, and what else it says."""
+    found = _NAMED.fullmatch(metadata)
+    return (found[2], found[1] or "") if found else ("", metadata)
+
+
+class TopicIds:
+    """The ids of the topics that this process reads, as they were when it first saw them; empty where brokers have none.
+
+    A broker may be behind the others for a moment: a topic has another id when two answers in a row say the same one.
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[str, str] = {}
+        self._doubts: dict[str, str] = {}
+
+    def of(self, topic: str) -> str:
+        return self._ids.get(topic, "")
+
+    def is_certain(self, topic: str) -> bool:
+        """It has been asked for, and the last answer was no other than the first."""
+        return topic in self._ids and topic not in self._doubts
+
+    def note(self, answer: Mapping[str, str]) -> None:
+        """Takes what a broker says: ids by topic, empty for none, without topics that it does not know.
+
+        Raises TopicRecreated.
+        """
+        for topic, topic_id in answer.items():
+            known = self._ids.setdefault(topic, topic_id) or topic_id
+            self._ids[topic] = known
+            if topic_id == known:
+                self._doubts.pop(topic, None)
+            elif topic_id and self._doubts.get(topic) == topic_id:
+                raise TopicRecreated(
+                    f"the input topic {topic} was deleted and made again: its id was {known} and is {topic_id}. The next "
+                    "start takes no offset of the old one, and begins in the new one as auto_offset_reset says"
+                )
+            elif topic_id:
+                self._doubts[topic] = topic_id
