@@ -40,7 +40,7 @@ class Permissions:
 
     async def start(self, topics: Iterable[str]) -> None:
         """Connects, and learns who leads the partitions of ``topics``."""
-        self._client.set_topics(topics)
+        self._client.set_topics(set(topics))
         await within(self._timeout_s, self._client.bootstrap())
         await within(self._timeout_s, self._client.force_metadata_update())
 

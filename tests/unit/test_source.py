@@ -462,6 +462,26 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
 
 
+async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they_take(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
+    looks = 0
+
+    async def topic_names() -> list[str]:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.02 if looks == 10 else 0)
+        return ["t"]
+
+    monkeypatch.setattr(consumer, "topic_names", topic_names, raising=False)
+    stage = await staged(consumer, pattern="t.*")
+    await until(lambda: looks == 10)
+    await asyncio.sleep(0.5)
+    assert looks == 10, "the next one is due after four seconds"
+    stage.run.cancel()
+
+
 async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) -> None:
     consumer.timestamp = None
     stage = await staged(consumer)
