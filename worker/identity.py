@@ -4,7 +4,7 @@ A commit's metadata names the id. So an offset of the old topic is never taken f
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 _NAMED: Final = re.compile(r"(?:(.*);)?topic_id=([A-Za-z0-9_-]{22})", re.DOTALL)
@@ -33,14 +33,19 @@ class TopicIds:
 
     def __init__(self) -> None:
         self._ids: dict[str, str] = {}
-        self._doubts: dict[str, str] = {}
+        self._others: dict[str, str] = {}
+        self._certain: set[str] = set()
 
     def of(self, topic: str) -> str:
         return self._ids.get(topic, "")
 
     def is_certain(self, topic: str) -> bool:
-        """It has been asked for, and the last answer was no other than the first."""
-        return topic in self._ids and topic not in self._doubts
+        """The last answer was no other than the first, and nothing has happened since."""
+        return topic in self._certain
+
+    def ask_again(self, topics: Iterable[str]) -> None:
+        """Something has happened to these topics: they are not certain."""
+        self._certain.difference_update(topics)
 
     def note(self, answer: Mapping[str, str]) -> None:
         """Takes what a broker says: ids by topic, empty for none, without topics that it does not know.
@@ -48,14 +53,15 @@ class TopicIds:
         Raises TopicRecreated.
         """
         for topic, topic_id in answer.items():
-            known = self._ids.setdefault(topic, topic_id) or topic_id
-            self._ids[topic] = known
-            if topic_id == known:
-                self._doubts.pop(topic, None)
-            elif topic_id and self._doubts.get(topic) == topic_id:
+            known = self._ids[topic] = self._ids.get(topic) or topic_id
+            if topic_id == known or not (topic_id or topic in self._others):
+                self._certain.add(topic)
+                self._others.pop(topic, None)
+            elif topic_id and topic_id == self._others.get(topic):
                 raise TopicRecreated(
                     f"the input topic {topic} was deleted and made again: its id was {known} and is {topic_id}. The next "
                     "start takes no offset of the old one, and begins in the new one as auto_offset_reset says"
                 )
             elif topic_id:
-                self._doubts[topic] = topic_id
+                self._certain.discard(topic)
+                self._others[topic] = topic_id

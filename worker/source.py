@@ -55,6 +55,7 @@ TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the clus
 LONGEST_TOPICS_INTERVAL_S: Final = 300.0
 TOPICS_SHARE: Final = 200  # between two looks it is so many times as long as a look takes: all partitions are told
 TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often it is looked whether input topics are still the same ones
+TOPIC_IDS_DOUBT_S: Final = 1.0  # and while nothing is read, for one answer says that they are not
 SILENCE_S: Final = 60.0
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
@@ -382,6 +383,7 @@ class Source:
         self._metrics.assigned_partitions.set(len(partitions))
         if self._is_stopping or self._consumer is None:
             return
+        self._topic_ids.ask_again(tp.topic for tp in partitions)
         for tp in sorted(partitions):
             self._accept(tp)
         self._health.well("group")
@@ -547,6 +549,7 @@ class Source:
             self._health.trouble("kafka", unreachable(self._connection, error))
 
     async def _find_place(self, assignment: Assignment) -> None:
+        await self._identify(assignment.tp.topic)
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
@@ -560,7 +563,6 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        await self._identify(assignment.tp.topic)
         assignment.metadata = with_topic_id(self._topic_ids.of(assignment.tp.topic))
         if self._transactions:
             await self._confirm_membership()
@@ -582,16 +584,22 @@ class Source:
             self._acknowledged.set()
 
     async def _identify(self, topic: str, *, anew: bool = False) -> None:
-        """Learns a topic's id, once for all partitions, or ``anew``. Raises TopicRecreated, and what is in UNREACHABLE."""
-        async with self._identifying:
-            while anew or not self._topic_ids.is_certain(topic):
+        """Waits until it is certain which topic has this name; it is asked once for all that are read.
+
+        Raises TopicRecreated, and what is in UNREACHABLE.
+        """
+        if anew:
+            self._topic_ids.ask_again([topic])
+        while not self._topic_ids.is_certain(topic):
+            async with self._identifying:
+                if self._topic_ids.is_certain(topic):
+                    return
                 answer = await self._live_consumer().topic_ids({topic, *(tp.topic for tp in self._assignments)})
+                self._topic_ids.note(answer)
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
-                self._topic_ids.note(answer)
-                anew = False
                 if not self._topic_ids.is_certain(topic):
-                    await asyncio.sleep(1)  # a broker is behind
+                    await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
     async def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""

@@ -60,3 +60,11 @@ def test_two_answers_that_agree_are_a_verdict(between: list[dict[str, str]]) -> 
 def test_no_id_is_certain_too() -> None:
     ids = noted({"t": ""})
     assert (ids.of("t"), ids.is_certain("t")) == ("", True)
+
+
+def test_after_a_rebalance_it_is_asked_again() -> None:
+    ids = noted({"t": ID, "u": ID})
+    ids.ask_again(["t"])
+    assert (ids.is_certain("t"), ids.is_certain("u")) == (False, True)
+    ids.note({"t": ID})
+    assert ids.is_certain("t")

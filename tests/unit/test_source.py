@@ -643,6 +643,34 @@ async def test_a_topic_that_is_made_anew_while_it_is_read_ends_the_session(
     assert consumer.commit_metadata == {with_topic_id(ID)}, "what is committed of the old one never names the new one"
 
 
+async def test_a_topic_that_was_made_anew_before_a_rebalance_is_not_read_at_all(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await stage.revoke(TP)
+    consumer.topic_id, consumer.positions = OTHER_ID, {}
+    await stage.assign(TP)
+    with pytest.raises(TopicRecreated):
+        await asyncio.wait_for(stage.run, 5)
+    assert consumer.positions == {}
+
+
+async def test_nothing_is_read_while_the_topic_is_in_doubt(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await stage.take()
+    consumer.topic_id = ""  # it cannot be asked
+    stage.source._topic_ids.note({"t": OTHER_ID})
+    await asyncio.sleep(0.05)
+    position = consumer.positions[TP]
+    while len(stage.source._batcher):
+        await stage.take()
+    await asyncio.sleep(0.05)
+    assert consumer.positions[TP] == position
+    consumer.topic_id = ID
+    await stage.take()
+
+
 async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consumer: FakeConsumer) -> None:
     consumer.last_offset = 10
     stage = await staged(consumer)
