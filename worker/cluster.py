@@ -25,6 +25,7 @@ from aiokafka.errors import (
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
 
+from worker.aiokafka_compat import topic_names
 from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
 from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names, whole_name
@@ -268,10 +269,7 @@ async def missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Itera
 
 async def matching_topics(client: AIOKafkaAdminClient, pattern: str) -> tuple[str, ...]:
     """The topics that match the setting ``input_pattern`` and that this user may know of, in order; Kafka's own never do."""
-    topics = await client.describe_topics(None)
-    return matching(
-        pattern, (topic["topic"] for topic in topics if not topic["error_code"] and not topic["is_internal"])
-    )
+    return matching(pattern, await topic_names(client._client))
 
 
 def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:

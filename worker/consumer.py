@@ -20,16 +20,21 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.aiokafka_compat import topic_ids, topic_names
+
 RETRY_S: Final = 0.1
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
-    """aiokafka's, with a ``committed`` that tells "there is none" from "the coordinator cannot say"."""
+    """aiokafka's, which tells "nothing is committed" from "the coordinator cannot say", and knows topics' ids."""
 
-    async def committed(self, partition: TopicPartition) -> int | None:
-        """The group's committed offset, None where there is none. Waits and raises as ``committed_offsets``."""
-        offset: int = (await self.committed_offsets([partition]))[partition].offset
-        return offset if offset >= 0 else None
+    async def topic_ids(self, topics: Collection[str]) -> dict[str, str]:
+        """As of ``aiokafka_compat.topic_ids``."""
+        return await topic_ids(self._client, topics)
+
+    async def topic_names(self) -> list[str]:
+        """As of ``aiokafka_compat.topic_names``."""
+        return await topic_names(self._client)
 
     async def committed_offsets(
         self, partitions: Collection[TopicPartition]

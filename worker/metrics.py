@@ -120,7 +120,9 @@ class Metrics:
         )
         self.assigned_partitions = gauge("assigned_partitions", "Partitions assigned to this process")
         self.rebalances = counter("rebalances_total", "Assignments received from the group")
-        self.offset_resets = counter("offset_resets_total", "Times the offset to resume from was gone")
+        self.offset_resets = counter(
+            "offset_resets_total", "Times the offset to resume from was gone, or of a topic that was made anew"
+        )
         self.duplicates_possible = counter(
             "duplicates_possible_total",
             "Records published or in doubt, but not committed when their partition was lost",

@@ -40,9 +40,8 @@ class Permissions:
 
     async def start(self, topics: Iterable[str]) -> None:
         """Connects, and learns who leads the partitions of ``topics``."""
+        self._client.set_topics(set(topics))
         await within(self._timeout_s, self._client.bootstrap())
-        for topic in topics:
-            self._client.add_topic(topic)
         await within(self._timeout_s, self._client.force_metadata_update())
 
     async def close(self) -> None:

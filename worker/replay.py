@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import OffsetAndMetadata
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +28,7 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachabl
 from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
+from worker.identity import with_topic_id, without_topic_id
 from worker.metrics import Metrics
 from worker.replayed import Replayed, TooManySpans
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
@@ -145,6 +147,8 @@ class Replay:
             isolation_level="read_committed",
             max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
         )
+        self._consumer._client.set_topics([self._topic])
+        self._topic_id = ""  # of the dead letters; what a topic had done that was made anew is not taken for theirs
         self._lanes: dict[TopicPartition, Lane] = {}
         self._topics: set[str] = set()  # known to exist
         self._tally = Tally()
@@ -189,6 +193,7 @@ class Replay:
     async def _begin(self) -> None:
         timeout_s = self._connection.request_timeout_s
         await within(timeout_s, self._consumer.start())
+        self._topic_id = (await self._consumer.topic_ids([self._topic])).get(self._topic, "")
         partitions = await within(timeout_s, self._consumer._client._wait_on_metadata(self._topic))
         tps = [TopicPartition(self._topic, number) for number in sorted(partitions)]
         if self._is_dry:
@@ -229,7 +234,14 @@ class Replay:
 
     async def _states(self, tps: list[TopicPartition]) -> dict[TopicPartition, Replayed]:
         commits = await self._consumer.committed_offsets(tps)
-        return {tp: Replayed.read(max(0, commits[tp].offset), commits[tp].metadata) for tp in tps}
+        return {tp: self._done(commits[tp]) for tp in tps}
+
+    def _done(self, commit: OffsetAndMetadata) -> Replayed:
+        topic_id, state = without_topic_id(commit.metadata)
+        if topic_id and self._topic_id and topic_id != self._topic_id:
+            log.warning("the topic %s was deleted and made again: all of it is replayed", self._topic)
+            return Replayed(0)
+        return Replayed.read(max(0, commit.offset), state)
 
     # Go through.
 
@@ -313,7 +325,7 @@ class Replay:
         backoff = Backoff()
         while True:
             try:
-                commit = {tp: (lane.done.offset, lane.done.metadata())}
+                commit = {tp: (lane.done.offset, with_topic_id(self._topic_id, lane.done.metadata()))}
                 await within(self._connection.request_timeout_s, self._consumer.commit(commit))
             except TooManySpans:
                 raise ReplayFailed(

@@ -16,6 +16,7 @@ from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
+from worker.identity import TopicRecreated
 from worker.inference import Inference, InferenceLost
 from worker.memory import keep_blocks
 from worker.metrics import Metrics
@@ -116,7 +117,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, DeadLetterRefused, DeadLetterFlood) as error:
+    except (UnreadableRecord, TopicRecreated, DeadLetterRefused, DeadLetterFlood) as error:
         log.error("%s", error)
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -161,7 +162,8 @@ async def _started(
         "output_topic": [settings.output_topic],
         "dead_letter_topic": [settings.dead_letter_topic],
     }
-    limits = await wait_until_usable(connection, roles, health)
+    found = await wait_until_usable(connection, roles, health)
+    limits = {name: found[name] for name in (settings.output_topic, settings.dead_letter_topic)}
     transactions, breath = None, inference.breath
     if settings.delivery == "exactly-once":
         transactions = Transactions(

@@ -109,6 +109,8 @@ class Sink:
     A timeout is no failure: a batch may still be on its way, so its own future is waited for, for as long as it takes. A
     producer whose batch failed for good has lost count of its sequence numbers; it is replaced before anything is sent
     again.
+
+    ``limits`` are those of the topics that are published to, as far as they are known before.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Sink:
     ) -> None:
         self._connection = connection
         self._limits = limits
+        self._topics = set(limits)  # that are published to
         self._limits_at = time.monotonic()
         self._metrics = metrics
         self._health = health
@@ -227,6 +230,7 @@ class Sink:
 
     async def _partitions(self, topic: str) -> int:
         backoff = Backoff()
+        self._topics.add(topic)
         while True:
             producer = await self._fresh_producer(0)
             try:
@@ -362,6 +366,7 @@ class Sink:
             linger_ms=0,
             **options,
         )
+        producer.client.set_topics(self._topics)  # else it asks for all of the cluster's until it sends something
         try:
             await within(self._connection.request_timeout_s, producer.start())
         except BaseException:

@@ -29,14 +29,17 @@ from aiokafka.errors import (
     OffsetOutOfRangeError,
     RecordTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
 )
 from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import OffsetAndMetadata
 
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
 from worker.health import Health
+from worker.identity import TopicIds, with_topic_id, without_topic_id
 from worker.metrics import Metrics
 from worker.records import Reader, Record
 from worker.settings import WrongSetting
@@ -48,7 +51,11 @@ log = logging.getLogger(__name__)
 READ_TIMEOUT_MS: Final = 1_000
 READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
-TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics
+TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics, at most
+LONGEST_TOPICS_INTERVAL_S: Final = 300.0
+TOPICS_SHARE: Final = 200  # between two looks it is so many times as long as a look takes: all partitions are told
+TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often it is looked whether input topics are still the same ones
+TOPIC_IDS_DOUBT_S: Final = 1.0  # and while nothing is read, for one answer says that they are not
 SILENCE_S: Final = 60.0
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
@@ -92,6 +99,7 @@ class Assignment:
     delivered: int | None = None  # the next offset to read; None until it is known where to begin
     acknowledged: int | None = None  # the next offset to commit
     committed: int | None = None
+    metadata: str = ""  # of each commit: which topic of this name it is
     under_way: int = 0  # records taken by the pipeline, and neither acknowledged nor dropped
     uncommitted: int = 0  # records acknowledged since the last commit
     is_out_of_range: bool = False  # the offset to read next is gone
@@ -172,6 +180,8 @@ class Source:
         self._room.set()
         self._settled = asyncio.Event()
         self._acknowledged = asyncio.Event()
+        self._topic_ids = TopicIds()
+        self._identifying = asyncio.Lock()
         self._commit_lock = asyncio.Lock()
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
@@ -236,7 +246,7 @@ class Source:
     # The consumer's life.
 
     async def run(self) -> None:
-        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, WrongSetting."""
+        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, TopicRecreated, WrongSetting."""
         backoff = Backoff()
         while not self._stopping.is_set():
             try:
@@ -267,7 +277,7 @@ class Source:
         consumer = await self._started_consumer()
         self._consumer, self._reader = consumer, Reader(consumer)
         self._subscribe(consumer)
-        steps = [self._commit_as_acknowledged(), self._watch_lag()]
+        steps = [self._commit_as_acknowledged(), self._watch_lag(), self._watch_topic_ids(consumer)]
         if self._pattern is not None:
             steps.append(self._watch_topics(consumer, self._pattern))
         tasks = [asyncio.create_task(step) for step in steps]
@@ -293,19 +303,30 @@ class Source:
         aiokafka's own patterns give partitions up before the revocation is heard of, which then can commit nothing; and
         they lose all topics once a partition's leader is not known. So a revocation of our own comes first.
         """
+        took_s = 0.0
         while True:
-            await asyncio.sleep(TOPICS_INTERVAL_S)
+            await asyncio.sleep(min(max(TOPICS_INTERVAL_S, TOPICS_SHARE * took_s), LONGEST_TOPICS_INTERVAL_S))
+            started = time.monotonic()
             try:
-                metadata = await within(self._connection.request_timeout_s, consumer._client.fetch_all_metadata())
+                names = await within(self._connection.request_timeout_s, consumer.topic_names())
             except UNREACHABLE:
                 continue  # who looks at the lag tells
-            found = [name for name in matching(pattern, metadata.topics()) if name not in self._topics]
+            took_s = time.monotonic() - started
+            found = [name for name in matching(pattern, names) if name not in self._topics]
             if found:
                 log.info("topics have come that match input_pattern", extra={"topics": ",".join(found)})
                 while self._assignments:
                     await self._on_revoked(set(self._assignments))
                 self._topics = (*self._topics, *found)
                 self._subscribe(consumer)
+
+    async def _watch_topic_ids(self, consumer: AIOKafkaConsumer) -> None:
+        """Raises TopicRecreated. What is committed until then names the old topic, and so counts as none afterwards."""
+        while True:
+            await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
+            topics = {tp.topic for tp in self._assignments}
+            with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
+                self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
 
     async def _started_consumer(self) -> AIOKafkaConsumer:
         backoff = Backoff()
@@ -323,6 +344,7 @@ class Source:
                 max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
             )
+            consumer._client.set_topics(self._topics)  # else it asks for all of the cluster's until it has subscribed
             try:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:
@@ -361,6 +383,7 @@ class Source:
         self._metrics.assigned_partitions.set(len(partitions))
         if self._is_stopping or self._consumer is None:
             return
+        self._topic_ids.ask_again(tp.topic for tp in partitions)
         for tp in sorted(partitions):
             self._accept(tp)
         self._health.well("group")
@@ -526,6 +549,7 @@ class Source:
             self._health.trouble("kafka", unreachable(self._connection, error))
 
     async def _find_place(self, assignment: Assignment) -> None:
+        await self._identify(assignment.tp.topic)
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
@@ -539,12 +563,13 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        timeout_s = self._connection.request_timeout_s
+        assignment.metadata = with_topic_id(self._topic_ids.of(assignment.tp.topic))
         if self._transactions:
             await self._confirm_membership()
             await self._transactions.take_over(assignment)
         consumer = self._live_consumer()
-        committed = await within(timeout_s, consumer.committed(assignment.tp))
+        found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
+        committed = await self._of_this_topic(assignment.tp, found[assignment.tp])
         if self._transactions:
             self._transactions.found(assignment, committed)
         if committed is None:
@@ -554,9 +579,42 @@ class Source:
             offset = committed
         consumer.seek(assignment.tp, offset)
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if committed is None and self._auto_offset_reset == "latest":
+        if committed is None and (self._auto_offset_reset == "latest" or found[assignment.tp].offset >= 0):
             assignment.committed = None  # where this process began holds, also if it dies before its first result
             self._acknowledged.set()
+
+    async def _identify(self, topic: str, *, anew: bool = False) -> None:
+        """Waits until it is certain which topic has this name; it is asked once for all that are read.
+
+        Raises TopicRecreated, and what is in UNREACHABLE.
+        """
+        if anew:
+            self._topic_ids.ask_again([topic])
+        while not self._topic_ids.is_certain(topic):
+            async with self._identifying:
+                if self._topic_ids.is_certain(topic):
+                    return
+                answer = await self._live_consumer().topic_ids({topic, *(tp.topic for tp in self._assignments)})
+                self._topic_ids.note(answer)
+                if topic not in answer:
+                    raise UnknownTopicOrPartitionError  # for a moment
+                if not self._topic_ids.is_certain(topic):
+                    await asyncio.sleep(TOPIC_IDS_DOUBT_S)
+
+    async def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
+        """A committed offset; None for none, or for one of another topic, which had this name before."""
+        topic_id, _ = without_topic_id(committed.metadata)
+        if topic_id and topic_id != self._topic_ids.of(tp.topic):
+            await self._identify(tp.topic, anew=True)
+            if self._topic_ids.of(tp.topic) not in ("", topic_id):
+                self._metrics.offset_resets.inc()
+                log.warning(
+                    "the input topic was deleted and made again since this offset was committed: it counts as none"
+                    + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
+                    extra={"partition": _name(tp), "offset": committed.offset, "topic_id": topic_id},
+                )
+                return None
+        return committed.offset if committed.offset >= 0 else None
 
     async def _confirm_membership(self) -> None:
         """Who was thrown out of the group, and has not heard of it yet, must not fence the partition's new owner."""
@@ -568,6 +626,7 @@ class Source:
         raise GroupCoordinatorNotAvailableError
 
     async def _reset(self, assignment: Assignment) -> None:
+        await self._identify(assignment.tp.topic, anew=True)
         gone = assignment.delivered
         offset = await self._end_to_begin_at(assignment.tp)
         self._metrics.offset_resets.inc()
@@ -700,7 +759,7 @@ class Source:
                 return True
             started = time.monotonic()
             try:
-                offsets = {assignment.tp: offset for assignment, offset, _ in due}
+                offsets = {assignment.tp: (offset, assignment.metadata) for assignment, offset, _ in due}
                 await within(max(0.1, timeout_s), self._consumer.commit(offsets))
             except (CommitFailedError, IllegalStateError):
                 self._metrics.kafka_errors.labels("commit").inc()

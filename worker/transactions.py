@@ -22,6 +22,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     TransactionalIdAuthorizationFailed,
 )
+from aiokafka.structs import OffsetAndMetadata
 
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
@@ -179,7 +180,7 @@ class PartitionSink(Sink):
         self._health.well("publish", self._who)
         return answers
 
-    async def commit(self, offset: int, tp: TopicPartition, group_id: str) -> None:
+    async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:
         """Commits all that was published since the last time, and this offset of the group. Raises Lost.
 
         Lost does not tell whether it was committed: that the next owner reads.
@@ -349,7 +350,8 @@ class Writer:
             await self._transactions.breath.before(len(some))
             await self._transactions.deliver(some, self.sink)
         published = time.monotonic()
-        await self.sink.commit(pages[-1].next_offset, self.assignment.tp, self._transactions.group_id)
+        offset = OffsetAndMetadata(pages[-1].next_offset, self.assignment.metadata)
+        await self.sink.commit(offset, self.assignment.tp, self._transactions.group_id)
         self._transactions.observe(published - started, time.monotonic() - published)
 
 
@@ -435,7 +437,10 @@ class Transactions:
         writer.task.add_done_callback(lambda _: self._ended(writer))
 
     def found(self, assignment: "Assignment", committed: int | None) -> None:
-        """The committed offset, read after the partition was taken over: it tells what became of a commit in doubt."""
+        """The committed offset, read after the partition was taken over: it tells what became of a commit in doubt.
+
+        None where there is none, or it is of another topic, which had the same name before.
+        """
         pages = self._in_doubt.pop(assignment.tp, [])
         is_done = all(committed is not None and committed >= page.next_offset for page in pages)
         if is_done:  # and nothing has to be committed again, which would tell that all is well

@@ -1,5 +1,6 @@
 """Dead letters go back to their topics, each once, with all that they had; whatever interrupts the replay."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from dataclasses import replace
 
 import orjson
 import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka import TopicPartition as PartitionToCommit
+from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 
 from tests.process import COSTLESS, Workers, environment
 from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics, repeated
+from tests.topics import Kafka, Record, Topics, of_the_group, repeated
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
@@ -200,3 +204,35 @@ def test_by_time_by_size_and_by_what_is_no_dead_letter(kafka: Kafka, topics: Top
     assert counted(replay(kafka, topics))["all"] == [0, 0, 0]
     assert [trace(record) for record in kafka.read(topics.input)] == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
     assert json.loads((kafka.read(topics.input)[0]).value or b"") == {"id": 5, "text": 1}
+
+
+async def commit(kafka: Kafka, group: str, offset: TopicPartition) -> None:
+    """With its metadata, to which librdkafka's clients would add a zero byte."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, group_id=group, enable_auto_commit=False)
+    await consumer.start()
+    try:
+        place = PartitionToCommit(offset.topic, offset.partition)
+        consumer.assign([place])
+        await consumer.commit({place: (offset.offset, offset.metadata or "")})
+    finally:
+        await consumer.stop()
+
+
+def test_what_was_replayed_of_a_topic_that_is_made_anew_is_not_taken_for_what_is_in_the_new_one(
+    kafka: Kafka, topics: Topics
+) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(100)])
+    assert counted(replay(kafka, topics))["all"] == [100, 0, 0]
+    group = f"{topics.group}.replay"
+    asked = ConsumerGroupTopicPartitions(group, kafka.partitions(topics.dead_letters))
+    [old] = of_the_group(lambda: kafka.admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+
+    kafka.delete(topics.dead_letters)
+    kafka.create(topics.dead_letters)
+    asyncio.run(commit(kafka, group, old))  # as one that comes late
+    kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(1_000, 1_200)])
+    again = replay(kafka, topics)
+    assert counted(again)["all"] == [200, 0, 0]
+    assert "was deleted and made again" in again.stderr
+    assert counted(replay(kafka, topics))["all"] == [0, 0, 0]

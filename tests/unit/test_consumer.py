@@ -64,18 +64,23 @@ def asking(coordinator: Any) -> Consumer:
     return consumer
 
 
+async def committed(coordinator: Any) -> int:
+    offset: int = (await asking(coordinator).committed_offsets([TP]))[TP].offset
+    return offset
+
+
 @pytest.mark.parametrize(
     ("response", "offset"),
     [
         (of_partition(1201), 1201),
         (of_partition(0), 0),
-        (of_partition(-1), None),
+        (of_partition(-1), -1),
         (OffsetFetchResponse_v1([("t", [(3, 7, "", 0)])]), 7),
     ],
 )
-async def test_what_is_committed_is_the_partitions_answer(response: Any, offset: int | None) -> None:
+async def test_what_is_committed_is_the_partitions_answer(response: Any, offset: int) -> None:
     coordinator = Coordinator(response)
-    assert await asking(coordinator).committed(TP) == offset
+    assert await committed(coordinator) == offset
     [request] = coordinator.requests
     assert (request.consumer_group, request.topics) == ("g", [("t", [3])])
 
@@ -95,7 +100,7 @@ async def test_what_is_committed_is_the_partitions_answer(response: Any, offset:
 )
 async def test_no_answer_is_not_taken_for_nothing_committed(answer: Any, deaths: int) -> None:
     coordinator = Coordinator(answer, answer, of_partition(1201))
-    assert await asking(coordinator).committed(TP) == 1201
+    assert await committed(coordinator) == 1201
     assert len(coordinator.requests) == 3
     assert coordinator.deaths == 2 * deaths
 
@@ -107,7 +112,7 @@ async def test_a_late_answer_does_not_end_the_coordinator_that_was_found_since()
             return await super()._send_req(request)
 
     coordinator = Moved(whole(16), of_partition(5))
-    assert (await asking(coordinator).committed(TP), coordinator.deaths) == (5, 0)
+    assert (await committed(coordinator), coordinator.deaths) == (5, 0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ async def test_a_late_answer_does_not_end_the_coordinator_that_was_found_since()
 )
 async def test_what_does_not_pass_by_itself_is_raised(answer: Any, error: type[KafkaError]) -> None:
     with pytest.raises(error):
-        await asking(Coordinator(answer)).committed(TP)
+        await committed(Coordinator(answer))
 
 
 async def test_several_partitions_are_asked_for_at_once() -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
+from aiokafka.structs import OffsetAndMetadata
 
 from worker import source as module
 from worker.breath import Breath
 from worker.cluster import Connection
 from worker.consumer import Consumer
 from worker.health import Health
+from worker.identity import TopicRecreated, with_topic_id
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
 from worker.source import Source, UnreadableRecord
 
 TP = TopicPartition("t", 0)
+ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
 FETCHED = 5_000  # records of a partition that one fetch brings
 
 
@@ -32,11 +35,14 @@ class FakeConsumer:
     records_per_read: int = 10
     last_offset: int = 10**6
     committed_at: int | None = 0
+    committed_metadata: str = ""
+    topic_id: str = ID
     commit_error: Exception | None = None
     timestamp: int | None = 0
     swallows_cancel: bool = False  # once, as asyncio.wait_for can
     positions: dict[TopicPartition, int] = field(default_factory=dict)
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
+    commit_metadata: set[str] = field(default_factory=set)
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -54,9 +60,13 @@ class FakeConsumer:
     def seek(self, tp: TopicPartition, offset: int) -> None:
         self.positions[tp] = offset
 
-    async def committed(self, _: TopicPartition) -> int | None:
+    async def topic_ids(self, topics: Any) -> dict[str, str]:
+        return dict.fromkeys(topics, self.topic_id) if self.topic_id else {}
+
+    async def committed_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
-        return self.committed_at
+        offset = -1 if self.committed_at is None else self.committed_at
+        return dict.fromkeys(tps, OffsetAndMetadata(offset, self.committed_metadata))
 
     async def beginning_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict.fromkeys(tps, 500)
@@ -84,11 +94,12 @@ class FakeConsumer:
         places = range(begin, begin + count)
         return {tp: [SimpleNamespace(offset=offset, timestamp=self.timestamp) for offset in places]}
 
-    async def commit(self, offsets: dict[TopicPartition, int]) -> None:
+    async def commit(self, offsets: dict[TopicPartition, tuple[int, str]]) -> None:
         await self.commit_may_end.wait()
         if self.commit_error:
             raise self.commit_error
-        self.commits.append(offsets)
+        self.commits.append({tp: offset for tp, (offset, _) in offsets.items()})
+        self.commit_metadata.update(metadata for _, metadata in offsets.values())
 
     async def stop(self) -> None:
         if self.stop_error:
@@ -434,10 +445,10 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
     begun = asyncio.Event()
 
-    async def metadata() -> Any:
-        return SimpleNamespace(topics=lambda: ["t", "t2"] if begun.is_set() else ["t"])
+    async def topic_names() -> list[str]:
+        return ["t", "t2"] if begun.is_set() else ["t"]
 
-    consumer._client = SimpleNamespace(fetch_all_metadata=metadata)
+    monkeypatch.setattr(consumer, "topic_names", topic_names, raising=False)
     stage = await staged(consumer, pattern="t.*")
     await stage.assign(TP)
     chunks = await stage.take()
@@ -449,6 +460,26 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     with pytest.raises(WrongSetting, match="no"):
         await asyncio.wait_for(stage.run, 5)
     assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
+
+
+async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they_take(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
+    looks = 0
+
+    async def topic_names() -> list[str]:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.02 if looks == 10 else 0)
+        return ["t"]
+
+    monkeypatch.setattr(consumer, "topic_names", topic_names, raising=False)
+    stage = await staged(consumer, pattern="t.*")
+    await until(lambda: looks == 10)
+    await asyncio.sleep(0.5)
+    assert looks == 10, "the next one is due after four seconds"
+    stage.run.cancel()
 
 
 async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) -> None:
@@ -466,10 +497,12 @@ class FakeTransactions:
     def __init__(self) -> None:
         self.released: list[Any] = []
         self.retired: list[Any] = []
+        self.committed_offsets: list[int | None] = []
 
     async def take_over(self, assignment: Any) -> None: ...
 
-    def found(self, assignment: Any, committed: int | None) -> None: ...
+    def found(self, assignment: Any, committed: int | None) -> None:
+        self.committed_offsets.append(committed)
 
     async def commit(self, offsets: Any) -> None: ...
 
@@ -534,3 +567,128 @@ async def test_it_reads_with_the_consumer_that_knows_what_is_committed(monkeypat
     consumer = await source._started_consumer()
     await consumer.stop()
     assert type(consumer) is Consumer
+
+
+# Which topic it is.
+
+
+@pytest.mark.parametrize("metadata", ["", "of an older version", with_topic_id(ID)])
+async def test_an_offset_of_this_topic_or_without_an_id_is_where_to_begin(
+    consumer: FakeConsumer, metadata: str
+) -> None:
+    consumer.committed_at, consumer.committed_metadata, consumer.last_offset = 30, metadata, 40
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await until(lambda: consumer.commits)
+    assert consumer.commits == [{TP: 40}]
+    assert consumer.commit_metadata == {with_topic_id(ID)}
+    assert stage.metrics.offset_resets._value.get() == 0
+
+
+@pytest.mark.parametrize(("reset", "offset"), [("earliest", 500), ("latest", 10**6)])
+async def test_an_offset_of_another_topic_counts_as_none(
+    consumer: FakeConsumer, reset: str, offset: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer.committed_at, consumer.committed_metadata = 30, with_topic_id(OTHER_ID)
+    stage = await staged(consumer, auto_offset_reset=reset)
+    await stage.assign(TP)
+    await until(lambda: consumer.commits)
+    assert consumer.commits[0] == {TP: offset}, "committed at once: the next start must not count it again"
+    assert consumer.commit_metadata == {with_topic_id(ID)}
+    assert stage.metrics.offset_resets._value.get() == 1
+    assert ("skips" in caplog.text) == (reset == "latest")
+    assert "deleted and made again" in caplog.text
+
+
+async def test_brokers_without_ids_change_nothing(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none(topics: Any) -> dict[str, str]:
+        return dict.fromkeys(topics, "")
+
+    monkeypatch.setattr(consumer, "topic_ids", none)
+    consumer.committed_at, consumer.committed_metadata, consumer.last_offset = 30, with_topic_id(OTHER_ID), 40
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await until(lambda: consumer.commits)
+    assert (consumer.commits, consumer.commit_metadata) == ([{TP: 40}], {""})
+
+
+async def test_a_topic_that_is_unknown_for_a_moment_is_waited_for(consumer: FakeConsumer) -> None:
+    consumer.topic_id, consumer.committed_at = "", 30
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await asyncio.sleep(0.05)
+    assert not stage.run.done()
+    assert consumer.positions == {}
+    consumer.topic_id = ID
+    assert (await stage.take())[0][1][0].offset == 30
+
+
+async def test_a_topic_that_is_made_anew_while_it_is_read_ends_the_session(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOPIC_IDS_INTERVAL_S", 0.01)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    consumer.topic_id = ""
+    await asyncio.sleep(0.05)
+    assert not stage.run.done(), "gone for a moment is no verdict"
+    consumer.topic_id = OTHER_ID
+    await asyncio.sleep(0.05)
+    stage.acknowledge(chunks)
+    with pytest.raises(TopicRecreated, match=f"the input topic t was deleted and made again.*{ID}.*{OTHER_ID}"):
+        await asyncio.wait_for(stage.run, 5)
+    assert consumer.commit_metadata == {with_topic_id(ID)}, "what is committed of the old one never names the new one"
+
+
+async def test_a_topic_that_was_made_anew_before_a_rebalance_is_not_read_at_all(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    await stage.revoke(TP)
+    consumer.topic_id, consumer.positions = OTHER_ID, {}
+    await stage.assign(TP)
+    with pytest.raises(TopicRecreated):
+        await asyncio.wait_for(stage.run, 5)
+    assert consumer.positions == {}
+
+
+async def test_nothing_is_read_while_the_topic_is_in_doubt(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await stage.take()
+    consumer.topic_id = ""  # it cannot be asked
+    stage.source._topic_ids.note({"t": OTHER_ID})
+    await asyncio.sleep(0.05)
+    position = consumer.positions[TP]
+    while len(stage.source._batcher):
+        await stage.take()
+    await asyncio.sleep(0.05)
+    assert consumer.positions[TP] == position
+    consumer.topic_id = ID
+    await stage.take()
+
+
+async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consumer: FakeConsumer) -> None:
+    consumer.last_offset = 10
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    consumer.topic_id = OTHER_ID
+    stage.source._assignments[TP].is_out_of_range = True
+    with pytest.raises(TopicRecreated):
+        await asyncio.wait_for(stage.run, 5)
+    assert stage.metrics.offset_resets._value.get() == 0
+
+
+async def test_a_commit_in_doubt_is_not_found_in_an_offset_of_another_topic(
+    consumer: FakeConsumer, transactions: FakeTransactions
+) -> None:
+    consumer.committed_at, consumer.committed_metadata = 10**6, with_topic_id(OTHER_ID)
+    stage = await staged(consumer, transactions=transactions)
+    await stage.assign(TP)
+    await stage.take()
+    assert transactions.committed_offsets == [None]
+    assert stage.source._assignments[TP].metadata == with_topic_id(ID)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
+from aiokafka.structs import OffsetAndMetadata
 
 from worker import transactions as module
 from worker.breath import RECORDS, Breath
@@ -101,6 +102,7 @@ class FakeSink:
     transactional_id: str
     published: list[int] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
+    metadata: set[str] = field(default_factory=set)
     is_closed: bool = False
 
     async def open(self) -> None:
@@ -114,11 +116,12 @@ class FakeSink:
         self.published.extend(parcels)
         return [None] * len(parcels)
 
-    async def commit(self, offset: int, tp: TopicPartition, group_id: str) -> None:
+    async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:
         await self.world.commit_may_end.wait()
         if errors := self.world.commit_errors:
             raise errors.pop(0)
-        self.committed.append(offset)
+        self.committed.append(offset.offset)
+        self.metadata.add(offset.metadata)
 
     async def close(self, timeout_s: float) -> None:
         self.is_closed = True
@@ -273,8 +276,9 @@ async def test_who_cannot_count_ends_the_work(world: World, monkeypatch: pytest.
 async def test_finish_commits_what_is_there(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
+    assignment.metadata = "topic_id=x"
     await world.transactions.finish()
-    assert world.sinks[0].committed == [2]
+    assert (world.sinks[0].committed, world.sinks[0].metadata) == ([2], {"topic_id=x"})
 
 
 async def test_an_offset_alone_is_committed_in_its_turn(world: World) -> None:
