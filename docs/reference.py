@@ -91,7 +91,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "cpu_threads",
         "inference_timeout_s",
     ),
-    "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size"),
+    "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size", "max_unpacked_bytes"),
     "HTTP and console": ("http_host", "http_port", "http_token", "http_token_for", "console_texts"),
     "Logs, traces and settings": ("log_level", "log_format", "tracing", "config"),
 }
@@ -100,6 +100,7 @@ UNITS: Final = {  # by a setting's name, or how it ends
     "max_batch_texts": "records",
     "_ms": "ms",
     "_s": "s",
+    "_bytes": "bytes",
     "_chars": "characters",
     "_texts": "texts",
     "_tokens": "tokens",

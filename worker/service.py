@@ -188,6 +188,7 @@ async def _started(
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
+        max_unpacked_bytes=settings.max_unpacked_bytes,
         transactions=transactions,
         breath=breath,
         metrics=metrics,

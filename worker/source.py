@@ -45,6 +45,7 @@ from worker.records import Reader, Record
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
 from worker.transactions import Transactions
+from worker.unpacking import Budget
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class Source:
         fetch_max_wait_ms: int = 500,
         max_batch_texts: int = 512,
         linger_s: float = 0.01,
+        max_unpacked_bytes: int = 256 * 2**20,
         transactions: Transactions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -170,6 +172,7 @@ class Source:
         self._revoke_timeout_s = connection.request_timeout_s * 0.6
         self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
+        self._unpacking = Budget(max_unpacked_bytes)
         self._consumer: AIOKafkaConsumer | None = None
         self._reader: Reader | None = None
         self._assignments: dict[TopicPartition, Assignment] = {}
@@ -275,7 +278,7 @@ class Source:
     async def _session(self) -> None:
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._started_consumer()
-        self._consumer, self._reader = consumer, Reader(consumer)
+        self._consumer, self._reader = consumer, Reader(consumer, self._unpacking)
         self._subscribe(consumer)
         steps = [self._commit_as_acknowledged(), self._watch_lag(), self._watch_topic_ids(consumer)]
         if self._pattern is not None:
@@ -462,6 +465,8 @@ class Source:
 
     def _discard(self, assignment: Assignment) -> None:
         self._batcher.discard(assignment)
+        if self._reader is not None:
+            self._reader.release(assignment.tp)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
 
     def _release(self, assignment: Assignment) -> None:
@@ -821,7 +826,8 @@ class Source:
         if assignment.is_owned:
             self._metrics.lag(assignment.tp.topic, assignment.tp.partition, lag, age_s)
         now = self._clock()
-        if not lag or not assignment.is_idle() or not self._room.is_set():
+        waits_for_room = not self._room.is_set() or (self._reader and assignment.tp in self._reader.waiting)
+        if not lag or not assignment.is_idle() or waits_for_room:
             assignment.heard_at = now
         elif now - assignment.heard_at > SILENCE_S:
             raise Rejoin(f"{_name(assignment.tp)} has {lag} records and has sent none for {SILENCE_S:g} s")

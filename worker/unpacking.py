@@ -1,20 +1,62 @@
 """Compressed batches, unpacked up to a bound: 33 kB of zstd can become a gigabyte, and aiokafka takes it all."""
 
+import asyncio
+import struct
+import sys
 import zlib
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Final, Protocol
 
 import cramjam
+from aiokafka.codec import _detect_xerial_stream
 from aiokafka.record import default_records, legacy_records
 from aiokafka.record._crecords import default_records as compiled_default_records
 from aiokafka.record._crecords import legacy_records as compiled_legacy_records
+from aiokafka.record.util import decode_varint
 
 UNPACKED_BYTES: Final = 128 * 2**20  # of one batch; producers make them of a megabyte or so
+AT_ONCE: Final = 2**20  # what unpacks to more is unpacked off the event loop
 USUAL_RATIO: Final = 8
+GROWTH: Final = 8
 GZIP: Final = 31  # zlib's number for gzip's own header
+PIECE: Final = 16_384
+PARTS: Final = 5_000  # members of gzip, or blocks of snappy, which are of 32 KiB; producers make one member
+HEADERS: Final = 10_000  # of one record
+LEGACY_RECORDS: Final = 100_000  # of one batch in the formats before 0.11, whose records' heads are all read at once
+LEGACY_LEAST: Final = 14  # bytes of the smallest record in those formats, after its offset and length
 
 
 class UnpacksTooLarge(ValueError):
     """A batch is larger than UNPACKED_BYTES when it is unpacked."""
+
+
+class TooManyHeaders(ValueError):
+    """A record has more than HEADERS headers."""
+
+
+class NeedsMore(Exception):
+    """A batch unpacks to more than it was given room for."""
+
+
+@dataclass(slots=True)
+class Room:
+    """What one batch may unpack to; ``held`` is what it took. It is known to need more than ``least``."""
+
+    most: int
+    least: int = 0
+    held: int = 0
+
+    def check(self, size: int) -> None:
+        if size > self.most:
+            raise UnpacksTooLarge if self.most >= UNPACKED_BYTES else NeedsMore
+
+
+Unpack = Callable[[bytes, Room], bytearray]
+_room: ContextVar[Room | None] = ContextVar("room", default=None)
 
 
 class Codec(Protocol):
@@ -23,46 +65,219 @@ class Codec(Protocol):
     def decompress_into(self, packed: bytes, unpacked: bytearray) -> int: ...
 
 
-def unpack_gzip(packed: bytes) -> bytes:
-    """Raises UnpacksTooLarge, and ValueError where the bytes are no such archive."""
-    unpacked = b""
-    while packed:
+def unpack_gzip(packed: bytes, room: Room) -> bytearray:
+    """Raises UnpacksTooLarge, NeedsMore, and ValueError where the bytes are no such archive or have too many members.
+
+    zlib copies what is left of its input at each member's end, so it is given the input in small pieces.
+    """
+    unpacked, position = bytearray(), 0
+    for _ in range(PARTS):
         member = zlib.decompressobj(GZIP)
-        try:
-            unpacked += member.decompress(packed, UNPACKED_BYTES - len(unpacked) + 1)
-        except zlib.error as error:
-            raise ValueError(str(error)) from None
-        if len(unpacked) > UNPACKED_BYTES:
-            raise UnpacksTooLarge
-        if not member.eof:
-            raise ValueError("it ends too early")
-        packed = member.unused_data
+        while not member.eof:
+            piece = packed[position : position + PIECE]
+            try:
+                some = member.decompress(piece, min(AT_ONCE, room.most - len(unpacked) + 1))
+            except zlib.error as error:
+                raise ValueError(str(error)) from None
+            if not some and not piece:
+                raise ValueError("it ends too early")
+            unpacked += some
+            room.check(len(unpacked))
+            position += len(piece) - len(member.unconsumed_tail) - len(member.unused_data)
+        if position == len(packed):
+            return unpacked
+    raise ValueError("it has too many members")
+
+
+def unpack_snappy(packed: bytes, room: Room) -> bytearray:
+    """Raises UnpacksTooLarge, NeedsMore, and ValueError where the bytes are no such archive or have too many blocks."""
+    unpacked = bytearray()
+    try:
+        blocks = list(_xerial_blocks(packed)) if _detect_xerial_stream(packed) else [packed]
+        room.check(sum(map(cramjam.snappy.decompress_raw_len, blocks)))
+        for block in blocks:
+            unpacked += cramjam.snappy.decompress_raw(block)
+    except (cramjam.DecompressionError, struct.error) as error:
+        raise ValueError(str(error)) from None
     return unpacked
 
 
-class Unpacker(NamedTuple):
-    """Unpacks into a buffer that grows until all of it fits, or until it would be too large."""
+def _xerial_blocks(packed: bytes) -> Iterator[bytes]:
+    position = 16
+    for _ in range(PARTS):
+        if position == len(packed):
+            return
+        (size,) = struct.unpack_from("!I", packed, position)
+        yield packed[position + 4 : position + 4 + size]
+        position += 4 + size
+    raise ValueError("it has too many blocks")
 
-    codec: Codec
 
-    def __call__(self, packed: bytes) -> bytes:
-        """Raises UnpacksTooLarge, also where the bytes are no such archive: cramjam does not tell the two apart."""
-        size = USUAL_RATIO * len(packed) + 1_024
-        while True:
-            unpacked = bytearray(min(size, UNPACKED_BYTES))
-            try:
-                length = self.codec.decompress_into(packed, unpacked)
-            except cramjam.DecompressionError:
-                if size >= UNPACKED_BYTES:
-                    raise UnpacksTooLarge from None
-                size *= 8
-            else:
-                return bytes(memoryview(unpacked)[:length])
+def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
+    """Unpacks into a buffer that grows until all of it fits, or until there is no more room.
+
+    Raises UnpacksTooLarge or NeedsMore also where the bytes are no such archive: cramjam does not tell the two apart.
+    """
+    size = max(room.least, USUAL_RATIO * len(packed) + 1_024)
+    while True:
+        unpacked = bytearray(min(size, room.most))
+        try:
+            length = codec.decompress_into(packed, unpacked)
+        except cramjam.DecompressionError:
+            room.check(size + 1)
+            size *= GROWTH
+        else:
+            del unpacked[length:]
+            return unpacked
+
+
+def refuse_many_headers(records: bytearray) -> None:
+    """Raises TooManyHeaders before a record of this batch is parsed, for aiokafka makes objects of all of its headers.
+
+    Where a record ends is taken from its length; brokers take none for which that is not so. Only a record that is long
+    enough for so many headers is looked into.
+    """
+    position = 0
+    while position < len(records):
+        length, position = decode_varint(records, position)
+        if length > 2 * HEADERS and _headers(records, position) > HEADERS:
+            raise TooManyHeaders
+        position += max(0, length)
+
+
+def _headers(records: bytearray, position: int) -> int:
+    position += 1  # attributes
+    for _ in ("timestamp", "offset"):
+        _, position = decode_varint(records, position)
+    for _ in ("key", "value"):
+        length, position = decode_varint(records, position)
+        position += max(0, length)
+    count: int = decode_varint(records, position)[0]
+    return count
+
+
+def _refuse_in_large(records: bytearray) -> None:
+    """In smaller batches there are few enough to be counted once they are parsed."""
+    if len(records) > AT_ONCE:
+        refuse_many_headers(records)
+
+
+def refuse_endless(records: bytearray) -> None:
+    """Raises ValueError for old formats' records of which aiokafka would never see the end, or too many at once."""
+    position = 0
+    for _ in range(LEGACY_RECORDS):
+        if position == len(records):
+            return
+        (length,) = struct.unpack_from("!i", records, position + 8)
+        position += 12 + length
+        if length < LEGACY_LEAST or position > len(records):
+            raise ValueError("a record's length is wrong")
+    raise ValueError("it has too many records")
+
+
+def _decoder(unpack: Unpack, check: Callable[[bytearray], None]) -> Callable[[bytes], bytearray]:
+    def decode(packed: bytes) -> bytearray:
+        room = _room.get() or Room(UNPACKED_BYTES)
+        unpacked = unpack(packed, room)
+        room.held = sys.getsizeof(unpacked)
+        check(unpacked)
+        return unpacked
+
+    return decode
 
 
 def bound_unpacking() -> None:
-    """From now on every consumer of this process unpacks so. Snappy needs none: it packs to a twentieth at best."""
-    for module in (default_records, legacy_records, compiled_default_records, compiled_legacy_records):
-        module.gzip_decode = unpack_gzip
-        module.lz4_decode = Unpacker(cramjam.lz4)
-        module.zstd_decode = Unpacker(cramjam.zstd)
+    """From now on every consumer of this process unpacks so."""
+    formats: tuple[tuple[Any, Callable[[bytearray], None]], ...] = (
+        (default_records, _refuse_in_large),
+        (compiled_default_records, _refuse_in_large),
+        (legacy_records, refuse_endless),
+        (compiled_legacy_records, refuse_endless),
+    )
+    for module, check in formats:
+        module.gzip_decode = _decoder(unpack_gzip, check)
+        module.snappy_decode = _decoder(unpack_snappy, check)
+        module.lz4_decode = _decoder(partial(unpack_into, cramjam.lz4), check)
+        module.zstd_decode = _decoder(partial(unpack_into, cramjam.zstd), check)
+
+
+def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:
+    """The batch's records, unpacked; None if that takes more than there is room for. Raises what reading one raises."""
+    token = _room.set(room)
+    try:
+        records = chain(batch)
+        first = list(islice(records, 1))  # a batch unpacks when its first record is asked for
+        return chain(first, records)
+    except NeedsMore:
+        return None
+    finally:
+        _room.reset(token)
+
+
+class Share:
+    """Bytes of the budget, taken until it is dropped. Of the event loop's thread alone."""
+
+    def __init__(self, budget: "Budget", size: int) -> None:
+        self._budget = budget
+        self.size = size
+        budget.free -= size
+
+    def keep(self, size: int) -> None:
+        """Gives back the rest."""
+        self._budget.free += self.size - size
+        self.size = size
+        self._budget.freed.set()
+
+    def __del__(self) -> None:
+        self.keep(0)
+
+
+class Budget:
+    """How many bytes of unpacked batches this process holds at a time, beside records that are taken from them.
+
+    Nobody waits without end: who waits for bytes holds none, not even those of an attempt that did not suffice; who holds
+    some waits for the pipeline alone, which needs none; and no batch needs more than all of them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.free = max(size, UNPACKED_BYTES)
+        self.freed = asyncio.Event()
+        self._turn = asyncio.Lock()  # one at a time, in the order of asking, so that a large batch has its turn, too
+
+    def unpacked_at_once(self, batch: Any) -> tuple[Iterator[Any], Share] | None:
+        """The records of a small batch, while nobody waits. None: ``unpacked`` has to be awaited. Raises as that does."""
+        if self.free < AT_ONCE or self._turn.locked():
+            return None
+        share, room = Share(self, AT_ONCE), Room(AT_ONCE)
+        records = unpacked(batch, room)
+        if records is None:
+            return None
+        share.keep(room.held)
+        return records, share
+
+    async def unpacked(self, batch: Any) -> tuple[Iterator[Any], Share]:
+        """The records of a batch, unpacked on a thread once there is room. Raises what reading a record raises."""
+        size = AT_ONCE
+        async with self._turn:
+            while True:
+                least, size = size, min(GROWTH * size, UNPACKED_BYTES)
+                share, room = await self._share(size), Room(size, least)
+                records = await self._on_thread(batch, room, share)
+                if records is not None:
+                    share.keep(room.held)
+                    return records, share
+                del share
+
+    async def _share(self, size: int) -> Share:
+        while self.free < size:
+            self.freed.clear()
+            await self.freed.wait()
+        return Share(self, size)
+
+    async def _on_thread(self, batch: Any, room: Room, share: Share) -> Iterator[Any] | None:
+        work = asyncio.create_task(asyncio.to_thread(unpacked, batch, room))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda _: share)  # the thread goes on, and holds the bytes until it is done
+            raise

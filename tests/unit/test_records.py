@@ -17,6 +17,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder, _DefaultR
 from aiokafka.record.memory_records import MemoryRecords
 
 from worker.records import Fetched, Reader, Record
+from worker.unpacking import Budget
 
 TP = TopicPartition("texts", 3)
 COMMIT, ABORT = b"\0\0\0\1", b"\0\0\0\0"  # the keys of control records
@@ -55,7 +56,7 @@ def fetched(data: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] =
 
 def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[Record]], list[int], int]:
     """The runs, the position after each, and the one after all."""
-    store = Fetched()
+    store = Fetched(Budget(0))
     store.limits[TP] = lambda: limit
     store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
     runs = store[TP]._partition_records
@@ -106,7 +107,7 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
     """The careful way past a record that cannot be read: those before it come one by one."""
     good, bad = batch(0, plain(2)), bytearray(batch(2, plain(2)))
     bad[-3] ^= 1
-    store = Fetched()
+    store = Fetched(Budget(0))
     store.limits[TP] = lambda: 1
     store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(good + bytes(bad)), backoff=0)
     runs = store[TP]._partition_records
@@ -118,7 +119,7 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
 def test_the_limit_is_asked_for_when_records_are_taken() -> None:
     """Between two runs there may have become room, or none."""
     limits = iter([1, 3, 2])
-    store = Fetched()
+    store = Fetched(Budget(0))
     store.limits[TP] = lambda: next(limits)
     store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(batch(0, plain(6))), backoff=0)
     runs = store[TP]._partition_records
@@ -128,7 +129,7 @@ def test_the_limit_is_asked_for_when_records_are_taken() -> None:
 async def test_each_partition_has_a_limit_of_its_own() -> None:
     other = TopicPartition("texts", 4)
     consumer = FakeConsumer()
-    reader = Reader(consumer)  # type: ignore[arg-type]
+    reader = Reader(consumer, Budget(0))  # type: ignore[arg-type]
     for tp in (TP, other):
         consumer._fetcher._records[tp] = FetchResult(
             tp, assignment=None, partition_records=fetched(batch(0, plain(9))), backoff=0
@@ -143,7 +144,7 @@ def test_what_was_fetched_goes_when_it_is_read_or_dropped(taken: int | None) -> 
     gc.disable()
     try:
         records = fetched(batch(0, plain(3)))
-        store = Fetched()
+        store = Fetched(Budget(0))
         store.limits[TP] = lambda: 2
         store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
         runs = store[TP]._partition_records
@@ -161,7 +162,7 @@ async def test_another_aiokafka_is_read_in_its_own_way() -> None:
         async def getmany(self, *_: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
             return {TP: ["a record"] * options["max_records"]}
 
-    assert len(await Reader(Other()).read(TP, timeout_ms=1, limit=lambda: 3)) == 3  # type: ignore[arg-type]
+    assert len(await Reader(Other(), Budget(0)).read(TP, timeout_ms=1, limit=lambda: 3)) == 3  # type: ignore[arg-type]
 
 
 def test_aiokafka_has_inside_what_is_relied_on() -> None:

@@ -81,7 +81,9 @@ TABLE = {
     "log_level": "info",
     "log_format": "auto",
 }
-NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
+NOT_IN_THE_TABLE = {
+    "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

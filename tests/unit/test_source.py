@@ -249,9 +249,13 @@ async def test_a_stop_that_is_cancelled_inside_of_the_client_is_a_stop(consumer:
 class EndlessReader:
     """As the real one, it asks for the limit once the records are there, and waits for a fetch alone."""
 
-    def __init__(self, _: object) -> None:
+    def __init__(self, *_: object) -> None:
+        self.waiting: set[TopicPartition] = set()
         self.taken: Counter[int] = Counter()
         self.fetched: Counter[int] = Counter()
+
+    def release(self, tp: TopicPartition) -> None:
+        self.fetched[tp.partition] = 0
 
     async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Any]:
         if not self.fetched[tp.partition]:
