@@ -20,11 +20,19 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.aiokafka_compat import end_offsets
+
 RETRY_S: Final = 0.1
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     """aiokafka's, with a ``committed`` that tells "there is none" from "the coordinator cannot say"."""
+
+    async def ends(
+        self, partitions: Collection[TopicPartition], timeout_s: float
+    ) -> dict[TopicPartition, int | Exception]:
+        """The end offset of each of these partitions, or why it cannot be had; raises nothing of Kafka's."""
+        return await end_offsets(self, partitions, timeout_s)
 
     async def committed(self, partition: TopicPartition) -> int | None:
         """The group's committed offset, None where there is none. Waits and raises as ``committed_offsets``."""
