@@ -171,7 +171,7 @@ def test_a_coordinator_that_is_away_is_told_once_for_as_long_as_it_lasts(
     pair.goes.stop()
     pair_kafka.send(topics.input, map(numbered, range(100, 200)))  # so that there is something to commit
     wait_for(lambda: worker.get("/readyz")[0] == 503, "not to be ready", 30)
-    holds_for(lambda: worker.get("/readyz")[1].startswith("coordinator: "), "the reason", 25)
+    holds_for(lambda: worker.get("/readyz")[1].startswith("coordinator: "), "the reason", 12)
     assert worker.status("/livez") == 200
     assert not [line for line in worker.logs if "well again" in line["message"]], "it is not well"
 
