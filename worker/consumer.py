@@ -20,7 +20,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import topic_ids, topic_names
+from worker.aiokafka_compat import end_offsets, topic_ids, topic_names
 
 RETRY_S: Final = 0.1
 
@@ -35,6 +35,12 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     async def topic_names(self) -> list[str]:
         """As of ``aiokafka_compat.topic_names``."""
         return await topic_names(self._client)
+
+    async def ends(
+        self, partitions: Collection[TopicPartition], timeout_s: float
+    ) -> dict[TopicPartition, int | Exception]:
+        """The end offset of each of these partitions, or why it cannot be had; raises nothing of Kafka's."""
+        return await end_offsets(self, partitions, timeout_s)
 
     async def committed_offsets(
         self, partitions: Collection[TopicPartition]

@@ -13,7 +13,7 @@ class _Trouble:
     reason: str
     since: float
     told: set[str] = field(default_factory=set)
-    whose: set[Hashable] = field(default_factory=set)
+    reasons: dict[Hashable, str] = field(default_factory=dict)  # by who still has the trouble; the newest comes last
 
 
 class Health:
@@ -34,13 +34,15 @@ class Health:
     def trouble(self, part: str, reason: str, who: Hashable = None) -> None:
         """Something is wrong with a part, and is being retried. Logged once a reason until the part is well again.
 
-        Where several do the same work, ``who`` tells them apart: the part is well when each that had trouble is.
+        Where several do the same work, or watch the same part, ``who`` tells them apart: the part is well when each that
+        had trouble is, and nobody ends the trouble of another.
         """
         known = self._troubles.get(part)
         if known is None:
             known = self._troubles[part] = _Trouble(reason, self._clock())
         known.reason = reason
-        known.whose.add(who)
+        known.reasons.pop(who, None)
+        known.reasons[who] = reason
         if reason not in known.told:
             known.told.add(reason)
             log.warning("%s", reason, extra={"part": part})
@@ -50,8 +52,9 @@ class Health:
         known = self._troubles.get(part)
         if known is None:
             return
-        known.whose.discard(who)
-        if known.whose:
+        known.reasons.pop(who, None)
+        if known.reasons:
+            known.reason = next(reversed(known.reasons.values()))
             return
         del self._troubles[part]
         if known.told:

@@ -7,10 +7,11 @@ it to this process until it takes it away: what is read under one assignment is 
 import asyncio
 import contextlib
 import logging
+import math
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,17 +24,22 @@ from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     IllegalStateError,
     InvalidSessionTimeoutError,
+    KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
+    LeaderNotAvailableError,
+    NodeNotReadyError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
     RecordTooLargeError,
+    RequestTimedOutError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
@@ -63,7 +69,17 @@ LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
 LEAVE_S: Final = 1.0
 EVICTIONS: Final = 3
-LAG_TIMEOUT_S: Final = 3.0
+LAG_TIMEOUT_S: Final = 3.0  # and so long may it be that a partition's end is not known, as while its leader moves
+GROUP_INTERVAL_S: Final = 1.0
+REJOINING_S: Final = 5.0  # a rebalance that lasts longer is told
+COORDINATOR_S: Final = 3.0  # the coordinator is away when it has not answered for so long, and for so many
+MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
+REBALANCE_SHARE: Final = 0.4  # of a request's timeout: as long as the group waits for a member to join again
+HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until the member hears of it
+REVOKE_SHARE: Final = 0.65  # of the rebalance's time, to give up the partitions; the rest is for the join
+LISTED: Final = 5  # partitions that a sentence names
+MEMBERSHIP: Final = "membership"  # who has the trouble, where no partition does
+UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
 NO_PARTITION: Final = 2**31 - 1
 LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # health looks after the pipeline; Kafka's own idea of it would evict us
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
@@ -106,6 +122,7 @@ class Assignment:
     is_out_of_range: bool = False  # the offset to read next is gone
     careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
     heard_at: float = field(default_factory=time.monotonic)
+    measured_at: float = field(default_factory=time.monotonic)  # when its end was known the last time
     # of each read that is not acknowledged: the offset after it, and its first record's timestamp
     waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
 
@@ -167,9 +184,11 @@ class Source:
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._transactions = transactions
         self._clock = clock
-        # revoke deadline < rebalance timeout < request timeout, for JoinGroup waits in a request for the slowest member
-        self._rebalance_timeout_ms = int(connection.request_timeout_ms * 0.8)
-        self._revoke_timeout_s = connection.request_timeout_s * 0.6
+        # JoinGroup waits in a request for the slowest member: heartbeat + revoke deadline < rebalance timeout < request
+        # timeout. One that was killed and is back makes all others wait for the whole rebalance timeout.
+        self._rebalance_timeout_ms = int(connection.request_timeout_ms * REBALANCE_SHARE)
+        self._revoke_timeout_s = self._rebalance_timeout_ms / 1000 * REVOKE_SHARE
+        self._heartbeat_ms = min(3_000, session_timeout_ms // 3, int(self._rebalance_timeout_ms * HEARTBEAT_SHARE))
         self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
         self._unpacking = Budget(max_unpacked_bytes)
@@ -192,6 +211,12 @@ class Source:
         self._repeated_by_others = 0  # of what was under way when the drain began
         self._stopping = asyncio.Event()
         self._evictions: deque[float] = deque(maxlen=EVICTIONS)
+        self._has_joined = False
+        self._rejoining_since: float | None = None
+        self._away_at = -math.inf  # when no broker answered the last time
+        self._answered_at = clock()
+        self._is_coordinator_away = False
+        self._lost: Mapping[TopicPartition, Exception] = {}  # partitions whose end is not known
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -280,7 +305,14 @@ class Source:
         consumer = await self._started_consumer()
         self._consumer, self._reader = consumer, Reader(consumer, self._unpacking)
         self._subscribe(consumer)
-        steps = [self._commit_as_acknowledged(), self._watch_lag(), self._watch_topic_ids(consumer)]
+        answers = CoordinatorAnswers(consumer, self._clock)
+        self._rejoining_since = self._clock() if self._has_joined else None
+        steps = [
+            self._commit_as_acknowledged(),
+            self._watch_lag(),
+            self._watch_group(answers),
+            self._watch_topic_ids(consumer),
+        ]
         if self._pattern is not None:
             steps.append(self._watch_topics(consumer, self._pattern))
         tasks = [asyncio.create_task(step) for step in steps]
@@ -342,7 +374,7 @@ class Source:
                 auto_offset_reset="none",  # aiokafka would reset in silence
                 isolation_level=self._isolation_level,
                 session_timeout_ms=self._session_timeout_ms,
-                heartbeat_interval_ms=min(3_000, self._session_timeout_ms // 3),
+                heartbeat_interval_ms=self._heartbeat_ms,
                 rebalance_timeout_ms=self._rebalance_timeout_ms,
                 max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
@@ -384,9 +416,11 @@ class Source:
     async def _on_assigned(self, partitions: set[TopicPartition]) -> None:
         self._metrics.rebalances.inc()
         self._metrics.assigned_partitions.set(len(partitions))
+        self._has_joined, self._rejoining_since = True, None
         if self._is_stopping or self._consumer is None:
             return
         self._topic_ids.ask_again(tp.topic for tp in partitions)
+        self._well(MEMBERSHIP)
         for tp in sorted(partitions):
             self._accept(tp)
         self._health.well("group")
@@ -425,6 +459,8 @@ class Source:
         self._settled.set()
 
     async def _on_revoked(self, partitions: set[TopicPartition]) -> None:
+        if self._rejoining_since is None and self._has_joined:
+            self._rejoining_since = self._clock()
         async with self._revoking:  # the group and the end of a session may both call
             await self._revoke([self._assignments[tp] for tp in partitions if tp in self._assignments])
 
@@ -480,9 +516,9 @@ class Source:
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]
         self._metrics.assigned_partitions.set(len(self._assignments))
+        self._well(assignment.tp)
         if not self._assignments:
-            for part in ("commit", "read"):
-                self._health.well(part)
+            self._health.well("commit")
 
     def _repeat(self, records: int) -> None:
         """These are published and not committed: whoever reads the partition next repeats them."""
@@ -521,6 +557,7 @@ class Source:
                 await self._until_room()
                 if assignment.accepts and not self._is_stopping:
                     await self._read(assignment)
+                self._well(assignment.tp)
                 backoff = Backoff()
             except IllegalStateError:
                 return  # a rebalance has begun
@@ -534,15 +571,23 @@ class Source:
             except UNREADABLE as error:
                 self._be_careful(assignment, error)
             except UNREACHABLE as error:
-                self._judge(error)
+                if assignment.accepts:
+                    self._judge(error, assignment.tp)
                 await backoff.wait()
 
-    def _judge(self, error: BaseException) -> None:
-        """What a failed call means: returns where it will do to try again, else raises Rejoin or WrongSetting."""
+    def _well(self, who: Hashable) -> None:
+        for part in ("kafka", "read"):
+            self._health.well(part, who)
+
+    def _judge(self, error: BaseException, who: Hashable) -> None:
+        """What a failed call means: returns where it will do to try again, else raises Rejoin or WrongSetting.
+
+        ``who`` has the trouble, a partition or MEMBERSHIP, until ``_well``. What is watched for itself is not told twice.
+        """
         if isinstance(error, GroupAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)")
+            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)", who)
         elif isinstance(error, TopicAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read {', '.join(self._topics)} (ACL)")
+            self._health.trouble("read", f"no permission to read {', '.join(self._topics)} (ACL)", who)
         elif isinstance(error, InvalidSessionTimeoutError):
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
@@ -550,8 +595,8 @@ class Source:
             ) from None
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
-        else:
-            self._health.trouble("kafka", unreachable(self._connection, error))
+        elif not (isinstance(error, NOT_THE_COORDINATOR) or self._is_coordinator_away or who in self._lost):
+            self._health.trouble("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
         await self._identify(assignment.tp.topic)
@@ -655,7 +700,6 @@ class Source:
         # Nothing may be awaited between read and what follows: the position has moved.
         limit = (lambda: 1) if assignment.careful_reads else self._share
         records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
-        self._health.well("read")
         self._breath.after(len(records))
         if not records or not assignment.accepts or self._is_stopping:
             return
@@ -788,18 +832,59 @@ class Source:
             if self._consumer is None:
                 continue
             partitions = list(self._assignments) or [TopicPartition(self._known_topic(), 0)]
-            try:
-                ends = await within(LAG_TIMEOUT_S, self._consumer.end_offsets(partitions))
-            except UNREACHABLE as error:
-                self._metrics.kafka_errors.labels("lag").inc()
-                self._health.trouble("kafka", unreachable(self._connection, error))
-                continue
-            self._health.well("kafka")
+            ends = await self._consumer.ends(partitions, LAG_TIMEOUT_S)
+            errors = {tp: end for tp, end in ends.items() if isinstance(end, Exception)}
+            self._tell_of_ends(errors, is_answered=len(errors) < len(ends))
             if not self._assignments:
                 await self._look_after_membership()
             for tp, end in ends.items():
-                if tp in self._assignments:
+                if tp in self._assignments and not isinstance(end, Exception):
                     await self._measure(self._assignments[tp], end)
+
+    def _tell_of_ends(self, errors: Mapping[TopicPartition, Exception], *, is_answered: bool) -> None:
+        """Tells whether the brokers answer, and which partitions cannot be read. Their lag goes, for it is not known."""
+        now = self._clock()
+        if errors:
+            self._metrics.kafka_errors.labels("lag").inc()
+        overdue = [
+            tp for tp in errors if tp in self._assignments and now - self._assignments[tp].measured_at > LAG_TIMEOUT_S
+        ]
+        for tp in overdue:
+            self._metrics.forget_partition(tp.topic, tp.partition)
+            self._assignments[tp].heard_at = now  # its silence counts from when its end is known again
+        if not is_answered and all(isinstance(error, UNANSWERED) for error in errors.values()):
+            self._away_at = now
+            if now - self._answered_at > LAG_TIMEOUT_S:
+                self._health.trouble("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
+            return  # that says it all
+        self._answered_at = now
+        self._health.well("kafka", "lag")
+        if errors and now - self._away_at <= LAG_TIMEOUT_S:
+            return  # the brokers are just back, and their leaders may not be
+        self._lost = {tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)}
+        if self._lost:  # who reads tells of a missing permission
+            self._health.trouble("partitions", _why_lost(self._lost))
+        else:
+            self._health.well("partitions")
+
+    async def _watch_group(self, answers: CoordinatorAnswers) -> None:
+        """Tells that the group's coordinator is away, or that a rebalance, in which nobody reads, lasts long."""
+        patience_s = max(COORDINATOR_S, MISSED_HEARTBEATS * self._heartbeat_ms / 1000)
+        while True:
+            await asyncio.sleep(GROUP_INTERVAL_S)
+            now = self._clock()
+            if answers.has_answered and now - answers.at <= patience_s:
+                self._is_coordinator_away = False
+                self._health.well("coordinator")
+            elif not answers.is_joining and now - max(answers.at, self._away_at) > patience_s:
+                self._is_coordinator_away = True
+                self._health.trouble(
+                    "coordinator", f"the coordinator of group {self._group_id} has not answered for {patience_s:g} s"
+                )
+            if self._is_coordinator_away or self._rejoining_since is None or self._is_stopping:
+                continue
+            if now - self._rejoining_since > REJOINING_S:
+                self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:
         """An input topic that is there: where one of a pattern was deleted, asking for it would look like an outage."""
@@ -814,9 +899,12 @@ class Source:
         except (TimeoutError, IllegalStateError):
             return  # a rebalance is going on
         except KafkaError as error:
-            self._judge(error)
+            self._judge(error, MEMBERSHIP)
+        else:
+            self._well(MEMBERSHIP)
 
     async def _measure(self, assignment: Assignment, end: int) -> None:
+        assignment.measured_at = self._clock()
         if assignment.acknowledged is None or self._consumer is None:
             return
         if assignment.is_idle():
@@ -898,6 +986,21 @@ def _name(tp: TopicPartition) -> str:
 
 def _named(partitions: Iterable[TopicPartition]) -> str:
     return ",".join(_name(tp) for tp in sorted(partitions))
+
+
+def _why_lost(partitions: Mapping[TopicPartition, Exception]) -> str:
+    """The partitions by what is the matter with them, a few of each by name."""
+    by_reason: dict[str, list[TopicPartition]] = {}
+    for tp, error in sorted(partitions.items()):
+        has_no_leader = isinstance(error, LeaderNotAvailableError)
+        reason = "no leader" if has_no_leader else f"no broker that answers for it ({type(error).__name__})"
+        by_reason.setdefault(reason, []).append(tp)
+    return "; ".join(f"partition {_few(tps)} has {reason}" for reason, tps in by_reason.items())
+
+
+def _few(partitions: list[TopicPartition]) -> str:
+    more = len(partitions) - LISTED
+    return _named(partitions[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -126,6 +126,17 @@ def test_a_part_of_several_is_well_when_each_of_them_is(health: Health, caplog: 
     assert [message for _, message in told(caplog)] == ["stalled", "publish is well again"], "said once for all"
 
 
+def test_nobody_ends_the_trouble_of_another(health: Health, caplog: pytest.LogCaptureFixture) -> None:
+    health.trouble("kafka", "no answer", "reader")
+    health.trouble("kafka", "refused", "lag")
+    health.well("kafka")
+    health.well("kafka", "lag")
+    assert health.why_not_ready() == "kafka: no answer", "the reason is that of who still has one"
+    health.well("kafka", "reader")
+    assert health.why_not_ready() is None
+    assert [message for _, message in told(caplog)] == ["no answer", "refused", "kafka is well again"]
+
+
 def test_a_trouble_says_more_than_that_something_has_not_begun(health: Health) -> None:
     health.hold("group", "not joined yet")
     assert health.why_not_ready() == "group: not joined yet"

@@ -1,6 +1,7 @@
 """What the source does at the edges of a rebalance, with a consumer that answers exactly when the test says."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +11,16 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    GroupCoordinatorNotAvailableError,
+    KafkaConnectionError,
+    LeaderNotAvailableError,
+    NodeNotReadyError,
+    RequestTimedOutError,
+)
+from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker import source as module
@@ -47,12 +57,16 @@ class FakeConsumer:
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
+    ends_at: int | None = None  # if not at last_offset
+    unknown: dict[TopicPartition, Exception] = field(default_factory=dict)  # why an end cannot be had
+    unplaceable: Exception | None = None  # why the committed offset cannot be had
     _coordinator: Any = None
     _client: Any = None
 
     def __post_init__(self) -> None:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
+        self._client = SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}))
 
     def subscribe(self, topics: Any, listener: Any) -> None:
         self.listener = listener
@@ -65,6 +79,8 @@ class FakeConsumer:
 
     async def committed_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
+        if self.unplaceable:
+            raise self.unplaceable
         offset = -1 if self.committed_at is None else self.committed_at
         return dict.fromkeys(tps, OffsetAndMetadata(offset, self.committed_metadata))
 
@@ -74,10 +90,16 @@ class FakeConsumer:
     async def end_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict.fromkeys(tps, self.last_offset)
 
+    async def ends(self, tps: list[TopicPartition], timeout_s: float) -> dict[TopicPartition, int | Exception]:
+        end = self.last_offset if self.ends_at is None else self.ends_at
+        return {tp: self.unknown.get(tp, end) for tp in tps}
+
     async def position(self, tp: TopicPartition) -> int:
         return self.positions[tp]
 
-    async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+    async def getmany(
+        self, tp: TopicPartition, timeout_ms: int, max_records: int = 0
+    ) -> dict[TopicPartition, list[Any]]:
         try:
             await self.reading.wait()
         except asyncio.CancelledError:
@@ -696,3 +718,211 @@ async def test_a_commit_in_doubt_is_not_found_in_an_offset_of_another_topic(
     await stage.take()
     assert transactions.committed_offsets == [None]
     assert stage.source._assignments[TP].metadata == with_topic_id(ID)
+
+
+OTHER = TopicPartition("t", 1)
+
+
+class Clock:
+    """Real time, and what the test puts before it."""
+
+    ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+    """With watchers that look all the time."""
+    monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.005)
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 0.005)
+    caplog.set_level(logging.INFO, "worker.health")
+    return Clock()
+
+
+class FakeCoordinator:
+    """Answers what is sent to it, with a code or at all, as the test says. Without a generation nobody looks for a twin."""
+
+    coordinator_id = None
+    generation = 0
+
+    def __init__(self) -> None:
+        self.code: int | None = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def _send_req(self, request: Any) -> Any:
+        await self.may_answer.wait()
+        if self.code is None:
+            raise NodeNotReadyError
+        return SimpleNamespace(error_code=self.code)
+
+    async def beat(self) -> None:
+        try:
+            await self._send_req(HeartbeatRequest("g", 1, "m"))
+        except NodeNotReadyError:
+            return
+
+
+def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "worker.health"]
+
+
+def lags(stage: Stage) -> set[str]:
+    return {partition for _, partition in stage.metrics.lag_records._metrics}
+
+
+async def test_a_partition_whose_end_is_not_known_is_named_and_the_others_are_watched(
+    consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    consumer.last_offset = 10
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP, OTHER)
+    taken = 0
+    while taken < 20:
+        chunks = await stage.take()
+        stage.acknowledge(chunks)
+        taken += sum(len(records) for _, records in chunks)
+    await until(lambda: lags(stage) == {"0", "1"})
+    consumer.unknown = {OTHER: LeaderNotAvailableError()}
+    await asyncio.sleep(0.05)
+    assert (stage.health.why_not_ready(), lags(stage)) == (None, {"0", "1"}), "a leader that moves is no trouble"
+    clock.ahead += 4
+    await until(lambda: stage.health.why_not_ready() == "partitions: partition t-1 has no leader")
+    assert lags(stage) == {"0"}
+    consumer.ends_at = 15
+    await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
+    clock.ahead += 57
+    await until(lambda: "joining the group again: t-0 has 5 records" in (stage.health.why_not_ready() or ""))
+
+
+async def test_a_partition_that_comes_back_has_not_been_silent_meanwhile(consumer: FakeConsumer, clock: Clock) -> None:
+    consumer.last_offset, consumer.unknown = 10, {TP: LeaderNotAvailableError()}
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    for _ in range(40):
+        clock.ahead += 4
+        await asyncio.sleep(0.02)
+    consumer.unknown, consumer.ends_at = {}, 15
+    await until(lambda: lags(stage) == {"0"})
+    await asyncio.sleep(0.05)
+    assert "joining" not in (stage.health.why_not_ready() or "")
+
+
+async def test_brokers_that_are_away_are_no_partitions_without_a_leader(consumer: FakeConsumer, clock: Clock) -> None:
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP, OTHER)
+    consumer.unknown = {TP: KafkaConnectionError(), OTHER: TimeoutError()}
+    await asyncio.sleep(0.05)
+    clock.ahead += 4
+    await until(lambda: (stage.health.why_not_ready() or "").startswith("kafka: waiting for Kafka at x:1"))
+    assert lags(stage) == set(), "what is not known is not shown"
+    clock.ahead += 100
+    await asyncio.sleep(0.05)
+    consumer.unknown = {OTHER: LeaderNotAvailableError()}  # they are back, and not all of their leaders are
+    await until(lambda: stage.health.why_not_ready() is None)
+
+
+async def test_a_trouble_of_one_reader_is_not_ended_by_the_lag(consumer: FakeConsumer, clock: Clock) -> None:
+    consumer.unplaceable = RequestTimedOutError()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await until(lambda: stage.health.why_not_ready() == "kafka: waiting for Kafka at x:1 (RequestTimedOutError)")
+    await asyncio.sleep(0.1)  # in which the lag is asked for many times
+    assert stage.health.why_not_ready() == "kafka: waiting for Kafka at x:1 (RequestTimedOutError)"
+    consumer.unplaceable = None
+    await until(lambda: stage.health.why_not_ready() is None)
+
+
+@pytest.mark.parametrize("code", [None, GroupCoordinatorNotAvailableError.errno])
+async def test_a_coordinator_that_is_away_is_told_once_by_its_age(
+    consumer: FakeConsumer, clock: Clock, caplog: pytest.LogCaptureFixture, code: int | None
+) -> None:
+    """Whether it cannot be reached or has moved; no reader and no lag says otherwise meanwhile."""
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    coordinator.code = code
+    consumer.unplaceable = GroupCoordinatorNotAvailableError()
+    await stage.revoke(TP)
+    await stage.assign(TP)
+    for _ in range(8):
+        clock.ahead += 1
+        await coordinator.beat()
+        await asyncio.sleep(0.02)
+    assert stage.health.why_not_ready() is None, "it may be moving"
+    for _ in range(40):
+        clock.ahead += 1
+        await coordinator.beat()
+        await asyncio.sleep(0.02)
+    reason = "the coordinator of group g has not answered for 9 s"
+    assert stage.health.why_not_ready() == f"coordinator: {reason}"
+    coordinator.code, consumer.unplaceable = 0, None
+    await coordinator.beat()
+    await until(lambda: stage.health.why_not_ready() is None)
+    assert told_of(caplog) == [reason, "coordinator is well again"]
+
+
+async def test_a_coordinator_that_is_away_with_all_others_is_not_told_apart(
+    consumer: FakeConsumer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    consumer.unknown = {TP: KafkaConnectionError()}
+    await asyncio.sleep(0.05)
+    for _ in range(10):
+        clock.ahead += 4
+        await asyncio.sleep(0.02)
+    consumer.unknown = {}
+    await until(lambda: stage.health.why_not_ready() is None)
+    assert [line for line in told_of(caplog) if "coordinator" in line] == []
+
+
+async def test_a_rebalance_that_lasts_is_told(
+    consumer: FakeConsumer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    clock.ahead += 6
+    await asyncio.sleep(0.05)
+    assert stage.health.why_not_ready() == "group: not joined yet"
+    await stage.assign(TP)
+    coordinator.may_answer.clear()
+    await stage.revoke(TP)
+    joining = asyncio.create_task(coordinator._send_req(JoinGroupRequest("g", 1, 1, "m", "", "consumer", [])))
+    clock.ahead += 4
+    await asyncio.sleep(0.05)
+    assert stage.health.why_not_ready() is None
+    clock.ahead += 20
+    await until(lambda: stage.health.why_not_ready() == "group: rejoining for more than 5 s: a member is gone or busy")
+    coordinator.may_answer.set()
+    await joining
+    await stage.assign(TP)
+    assert stage.health.why_not_ready() is None
+    assert told_of(caplog) == ["rejoining for more than 5 s: a member is gone or busy", "group is well again"]
+
+
+@pytest.mark.parametrize("request_timeout_ms", [1_000, 5_000, 30_000, 300_000])
+@pytest.mark.parametrize("session_timeout_ms", [1_000, 45_000])
+def test_what_a_rebalance_takes_fits_into_its_time(request_timeout_ms: int, session_timeout_ms: int) -> None:
+    """To hear of it, to give up what one has, and to join again, in a request that waits for all members."""
+    connection = Connection(("x:1",), request_timeout_ms=request_timeout_ms)
+    source = Source(
+        connection,
+        topics=["t"],
+        group_id="g",
+        breath=Breath(),
+        metrics=Metrics("test"),
+        health=Health(),
+        session_timeout_ms=session_timeout_ms,
+    )
+    rebalance_s = source._rebalance_timeout_ms / 1000
+    assert source._heartbeat_ms / 1000 + source._revoke_timeout_s < rebalance_s < connection.request_timeout_s
+    assert source._heartbeat_ms * 3 <= session_timeout_ms
+    assert request_timeout_ms != 30_000 or rebalance_s == 12, "which the documents name"
