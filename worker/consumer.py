@@ -12,6 +12,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
+    IllegalStateError,
     KafkaError,
     NoError,
     NotCoordinatorForGroupError,
@@ -25,6 +26,13 @@ RETRY_S: Final = 0.1
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     """aiokafka's, with a ``committed`` that tells "there is none" from "the coordinator cannot say"."""
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""
+        try:
+            super().seek(partition, offset)
+        except AssertionError:
+            raise IllegalStateError(f"no partition is assigned, {partition} neither") from None
 
     async def committed(self, partition: TopicPartition) -> int | None:
         """The group's committed offset, None where there is none. Waits and raises as ``committed_offsets``."""

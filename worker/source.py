@@ -176,7 +176,7 @@ class Source:
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
         self._is_stopping = False
-        self._repeated_by_others = 0  # of what was under way when the drain began
+        self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
         self._evictions: deque[float] = deque(maxlen=EVICTIONS)
         health.hold("group", "not joined yet")
@@ -216,8 +216,10 @@ class Source:
         self._settled.set()
 
     def drop(self, assignment: Assignment, records: int) -> None:
-        """These records go no further, for their partition is being taken away; the next owner reads them again."""
+        """These records go no further: their partition is being taken away, or begins anew. They are read again."""
         assignment.under_way -= records
+        if self._is_stopping:
+            self._read_again += records
         self._settled.set()
 
     def records_held(self) -> int:
@@ -249,14 +251,14 @@ class Source:
     async def close(self, timeout_s: float) -> int:
         """Commits what has been acknowledged and leaves the group; ``run`` then ends. At most ``timeout_s``.
 
-        Answers with the records that are acknowledged and could not be committed; whoever comes next repeats them.
+        Answers with the records that were taken and could not be committed; whoever comes next reads them again.
         """
         self.stop_taking()
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
         await self._commit_before(deadline)
-        uncommitted = sum(assignment.uncommitted for assignment in self._assignments.values())
-        uncommitted += self._repeated_by_others  # whose partitions went away during the drain
+        uncommitted = sum(assignment.uncommitted + assignment.under_way for assignment in self._assignments.values())
+        uncommitted += self._read_again
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
@@ -413,7 +415,8 @@ class Source:
         # They end before anything else: one that lives on would take records of the next assignment.
         # One that a session's end has cut short has taken them already.
         readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
-        await cancelled([*readers, *self._retiring])
+        if await cancelled([*readers, *self._retiring]):
+            self._fail(Rejoin("a reader does not end"))
         for assignment in assignments:
             self._discard(assignment)
         self._room.set()
@@ -460,7 +463,7 @@ class Source:
         """These are published and not committed: whoever reads the partition next repeats them."""
         self._metrics.duplicates_possible.inc(records)
         if self._is_stopping:
-            self._repeated_by_others += records
+            self._read_again += records
 
     def _look_for_twin(self) -> None:
         """Two processes with one instance id throw each other out of the group for ever; one of them has to notice."""
@@ -480,8 +483,11 @@ class Source:
     # Reading.
 
     def _reader_ended(self, reader: asyncio.Task[None]) -> None:
-        if not reader.cancelled() and reader.exception() is not None:
-            self._fail(reader.exception())  # type: ignore[arg-type]
+        if reader.cancelled():
+            if reader in self._readers.values() and not self._is_stopping:
+                self._fail(Rejoin("a reader was cancelled, and not by this worker"))
+        elif (error := reader.exception()) is not None:
+            self._fail(error)
 
     async def _read_forever(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
         backoff = Backoff()
@@ -503,8 +509,6 @@ class Source:
                     self.restart(assignment)  # where to begin holds for a producer that has done nothing yet alone
                     return
                 assignment.delivered = None
-            except UNREADABLE as error:
-                self._be_careful(assignment, error)
             except UNREACHABLE as error:
                 self._judge(error)
                 await backoff.wait()
@@ -590,7 +594,11 @@ class Source:
         # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
         # Nothing may be awaited between read and what follows: the position has moved.
         limit = (lambda: 1) if assignment.careful_reads else self._share
-        records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+        try:
+            records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+        except UNREADABLE as error:
+            self._be_careful(assignment, error)
+            return
         self._health.well("read")
         self._breath.after(len(records))
         if not records or not assignment.accepts or self._is_stopping:
@@ -621,10 +629,12 @@ class Source:
         return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
-        """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""
+        """Back to the next undelivered record, for the position has moved; the second time it is known which one it is.
+
+        Raises IllegalStateError where the partition is no longer this process's: its next owner meets the record.
+        """
         self._metrics.kafka_errors.labels("read").inc()
-        if assignment.delivered is not None and self._consumer is not None:
-            self._consumer.seek(assignment.tp, assignment.delivered)
+        self._live_consumer().seek(assignment.tp, assignment.delivered)
         if assignment.careful_reads:
             raise UnreadableRecord(
                 f"the record of {_name(assignment.tp)} at offset {assignment.delivered}, or in the batch that begins there, "

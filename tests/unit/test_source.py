@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, CorruptRecordException, RequestTimedOutError
+from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, RequestTimedOutError
 
 from worker import source as module
 from worker.breath import Breath
@@ -359,6 +359,18 @@ async def test_what_a_rebalance_during_the_drain_leaves_uncommitted_is_told(
     assert await stage.source.close(1) == records
 
 
+@pytest.mark.parametrize("is_dropped", [True, False])
+async def test_what_was_taken_and_went_no_further_in_a_drain_is_told(consumer: FakeConsumer, is_dropped: bool) -> None:
+    """Whether it was dropped, as with a transaction that is lost, or is still nowhere when the drain has ended."""
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    ((assignment, records),) = await stage.take()
+    stage.source.stop_taking()
+    if is_dropped:
+        stage.source.drop(assignment, len(records))
+    assert await stage.source.close(1) == len(records)
+
+
 async def test_what_was_left_uncommitted_before_the_drain_is_no_failure_of_it(consumer: FakeConsumer) -> None:
     consumer.commit_error = CommitFailedError("thrown out of the group")
     stage = await staged(consumer)
@@ -426,6 +438,48 @@ async def test_a_record_that_cannot_be_read_is_never_behind_the_position(
     with pytest.raises(UnreadableRecord, match="offset 0"):
         await asyncio.wait_for(stage.run, 5)
     assert (calls, consumer.positions[TP]) == (2, 0)
+
+
+async def test_an_error_of_a_readers_start_is_no_unreadable_record(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: TopicPartition) -> int:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(consumer, "committed", broken)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    with pytest.raises(KeyError):
+        await asyncio.wait_for(stage.run, 5)
+
+
+async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owners(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    reader = stage.source._readers[stage.source._assignments[TP]]
+    await stage.take()
+
+    async def unreadable(*_: object, **__: object) -> Any:
+        raise CorruptRecordException
+
+    def not_assigned(*_: object) -> None:
+        raise IllegalStateError
+
+    monkeypatch.setattr(consumer, "seek", not_assigned)
+    monkeypatch.setattr(consumer, "getmany", unreadable)
+    await until(reader.done)
+    assert reader.exception() is None
+    assert not stage.run.done()
+
+
+async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    stage.source._readers[stage.source._assignments[TP]].cancel()
+    await until(lambda: "a reader was cancelled" in (stage.health.why_not_ready() or ""))
 
 
 async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_up(
