@@ -32,6 +32,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 
+from worker.aiokafka_compat import InstanceIdTaken, StaticMember
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
@@ -54,7 +55,6 @@ SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; t
 LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
 LEAVE_S: Final = 1.0
-EVICTIONS: Final = 3
 LAG_TIMEOUT_S: Final = 3.0
 NO_PARTITION: Final = 2**31 - 1
 LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # health looks after the pipeline; Kafka's own idea of it would evict us
@@ -151,6 +151,7 @@ class Source:
         self._metrics = metrics
         self._health = health
         self._group_instance_id = group_instance_id
+        self._static_member = StaticMember(group_instance_id) if group_instance_id else None
         self._auto_offset_reset = auto_offset_reset
         self._isolation_level = isolation_level
         self._session_timeout_ms = session_timeout_ms
@@ -178,7 +179,6 @@ class Source:
         self._is_stopping = False
         self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
-        self._evictions: deque[float] = deque(maxlen=EVICTIONS)
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -337,6 +337,8 @@ class Source:
                 raise
             else:
                 self._health.well("kafka")
+                if self._static_member:
+                    self._static_member.guard(consumer)
                 return consumer
 
     async def _stop_consumer(self, timeout_s: float) -> None:
@@ -408,7 +410,6 @@ class Source:
         if not assignments:
             return
         partitions = [assignment.tp for assignment in assignments]
-        self._look_for_twin()
         started = time.monotonic()
         for assignment in assignments:
             assignment.accepts = False
@@ -465,21 +466,6 @@ class Source:
         if self._is_stopping:
             self._read_again += records
 
-    def _look_for_twin(self) -> None:
-        """Two processes with one instance id throw each other out of the group for ever; one of them has to notice."""
-        coordinator = getattr(self._consumer, "_coordinator", None)
-        if self._group_instance_id is None or coordinator is None or coordinator.generation > 0:
-            return
-        now = self._clock()
-        self._evictions.append(now)
-        if len(self._evictions) == EVICTIONS and now - self._evictions[0] < self._session_timeout_ms / 1000:
-            self._fail(
-                WrongSetting(
-                    f"group_instance_id {self._group_instance_id!r} is used by another process of this group; each "
-                    "needs one of its own"
-                )
-            )
-
     # Reading.
 
     def _reader_ended(self, reader: asyncio.Task[None]) -> None:
@@ -523,6 +509,11 @@ class Source:
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
                 "(group.min.session.timeout.ms to group.max.session.timeout.ms)"
+            ) from None
+        elif isinstance(error, InstanceIdTaken):
+            raise WrongSetting(
+                f"group_instance_id {self._group_instance_id!r} is used by another process of this group, which has joined "
+                "later and goes on; each needs one of its own"
             ) from None
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
