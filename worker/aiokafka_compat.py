@@ -14,6 +14,18 @@ from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema,
 RETRY_S: Final = 0.1
 
 
+# Upstream would have to end the consumer, or to raise in ``getmany``, where a task of its own fails.
+
+
+def background_tasks(consumer: AIOKafkaConsumer) -> "dict[str, asyncio.Future[Any]]":
+    """By name, the tasks of a started consumer that last as long as it does; that one has failed aiokafka only logs."""
+    return {
+        "fetch": consumer._fetcher.error_future,
+        "coordination": consumer._coordinator._coordination_task,
+        "metadata": consumer._client._sync_task,
+    }
+
+
 # Static membership. Upstream would have to send the instance id with Heartbeat (v3) and OffsetCommit (v7), to know error
 # 82, and to take it as final.
 

@@ -7,6 +7,7 @@ overtaken. A queue holds one micro-batch, the last a few; a full one is backpres
 import asyncio
 import contextlib
 import logging
+import operator
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -180,8 +181,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused,
-        DeadLetterFlood.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, WrongSetting,
+        DeadLetterRefused, DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -277,7 +278,9 @@ class Pipeline:
     async def _score(self, stages: Stages) -> None:
         while (batch := await stages.tokenized.get()) is not None:
             self._metrics.queue_depth["tokenized"].dec(len(batch))
-            self._drop(batch, [part for part in batch.parts if not part.assignment.accepts])
+            # In a drain what was taken is finished also where its partition is about to go.
+            stays = operator.attrgetter("is_owned" if self._draining.is_set() else "accepts")
+            self._drop(batch, [part for part in batch.parts if not stays(part.assignment)])
             if not batch.parts:
                 continue
             await self._inference.score(batch.job)

@@ -5,9 +5,7 @@ import gc
 import logging
 import os
 import signal
-import traceback
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
@@ -17,6 +15,7 @@ from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
+from worker.logs import whereabouts
 from worker.memory import keep_blocks
 from worker.metrics import Metrics
 from worker.monitor import Monitor
@@ -24,7 +23,7 @@ from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
-from worker.source import Source, UnreadableRecord
+from worker.source import Source, Standstill, UnreadableRecord
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 
@@ -116,7 +115,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, DeadLetterRefused, DeadLetterFlood) as error:
+    except (UnreadableRecord, Standstill, DeadLetterRefused, DeadLetterFlood) as error:
         log.error("%s", error)
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -126,21 +125,12 @@ async def _work(
     except UsersMistake:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
-        log.critical("failed for a reason that nobody foresaw", extra=_whereabouts(error))
+        log.critical("failed for a reason that nobody foresaw", extra=whereabouts(error))
         return 1
     finally:
         stopping.cancel()
     log.info("drained")
     return 0
-
-
-def _whereabouts(error: Exception) -> dict[str, str]:
-    """Kind and place of an error. Not its words, nor a traceback's: they may hold a text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return {
-        "error": type(error).__name__,
-        "at": " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1]),
-    }
 
 
 async def _started(

@@ -10,7 +10,7 @@ import logging
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,12 +32,13 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from worker.aiokafka_compat import InstanceIdTaken, StaticMember
+from worker.aiokafka_compat import InstanceIdTaken, StaticMember, background_tasks
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
 from worker.health import Health
+from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
 from worker.settings import WrongSetting
@@ -51,6 +52,7 @@ READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics
 SILENCE_S: Final = 60.0
+REJOINS: Final = 3  # in a row that move no position, although there is something to read
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
@@ -76,6 +78,10 @@ class UnreadableRecord(Exception):
 
 class Rejoin(Exception):
     """The consumer has to be made anew; the message says why."""
+
+
+class Standstill(Exception):
+    """There are records and none is read, and joining the group again does not help; the message says why. Exit code 1."""
 
 
 @dataclass(eq=False, slots=True)
@@ -179,6 +185,8 @@ class Source:
         self._is_stopping = False
         self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
+        self._positions: dict[TopicPartition, int] | None = None  # when the group was last joined again
+        self._fruitless = 0  # times in a row that it was joined again and no position has moved since
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -238,7 +246,7 @@ class Source:
     # The consumer's life.
 
     async def run(self) -> None:
-        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, WrongSetting."""
+        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, Standstill, WrongSetting."""
         backoff = Backoff()
         while not self._stopping.is_set():
             try:
@@ -276,15 +284,43 @@ class Source:
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             ends: list[asyncio.Future[Any]] = [self._fault, *tasks]
-            await asyncio.wait([stopping, *ends], return_when=asyncio.FIRST_COMPLETED)
+            background = background_tasks(consumer)
+            await asyncio.wait([stopping, *ends, *background.values()], return_when=asyncio.FIRST_COMPLETED)
             for done in ends:
                 if done.done():
                     done.result()
+            if not self._stopping.is_set():
+                _raise_ended(background)
+        except Rejoin as reason:
+            await self._look_for_standstill(reason)
+            raise
         finally:
             await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
                 await self._stop_consumer(self._connection.request_timeout_s)
+
+    async def _look_for_standstill(self, reason: Rejoin) -> None:
+        """Raises Standstill where for REJOINS times joining again has moved no position, and there is something to read."""
+        assignments = list(self._assignments.values())
+        found = await asyncio.gather(*map(self._position, assignments))
+        positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
+        before, self._positions = self._positions, {**(self._positions or {}), **positions}
+        behind = await self._behind(positions) if before == self._positions else []
+        self._fruitless = self._fruitless + 1 if behind else 0
+        if self._fruitless == REJOINS:
+            raise Standstill(
+                f"nothing of {_named(behind)} is read any more, although there are records and the group was joined again "
+                f"{REJOINS} times: {reason}"
+            )
+
+    async def _behind(self, positions: dict[TopicPartition, int]) -> list[TopicPartition]:
+        """The partitions that have records beyond these positions; none where nobody can tell."""
+        try:
+            ends = await within(LAG_TIMEOUT_S, self._live_consumer().end_offsets(list(positions)))
+        except UNREACHABLE:
+            return []
+        return [tp for tp, end in ends.items() if end > positions[tp]]
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
@@ -826,6 +862,15 @@ async def _leave(consumer: AIOKafkaConsumer) -> None:
     request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
     with contextlib.suppress(*UNREACHABLE):
         await within(LEAVE_S, client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT))
+
+
+def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
+    """Raises Rejoin if one of the consumer's own tasks has ended, with kind and place of its error."""
+    for name, task in tasks.items():
+        if task.done():
+            error = None if task.cancelled() else task.exception()
+            where = whereabouts(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
+            raise Rejoin(f"the consumer's {name} task has ended: {where['error']} at {where['at'].partition(' ')[0]}")
 
 
 def _name(tp: TopicPartition) -> str:

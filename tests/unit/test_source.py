@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, RequestTimedOutError
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    IllegalStateError,
+    KafkaError,
+    RequestTimedOutError,
+)
 
 from worker import source as module
 from worker.breath import Breath
@@ -19,7 +25,7 @@ from worker.consumer import Consumer
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
-from worker.source import Source, UnreadableRecord
+from worker.source import Source, Standstill, UnreadableRecord
 
 TP = TopicPartition("t", 0)
 FETCHED = 5_000  # records of a partition that one fetch brings
@@ -41,10 +47,12 @@ class FakeConsumer:
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
-    _coordinator: Any = None
-    _client: Any = None
+    fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
     def __post_init__(self) -> None:
+        self._fetcher: Any = SimpleNamespace(error_future=self.fetching)
+        self._coordinator: Any = SimpleNamespace(_coordination_task=asyncio.Future(), coordinator_id=None)
+        self._client: Any = SimpleNamespace(_sync_task=asyncio.Future())
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
 
@@ -491,7 +499,7 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     async def metadata() -> Any:
         return SimpleNamespace(topics=lambda: ["t", "t2"] if begun.is_set() else ["t"])
 
-    consumer._client = SimpleNamespace(fetch_all_metadata=metadata)
+    consumer._client.fetch_all_metadata = metadata
     stage = await staged(consumer, pattern="t.*")
     await stage.assign(TP)
     chunks = await stage.take()
@@ -503,6 +511,59 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     with pytest.raises(WrongSetting, match="no"):
         await asyncio.wait_for(stage.run, 5)
     assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
+
+
+class Rejoined(FakeConsumer):
+    """Each time it subscribes it is given its partition; the positions are those that were reached before."""
+
+    def subscribe(self, topics: Any, listener: Any) -> None:
+        super().subscribe(topics, listener)
+        self.committed_at = self.positions.get(TP, 0)
+        self.assigning = asyncio.create_task(listener.on_partitions_assigned({TP}))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.01)
+    monkeypatch.setattr(module.Backoff, "wait", lambda _: asyncio.sleep(0))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_joining_again_and_again_ends_where_no_position_moves(consumer: FakeConsumer) -> None:
+    consumer = Rejoined(records_per_read=0)
+    stage = await staged(consumer)
+    with pytest.raises(Standstill, match=r"nothing of t-0 is read any more, .* joined again 3 times: t-0 has 1000000"):
+        await asyncio.wait_for(stage.run, 10)
+    assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeConsumer) -> None:
+    """However little: something is done each time."""
+    consumer = Rejoined(records_per_read=0)
+    stage = await staged(consumer)
+    errors = stage.metrics.kafka_errors.labels("consume")._value
+    while errors.get() < 6:
+        consumer.positions[TP] += 1
+        seen = errors.get()
+        await until(lambda seen=seen: errors.get() > seen)
+    assert not stage.run.done()
+
+
+async def test_what_the_consumers_own_tasks_end_by_is_told_by_kind_and_place(
+    consumer: FakeConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = await staged(consumer)
+    try:
+        {}["a text"]
+    except KeyError as error:
+        cause = KafkaError("Unexpected error during data retrieval")
+        cause.__cause__ = error
+    consumer.fetching.set_exception(cause)
+    await until(lambda: "the consumer's fetch task has ended: KeyError at test_source.py:" in caplog.text)
+    assert "a text" not in caplog.text
+    assert "joining the group again" in (stage.health.why_not_ready() or "")
 
 
 async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) -> None:
