@@ -21,11 +21,17 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.aiokafka_compat import background_tasks
+
 RETRY_S: Final = 0.1
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     """aiokafka's, with a ``committed`` that tells "there is none" from "the coordinator cannot say"."""
+
+    def background_tasks(self) -> dict[str, asyncio.Future[Any]]:
+        """By name, the tasks that last as long as the consumer, once it is started: without one of them it reads nothing."""
+        return background_tasks(self)
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""

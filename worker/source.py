@@ -32,7 +32,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from worker.aiokafka_compat import InstanceIdTaken, StaticMember, background_tasks
+from worker.aiokafka_compat import InstanceIdTaken, StaticMember
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
@@ -284,7 +284,7 @@ class Source:
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             ends: list[asyncio.Future[Any]] = [self._fault, *tasks]
-            background = background_tasks(consumer)
+            background = consumer.background_tasks()
             await asyncio.wait([stopping, *ends, *background.values()], return_when=asyncio.FIRST_COMPLETED)
             for done in ends:
                 if done.done():
@@ -345,7 +345,7 @@ class Source:
                 self._topics = (*self._topics, *found)
                 self._subscribe(consumer)
 
-    async def _started_consumer(self) -> AIOKafkaConsumer:
+    async def _started_consumer(self) -> Consumer:
         backoff = Backoff()
         while True:
             consumer = Consumer(

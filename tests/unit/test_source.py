@@ -48,13 +48,15 @@ class FakeConsumer:
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    _coordinator: Any = None
+    _client: Any = None
 
     def __post_init__(self) -> None:
-        self._fetcher: Any = SimpleNamespace(error_future=self.fetching)
-        self._coordinator: Any = SimpleNamespace(_coordination_task=asyncio.Future(), coordinator_id=None)
-        self._client: Any = SimpleNamespace(_sync_task=asyncio.Future())
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
+
+    def background_tasks(self) -> dict[str, asyncio.Future[None]]:
+        return {"fetch": self.fetching}
 
     def subscribe(self, topics: Any, listener: Any) -> None:
         self.listener = listener
@@ -499,7 +501,7 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     async def metadata() -> Any:
         return SimpleNamespace(topics=lambda: ["t", "t2"] if begun.is_set() else ["t"])
 
-    consumer._client.fetch_all_metadata = metadata
+    consumer._client = SimpleNamespace(fetch_all_metadata=metadata)
     stage = await staged(consumer, pattern="t.*")
     await stage.assign(TP)
     chunks = await stage.take()
