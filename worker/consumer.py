@@ -33,6 +33,10 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
         """By name, the tasks that last as long as the consumer, once it is started: without one of them it reads nothing."""
         return background_tasks(self)
 
+    def brokers(self) -> int:
+        """How many there are, as far as is known."""
+        return len(self._client.cluster.brokers())
+
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""
         try:

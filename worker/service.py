@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
+from worker.descriptors import raise_limit
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
@@ -49,6 +50,7 @@ def run(settings: RunSettings) -> int:
     Raises UsersMistake. A second signal, a hung inference and a drain that takes too long end the process
     at once, with exit code 1.
     """
+    raise_limit()
     try:
         import uvloop  # noqa: PLC0415 - not for every platform
 

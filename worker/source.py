@@ -37,6 +37,7 @@ from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
+from worker.descriptors import compared
 from worker.health import Health
 from worker.logs import whereabouts
 from worker.metrics import Metrics
@@ -405,6 +406,10 @@ class Source:
             self._accept(tp)
         self._health.well("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
+        exactly_once = self._transactions is not None
+        is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
+        if not is_enough:
+            log.warning("%s", files)
 
     def _accept(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
         """Begins to read a partition; ``after`` its reader until now has ended."""

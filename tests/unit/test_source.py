@@ -58,6 +58,9 @@ class FakeConsumer:
     def background_tasks(self) -> dict[str, asyncio.Future[None]]:
         return {"fetch": self.fetching}
 
+    def brokers(self) -> int:
+        return 1
+
     def subscribe(self, topics: Any, listener: Any) -> None:
         self.listener = listener
 
