@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
@@ -25,6 +25,7 @@ from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
+from worker.tasks import cancelled
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 
@@ -58,7 +59,15 @@ def run(settings: RunSettings) -> int:
     except ImportError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(settings))
+        code = runner.run(_run(settings))
+        if runner.run(_left()):  # asyncio would wait for them without a bound
+            _end_at_once(code)
+        return code
+
+
+async def _left() -> set[asyncio.Future[Any]]:
+    """The tasks that do not end; all others have ended."""
+    return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 async def _run(settings: RunSettings) -> int:
