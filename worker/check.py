@@ -23,6 +23,7 @@ from worker.cluster import (
     no_match,
     refuse_wrong_credentials,
 )
+from worker.descriptors import compared, raise_limit
 from worker.permissions import Permissions
 from worker.settings import RunSettings, UsersMistake
 from worker.tasks import within
@@ -164,9 +165,9 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     for name in names:
         for finding in _partitions(described[name], await _config(admin, name), is_output=name in names[-2:]):
             yield finding
-    yield await _members(
-        settings.group_id, admin, sum(len(described[name]["partitions"]) for name in roles["input_topics"])
-    )
+    partitions = sum(len(described[name]["partitions"]) for name in roles["input_topics"])
+    yield _files(partitions, described.values(), exactly_once=settings.delivery == "exactly-once")
+    yield await _members(settings.group_id, admin, partitions)
     async for finding in _permissions(settings, connection, roles):
         yield finding
 
@@ -191,6 +192,14 @@ def _partitions(topic: Mapping[str, Any], config: Mapping[str, str | None], *, i
         )
     else:
         yield Finding("replicas", "ok", f"{name} has {replicas} a partition")
+
+
+def _files(partitions: int, topics: Iterable[Mapping[str, Any]], *, exactly_once: bool) -> Finding:
+    """Where one worker has all input partitions, as it has when the others are gone."""
+    raise_limit()  # as a worker does
+    brokers = {node for topic in topics for partition in topic["partitions"] for node in partition["replicas"]}
+    is_enough, files = compared(partitions, len(brokers), exactly_once=exactly_once)
+    return Finding("files", "ok" if is_enough else "warn", files)
 
 
 async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
+    IllegalStateError,
     KafkaError,
     NoError,
     NotCoordinatorForGroupError,
@@ -20,7 +21,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import end_offsets, topic_ids, topic_names
+from worker.aiokafka_compat import background_tasks, end_offsets, topic_ids, topic_names
 
 RETRY_S: Final = 0.1
 
@@ -41,6 +42,21 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     ) -> dict[TopicPartition, int | Exception]:
         """The end offset of each of these partitions, or why it cannot be had; raises nothing of Kafka's."""
         return await end_offsets(self, partitions, timeout_s)
+
+    def background_tasks(self) -> dict[str, asyncio.Future[Any]]:
+        """By name, the tasks that last as long as the consumer, once it is started: without one of them it reads nothing."""
+        return background_tasks(self)
+
+    def brokers(self) -> int:
+        """How many there are, as far as is known."""
+        return len(self._client.cluster.brokers())
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""
+        try:
+            super().seek(partition, offset)
+        except AssertionError:
+            raise IllegalStateError(f"no partition is assigned, {partition} neither") from None
 
     async def committed_offsets(
         self, partitions: Collection[TopicPartition]

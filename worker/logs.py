@@ -3,6 +3,8 @@
 import logging
 import re
 import sys
+import traceback
+from pathlib import Path
 from typing import Any, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
@@ -61,6 +63,15 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def whereabouts(error: BaseException) -> dict[str, str]:
+    """Kind and place of an error. Not its words, nor a traceback's: they may hold a text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "error": type(error).__name__,
+        "at": " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1]),
+    }
 
 
 def _is_our_own(record: logging.LogRecord) -> bool:

@@ -7,9 +7,11 @@ overtaken. A queue holds one micro-batch, the last a few; a full one is backpres
 import asyncio
 import contextlib
 import logging
+import operator
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from typing import Any, Final, cast
@@ -90,6 +92,21 @@ class MicroBatch:
                 reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
         return +reasons
 
+    def beyond(self, seen: dict[Hashable, int]) -> "MicroBatch":
+        """What of it lies beyond the offsets that ``seen`` has by partition, and moves them on.
+
+        The rest is read again, after an abort or when the group was joined anew.
+        """
+        parts = []
+        for part in self.parts:
+            tp, next_offset = part.assignment.tp, part.records[-1].offset + 1
+            first = bisect_left(part.records, seen.get(tp, 0), key=lambda record: record.offset)
+            seen[tp] = max(next_offset, seen.get(tp, 0))
+            texts = sum(type(decoded) is Event for decoded in part.decoded[:first])
+            if first < len(part.records):
+                parts.append(Part(part.assignment, part.records[first:], part.decoded[first:], part.first_text + texts))
+        return MicroBatch(parts, self.job)
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -152,6 +169,9 @@ class Pipeline:
         self._tracing = tracing
         self._watch = watch
         self._draining = asyncio.Event()
+        self._seen: dict[
+            Hashable, int
+        ] = {}  # by partition, the offset after the last record that the flood gauge looked at
         if transactions:
             transactions.serve(source, self._deliver, self._count)
 
@@ -161,8 +181,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, WrongSetting, DeadLetterRefused,
-        DeadLetterFlood.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, WrongSetting,
+        DeadLetterRefused, DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -191,7 +211,7 @@ class Pipeline:
             uncommitted = await self._source.close(max(1.0, deadline - time.monotonic()))
             if uncommitted and not broken:
                 broken = DrainTimeout(
-                    f"{uncommitted} records are published and could not be committed; they are repeated"
+                    f"{uncommitted} records were taken and could not be committed; they are read again"
                 )
             await self._sink.close(max(1.0, deadline - time.monotonic()))
             if self._transactions:
@@ -219,8 +239,8 @@ class Pipeline:
         broken = _first_error(stages)
         if broken is None and not all(task.done() for task in stages):
             return DrainTimeout(
-                f"what was in flight could not be finished within drain_timeout_s = {self._drain_timeout_s:g}; it was not "
-                "committed, and is read again"
+                f"what was in flight ({self._source.records_held()} records) could not be finished within drain_timeout_s = "
+                f"{self._drain_timeout_s:g}; it was not committed, and is read again"
             )
         return broken
 
@@ -258,7 +278,9 @@ class Pipeline:
     async def _score(self, stages: Stages) -> None:
         while (batch := await stages.tokenized.get()) is not None:
             self._metrics.queue_depth["tokenized"].dec(len(batch))
-            self._drop(batch, [part for part in batch.parts if not part.assignment.accepts])
+            # In a drain what was taken is finished also where its partition is about to go.
+            stays = operator.attrgetter("is_owned" if self._draining.is_set() else "accepts")
+            self._drop(batch, [part for part in batch.parts if not stays(part.assignment)])
             if not batch.parts:
                 continue
             await self._inference.score(batch.job)
@@ -276,7 +298,8 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
-            self._flood.look_at(len(batch), batch.failures())
+            new = batch.beyond(self._seen)
+            self._flood.look_at(len(new), new.failures())
             for part in batch.parts:
                 async for outcomes in self._outcomes(part, batch.job):
                     if self._transactions:  # which count and acknowledge them once they are committed

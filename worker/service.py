@@ -5,19 +5,19 @@ import gc
 import logging
 import os
 import signal
-import traceback
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker.cluster import Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
+from worker.descriptors import raise_limit
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
 from worker.identity import TopicRecreated
 from worker.inference import Inference, InferenceLost
+from worker.logs import whereabouts
 from worker.memory import keep_blocks
 from worker.metrics import Metrics
 from worker.monitor import Monitor
@@ -25,7 +25,8 @@ from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
 from worker.sink import Sink
-from worker.source import Source, UnreadableRecord
+from worker.source import Source, Standstill, UnreadableRecord
+from worker.tasks import cancelled
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 
@@ -51,6 +52,7 @@ def run(settings: RunSettings) -> int:
     Raises UsersMistake. A second signal, a hung inference and a drain that takes too long end the process
     at once, with exit code 1.
     """
+    raise_limit()
     try:
         import uvloop  # noqa: PLC0415 - not for every platform
 
@@ -58,7 +60,15 @@ def run(settings: RunSettings) -> int:
     except ImportError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(settings))
+        code = runner.run(_run(settings))
+        if runner.run(_left()):  # asyncio would wait for them without a bound
+            _end_at_once(code)
+        return code
+
+
+async def _left() -> set[asyncio.Future[Any]]:
+    """The tasks that do not end; all others have ended."""
+    return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 async def _run(settings: RunSettings) -> int:
@@ -117,7 +127,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, TopicRecreated, DeadLetterRefused, DeadLetterFlood) as error:
+    except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, DeadLetterFlood) as error:
         log.error("%s", error)
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -127,21 +137,12 @@ async def _work(
     except UsersMistake:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
-        log.critical("failed for a reason that nobody foresaw", extra=_whereabouts(error))
+        log.critical("failed for a reason that nobody foresaw", extra=whereabouts(error))
         return 1
     finally:
         stopping.cancel()
     log.info("drained")
     return 0
-
-
-def _whereabouts(error: Exception) -> dict[str, str]:
-    """Kind and place of an error. Not its words, nor a traceback's: they may hold a text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return {
-        "error": type(error).__name__,
-        "at": " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1]),
-    }
 
 
 async def _started(

@@ -39,13 +39,15 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers
+from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
+from worker.descriptors import compared
 from worker.health import Health
 from worker.identity import TopicIds, with_topic_id, without_topic_id
+from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
 from worker.settings import WrongSetting
@@ -64,11 +66,11 @@ TOPICS_SHARE: Final = 200  # between two looks it is so many times as long as a 
 TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often it is looked whether input topics are still the same ones
 TOPIC_IDS_DOUBT_S: Final = 1.0  # and while nothing is read, for one answer says that they are not
 SILENCE_S: Final = 60.0
+REJOINS: Final = 3  # in a row that move no position, although there is something to read
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
 LEAVE_S: Final = 1.0
-EVICTIONS: Final = 3
 LAG_TIMEOUT_S: Final = 3.0  # and so long may it be that a partition's end is not known, as while its leader moves
 GROUP_INTERVAL_S: Final = 1.0
 REJOINING_S: Final = 5.0  # a rebalance that lasts longer is told
@@ -100,6 +102,10 @@ class UnreadableRecord(Exception):
 
 class Rejoin(Exception):
     """The consumer has to be made anew; the message says why."""
+
+
+class Standstill(Exception):
+    """There are records and none is read, and joining the group again does not help; the message says why. Exit code 1."""
 
 
 @dataclass(eq=False, slots=True)
@@ -178,6 +184,7 @@ class Source:
         self._metrics = metrics
         self._health = health
         self._group_instance_id = group_instance_id
+        self._static_member = StaticMember(group_instance_id) if group_instance_id else None
         self._auto_offset_reset = auto_offset_reset
         self._isolation_level = isolation_level
         self._session_timeout_ms = session_timeout_ms
@@ -208,15 +215,16 @@ class Source:
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
         self._is_stopping = False
-        self._repeated_by_others = 0  # of what was under way when the drain began
+        self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
-        self._evictions: deque[float] = deque(maxlen=EVICTIONS)
         self._has_joined = False
         self._rejoining_since: float | None = None
         self._away_at = -math.inf  # when no broker answered the last time
         self._answered_at = clock()
         self._is_coordinator_away = False
         self._lost: Mapping[TopicPartition, Exception] = {}  # partitions whose end is not known
+        self._positions: dict[TopicPartition, int] | None = None  # when the group was last joined again
+        self._fruitless = 0  # times in a row that it was joined again and no position has moved since
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -254,8 +262,10 @@ class Source:
         self._settled.set()
 
     def drop(self, assignment: Assignment, records: int) -> None:
-        """These records go no further, for their partition is being taken away; the next owner reads them again."""
+        """These records go no further: their partition is being taken away, or begins anew. They are read again."""
         assignment.under_way -= records
+        if self._is_stopping:
+            self._read_again += records
         self._settled.set()
 
     def records_held(self) -> int:
@@ -287,14 +297,14 @@ class Source:
     async def close(self, timeout_s: float) -> int:
         """Commits what has been acknowledged and leaves the group; ``run`` then ends. At most ``timeout_s``.
 
-        Answers with the records that are acknowledged and could not be committed; whoever comes next repeats them.
+        Answers with the records that were taken and could not be committed; whoever comes next reads them again.
         """
         self.stop_taking()
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
         await self._commit_before(deadline)
-        uncommitted = sum(assignment.uncommitted for assignment in self._assignments.values())
-        uncommitted += self._repeated_by_others  # whose partitions went away during the drain
+        uncommitted = sum(assignment.uncommitted + assignment.under_way for assignment in self._assignments.values())
+        uncommitted += self._read_again
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
@@ -319,15 +329,43 @@ class Source:
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             ends: list[asyncio.Future[Any]] = [self._fault, *tasks]
-            await asyncio.wait([stopping, *ends], return_when=asyncio.FIRST_COMPLETED)
+            background = consumer.background_tasks()
+            await asyncio.wait([stopping, *ends, *background.values()], return_when=asyncio.FIRST_COMPLETED)
             for done in ends:
                 if done.done():
                     done.result()
+            if not self._stopping.is_set():
+                _raise_ended(background)
+        except Rejoin as reason:
+            await self._look_for_standstill(reason)
+            raise
         finally:
             await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
                 await self._stop_consumer(self._connection.request_timeout_s)
+
+    async def _look_for_standstill(self, reason: Rejoin) -> None:
+        """Raises Standstill where for REJOINS times joining again has moved no position, and there is something to read."""
+        assignments = list(self._assignments.values())
+        found = await asyncio.gather(*map(self._position, assignments))
+        positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
+        before, self._positions = self._positions, {**(self._positions or {}), **positions}
+        behind = await self._behind(positions) if before == self._positions else []
+        self._fruitless = self._fruitless + 1 if behind else 0
+        if self._fruitless == REJOINS:
+            raise Standstill(
+                f"nothing of {_named(behind)} is read any more, although there are records and the group was joined again "
+                f"{REJOINS} times: {reason}"
+            )
+
+    async def _behind(self, positions: dict[TopicPartition, int]) -> list[TopicPartition]:
+        """The partitions that have records beyond these positions; none where nobody can tell."""
+        try:
+            ends = await within(LAG_TIMEOUT_S, self._live_consumer().end_offsets(list(positions)))
+        except UNREACHABLE:
+            return []
+        return [tp for tp, end in ends.items() if end > positions[tp]]
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
@@ -363,7 +401,7 @@ class Source:
             with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
                 self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
 
-    async def _started_consumer(self) -> AIOKafkaConsumer:
+    async def _started_consumer(self) -> Consumer:
         backoff = Backoff()
         while True:
             consumer = Consumer(
@@ -392,6 +430,8 @@ class Source:
                 raise
             else:
                 self._health.well("kafka")
+                if self._static_member:
+                    self._static_member.guard(consumer)
                 return consumer
 
     async def _stop_consumer(self, timeout_s: float) -> None:
@@ -425,6 +465,10 @@ class Source:
             self._accept(tp)
         self._health.well("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
+        exactly_once = self._transactions is not None
+        is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
+        if not is_enough:
+            log.warning("%s", files)
 
     def _accept(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
         """Begins to read a partition; ``after`` its reader until now has ended."""
@@ -468,14 +512,14 @@ class Source:
         if not assignments:
             return
         partitions = [assignment.tp for assignment in assignments]
-        self._look_for_twin()
         started = time.monotonic()
         for assignment in assignments:
             assignment.accepts = False
         # They end before anything else: one that lives on would take records of the next assignment.
         # One that a session's end has cut short has taken them already.
         readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
-        await cancelled([*readers, *self._retiring])
+        if await cancelled([*readers, *self._retiring]):
+            self._fail(Rejoin("a reader does not end"))
         for assignment in assignments:
             self._discard(assignment)
         self._room.set()
@@ -524,28 +568,16 @@ class Source:
         """These are published and not committed: whoever reads the partition next repeats them."""
         self._metrics.duplicates_possible.inc(records)
         if self._is_stopping:
-            self._repeated_by_others += records
-
-    def _look_for_twin(self) -> None:
-        """Two processes with one instance id throw each other out of the group for ever; one of them has to notice."""
-        coordinator = getattr(self._consumer, "_coordinator", None)
-        if self._group_instance_id is None or coordinator is None or coordinator.generation > 0:
-            return
-        now = self._clock()
-        self._evictions.append(now)
-        if len(self._evictions) == EVICTIONS and now - self._evictions[0] < self._session_timeout_ms / 1000:
-            self._fail(
-                WrongSetting(
-                    f"group_instance_id {self._group_instance_id!r} is used by another process of this group; each "
-                    "needs one of its own"
-                )
-            )
+            self._read_again += records
 
     # Reading.
 
     def _reader_ended(self, reader: asyncio.Task[None]) -> None:
-        if not reader.cancelled() and reader.exception() is not None:
-            self._fail(reader.exception())  # type: ignore[arg-type]
+        if reader.cancelled():
+            if reader in self._readers.values() and not self._is_stopping:
+                self._fail(Rejoin("a reader was cancelled, and not by this worker"))
+        elif (error := reader.exception()) is not None:
+            self._fail(error)
 
     async def _read_forever(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
         backoff = Backoff()
@@ -568,8 +600,6 @@ class Source:
                     self.restart(assignment)  # where to begin holds for a producer that has done nothing yet alone
                     return
                 assignment.delivered = None
-            except UNREADABLE as error:
-                self._be_careful(assignment, error)
             except UNREACHABLE as error:
                 if assignment.accepts:
                     self._judge(error, assignment.tp)
@@ -592,6 +622,11 @@ class Source:
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
                 "(group.min.session.timeout.ms to group.max.session.timeout.ms)"
+            ) from None
+        elif isinstance(error, InstanceIdTaken):
+            raise WrongSetting(
+                f"group_instance_id {self._group_instance_id!r} is used by another process of this group, which has joined "
+                "later and goes on; each needs one of its own"
             ) from None
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
@@ -699,7 +734,11 @@ class Source:
         # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
         # Nothing may be awaited between read and what follows: the position has moved.
         limit = (lambda: 1) if assignment.careful_reads else self._share
-        records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+        try:
+            records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+        except UNREADABLE as error:
+            self._be_careful(assignment, error)
+            return
         self._breath.after(len(records))
         if not records or not assignment.accepts or self._is_stopping:
             return
@@ -729,10 +768,12 @@ class Source:
         return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
-        """Back to the next undelivered record, for the position has moved; the second time it is known which one it is."""
+        """Back to the next undelivered record, for the position has moved; the second time it is known which one it is.
+
+        Raises IllegalStateError where the partition is no longer this process's: its next owner meets the record.
+        """
         self._metrics.kafka_errors.labels("read").inc()
-        if assignment.delivered is not None and self._consumer is not None:
-            self._consumer.seek(assignment.tp, assignment.delivered)
+        self._live_consumer().seek(assignment.tp, assignment.delivered)
         if assignment.careful_reads:
             raise UnreadableRecord(
                 f"the record of {_name(assignment.tp)} at offset {assignment.delivered}, or in the batch that begins there, "
@@ -978,6 +1019,15 @@ async def _leave(consumer: AIOKafkaConsumer) -> None:
     request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
     with contextlib.suppress(*UNREACHABLE):
         await within(LEAVE_S, client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT))
+
+
+def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
+    """Raises Rejoin if one of the consumer's own tasks has ended, with kind and place of its error."""
+    for name, task in tasks.items():
+        if task.done():
+            error = None if task.cancelled() else task.exception()
+            where = whereabouts(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
+            raise Rejoin(f"the consumer's {name} task has ended: {where['error']} at {where['at'].partition(' ')[0]}")
 
 
 def _name(tp: TopicPartition) -> str:

@@ -1,10 +1,15 @@
 """Ends of asyncio's tasks: deadlines and cancelling, without the traps of Python 3.11."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Awaitable, Iterable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+
+CANCEL_S: Final = 5.0
 
 
 async def within(timeout_s: float | None, work: Awaitable[Answer]) -> Answer:
@@ -13,10 +18,18 @@ async def within(timeout_s: float | None, work: Awaitable[Answer]) -> Answer:
         return await work
 
 
-async def cancelled(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancels until every one has ended, for one that is catching its breath from an error may miss the first."""
+async def cancelled(tasks: Iterable[asyncio.Future[Any]], timeout_s: float = CANCEL_S) -> set[asyncio.Future[Any]]:
+    """Cancels until every one has ended, for one that is catching its breath from an error may miss the first.
+
+    At most ``timeout_s``: answers with those that have not ended by then, and logs them.
+    """
     pending = {task for task in tasks if not task.done()}
-    while pending:
+    deadline = time.monotonic() + timeout_s
+    while pending and (left_s := deadline - time.monotonic()) > 0:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=1)
+        _, pending = await asyncio.wait(pending, timeout=min(1.0, left_s))
+    for task in pending:
+        name = task.get_coro().__qualname__ if isinstance(task, asyncio.Task) else type(task).__name__  # type: ignore[union-attr]
+        log.error("a task does not end although it is cancelled", extra={"task": name})
+    return pending

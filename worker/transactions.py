@@ -577,10 +577,13 @@ class Transactions:
         return unreachable(self._connection, error)
 
     def _ended(self, writer: Writer) -> None:
-        """A writer ends by itself only when something has gone wrong."""
-        if writer.task.cancelled():
+        """A writer ends by itself only when something has gone wrong; a cancel is ours where it was retired before."""
+        if not writer.task.cancelled():
+            error = writer.task.exception()
+        elif self._writers.get(writer.assignment) is writer:
+            error = Lost("cancelled")
+        else:
             return
-        error = writer.task.exception()
         if isinstance(error, Lost):
             self._give_up(writer, error)
         elif error is not None:

@@ -3,6 +3,8 @@
 The file `FAULT_FILE` says how it fails, as long as it is there: `raise`, `shape`, `memory` or `hang SECONDS`. A text's
 logits follow from the number in it, so that a result shows whose it is; on texts that begin with POISON it always fails.
 
+In so many fetches as `FETCH_FAULTS` says an exception ends aiokafka's fetch task.
+
 `MUTE_FILE`: while it is there, the process's first consumer is given no record. `SILENCE_S` and `RECORDS_PER_PRODUCER`
 lower the limits of those names.
 """
@@ -22,6 +24,7 @@ from tests.chaos.events import POISON, logit_of
 from worker import service, sink, source
 from worker.cli import main
 from worker.consumer import Consumer
+from worker.records import Fetched
 from worker.settings import RunSettings
 
 POISONED = -1
@@ -104,10 +107,23 @@ def mute_first_consumer(file: Path) -> None:
     source.Consumer = Mute  # type: ignore[misc]
 
 
+def fail_fetches(times: int) -> None:
+    keep = Fetched.__setitem__
+    left = iter(range(times))
+
+    def fail(fetched: Fetched, place: Any, result: Any) -> None:
+        if next(left, None) is not None:
+            raise RuntimeError("текст")
+        keep(fetched, place, result)
+
+    Fetched.__setitem__ = fail  # type: ignore[assignment, method-assign]
+
+
 if __name__ == "__main__":
     service._loaded = load  # type: ignore[assignment]
     lower_limits()
     answer_with_census(Path.cwd())
+    fail_fetches(int(os.environ.get("FETCH_FAULTS", "0")))
     if "MUTE_FILE" in os.environ:
         mute_first_consumer(Path(os.environ["MUTE_FILE"]))
     main()

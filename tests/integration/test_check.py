@@ -3,7 +3,7 @@
 import pytest
 
 from tests.broker import free_port
-from tests.test_command_line import call
+from tests.test_command_line import MODULE, call
 from tests.topics import Kafka, Topics
 
 pytestmark = pytest.mark.kafka
@@ -32,12 +32,21 @@ def test_what_is_fit_is_said_to_be_and_nothing_is_written(kafka: Kafka, topics: 
     done = call("check", *flags(kafka, topics), "--delivery", delivery)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(lines_of(done.stdout)) == {
-        "settings", "disk", "http", "model", "brokers", "topics", "replicas", "workers", "permissions"
+        "settings", "disk", "http", "model", "brokers", "topics", "replicas", "files", "workers", "permissions"
     }  # fmt: skip
     assert lines_of(done.stdout)["replicas"] == "warn"  # there is one broker
     assert f"WRITE on topic {topics.output}" in done.stdout
     assert ("transactional id" in done.stdout) == (delivery == "exactly-once")
     assert kafka.read(topics.output) == kafka.read(topics.dead_letters) == []
+
+
+def test_few_open_files_for_many_partitions_are_warned_of(kafka: Kafka, topics: Topics) -> None:
+    kafka.create_all(topics, 40)
+    limited = ("bash", "-c", 'ulimit -Sn 100 && ulimit -Hn 120 && exec "$@"', "-", *MODULE)
+    done = call("check", *flags(kafka, topics), "--delivery", "exactly-once", program=limited)
+    assert lines_of(done.stdout)["files"] == "warn", done.stdout + done.stderr
+    assert "120 files may be open, and 40 partitions may need 147" in done.stdout
+    assert done.returncode == 0
 
 
 def test_a_missing_topic_fails_and_is_not_created(kafka: Kafka, topics: Topics) -> None:

@@ -1,6 +1,7 @@
 """Each input record comes out once for a reader with read_committed, whatever happens to the workers."""
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -190,6 +191,24 @@ def test_sigterm_under_load(kafka: Kafka, topics: Topics, workers: Workers, load
     workers.start(topics, **EXACTLY)
     sent = load.stop()
     wait_until_committed(kafka, topics)
+    assert_once(kafka, topics, sent)
+
+
+def test_a_drain_whose_last_transaction_is_lost_is_no_clean_end(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    kafka.create_all(topics, 1)
+    slow = {"PASS_SECONDS": "1.5"}
+    worker = workers.start(topics, slow, max_batch_texts=50, **EXACTLY).wait_until_assigned(1)
+    sent = kafka.send(topics.input, map(numbered, range(100)))
+    wait_for(lambda: worker.metrics.get("queue_depth", stage="tokenized") > 0, "the model to have work", every=0.02)
+    os.kill(worker.pid, signal.SIGTERM)
+    wait_for(lambda: worker.lines("draining"), "the drain", every=0.02)
+    names = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/{topics.input}/0"}
+    Producer(names).init_transactions(30)
+    assert worker.wait() == 1
+    assert worker.warnings("records were taken and could not be committed; they are read again")
+    next_one = workers.start(topics, **EXACTLY)
+    wait_until_committed(kafka, topics)
+    assert next_one.terminate() == 0
     assert_once(kafka, topics, sent)
 
 

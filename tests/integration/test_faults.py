@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.driver import MODEL as CHAOTIC
 from tests.faulty import SECRET_TEXT
 from tests.process import WorkerProcess, Workers
-from tests.scenario import result_place
+from tests.scenario import result_place, wait_until_committed
 from tests.topics import Kafka, Topics, numbered
 from tests.waiting import wait_for
 
@@ -78,3 +79,33 @@ def test_what_a_hung_worker_left_is_done_by_the_next(broken: Break, workers: Wor
     workers.start(topics).wait_until_ready()
     wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 200, "the rest to be committed")
     assert committed_and_published(kafka, topics) == (200, 200, 0)
+
+
+# The consumer.
+
+
+@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def test_a_fetch_task_that_ends_by_an_error_is_begun_anew(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, map(numbered, range(100)))
+    worker = workers.start(topics, {"FETCH_FAULTS": "2"}, module=CHAOTIC, delivery=delivery)
+    wait_until_committed(kafka, topics, 30)
+    assert worker.warnings("joining the group again: the consumer's fetch task has ended: RuntimeError at model.py:")
+    assert "текст" not in worker.output
+    worker.wait_until_ready()
+    assert worker.terminate() == 0
+    assert len(kafka.read(topics.output)) == 100
+
+
+def test_a_fetch_task_that_ends_by_an_error_each_time_ends_the_process(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, map(numbered, range(100)))
+    worker = workers.start(topics, {"FETCH_FAULTS": "1000"}, module=CHAOTIC)
+    assert worker.wait() == 1
+    (sentence,) = worker.warnings(f"nothing of {topics.input}-0 is read any more")
+    assert "joined again 3 times: the consumer's fetch task has ended: RuntimeError at model.py:" in sentence
+    assert worker.lines("Traceback") == worker.lines("nobody foresaw") == []

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from aiokafka import TopicPartition
 
 from worker import pipeline as module
 from worker.breath import Breath
-from worker.events import Decoder, Encoder, Outgoing, Reason
+from worker.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason
 from worker.flood import FloodGauge
 from worker.metrics import Metrics
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
@@ -181,6 +182,39 @@ async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None
     await published(pipeline, part_of(Assignment(TopicPartition("t", 0)), 1_000))
     assert breath.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
     assert sink.published == [(0, offset) for offset in range(1_000)] * 2
+
+
+class NotingGauge(FloodGauge):
+    def __init__(self) -> None:
+        super().__init__(limit=0.5, window=10_000)
+        self.looked_at: list[tuple[int, dict[Reason, int]]] = []
+
+    def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
+        self.looked_at.append((records, dict(reasons)))
+
+
+async def test_records_that_are_read_again_count_once_towards_a_flood() -> None:
+    """Their micro-batches are cut elsewhere the second time."""
+
+    def batch(offsets: range) -> MicroBatch:
+        records = [Record("t", 0, offset, 0, None, b"", ()) for offset in offsets]
+        decoded: list[Decoded] = [
+            Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
+        ]
+        job: Any = SimpleNamespace(
+            answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets)
+        )
+        job.model = SimpleNamespace(name="m")
+        return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
+
+    pipeline, stages = piped(FakeSource(), FakeSink()), Stages(scored=asyncio.Queue(), encoded=asyncio.Queue())
+    gauge = pipeline._flood = NotingGauge()
+    for offsets in (range(10), range(3, 14), range(4, 9)):
+        stages.scored.put_nowait(batch(offsets))
+    stages.scored.put_nowait(None)
+    await asyncio.wait_for(pipeline._encode(stages), 5)
+    both = ("invalid_json", "inference_failed")
+    assert gauge.looked_at == [(10, dict.fromkeys(both, 5)), (4, dict.fromkeys(both, 2)), (0, {})]
 
 
 async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(

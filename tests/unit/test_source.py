@@ -15,7 +15,9 @@ from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
     GroupCoordinatorNotAvailableError,
+    IllegalStateError,
     KafkaConnectionError,
+    KafkaError,
     LeaderNotAvailableError,
     NodeNotReadyError,
     RequestTimedOutError,
@@ -31,7 +33,7 @@ from worker.health import Health
 from worker.identity import TopicRecreated, with_topic_id
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
-from worker.source import Source, UnreadableRecord
+from worker.source import Source, Standstill, UnreadableRecord
 
 TP = TopicPartition("t", 0)
 ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
@@ -60,6 +62,7 @@ class FakeConsumer:
     ends_at: int | None = None  # if not at last_offset
     unknown: dict[TopicPartition, Exception] = field(default_factory=dict)  # why an end cannot be had
     unplaceable: Exception | None = None  # why the committed offset cannot be had
+    fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
     _client: Any = None
 
@@ -67,6 +70,12 @@ class FakeConsumer:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
         self._client = SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}))
+
+    def background_tasks(self) -> dict[str, asyncio.Future[None]]:
+        return {"fetch": self.fetching}
+
+    def brokers(self) -> int:
+        return 1
 
     def subscribe(self, topics: Any, listener: Any) -> None:
         self.listener = listener
@@ -396,6 +405,18 @@ async def test_what_a_rebalance_during_the_drain_leaves_uncommitted_is_told(
     assert await stage.source.close(1) == records
 
 
+@pytest.mark.parametrize("is_dropped", [True, False])
+async def test_what_was_taken_and_went_no_further_in_a_drain_is_told(consumer: FakeConsumer, is_dropped: bool) -> None:
+    """Whether it was dropped, as with a transaction that is lost, or is still nowhere when the drain has ended."""
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    ((assignment, records),) = await stage.take()
+    stage.source.stop_taking()
+    if is_dropped:
+        stage.source.drop(assignment, len(records))
+    assert await stage.source.close(1) == len(records)
+
+
 async def test_what_was_left_uncommitted_before_the_drain_is_no_failure_of_it(consumer: FakeConsumer) -> None:
     consumer.commit_error = CommitFailedError("thrown out of the group")
     stage = await staged(consumer)
@@ -465,6 +486,48 @@ async def test_a_record_that_cannot_be_read_is_never_behind_the_position(
     assert (calls, consumer.positions[TP]) == (2, 0)
 
 
+async def test_an_error_of_a_readers_start_is_no_unreadable_record(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: TopicPartition) -> int:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(consumer, "committed_offsets", broken)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    with pytest.raises(KeyError):
+        await asyncio.wait_for(stage.run, 5)
+
+
+async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owners(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    reader = stage.source._readers[stage.source._assignments[TP]]
+    await stage.take()
+
+    async def unreadable(*_: object, **__: object) -> Any:
+        raise CorruptRecordException
+
+    def not_assigned(*_: object) -> None:
+        raise IllegalStateError
+
+    monkeypatch.setattr(consumer, "seek", not_assigned)
+    monkeypatch.setattr(consumer, "getmany", unreadable)
+    await until(reader.done)
+    assert reader.exception() is None
+    assert not stage.run.done()
+
+
+async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    stage.source._readers[stage.source._assignments[TP]].cancel()
+    await until(lambda: "a reader was cancelled" in (stage.health.why_not_ready() or ""))
+
+
 async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_up(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +569,59 @@ async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they
     await asyncio.sleep(0.5)
     assert looks == 10, "the next one is due after four seconds"
     stage.run.cancel()
+
+
+class Rejoined(FakeConsumer):
+    """Each time it subscribes it is given its partition; the positions are those that were reached before."""
+
+    def subscribe(self, topics: Any, listener: Any) -> None:
+        super().subscribe(topics, listener)
+        self.committed_at = self.positions.get(TP, 0)
+        self.assigning = asyncio.create_task(listener.on_partitions_assigned({TP}))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.01)
+    monkeypatch.setattr(module.Backoff, "wait", lambda _: asyncio.sleep(0))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_joining_again_and_again_ends_where_no_position_moves(consumer: FakeConsumer) -> None:
+    consumer = Rejoined(records_per_read=0)
+    stage = await staged(consumer)
+    with pytest.raises(Standstill, match=r"nothing of t-0 is read any more, .* joined again 3 times: t-0 has 1000000"):
+        await asyncio.wait_for(stage.run, 10)
+    assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeConsumer) -> None:
+    """However little: something is done each time."""
+    consumer = Rejoined(records_per_read=0)
+    stage = await staged(consumer)
+    errors = stage.metrics.kafka_errors.labels("consume")._value
+    while errors.get() < 6:
+        consumer.positions[TP] += 1
+        seen = errors.get()
+        await until(lambda seen=seen: errors.get() > seen)
+    assert not stage.run.done()
+
+
+async def test_what_the_consumers_own_tasks_end_by_is_told_by_kind_and_place(
+    consumer: FakeConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = await staged(consumer)
+    try:
+        {}["a text"]
+    except KeyError as error:
+        cause = KafkaError("Unexpected error during data retrieval")
+        cause.__cause__ = error
+    consumer.fetching.set_exception(cause)
+    await until(lambda: "the consumer's fetch task has ended: KeyError at test_source.py:" in caplog.text)
+    assert "a text" not in caplog.text
+    assert "joining the group again" in (stage.health.why_not_ready() or "")
 
 
 async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) -> None:

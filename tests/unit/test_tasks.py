@@ -1,6 +1,7 @@
 """Deadlines and cancelling."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -44,6 +45,22 @@ async def test_cancelled_cancels_until_it_works() -> None:
 
     task = asyncio.create_task(stubborn())
     await asyncio.sleep(0)
-    await cancelled([task])
+    assert not await cancelled([task])
     assert task.cancelled()
-    await cancelled([])
+    assert not await cancelled([])
+
+
+async def test_what_does_not_end_is_not_waited_for_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    is_over = asyncio.Event()
+
+    async def endless() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await is_over.wait()
+
+    task = asyncio.create_task(endless())
+    await asyncio.sleep(0)
+    assert await cancelled([task], 0.05) == {task}
+    assert "a task does not end although it is cancelled" in caplog.text
+    is_over.set()
+    await task

@@ -347,6 +347,15 @@ async def test_a_commit_in_doubt_counts_if_it_has_happened(
     assert (world.health.why_not_ready() is None) == bool(counted), "else the next commit tells that all is well"
 
 
+async def test_a_writer_that_others_cancel_is_a_lost_transaction(world: World) -> None:
+    assignment = await owned(world)
+    await world.put(assignment, 0, 1)
+    world.transactions._writers[assignment].task.cancel()
+    await until(lambda: world.restarted)
+    assert (world.restarted, world.dropped, assignment.under_way) == ([assignment], 2, 0)
+    await until(lambda: world.sinks[0].is_closed)
+
+
 async def test_the_other_partitions_go_on(world: World) -> None:
     lost, other = await owned(world, delivered=1), Assignment(TopicPartition("t", 1), delivered=1)
     await world.transactions.take_over(other)

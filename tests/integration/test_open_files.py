@@ -1,0 +1,43 @@
+"""More partitions than files that may be open: the limit is raised, and where that does not do it is said."""
+
+import resource
+import sys
+
+import pytest
+
+from tests.process import COSTLESS, Workers
+from tests.scenario import wait_until_committed
+from tests.topics import Kafka, Topics, numbered
+
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets another process's limits be set"),
+]
+
+PARTITIONS = 40
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
+
+@pytest.mark.parametrize(("hard", "is_enough"), [(160, True), (120, False)])
+def test_a_producer_for_each_of_many_partitions(
+    kafka: Kafka, topics: Topics, workers: Workers, hard: int, is_enough: bool
+) -> None:
+    kafka.create_all(topics, PARTITIONS)
+    soft, ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, ours))
+    try:
+        worker = workers.start(topics, delivery="exactly-once")
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (64, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, ours))
+    worker.wait_until_assigned(PARTITIONS)
+    assert resource.prlimit(worker.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    kafka.send(topics.input, map(numbered, range(400)))
+    wait_until_committed(kafka, topics)
+    said = worker.warnings(f"{hard} files may be open, and {PARTITIONS} partitions may need 147")
+    assert bool(said) is not is_enough
+    assert worker.terminate() == 0
