@@ -18,10 +18,13 @@ from worker.cluster import (
     UNREACHABLE,
     Backoff,
     Connection,
+    TopicLimits,
+    compacted_dead_letters,
     matching_topics,
     missing_topics,
     no_match,
     refuse_wrong_credentials,
+    topic_limits,
 )
 from worker.permissions import Permissions
 from worker.settings import RunSettings, UsersMistake
@@ -164,6 +167,8 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     for name in names:
         for finding in _partitions(described[name], await _config(admin, name), is_output=name in names[-2:]):
             yield finding
+    for finding in _compacted(await topic_limits(admin, names), settings):
+        yield finding
     yield await _members(
         settings.group_id, admin, sum(len(described[name]["partitions"]) for name in roles["input_topics"])
     )
@@ -191,6 +196,14 @@ def _partitions(topic: Mapping[str, Any], config: Mapping[str, str | None], *, i
         )
     else:
         yield Finding("replicas", "ok", f"{name} has {replicas} a partition")
+
+
+def _compacted(limits: Mapping[str, TopicLimits], settings: RunSettings) -> Iterator[Finding]:
+    if limits[settings.output_topic].is_compacted:
+        advice = "results without a key become dead letters (key_required)"
+        yield Finding("compaction", "warn", f"{settings.output_topic} is compacted: {advice}")
+    if limits[settings.dead_letter_topic].is_compacted:
+        yield Finding("compaction", "fail", compacted_dead_letters(settings.dead_letter_topic))
 
 
 async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ class DeadLetterFlood(Exception):
 
 
 class FloodGauge:
-    """Looks at each micro-batch before any of it is published.
+    """Looks at each micro-batch before any of it is published, or at records as they have been published.
 
     The window is the newest micro-batches that together have at least ``window`` records; before there are so many, nothing
     is judged. ``limit`` is the share of dead letters, 0 to 1, at which it is a flood; 0: never.
@@ -50,5 +50,5 @@ class FloodGauge:
         return (
             f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
             f"reaches dead_letter_limit = {self._limit:g}; the records from there on are neither published nor committed; "
-            "mend their producer or this worker's settings, or raise the limit (0: none)"
+            "mend their producer, this worker's settings or the output topic's, or raise the limit (0: none)"
         )

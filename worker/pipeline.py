@@ -6,10 +6,11 @@ overtaken. A queue holds one micro-batch, the last a few; a full one is backpres
 
 import asyncio
 import contextlib
+import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from typing import Any, Final, cast
@@ -25,18 +26,19 @@ from worker.events import (
     Null,
     Outgoing,
     Reason,
+    Stage,
     dead_letter,
     iso_time,
     rows,
     smaller_dead_letters,
     tombstone,
 )
-from worker.flood import FloodGauge
+from worker.flood import DeadLetterFlood, FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
 from worker.sentiment import Sentiment
-from worker.sink import ROUND, Parcel, Sink
+from worker.sink import ROUND, Parcel, RefusalLog, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
 from worker.tracing import Batch, Tracing
@@ -135,6 +137,7 @@ class Pipeline:
         transactions: Transactions | None = None,
         tracing: Tracing | None = None,
         watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+        watch_topics: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -151,6 +154,11 @@ class Pipeline:
         self._transactions = transactions
         self._tracing = tracing
         self._watch = watch
+        self._watch_topics = watch_topics
+        self._refusals = RefusalLog(output_topic)
+        self._flood_of_published = copy.deepcopy(flood)
+        self._flooded: asyncio.Event = asyncio.Event()
+        self._published_flood: DeadLetterFlood | None = None
         self._draining = asyncio.Event()
         if transactions:
             transactions.serve(source, self._deliver, self._count)
@@ -174,10 +182,13 @@ class Pipeline:
             "score": asyncio.create_task(self._score(stages)),
             "encode": asyncio.create_task(self._encode(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
+            "flood": asyncio.create_task(self._raise_flood()),
             "garbage": asyncio.create_task(garbage.collect(self._is_quiet)),
         }
         if self._transactions:
             tasks["transactions"] = asyncio.create_task(self._transactions.watch())
+        if self._watch_topics:
+            tasks["topics"] = asyncio.create_task(self._watch_topics())
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -442,6 +453,7 @@ class Pipeline:
             advice = {
                 "result_too_large": "raise its max.message.bytes",
                 "invalid_timestamp": "compare this machine's clock with the broker's",
+                "key_required": "set its cleanup.policy to delete",
             }
             raise DeadLetterRefused(
                 f"the topic {self._dead_letter_topic} takes the dead letter of {record.topic}-{record.partition} at offset "
@@ -465,6 +477,19 @@ class Pipeline:
             if records:
                 tracing.sent(topic, records, began_at)
 
+    async def _raise_flood(self) -> None:
+        """What the output refuses is known once it is published: it is acknowledged, and ends the worker from here."""
+        await self._flooded.wait()
+        assert self._published_flood
+        raise self._published_flood
+
+    def _look_at_published(self, records: int, reasons: Counter[Reason]) -> None:
+        try:
+            self._flood_of_published.look_at(records, reasons)
+        except DeadLetterFlood as flood:
+            self._published_flood = flood
+            self._flooded.set()
+
     def _count(self, outcomes: Sequence[Outcome], now: float) -> None:
         """What has been acknowledged, and when, in s since 1970."""
         sentiments = [outcome.sentiment for outcome in outcomes if outcome.sentiment]
@@ -476,11 +501,15 @@ class Pipeline:
                 scores,
                 [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
             )
+        failures: list[tuple[Stage, Reason]] = []
         if len(sentiments) < len(outcomes):
             others = [outcome for outcome in outcomes if not outcome.sentiment]
-            self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
+            failures = [(o.failure.stage, o.failure.reason) for o in others if o.failure]
+            self._metrics.dead_lettered(failures)
             self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
+        self._refusals.note(Counter(reason for stage, reason in failures if stage == "publish"))
+        self._look_at_published(len(outcomes), Counter(reason for _, reason in failures))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 

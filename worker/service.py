@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.cluster import Connection, wait_for_a_match, wait_until_usable
+from worker.cluster import Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
@@ -162,6 +162,8 @@ async def _started(
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     limits = await wait_until_usable(connection, roles, health)
+    refuse_compacted(limits, settings.dead_letter_topic)
+    outputs = {role: names for role, names in roles.items() if role != "input_topics"}
     transactions, breath = None, inference.breath
     if settings.delivery == "exactly-once":
         transactions = Transactions(
@@ -212,6 +214,7 @@ async def _started(
         transactions=transactions,
         tracing=tracing,
         watch=tap,
+        watch_topics=lambda: watch_topics(connection, outputs, health),
     )
 
 
