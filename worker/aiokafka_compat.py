@@ -31,10 +31,13 @@ AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
 
 
 def give_up_if_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
-    """Fails what waits for a partition that its topic, made anew with fewer, has no more. It was never written.
+    """Fails what waits for a partition that its topic, made anew with fewer, has no more; asks for metadata to know it next
+    time. Such a batch is nowhere: its partition is gone.
 
-    Upstream would have to fail such a batch once its metadata say so, instead of after ``request_timeout_ms``.
+    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
+    without an end, and to fail the batch once they say so, instead of after ``request_timeout_ms``.
     """
+    producer.client.force_metadata_update()
     partitions = producer.client.cluster.partitions_for_topic(tp.topic)
     if partitions is not None and tp.partition not in partitions:
         for batch in producer._message_accumulator._batches.pop(tp, ()):
