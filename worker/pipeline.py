@@ -26,14 +26,13 @@ from worker.events import (
     Null,
     Outgoing,
     Reason,
-    Stage,
     dead_letter,
     iso_time,
     rows,
     smaller_dead_letters,
     tombstone,
 )
-from worker.flood import DeadLetterFlood, FloodGauge
+from worker.flood import DeadLetterFlood, FloodGauge, Look
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
@@ -101,6 +100,7 @@ class Outcome:
     parcel: Parcel | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
+    look: Look | None = None  # of its micro-batch
 
 
 @dataclass(slots=True)
@@ -287,16 +287,19 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
-            self._flood.look_at(len(batch), batch.failures())
+            look = Look(len(batch), batch.failures())
+            self._flood.look_at(look.records, look.reasons)
             for part in batch.parts:
                 async for outcomes in self._outcomes(part, batch.job):
+                    for outcome in outcomes:
+                        outcome.look = look
                     if self._transactions:  # which count and acknowledge them once they are committed
                         await self._transactions.put(part.assignment, outcomes)
                     else:
                         part.outcomes += outcomes
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
-                self._tracing.processed(batch.trace, done, batch.failures().total())
+                self._tracing.processed(batch.trace, done, look.reasons.total())
             if not self._transactions:
                 await stages.encoded.put(batch)
         if self._transactions:
@@ -483,12 +486,16 @@ class Pipeline:
         assert self._published_flood
         raise self._published_flood
 
-    def _look_at_published(self, records: int, reasons: Counter[Reason]) -> None:
-        try:
-            self._flood_of_published.look_at(records, reasons)
-        except DeadLetterFlood as flood:
-            self._published_flood = flood
-            self._flooded.set()
+    def _look_at_published(self, outcomes: Sequence[Outcome]) -> None:
+        looks = Counter(outcome.look for outcome in outcomes if outcome.look)
+        for look, published in looks.items():
+            look.published += published
+            if look.published == look.records:
+                try:
+                    self._flood_of_published.look_at(look.records, look.reasons)
+                except DeadLetterFlood as flood:
+                    self._published_flood = flood
+                    self._flooded.set()
 
     def _count(self, outcomes: Sequence[Outcome], now: float) -> None:
         """What has been acknowledged, and when, in s since 1970."""
@@ -501,15 +508,19 @@ class Pipeline:
                 scores,
                 [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
             )
-        failures: list[tuple[Stage, Reason]] = []
+        refused: Counter[Reason] = Counter()
         if len(sentiments) < len(outcomes):
             others = [outcome for outcome in outcomes if not outcome.sentiment]
-            failures = [(o.failure.stage, o.failure.reason) for o in others if o.failure]
-            self._metrics.dead_lettered(failures)
+            self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
+            for outcome in others:
+                if outcome.failure and outcome.failure.stage == "publish":
+                    refused[outcome.failure.reason] += 1
+                    if outcome.look:
+                        outcome.look.reasons[outcome.failure.reason] += 1
             self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
-        self._refusals.note(Counter(reason for stage, reason in failures if stage == "publish"))
-        self._look_at_published(len(outcomes), Counter(reason for _, reason in failures))
+        self._refusals.note(refused)
+        self._look_at_published(outcomes)
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 
