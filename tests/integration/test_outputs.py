@@ -43,7 +43,7 @@ def test_an_output_that_is_deleted_is_named_and_filled_once_it_is_there_again(
     wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
     assert time.monotonic() - deleted_at < 10
     assert len(worker.warnings(sentence)) == 1, "said once"
-    holds_for(lambda: worker.status("/readyz") == 503 and worker.status("/livez") == 200, "it waits", 5)
+    holds_for(lambda: worker.status("/readyz") == 503 and worker.status("/livez") == 200, "it waits", 3)
     assert len(worker.output.splitlines()) - lines_before < 150, "no line for each retry"
 
     kafka.create(topics.output, 2)
@@ -69,16 +69,22 @@ def test_an_output_made_anew_with_fewer_partitions_is_carried_on_with(
 
 
 @BOTH
-@pytest.mark.parametrize(("records", "code", "seconds"), [(0, 0, 5), (100, 1, 9)], ids=["idle", "in flight"])
-def test_a_drain_without_the_output_takes_no_longer_than_it_may(
-    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, records: int, code: int, seconds: float
+@pytest.mark.parametrize(
+    ("role", "records", "code", "seconds"),
+    [("dead_letter_topic", 0, 0, 5), ("output_topic", 100, 1, 9)],
+    ids=["idle", "in flight"],
+)
+def test_a_drain_without_a_topic_takes_no_longer_than_it_may(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, role: str, records: int, code: int, seconds: float
 ) -> None:
     kafka.create_all(topics, 2)
     worker = workers.start(topics, delivery=delivery, drain_timeout_s=6).wait_until_assigned(2)
     send_more(kafka, topics, range(100))
-    kafka.delete(topics.output)
+    name = topics.output if role == "output_topic" else topics.dead_letters
+    kafka.delete(name)
     kafka.send(topics.input, map(numbered, range(records)))
-    wait_for(lambda: "does not exist" in worker.get("/readyz")[1], "/readyz to name the topic", 10)
+    sentence = f"{role}: topic {name} does not exist"
+    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
     began = time.monotonic()
     assert worker.terminate() == code
     assert time.monotonic() - began < seconds
