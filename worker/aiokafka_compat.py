@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer import fetcher
 from aiokafka.errors import (
@@ -461,3 +461,35 @@ class StaticMember:
         if (error := for_code(code)) is not NoError:
             raise error
         return next((member for member, instance, *_ in members if instance == self._instance_id), "")
+
+
+def _spaced(update: Any) -> Any:
+    """A client asks for metadata in a loop for as long as a batch's partition has no leader: thousands of times a second.
+
+    Upstream would have to wait ``retry_backoff_ms`` between two requests, as Kafka's own client does.
+    """
+
+    async def spaced(client: AIOKafkaClient, cluster: Any, topics: Any) -> Any:
+        due_at = getattr(client, "_metadata_due_at", 0.0)
+        await asyncio.sleep(max(0.0, due_at - time.monotonic()))
+        client._metadata_due_at = time.monotonic() + client._retry_backoff
+        return await update(client, cluster, topics)
+
+    return spaced
+
+
+AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
+
+
+def give_up_if_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
+    """Fails what waits for a partition that its topic, made anew with fewer, has no more; asks for metadata to know it next
+    time. Such a batch is nowhere: its partition is gone.
+
+    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
+    without an end, and to fail the batch once they say so, instead of after ``request_timeout_ms``.
+    """
+    producer.client.force_metadata_update()
+    partitions = producer.client.cluster.partitions_for_topic(tp.topic)
+    if partitions is not None and tp.partition not in partitions:
+        for batch in producer._message_accumulator._batches.pop(tp, ()):
+            batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))

@@ -18,10 +18,13 @@ from worker.cluster import (
     UNREACHABLE,
     Backoff,
     Connection,
+    TopicLimits,
+    compacted_dead_letters,
     matching_topics,
     missing_topics,
     no_match,
     refuse_wrong_credentials,
+    topic_limits,
 )
 from worker.descriptors import compared, raise_limit
 from worker.permissions import Permissions
@@ -165,6 +168,8 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     for name in names:
         for finding in _partitions(described[name], await _config(admin, name), is_output=name in names[-2:]):
             yield finding
+    for finding in _compacted(await topic_limits(admin, names), settings):
+        yield finding
     partitions = sum(len(described[name]["partitions"]) for name in roles["input_topics"])
     yield _files(partitions, described.values(), exactly_once=settings.delivery == "exactly-once")
     yield await _members(settings.group_id, admin, partitions)
@@ -200,6 +205,14 @@ def _files(partitions: int, topics: Iterable[Mapping[str, Any]], *, exactly_once
     brokers = {node for topic in topics for partition in topic["partitions"] for node in partition["replicas"]}
     is_enough, files = compared(partitions, len(brokers), exactly_once=exactly_once)
     return Finding("files", "ok" if is_enough else "warn", files)
+
+
+def _compacted(limits: Mapping[str, TopicLimits], settings: RunSettings) -> Iterator[Finding]:
+    if limits[settings.output_topic].is_compacted:
+        advice = "results without a key become dead letters (key_required)"
+        yield Finding("compaction", "warn", f"{settings.output_topic} is compacted: {advice}")
+    if limits[settings.dead_letter_topic].is_compacted:
+        yield Finding("compaction", "fail", compacted_dead_letters(settings.dead_letter_topic))
 
 
 async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None]:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -61,6 +62,7 @@ AIOKafkaConnection._send_sasl_token = _while_it_is_open(AIOKafkaConnection._send
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
 NO_LIMIT: Final = 2**63 - 1
+WATCH_S: Final = 3.0
 UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
 
 _REFUSED_LOGIN = (
@@ -146,6 +148,11 @@ class TopicLimits:
     is_compacted: bool = False
     is_known: bool = False
 
+    def excess_ms(self, timestamp: int) -> float:
+        """How far beyond the limits a timestamp is by this machine's clock; below 0: within them."""
+        now = time.time() * 1000
+        return max(timestamp - now - self.timestamp_after_max_ms, now - self.timestamp_before_max_ms - timestamp)
+
 
 class Backoff:
     """Waits between tries, doubling up to a bound."""
@@ -184,7 +191,7 @@ async def wait_until_usable(
     async def look(client: AIOKafkaAdminClient) -> tuple[str, dict[str, TopicLimits]]:
         missing = await missing_topics(client, topics)
         names = [name for group in topics.values() for name in group]
-        return missing, {} if missing else await _limits(client, names)
+        return missing, {} if missing else await topic_limits(client, names)
 
     return await _until_found(connection, health, look)
 
@@ -223,13 +230,58 @@ async def _until_found(
         await backoff.wait()
 
 
+async def watch_topics(
+    connection: Connection, topics: Mapping[str, Iterable[str]], health: Health, *, every_s: float = WATCH_S
+) -> None:
+    """Tells health while a topic that is in use, by its role, does not exist or may not be used. Does not end.
+
+    Two answers in a row have to say so, for a broker that has just started may not know of a topic yet.
+    """
+    client, before = None, ""
+    try:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                async with asyncio.timeout(connection.request_timeout_s):
+                    if client is None:
+                        client = AIOKafkaAdminClient(**connection.options())
+                        await client.start()
+                    missing = await missing_topics(client, topics)
+            except UNREACHABLE:  # others tell of it
+                if client is not None:
+                    await _close(client)
+                client = None
+                continue
+            if not missing:
+                health.well("topics")
+            elif missing == before:
+                health.trouble("topics", f"{missing}; waiting for it")
+            before = missing
+    finally:
+        if client is not None:
+            await _close(client)
+
+
+def refuse_compacted(limits: Mapping[str, TopicLimits], dead_letter_topic: str) -> None:
+    """Raises WrongSetting where the topic for dead letters is known to keep one record of each key alone."""
+    if limits[dead_letter_topic].is_compacted:
+        raise WrongSetting(compacted_dead_letters(dead_letter_topic))
+
+
+def compacted_dead_letters(topic: str) -> str:
+    return (
+        f"dead_letter_topic: topic {topic} is compacted, so that it takes no dead letter without a key and deletes older "
+        "ones of the same key; set its cleanup.policy to delete"
+    )
+
+
 async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str, TopicLimits]:
     """The limits of topics as they are now. Raises what is in UNREACHABLE."""
     client = AIOKafkaAdminClient(**connection.options())
     try:
         async with asyncio.timeout(connection.request_timeout_s):
             await client.start()
-            return await _limits(client, list(names))
+            return await topic_limits(client, list(names))
     finally:
         await _close(client)
 
@@ -281,7 +333,7 @@ def no_match(pattern: str) -> str:
     return f"input_pattern: no topic has a name that matches {pattern!r}"
 
 
-async def _limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:
+async def topic_limits(client: AIOKafkaAdminClient, names: list[str]) -> dict[str, TopicLimits]:
     """Limits of topics; Kafka's defaults where this user may not read them or the broker cannot tell."""
     limits = dict.fromkeys(names, TopicLimits())
     try:

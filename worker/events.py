@@ -33,6 +33,7 @@ Reason = Literal[
     "inference_failed",
     "invalid_timestamp",
     "result_too_large",
+    "key_required",
 ]
 Headers = Sequence[tuple[str, bytes | None]]
 Row = TypeVar("Row", bound=tuple[Any, ...])

@@ -1,11 +1,14 @@
 """Structured logs: one line a message, as JSON or for a console, with what belongs to it as fields. Never a text."""
 
 import logging
+import math
 import re
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
@@ -13,6 +16,8 @@ LIBRARIES = (
     "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",
     "opentelemetry", "root", "torch", "transformers", "urllib3",
 )  # fmt: skip
+AGAIN_S: Final = 30.0
+MOST_LINES: Final = 1_000  # that are remembered
 log = logging.getLogger("worker")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _OWN_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
@@ -45,18 +50,41 @@ class JsonFormatter(OrjsonFormatter):
             return super().jsonify_log_record({name: ascii(value) for name, value in log_data.items()})
 
 
+class NotAgain(logging.Filter):
+    """Lets what a library says through once in half a minute: its retries say the same again and again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._told: dict[str, float] = {}  # when a line may be told again
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _is_our_own(record):
+            return True
+        line, now = f"{record.name} {record.getMessage()}", self._clock()
+        if now < self._told.get(line, -math.inf):
+            return False
+        if len(self._told) >= MOST_LINES:
+            self._told.clear()
+        self._told[line] = now + AGAIN_S
+        return True
+
+
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Sends logs to ``stream`` (default: stderr). ``level`` as in the settings; ``log_format`` auto, console or json.
 
     The libraries' own loggers are kept quiet unless the level is debug: they repeat every retry, where the worker tells
-    of a trouble once and of its end. What aiokafka's connections say at debug is never logged: each request as it is,
-    the one with the password among them; nor what OpenTelemetry says of a header that it cannot read: all of it.
+    of a trouble once and of its end; at debug they say the same once in half a minute. What aiokafka's connections say at
+    debug is never logged: each request as it is, the one with the password among them; nor what OpenTelemetry says of a
+    header that it cannot read: all of it.
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(ConsoleFormatter() if use_console else JsonFormatter())
-    if level != "debug":
+    if level == "debug":
+        handler.addFilter(NotAgain())
+    else:
         handler.addFilter(_is_our_own)
         # By a handler of torch's own it says at import that triton, which nothing here uses, is not there.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)

@@ -201,4 +201,5 @@ _STAGE_OF: dict[str, Stage] = {
     "inference_failed": "infer",
     "invalid_timestamp": "publish",
     "result_too_large": "publish",
+    "key_required": "publish",
 }

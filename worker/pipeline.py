@@ -6,12 +6,13 @@ overtaken. A queue holds one micro-batch, the last a few; a full one is backpres
 
 import asyncio
 import contextlib
+import copy
 import logging
 import operator
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from typing import Any, Final, cast
@@ -33,12 +34,12 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
-from worker.flood import FloodGauge
+from worker.flood import DeadLetterFlood, FloodGauge, Look
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
 from worker.sentiment import Sentiment
-from worker.sink import ROUND, Parcel, Sink
+from worker.sink import ROUND, Parcel, RefusalLog, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled
 from worker.tracing import Batch, Tracing
@@ -116,6 +117,7 @@ class Outcome:
     parcel: Parcel | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
+    look: Look | None = None  # of its micro-batch
 
 
 @dataclass(slots=True)
@@ -152,6 +154,7 @@ class Pipeline:
         transactions: Transactions | None = None,
         tracing: Tracing | None = None,
         watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+        watch_topics: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -168,6 +171,11 @@ class Pipeline:
         self._transactions = transactions
         self._tracing = tracing
         self._watch = watch
+        self._watch_topics = watch_topics
+        self._refusals = RefusalLog(output_topic)
+        self._flood_of_published = copy.deepcopy(flood)
+        self._flooded: asyncio.Event = asyncio.Event()
+        self._published_flood: DeadLetterFlood | None = None
         self._draining = asyncio.Event()
         self._seen: dict[
             Hashable, int
@@ -194,10 +202,13 @@ class Pipeline:
             "score": asyncio.create_task(self._score(stages)),
             "encode": asyncio.create_task(self._encode(stages)),
             "publish": asyncio.create_task(self._publish(stages)),
+            "flood": asyncio.create_task(self._raise_flood()),
             "garbage": asyncio.create_task(garbage.collect(self._is_quiet)),
         }
         if self._transactions:
             tasks["transactions"] = asyncio.create_task(self._transactions.watch())
+        if self._watch_topics:
+            tasks["topics"] = asyncio.create_task(self._watch_topics())
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -298,17 +309,19 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
-            new = batch.beyond(self._seen)
-            self._flood.look_at(len(new), new.failures())
+            look, new = Look(len(batch), batch.failures()), batch.beyond(self._seen)
+            self._flood.look_at(len(new), look.reasons if len(new) == len(batch) else new.failures())
             for part in batch.parts:
                 async for outcomes in self._outcomes(part, batch.job):
+                    for outcome in outcomes:
+                        outcome.look = look
                     if self._transactions:  # which count and acknowledge them once they are committed
                         await self._transactions.put(part.assignment, outcomes)
                     else:
                         part.outcomes += outcomes
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
-                self._tracing.processed(batch.trace, done, batch.failures().total())
+                self._tracing.processed(batch.trace, done, look.reasons.total())
             if not self._transactions:
                 await stages.encoded.put(batch)
         if self._transactions:
@@ -465,6 +478,7 @@ class Pipeline:
             advice = {
                 "result_too_large": "raise its max.message.bytes",
                 "invalid_timestamp": "compare this machine's clock with the broker's",
+                "key_required": "set its cleanup.policy to delete",
             }
             raise DeadLetterRefused(
                 f"the topic {self._dead_letter_topic} takes the dead letter of {record.topic}-{record.partition} at offset "
@@ -488,6 +502,23 @@ class Pipeline:
             if records:
                 tracing.sent(topic, records, began_at)
 
+    async def _raise_flood(self) -> None:
+        """What the output refuses is known once it is published: it is acknowledged, and ends the worker from here."""
+        await self._flooded.wait()
+        assert self._published_flood
+        raise self._published_flood
+
+    def _look_at_published(self, outcomes: Sequence[Outcome]) -> None:
+        looks = Counter(outcome.look for outcome in outcomes if outcome.look)
+        for look, published in looks.items():
+            look.published += published
+            if look.published == look.records:
+                try:
+                    self._flood_of_published.look_at(look.records, look.reasons)
+                except DeadLetterFlood as flood:
+                    self._published_flood = flood
+                    self._flooded.set()
+
     def _count(self, outcomes: Sequence[Outcome], now: float) -> None:
         """What has been acknowledged, and when, in s since 1970."""
         sentiments = [outcome.sentiment for outcome in outcomes if outcome.sentiment]
@@ -499,11 +530,19 @@ class Pipeline:
                 scores,
                 [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
             )
+        refused: Counter[Reason] = Counter()
         if len(sentiments) < len(outcomes):
             others = [outcome for outcome in outcomes if not outcome.sentiment]
             self._metrics.dead_lettered([(o.failure.stage, o.failure.reason) for o in others if o.failure])
+            for outcome in others:
+                if outcome.failure and outcome.failure.stage == "publish":
+                    refused[outcome.failure.reason] += 1
+                    if outcome.look:
+                        outcome.look.reasons[outcome.failure.reason] += 1
             self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
+        self._refusals.note(refused)
+        self._look_at_published(outcomes)
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 

@@ -8,7 +8,7 @@ import signal
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.cluster import Connection, wait_for_a_match, wait_until_usable
+from worker.cluster import Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
 from worker.console import Console, Tap, shown_settings
 from worker.descriptors import raise_limit
 from worker.events import Decoder, Encoder
@@ -164,7 +164,9 @@ async def _started(
         "dead_letter_topic": [settings.dead_letter_topic],
     }
     found = await wait_until_usable(connection, roles, health)
-    limits = {name: found[name] for name in (settings.output_topic, settings.dead_letter_topic)}
+    refuse_compacted(found, settings.dead_letter_topic)
+    outputs = {role: names for role, names in roles.items() if role != "input_topics"}
+    limits = {name: found[name] for names in outputs.values() for name in names}
     transactions, breath = None, inference.breath
     if settings.delivery == "exactly-once":
         transactions = Transactions(
@@ -216,6 +218,7 @@ async def _started(
         transactions=transactions,
         tracing=tracing,
         watch=tap,
+        watch_topics=lambda: watch_topics(connection, outputs, health),
     )
 
 

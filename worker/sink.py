@@ -2,23 +2,28 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise, starmap, takewhile
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
     InvalidTimestampError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownError,
+    UnknownTopicOrPartitionError,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
+from worker.aiokafka_compat import give_up_if_gone
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.events import Outgoing, Reason
 from worker.health import Health
@@ -31,7 +36,11 @@ log = logging.getLogger(__name__)
 BATCH_BYTES: Final = 1_000_000
 ROUND: Final = 2_048  # records to publish at once: a round of requests costs what some dozens of them do
 STALLED_S: Final = 10.0
+LOOK_S: Final = 1.0  # how often what is not acknowledged is asked for its partition
 LIMITS_AGE_S: Final = 30.0
+TRUSTED_S: Final = 60.0  # for so long after a refusal this machine's clock may judge without the broker
+QUIET_S: Final = 60.0  # after so long without a refusal it has ended
+SLACK_MS: Final = 60_000.0  # by which records of the same clock differ
 LONGEST_VARINT: Final = 5  # bytes of a length
 RECORDS_PER_PRODUCER: Final = 2**30  # aiokafka's sequence numbers wrap wrongly at 2**31 records of one partition
 
@@ -40,6 +49,9 @@ REFUSALS: Final[dict[type[BaseException], Reason]] = {
     RecordListTooLargeError: "result_too_large",
     InvalidTimestampError: "invalid_timestamp",
 }
+# After these the topic's limits may be others than those that are known; Kafka's code 87, which aiokafka has no name for,
+# is what a compacted topic has for a record without a key.
+TELLING: Final = {*REFUSALS, UnknownError}
 
 
 class Parcel(NamedTuple):
@@ -69,13 +81,14 @@ class Columns(NamedTuple):
     values: Sequence[bytes | None]
     headers: Sequence[list[Header]]
     most_bytes: int
+    in_doubt: set[int]  # those whose timestamp this machine's clock finds beyond the limits, which the broker may not
 
     @classmethod
     def of(cls, parcels: Sequence[Parcel]) -> "Columns":
         """Of one parcel or more."""
         topics, records, origins, _ = zip(*parcels, strict=True)
         keys, values, headers, timestamps = zip(*records, strict=True)
-        return cls(topics, origins, timestamps, keys, values, headers, most_bytes(keys, values, headers))
+        return cls(topics, origins, timestamps, keys, values, headers, most_bytes(keys, values, headers), set())
 
     @property
     def record(self) -> tuple[Sequence[Any], ...]:
@@ -103,6 +116,56 @@ def record_bytes(key: bytes | None, value: bytes | None, headers: list[Header]) 
     return size
 
 
+class TimestampCheck:
+    """Which timestamps a topic refuses, by this machine's clock as far as the broker has confirmed it.
+
+    A record's excess is by how many ms its timestamp is beyond the topic's limits. A record whose excess is larger than
+    what the broker is known to take is in doubt, and is sent alone. Once the broker has refused one, none in doubt is sent
+    for a minute.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._refuses_until = -math.inf
+        self.taken_ms = 0.0  # an excess up to which the broker is known to take records
+
+    def refuses(self) -> bool:
+        """Whether what is in doubt need not be sent."""
+        return self._clock() < self._refuses_until
+
+    def learn(self, excess_ms: float, *, is_refused: bool) -> None:
+        """What the broker has said of a record."""
+        if not is_refused:
+            self.taken_ms = max(self.taken_ms, excess_ms + SLACK_MS if excess_ms > self.taken_ms else 0.0)
+        elif excess_ms > self.taken_ms:
+            self._refuses_until = self._clock() + TRUSTED_S
+        else:  # a clock was set meanwhile
+            self.taken_ms = 0.0
+
+
+class RefusalLog:
+    """Logs when a topic begins to refuse results, and when it has refused none for a minute."""
+
+    def __init__(self, topic: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._topic = topic
+        self._clock = clock
+        self._refused: Counter[Reason] = Counter()
+        self._last_at = 0.0
+
+    def note(self, reasons: Mapping[Reason, int]) -> None:
+        """Why how many of the records that have just been published were refused."""
+        for reason in reasons.keys() - self._refused.keys():
+            log.warning("results are refused, and become dead letters", extra={"topic": self._topic, "reason": reason})
+        self._refused.update(reasons)
+        if reasons:
+            self._last_at = self._clock()
+        elif self._refused and self._clock() - self._last_at >= QUIET_S:
+            log.info(
+                "no result has been refused for a minute", extra={"topic": self._topic, "were": dict(self._refused)}
+            )
+            self._refused.clear()
+
+
 class Sink:
     """An idempotent producer, acks=all. ``publish`` is for one caller at a time.
 
@@ -122,10 +185,12 @@ class Sink:
         health: Health,
         compression_type: str = "none",
         records_per_producer: int = RECORDS_PER_PRODUCER,
+        checks: defaultdict[str, TimestampCheck] | None = None,
     ) -> None:
         self._connection = connection
         self._limits = limits
         self._topics = set(limits)  # that are published to
+        self._checks = defaultdict(TimestampCheck) if checks is None else checks  # by topic
         self._limits_at = time.monotonic()
         self._metrics = metrics
         self._health = health
@@ -153,7 +218,7 @@ class Sink:
             return []
         columns = Columns.of(parcels)
         answers = await self._refused_by_limits(columns)
-        lanes = await self._lanes(columns, answers)
+        lanes = await self._lanes(columns, unanswered(answers))
         backoff = Backoff()
         while lanes:
             producer = await self._fresh_producer(sum(len(load) for loads in lanes.values() for load in loads))
@@ -165,8 +230,10 @@ class Sink:
                     lanes[lane] = rest
             if failures:
                 await self._discard_producer(self._connection.request_timeout_s)
-            if any(type(error) not in REFUSALS for _, error in failures.values()):
-                await backoff.wait()
+                errors = {type(error) for _, error in failures.values()}
+                if not errors <= REFUSALS.keys():
+                    await backoff.wait()
+                lanes = await self._left(columns, lanes, errors, answers)
         self._health.well("publish", self._who)
         return answers
 
@@ -174,50 +241,79 @@ class Sink:
 
     async def _refused_by_limits(self, columns: Columns) -> list[Reason | None]:
         """What the topics are known to refuse is not sent, for a refusal costs the producer its sequence numbers."""
-        answers = self._limited(columns)
-        if any(answers) and time.monotonic() - self._limits_at > LIMITS_AGE_S:
-            await self._refresh_limits()
-            answers = self._limited(columns)
+        answers: list[Reason | None] = [None] * len(columns.topics)
+        places = unanswered(answers)
+        refused = self._limited(columns, places)
+        if refused and await self._refresh_limits(LIMITS_AGE_S):
+            refused = self._limited(columns, places)
+        for place, reason in refused.items():
+            answers[place] = reason
         return answers
 
-    def _limited(self, columns: Columns) -> list[Reason | None]:
-        answers: list[Reason | None] = [None] * len(columns.topics)
-        for topic, places in _by_topic(columns.topics).items():
+    async def _left(
+        self,
+        columns: Columns,
+        lanes: dict[Lane, list[Load]],
+        errors: set[type[BaseException]],
+        answers: list[Reason | None],
+    ) -> dict[Lane, list[Load]]:
+        """What to send again after these failures, and where; what the topics are now known to refuse is answered."""
+        if errors & TELLING:
+            await self._refresh_limits(1.0)
+        places = sorted(place for loads in lanes.values() for load in loads for place in load)
+        for place, reason in self._limited(columns, places).items():
+            answers[place] = reason
+        if not errors <= REFUSALS.keys():  # a topic may have been made anew, with other partitions
+            return await self._lanes(columns, [place for place in places if answers[place] is None])
+        kept = {lane: [[place for place in load if answers[place] is None] for load in lanes[lane]] for lane in lanes}
+        return {lane: list(filter(None, loads)) for lane, loads in kept.items() if any(loads)}
+
+    def _limited(self, columns: Columns, places: Load) -> dict[int, Reason]:
+        """Those of the places that are known to be refused, and why; those that may be are noted as in doubt."""
+        columns.in_doubt.clear()
+        refused: dict[int, Reason] = {}
+        for topic, some in _by_topic(columns.topics, places).items():
             limits = self._limits.get(topic, TopicLimits())
             if limits.is_known:
-                for place, reason in self._beyond(limits, columns, places):
-                    answers[place] = reason
-        return answers
+                refused |= self._beyond(topic, limits, columns, some)
+        return refused
 
-    async def _refresh_limits(self) -> None:
+    async def _refresh_limits(self, older_than_s: float) -> bool:
+        """Reads the topics' limits if those that are known are so old; whether it has tried."""
+        if time.monotonic() - self._limits_at <= older_than_s:
+            return False
         self._limits_at = time.monotonic()
         try:
             self._limits = await read_limits(self._connection, self._limits)
         except UNREACHABLE as error:
             log.debug("the topics' limits could not be read again", extra={"error": type(error).__name__})
+        return True
 
-    def _beyond(self, limits: TopicLimits, columns: Columns, places: Load) -> Iterator[tuple[int, Reason]]:
+    def _beyond(self, topic: str, limits: TopicLimits, columns: Columns, places: Load) -> Iterator[tuple[int, Reason]]:
         """Those of the places whose records are beyond a topic's limits, and why."""
         if not limits.is_log_append_time:
-            now = time.time() * 1000
-            oldest, newest = now - limits.timestamp_before_max_ms, now + limits.timestamp_after_max_ms
-            known = [now if timestamp is None else timestamp for timestamp in columns.timestamps]
-            if min(known) < oldest or max(known) > newest:
-                for place in places:
-                    timestamp = columns.timestamps[place]
-                    if timestamp is not None and not oldest <= timestamp <= newest:
-                        yield place, "invalid_timestamp"
+            check = self._checks[topic]
+            known = [timestamp for timestamp in columns.timestamps if timestamp is not None]
+            if known and max(limits.excess_ms(min(known)), limits.excess_ms(max(known))) > check.taken_ms:
+                beyond = [place for place in places if self._excess_ms(topic, columns, place) > check.taken_ms]
+                if check.refuses():
+                    yield from ((place, "invalid_timestamp") for place in beyond)
+                else:
+                    columns.in_doubt.update(beyond)
+        if limits.is_compacted and None in columns.keys:
+            yield from ((place, "key_required") for place in places if columns.keys[place] is None)
         if self._compression_type is None and columns.most_bytes > limits.max_message_bytes:
             for place in places:
                 if columns.record_bytes(place) > limits.max_message_bytes:
                     yield place, "result_too_large"
 
-    async def _lanes(self, columns: Columns, answers: list[Reason | None]) -> dict[Lane, list[Load]]:
+    def _excess_ms(self, topic: str, columns: Columns, place: int) -> float:
+        timestamp = columns.timestamps[place]
+        return -math.inf if timestamp is None else self._limits[topic].excess_ms(timestamp)
+
+    async def _lanes(self, columns: Columns, all_places: Load) -> dict[Lane, list[Load]]:
         lanes: dict[Lane, list[Load]] = {}
-        for topic, all_places in _by_topic(columns.topics).items():
-            places = [place for place in all_places if answers[place] is None] if any(answers) else all_places
-            if not places:
-                continue
+        for topic, places in _by_topic(columns.topics, all_places).items():
             keys, origins = (_picked(column, places) for column in (columns.keys, columns.origins))
             partitions = partitions_for(keys, origins, await self._partitions(topic))
             order = np.argsort(partitions, kind="stable")
@@ -263,17 +359,34 @@ class Sink:
             while waiting:
                 load = waiting.pop()
                 batch = producer.create_batch()
-                taken = self._fill(batch, columns, load)
+                taken = self._fill(batch, columns, self._until_doubt(columns, lane[0], load))
                 if len(taken) < len(load):
                     waiting.append(load[len(taken) :])
                 waiting.append(taken)
-                error = await self._outcome(await self._enqueue(producer, batch, lane))
+                error = await self._outcome(producer, lane, await self._enqueue(producer, batch, lane))
+                self._learn(columns, lane[0], taken, error)
                 if error is not None:
                     return waiting[::-1], error
                 waiting.pop()
         except UNREACHABLE as problem:
             return waiting[::-1], problem
         return None
+
+    def _until_doubt(self, columns: Columns, topic: str, load: Load) -> Load:
+        """A load as far as nothing in it is in doubt; that record alone where it begins with one."""
+        if columns.in_doubt:
+            taken_ms = self._checks[topic].taken_ms
+            for count, place in enumerate(load):
+                if place in columns.in_doubt and self._excess_ms(topic, columns, place) > taken_ms:
+                    return load[: max(1, count)]
+        return load
+
+    def _learn(self, columns: Columns, topic: str, sent: Load, error: BaseException | None) -> None:
+        """What became of a batch tells how far this machine's clock is right about timestamps."""
+        is_refused = isinstance(error, InvalidTimestampError)
+        if topic in self._limits and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
+            excess_ms = max(self._excess_ms(topic, columns, place) for place in sent)
+            self._checks[topic].learn(excess_ms, is_refused=is_refused)
 
     def _fill(self, batch: BatchBuilder, columns: Columns, load: Load) -> Load:
         """Puts as much of a load into a batch as the topic takes at once; at least one record."""
@@ -298,15 +411,22 @@ class Sink:
                 future: asyncio.Future[object] = await producer.send_batch(batch, lane[0], partition=lane[1])
             except KafkaTimeoutError as error:  # the batch before is still waiting, and this one was not taken
                 self._tell("publishing is stalled", error)
+            except AssertionError:  # aiokafka's word for it
+                raise UnknownTopicOrPartitionError(f"{lane[0]}-{lane[1]}") from None
             else:
                 self._records_sent += batch.record_count()
                 return future
 
-    async def _outcome(self, future: asyncio.Future[object]) -> BaseException | None:
+    async def _outcome(
+        self, producer: AIOKafkaProducer, lane: Lane, future: asyncio.Future[object]
+    ) -> BaseException | None:
         """Waits until a batch is acknowledged or has failed for good."""
+        began = time.monotonic()
         while not future.done():
-            await asyncio.wait({future}, timeout=STALLED_S)
+            await asyncio.wait({future}, timeout=LOOK_S)
             if not future.done():
+                give_up_if_gone(producer, TopicPartition(*lane))
+            if not future.done() and time.monotonic() - began >= STALLED_S:
                 self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()
 
@@ -317,8 +437,7 @@ class Sink:
         reason = REFUSALS.get(type(error))
         first, rest = loads[0], loads[1:]
         if reason is None:
-            is_compacted = self._limits.get(lane[0], TopicLimits()).is_compacted
-            hint = " (it is compacted, and takes no record without a key)" if is_compacted else ""
+            hint = " (is it compacted? Then it takes no record without a key)" if type(error) is UnknownError else ""
             self._tell(f"cannot publish to topic {lane[0]}{hint}", error)
             return loads
         self._metrics.kafka_errors.labels("publish").inc()
@@ -380,11 +499,19 @@ class Sink:
             await stopped(producer, "producer", timeout_s)
 
 
-def _by_topic(topics: Sequence[str]) -> dict[str, Load]:
-    """Where in the topics of N parcels each of them is."""
-    if topics.count(topics[0]) == len(topics):
-        return {topics[0]: list(range(len(topics)))}
-    return {topic: [place for place, name in enumerate(topics) if name == topic] for topic in set(topics)}
+def _by_topic(topics: Sequence[str], places: Load) -> dict[str, Load]:
+    """Which of the places each of N parcels' topics has; none without one."""
+    if places and topics.count(topics[0]) == len(topics):
+        return {topics[0]: places}
+    found: dict[str, Load] = defaultdict(list)
+    for place in places:
+        found[topics[place]].append(place)
+    return found
+
+
+def unanswered(answers: Sequence[Reason | None]) -> Load:
+    """The places of what is to be sent."""
+    return [place for place, answer in enumerate(answers) if answer is None]
 
 
 def _picked(column: Sequence[Any], places: Load) -> Sequence[Any]:

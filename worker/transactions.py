@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -29,7 +30,7 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreac
 from worker.events import Reason
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.sink import REFUSALS, ROUND, Columns, Load, Parcel, Sink
+from worker.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
 from worker.tasks import cancelled, within
 
 if TYPE_CHECKING:
@@ -138,8 +139,16 @@ class PartitionSink(Sink):
         metrics: Metrics,
         health: Health,
         compression_type: str = "none",
+        checks: defaultdict[str, TimestampCheck] | None = None,
     ) -> None:
-        super().__init__(connection, limits=limits, metrics=metrics, health=health, compression_type=compression_type)
+        super().__init__(
+            connection,
+            limits=limits,
+            metrics=metrics,
+            health=health,
+            compression_type=compression_type,
+            checks=checks,
+        )
         self._who = tp
         self._transactional_id = transactional_id
         self._refusals = refusals
@@ -165,7 +174,7 @@ class PartitionSink(Sink):
                 await self._begin()
                 lanes = {
                     lane: [apart for load in loads for apart in self._refusals.apart(parcels, load)]
-                    for lane, loads in (await self._lanes(columns, answers)).items()
+                    for lane, loads in (await self._lanes(columns, unanswered(answers))).items()
                 }
                 producer = await self._fresh_producer(sum(answer is None for answer in answers))
                 sending = asyncio.create_task(self._send(producer, columns, lanes))
@@ -174,7 +183,8 @@ class PartitionSink(Sink):
             reason = REFUSALS.get(type(error))
             if reason:
                 self._refusals.note([parcels[place] for place in loads[0]], reason)
-                await self._refresh_limits()
+            if type(error) in TELLING:
+                await self._refresh_limits(0.0)
                 self._shared_limits.update(self._limits)
             raise Lost(type(error).__name__) from error
         self._health.well("publish", self._who)
@@ -379,6 +389,7 @@ class Transactions:
         self.breath = breath
         self._connection = connection
         self._limits = dict(limits)
+        self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
         self._metrics = metrics
         self._health = health
         self._compression_type = compression_type
@@ -431,6 +442,7 @@ class Transactions:
             metrics=self._metrics,
             health=self._health,
             compression_type=self._compression_type,
+            checks=self._checks,
         )
         await self._open(tp, sink)
         self._writers[assignment] = writer = Writer(self, assignment, sink)

@@ -122,12 +122,17 @@ def test_a_partitions_series_go_when_it_is_forgotten(metrics: Metrics) -> None:
 def test_counters_with_closed_labels_begin_at_zero(metrics: Metrics) -> None:
     assert [own(metrics, "results_published_total", label=label) for label in LABELS] == [0, 0, 0]
     stages = dict.fromkeys(get_args(Reason), "decode")
-    stages |= {"inference_failed": "infer", "invalid_timestamp": "publish", "result_too_large": "publish"}
+    stages |= {
+        "inference_failed": "infer",
+        "invalid_timestamp": "publish",
+        "result_too_large": "publish",
+        "key_required": "publish",
+    }
     for reason, stage in stages.items():
         assert own(metrics, "dead_letters_total", stage=stage, reason=reason) == 0
     assert (
         len([sample for sample in families(metrics)["dead_letters_total"].samples if sample.name.endswith("_total")])
-        == 12
+        == 13
     )
 
 

@@ -1,16 +1,28 @@
-"""Upper bounds of what is published, and how much of it a batch takes."""
+"""What is published: its bounds, how much of it a batch takes, and what is known of what a topic refuses."""
 
 from types import SimpleNamespace
 
 import pytest
+from aiokafka.errors import UnknownTopicOrPartitionError
 from aiokafka.producer.message_accumulator import BatchBuilder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from worker import sink
 from worker.events import Outgoing
-from worker.sink import Columns, Parcel, Sink, most_bytes, record_bytes
+from worker.sink import (
+    SLACK_MS,
+    TRUSTED_S,
+    Columns,
+    Parcel,
+    RefusalLog,
+    Sink,
+    TimestampCheck,
+    most_bytes,
+    record_bytes,
+)
 
+HOUR_MS = 3_600_000
 BYTES = st.none() | st.binary(max_size=300)
 HEADERS = st.lists(st.tuples(st.text(max_size=20), BYTES), max_size=4)
 
@@ -31,3 +43,81 @@ def test_a_batch_says_how_many_it_took(bound: int, monkeypatch: pytest.MonkeyPat
     assert taken == list(range(len(taken)))
     assert 0 < len(taken) < 50
     assert batch.record_count() == len(taken)
+
+
+# Timestamps, by a clock that may be wrong.
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [1_000.0]
+
+
+@pytest.fixture
+def check(now: list[float]) -> TimestampCheck:
+    return TimestampCheck(clock=lambda: now[0])
+
+
+def test_at_first_nothing_is_refused_without_the_broker(check: TimestampCheck) -> None:
+    assert (check.refuses(), check.taken_ms) == (False, 0)
+
+
+def test_after_a_refusal_this_machines_clock_judges_for_a_minute(check: TimestampCheck, now: list[float]) -> None:
+    check.learn(5_000, is_refused=True)
+    assert check.refuses()
+    now[0] += TRUSTED_S
+    assert not check.refuses()
+
+
+def test_what_the_broker_takes_is_in_doubt_no_more_and_others_of_that_clock_neither(check: TimestampCheck) -> None:
+    check.learn(HOUR_MS, is_refused=False)
+    assert check.taken_ms == HOUR_MS + SLACK_MS
+    check.learn(HOUR_MS - 5_000, is_refused=False)
+    assert check.taken_ms == HOUR_MS + SLACK_MS
+
+
+def test_a_clock_that_is_wrong_beside_a_producer_whose_clock_is_worse(check: TimestampCheck) -> None:
+    """The good records go on, whichever was sent first."""
+    check.learn(9 * HOUR_MS, is_refused=True)
+    check.learn(HOUR_MS, is_refused=False)
+    assert check.refuses(), "beyond what was taken"
+    assert check.taken_ms == HOUR_MS + SLACK_MS
+
+
+def test_a_clock_that_is_set_right_is_in_doubt_anew(check: TimestampCheck) -> None:
+    check.learn(2 * HOUR_MS, is_refused=False)
+    check.learn(HOUR_MS, is_refused=True)
+    assert (check.taken_ms, check.refuses()) == (0, False)
+
+
+def test_refusals_are_logged_at_their_beginning_and_at_their_end(
+    now: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    refusals = RefusalLog("results", clock=lambda: now[0])
+    refusals.note({})
+    for _ in range(3):
+        now[0] += 50
+        refusals.note({"invalid_timestamp": 2})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    now[0] += 50
+    refusals.note({})
+    now[0] += 50
+    refusals.note({})
+    refusals.note({})
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert vars(caplog.records[-1])["were"] == {"invalid_timestamp": 6}
+
+
+# Partitions.
+
+
+async def test_a_partition_that_is_gone_is_one_of_kafkas_errors() -> None:
+    """aiokafka knows by its metadata, and has no more than an AssertionError for it."""
+
+    async def send_batch(*_: object, **__: object) -> None:
+        raise AssertionError("Unrecognized partition")
+
+    batch, producer = BatchBuilder(1_000, 0), SimpleNamespace(send_batch=send_batch)
+    with pytest.raises(UnknownTopicOrPartitionError):
+        await Sink._enqueue(SimpleNamespace(), producer, batch, ("results", 3))  # type: ignore[arg-type]

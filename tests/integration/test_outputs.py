@@ -1,0 +1,90 @@
+"""An output topic that is deleted, or made anew with fewer partitions: named, and carried on with."""
+
+import time
+
+import pytest
+
+from tests.process import COSTLESS, Workers
+from tests.scenario import result_place, wait_until_committed
+from tests.topics import Kafka, Record, Topics, numbered
+from tests.waiting import holds_for, wait_for
+
+pytestmark = pytest.mark.kafka
+BOTH = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
+
+
+def send_more(kafka: Kafka, topics: Topics, numbers: range) -> list[Record]:
+    sent = kafka.send(topics.input, map(numbered, numbers))
+    wait_until_committed(kafka, topics)
+    return sent
+
+
+def assert_each_once(kafka: Kafka, topics: Topics, sent: list[Record]) -> None:
+    results = [place for record in kafka.read(topics.output) if (place := result_place(record))]
+    assert sorted(results) == sorted(record.place for record in sent)
+
+
+@BOTH
+def test_an_output_that_is_deleted_is_named_and_filled_once_it_is_there_again(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 4)
+    worker = workers.start(topics, delivery=delivery, log_level="debug").wait_until_assigned(4)
+    send_more(kafka, topics, range(1_000))
+    kafka.delete(topics.output)
+    deleted_at, lines_before = time.monotonic(), len(worker.output.splitlines())
+    sent = kafka.send(topics.input, map(numbered, range(1_000, 2_000)))
+    sentence = f"output_topic: topic {topics.output} does not exist; waiting for it"
+    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
+    assert time.monotonic() - deleted_at < 10
+    assert len(worker.warnings(sentence)) == 1, "said once"
+    holds_for(lambda: worker.status("/readyz") == 503 and worker.status("/livez") == 200, "it waits", 3)
+    assert len(worker.output.splitlines()) - lines_before < 150, "no line for each retry"
+
+    kafka.create(topics.output, 2)
+    wait_until_committed(kafka, topics)
+    worker.wait_until_ready()
+    assert worker.terminate() == 0
+    assert_each_once(kafka, topics, sent)
+
+
+@BOTH
+def test_an_output_made_anew_with_fewer_partitions_is_carried_on_with(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    """Between two records: the worker's client still knows the partitions that there were."""
+    kafka.create_all(topics, 4)
+    worker = workers.start(topics, delivery=delivery).wait_until_assigned(4)
+    send_more(kafka, topics, range(1_000))
+    kafka.delete(topics.output)
+    kafka.create(topics.output, 2)
+    sent = send_more(kafka, topics, range(1_000, 2_000))
+    assert worker.terminate() == 0
+    assert_each_once(kafka, topics, sent)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("role", "records", "code", "seconds"),
+    [("dead_letter_topic", 0, 0, 5), ("output_topic", 100, 1, 9)],
+    ids=["idle", "in flight"],
+)
+def test_a_drain_without_a_topic_takes_no_longer_than_it_may(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, role: str, records: int, code: int, seconds: float
+) -> None:
+    kafka.create_all(topics, 2)
+    worker = workers.start(topics, delivery=delivery, drain_timeout_s=6).wait_until_assigned(2)
+    send_more(kafka, topics, range(100))
+    name = topics.output if role == "output_topic" else topics.dead_letters
+    kafka.delete(name)
+    kafka.send(topics.input, map(numbered, range(records)))
+    sentence = f"{role}: topic {name} does not exist"
+    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
+    began = time.monotonic()
+    assert worker.terminate() == code
+    assert time.monotonic() - began < seconds
