@@ -5,14 +5,17 @@ Each item says why it is here, and what upstream would have to do for it to go.
 
 import asyncio
 import base64
+import copy
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
+import aiokafka.producer.producer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.client import AIOKafkaClient
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.consumer import fetcher
 from aiokafka.errors import (
     BrokerResponseError,
@@ -28,6 +31,7 @@ from aiokafka.errors import (
     for_code,
     kafka_errors,
 )
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
@@ -45,7 +49,7 @@ from aiokafka.protocol.types import (
 )
 from aiokafka.record.memory_records import MemoryRecords
 
-from worker.tasks import within
+from worker.tasks import cancelled, within
 
 # Topics' ids, and the names of all topics. aiokafka's newest Metadata is v5, which has no ids, and it parses the answer on
 # the event loop, field by field: half a second for 60,000 partitions. Upstream would have to speak v10 (Kafka 2.8).
@@ -493,3 +497,108 @@ def give_up_if_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
     if partitions is not None and tp.partition not in partitions:
         for batch in producer._message_accumulator._batches.pop(tp, ()):
             batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))
+
+
+SILENT_BROKERS_S: Final = 60.0
+METADATA_INTERVAL_S: Final = 0.1
+
+
+# Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
+
+_ask_known_brokers = AIOKafkaClient._metadata_update
+
+
+async def update_metadata(
+    client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
+) -> bool:
+    """Asks the brokers that a client knows for metadata, and ``bootstrap_servers`` where none of them answers in time.
+
+    aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
+    client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+
+    No more than ten times a second, where a producer whose partition has no leader would ask 5,000 times.
+    """
+    await asyncio.sleep(getattr(client, "asked_at", 0.0) + METADATA_INTERVAL_S - time.monotonic())
+    client.asked_at = time.monotonic()
+    try:
+        if await within(timeout_s, _ask_known_brokers(client, cluster, topics)):
+            return True
+    except TimeoutError:
+        pass
+    newcomer = copy.copy(client)  # the same settings, and nothing of what is known or connected
+    newcomer.cluster, newcomer._conns, newcomer._get_conn_lock_value = ClusterMetadata(), {}, None
+    newcomer._sync_task = asyncio.current_task()  # or it would start one
+    try:
+        await newcomer.bootstrap()
+        if not await _ask_known_brokers(newcomer, cluster, topics):
+            return False
+    except KafkaError:
+        return False
+    finally:
+        _disconnect(newcomer._conns.values())
+    moved = [connection for (node, _), connection in client._conns.items() if not _leads_to(node, connection, client)]
+    _disconnect(moved)  # what is asked there fails now, not when its time is up
+    return True
+
+
+def _leads_to(node: Any, connection: Any, client: AIOKafkaClient) -> bool:
+    broker = client.cluster.broker_metadata(node)
+    return broker is not None and (broker.host, broker.port) == (connection.host, connection.port)
+
+
+AIOKafkaClient._metadata_update = update_metadata
+
+
+# What a stop leaves behind. Upstream would have to close the inner client, and to cancel tasks, in a `finally`.
+
+
+async def end_remains(client: Any) -> None:
+    """Ends the tasks and connections that are left of a producer, consumer or admin client whose stop was cut short."""
+    inner = getattr(client, "client", None) or client._client
+    names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
+    parts = [inner, *filter(None, (getattr(client, name, None) for name in names))]
+    await cancelled([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
+    _disconnect(inner._conns.values())
+    inner._conns.clear()
+
+
+def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    return frame is not None and any(frame.f_locals.get("self") is part for part in parts)
+
+
+def _disconnect(connections: Iterable[Any]) -> None:
+    """At once, also where what is still to be written finds nobody."""
+    for connection in list(connections):
+        connection.close()
+        transport = connection._protocol and connection._protocol._transport
+        if transport is not None:
+            transport.abort()
+
+
+# Batches that may have been written. Upstream: an idempotent producer never gives up a batch that it has sent.
+
+
+class PatientAccumulator(MessageAccumulator):  # type: ignore[misc]
+    """Batches that wait, for as long as it takes, for their partition to have a leader.
+
+    aiokafka gives one up after ``request_timeout_ms``, though it may have been written before the leader went: sent again
+    with other sequence numbers, it would be there twice. That time now runs while the metadata do not know the partition
+    at all, and for a transaction, whose abort would wait, too.
+    """
+
+    def drain_by_nodes(self, *arguments: Any, **options: Any) -> Any:
+        if not (self._txn_manager and self._txn_manager.transactional_id):
+            for tp, batches in self._batches.items():
+                if self._cluster.leader_for_partition(tp) is not None:
+                    batches[0]._ctime = time.monotonic()
+        return super().drain_by_nodes(*arguments, **options)
+
+
+aiokafka.producer.producer.MessageAccumulator = PatientAccumulator
+
+
+def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
+    """Whether a batch that failed for good may be in its partition: it was sent, and no broker has refused it."""
+    is_refused = isinstance(error, BrokerResponseError) and not error.retriable
+    return batch._buffer is not None and not is_refused

@@ -26,7 +26,7 @@ from aiokafka.errors import (
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
 
-from worker.aiokafka_compat import topic_names
+from worker.aiokafka_compat import end_remains, topic_names
 from worker.handshake import tls_failure, tls_sentence, wants_tls
 from worker.health import Health
 from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names, whole_name
@@ -287,7 +287,7 @@ async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str,
 
 
 async def stopped(client: Any, what: str, timeout_s: float) -> None:
-    """Stops one of aiokafka's clients, within ``timeout_s``; raises nothing.
+    """Stops one of aiokafka's clients, within ``timeout_s``, and ends what that leaves behind; raises nothing.
 
     As a task of its own, for aiokafka lets a CancelledError of its inner tasks out.
     """
@@ -300,6 +300,7 @@ async def stopped(client: Any, what: str, timeout_s: float) -> None:
             log.warning("the %s did not stop well", what, extra={"error": type(stopping.exception()).__name__})
     finally:
         await cancelled([stopping])
+        await end_remains(client)
 
 
 def unreachable(connection: Connection, error: BaseException) -> str:
@@ -407,4 +408,4 @@ async def _close(client: AIOKafkaAdminClient) -> None:
     try:
         await within(5, client.close())
     except UNREACHABLE:
-        return
+        await end_remains(client)

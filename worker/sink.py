@@ -23,7 +23,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.aiokafka_compat import give_up_if_gone
+from worker.aiokafka_compat import give_up_if_gone, may_be_written
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.events import Outgoing, Reason
 from worker.health import Health
@@ -366,6 +366,8 @@ class Sink:
                 error = await self._outcome(producer, lane, await self._enqueue(producer, batch, lane))
                 self._learn(columns, lane[0], taken, error)
                 if error is not None:
+                    if may_be_written(batch, error):
+                        self._note_in_doubt(len(taken))
                     return waiting[::-1], error
                 waiting.pop()
         except UNREACHABLE as problem:
@@ -429,6 +431,10 @@ class Sink:
             if not future.done() and time.monotonic() - began >= STALLED_S:
                 self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()
+
+    def _note_in_doubt(self, records: int) -> None:
+        """So many may be there, and are sent again by a producer that the brokers do not know."""
+        self._metrics.duplicates_possible.inc(records)
 
     def _settle_failure(
         self, lane: Lane, loads: list[Load], error: BaseException, answers: list[Reason | None]

@@ -227,6 +227,9 @@ class PartitionSink(Sink):
             raise Lost("the producer's sequence numbers run out")
         return self._producer
 
+    def _note_in_doubt(self, records: int) -> None:
+        """Nothing: their transaction is aborted."""
+
     @staticmethod
     async def _while_alive(producer: AIOKafkaProducer, sending: "asyncio.Task[Failures]") -> Failures:
         """What is sent, unless the producer has died meanwhile: what it was about to send again then waits for ever."""
