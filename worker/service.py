@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, cast
 
-from worker.cluster import Connection, wait_for_a_match, wait_until_usable
+from worker.cluster import NO_LIMIT, Connection, wait_for_a_match, wait_until_usable
 from worker.console import Console, Tap, shown_settings
 from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
@@ -199,7 +199,10 @@ async def _started(
         decoder=_decoder(settings),
         inference=inference,
         encoder=Encoder(
-            output_mode=settings.output_mode, output_format=settings.output_format, group_id=settings.group_id
+            output_mode=settings.output_mode,
+            output_format=settings.output_format,
+            group_id=settings.group_id,
+            result_timestamp=settings.result_timestamp,
         ),
         sink=sink,
         flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
@@ -209,6 +212,7 @@ async def _started(
         dead_letter_topic=settings.dead_letter_topic,
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
+        retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
         transactions=transactions,
         tracing=tracing,
         watch=tap,
@@ -232,6 +236,7 @@ def _decoder(settings: RunSettings) -> Decoder:
         text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
+        on_null_text=settings.on_null_text,
     )
 
 

@@ -36,6 +36,7 @@ from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
+from worker.events import age_s
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.records import Reader, Record
@@ -787,8 +788,9 @@ class Source:
 
     @staticmethod
     def _age_s(assignment: Assignment) -> float:
-        timestamp = assignment.waiting[0][1] if assignment.waiting else -1
-        return max(0.0, time.time() - timestamp / 1000) if timestamp is not None and timestamp >= 0 else 0.0
+        """By the first read whose timestamp can be right; 0 where there is none."""
+        now = time.time()
+        return next((age for _, timestamp in assignment.waiting if (age := age_s(timestamp, now)) is not None), 0.0)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

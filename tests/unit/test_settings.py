@@ -82,6 +82,7 @@ TABLE = {
     "log_format": "auto",
 }
 NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
+NOT_IN_THE_TABLE |= {"result_timestamp", "on_null_text"}
 
 
 @pytest.fixture(autouse=True)
