@@ -190,6 +190,7 @@ class Kafka:
                     "group.id": "reader-of-tests",
                     "enable.auto.commit": False,
                     "enable.partition.eof": True,
+                    "auto.offset.reset": "earliest",  # where retention has taken the first
                     "isolation.level": "read_committed" if committed_only else "read_uncommitted",
                 }
             )

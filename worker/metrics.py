@@ -123,7 +123,7 @@ class Metrics:
         )
         self.lag_seconds = gauge(
             "consumer_lag_seconds",
-            "Age of the oldest record that is not committed and whose timestamp can be right",
+            "Age of the oldest record that is not committed",
             ["topic", "partition"],
         )
         self.assigned_partitions = gauge("assigned_partitions", "Partitions assigned to this process")

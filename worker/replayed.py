@@ -14,7 +14,7 @@ Span = tuple[int, int]  # from an offset to before another
 EVERY: Final = "*"  # whatever the reason
 METADATA_BYTES: Final = 4_000  # a broker takes 4,096
 _STATE: Final = re.compile(r"(?:[a-z0-9_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
-# Version 0.1 reads no state with a digit in a reason: 0 to 9 are written as *a to *j
+# Earlier versions read no state that has a digit in a reason: 0 to 9 are written as *a to *j
 _WITHOUT_DIGITS: Final = str.maketrans({str(digit): f"*{letter}" for digit, letter in enumerate("abcdefghij")})
 _DIGIT: Final = re.compile(r"\*([a-j])")
 

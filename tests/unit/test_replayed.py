@@ -16,7 +16,7 @@ SIZE = 40
 SPANS = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE))
 KEPT_BACK = st.sets(st.integers(0, SIZE), max_size=4)
 REPLAYS = st.lists(st.tuples(SPANS, st.sets(st.sampled_from(REASONS)), KEPT_BACK), max_size=12)
-VERSION_0_1 = re.compile(r"(?:[a-z_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
+EARLIER = re.compile(r"(?:[a-z_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
 
 
 @given(REPLAYS, st.integers(0, SIZE))
@@ -30,7 +30,7 @@ def test_it_knows_what_has_been_replayed_also_after_a_commit(
         state.add(start, end, reasons, kept_back)
         offsets = set(range(start, end)) - kept_back
         done |= {(offset, reason) for offset in offsets for reason in reasons or REASONS}
-        assert VERSION_0_1.fullmatch(state.metadata()), "a version before can go on"
+        assert EARLIER.fullmatch(state.metadata()), "a version before can go on"
         state = Replayed.read(state.offset, state.metadata())
     for offset in range(SIZE + 1):
         for reason in REASONS:
