@@ -303,16 +303,8 @@ class Encoder:
         if not records:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
-        timestamps: list[int | None] = [record.timestamp for record in records]
-        event_times = list(map(_json_time, timestamps))
-        if self._is_dated_now:
-            timestamps = [None] * len(records)
-        elif _NO_TIME in event_times:
-            timestamps = [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)]
-        if any(record.headers for record in records):
-            event_times = [
-                _first_time(record.headers) or time for record, time in zip(records, event_times, strict=True)
-            ]
+        headers = [record.headers for record in records]
+        event_times, timestamps = self._times(records, headers)
         columns = (
             _strings([event.id for event in events]),
             map(_LABEL_BYTES.__getitem__, labels),
@@ -329,7 +321,7 @@ class Encoder:
                 Outgoing,
                 [record.key for record in records],
                 values,
-                self._headers(records, events, processed_at),
+                self._headers(records, headers, events, processed_at),
                 timestamps,
             )
         ]
@@ -344,10 +336,21 @@ class Encoder:
         """The null of a key, to go on as it is but for the time, which is as of the results."""
         return tombstone(record)._replace(timestamp=None) if self._is_dated_now else tombstone(record)
 
+    def _times(self, records: Sequence[Record], headers: list[Headers]) -> tuple[list[bytes], list[int | None]]:
+        """What stands in the results for their events' times, and the results' own timestamps."""
+        timestamps: list[int | None] = [record.timestamp for record in records]
+        times = list(map(_json_time, timestamps))
+        if self._is_dated_now:
+            timestamps = [None] * len(records)
+        elif _NO_TIME in times:
+            timestamps = [None if time is _NO_TIME else at for at, time in zip(timestamps, times, strict=True)]
+        if any(headers) and TIMESTAMP_HEADER in set(map(itemgetter(0), chain.from_iterable(headers))):
+            times = [_first_time(own) or time for own, time in zip(headers, times, strict=True)]
+        return times, timestamps
+
     def _headers(
-        self, records: Sequence[Record], events: Sequence[Event], processed_at: str
+        self, records: Sequence[Record], headers: list[Headers], events: Sequence[Event], processed_at: str
     ) -> Iterable[list[tuple[str, bytes | None]]]:
-        headers = [record.headers for record in records]
         if self._is_cloud_event:
             return [
                 cloudevents.without_attributes(own)
