@@ -75,10 +75,12 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "Events and results": (
         "input_format",
         "text_field",
+        "on_null_text",
         "id_field",
         "max_text_chars",
         "output_mode",
         "output_format",
+        "result_timestamp",
         "compression_type",
     ),
     "Model": (
@@ -151,11 +153,13 @@ READING: Final[dict[str, dict[str, str]]] = {
         "consumer_lag_records": "Refreshed each second. Growing: more events arrive than are scored. One partition alone: a "
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
         "consumer_lag_seconds": "What people feel of the lag, and what to alert on. 0 when nothing waits, and until the first "
-        "record that waits has been read.",
+        "record that waits has been read. Timestamps more than a year old or in the future are passed over.",
         "queue_depth": "What is slow: `tokenized` above 0 most of the time: the network; `scored`: publishing, for which up to "
         "four micro-batches more wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
         "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
         "and the difference between the producer's clock and this one.",
+        "implausible_timestamps_total": "Above 0: a producer writes seconds or microseconds for milliseconds, its clock or this one is wrong, "
+        "or the events are that old. Up to 1 s ahead is taken for two clocks that differ.",
         "stage_seconds": "Where the time goes. `wait` is the linger, longer where the stages after it are busy; `forward` is "
         "the network.",
     },
@@ -176,7 +180,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "dead_letters_total": "A decode reason is the producer's or `text_field`'s, `inference_failed` the model's, a "
         "publish reason the output topic's limits.",
         "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
-        "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing.",
+        "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing, or `on_null_text` "
+        "is `skip`.",
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or are read once more. See the log.",
         "duplicates_possible_total": "That many results may be there twice. With exactly-once always 0.",

@@ -142,7 +142,7 @@ class Kafka:
         """Whether there are records that may still be committed or aborted."""
         return self.ends(topic, IsolationLevel.READ_COMMITTED) != self.ends(topic)
 
-    def _of_the_group(self, ask: Callable[[AdminClient], Any]) -> Any:
+    def of_the_group(self, ask: Callable[[AdminClient], Any]) -> Any:
         """What the group's coordinator answers, once it has loaded.
 
         Each try has a client of its own: one that knew a coordinator before its restart may wait for it for ever.
@@ -166,16 +166,16 @@ class Kafka:
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out."""
         asked = ConsumerGroupTopicPartitions(group, self.partitions(topic))
-        places = self._of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+        places = self.of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
         return {place.partition: place.offset for place in places if place.offset >= 0}
 
     def members(self, group: str) -> set[str]:
-        described = self._of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
+        described = self.of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
         return {member.member_id for member in described.members}
 
     def coordinator(self, group: str) -> int:
         """The broker that coordinates a group."""
-        described = self._of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
+        described = self.of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
         return int(described.coordinator.id)
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
@@ -200,6 +200,7 @@ class Kafka:
                     "group.id": "reader-of-tests",
                     "enable.auto.commit": False,
                     "enable.partition.eof": True,
+                    "auto.offset.reset": "earliest",  # where retention has taken the first
                     "isolation.level": "read_committed" if committed_only else "read_uncommitted",
                 }
             )

@@ -6,15 +6,18 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from worker.cluster import (
+    NO_LIMIT,
     UNREACHABLE,
     Backoff,
     Connection,
@@ -23,9 +26,12 @@ from worker.cluster import (
     matching_topics,
     missing_topics,
     no_match,
+    read_limits,
     refuse_wrong_credentials,
+    stopped,
     topic_limits,
 )
+from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
 from worker.permissions import Permissions
 from worker.settings import RunSettings, UsersMistake
@@ -173,6 +179,8 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     partitions = sum(len(described[name]["partitions"]) for name in roles["input_topics"])
     yield _files(partitions, described.values(), exactly_once=settings.delivery == "exactly-once")
     yield await _members(settings.group_id, admin, partitions)
+    async for finding in _retention(settings, connection, [described[name] for name in topics]):
+        yield finding
     async for finding in _permissions(settings, connection, roles):
         yield finding
 
@@ -241,6 +249,50 @@ async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:
             return await admin.describe_consumer_groups([group])
         except GroupCoordinatorNotAvailableError:
             await backoff.wait()
+
+
+async def _retention(
+    settings: RunSettings, connection: Connection, topics: Iterable[Mapping[str, Any]]
+) -> AsyncIterator[Finding]:
+    """Something where results would have timestamps that their topic no longer keeps, or where nobody can tell."""
+    name = settings.output_topic
+    keeps_ms = (await read_limits(connection, [name]))[name].retention_ms
+    if settings.result_timestamp == "now" or keeps_ms == NO_LIMIT:
+        return
+    tps = [TopicPartition(topic["topic"], each["partition"]) for topic in topics for each in topic["partitions"]]
+    consumer = Consumer(**connection.options(), group_id=settings.group_id, enable_auto_commit=False)
+    try:
+        await within(connection.request_timeout_s, consumer.start())
+        consumer.assign(tps)
+        oldest = int(time.time() * 1000) - keeps_ms
+        old = await within(
+            connection.request_timeout_s, _unread_before(consumer, tps, oldest, settings.auto_offset_reset)
+        )
+    except UNREACHABLE as error:
+        yield Finding("retention", "warn", f"how old the input is cannot be asked ({type(error).__name__}); try again")
+    else:
+        if old:
+            yield Finding(
+                "retention",
+                "warn",
+                f"up to {old} records to be read are older than {name} keeps its own ({keeps_ms / 3_600_000:.4g} h): Kafka "
+                "may delete their results at once; set result_timestamp to now, or raise its retention.ms",
+            )
+    finally:
+        await stopped(consumer, "consumer", 5)
+
+
+async def _unread_before(consumer: Consumer, tps: list[TopicPartition], moment: int, otherwise: str) -> int:
+    """How many records before a moment, in ms, the group has not read: those before the first that is as new."""
+    begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+    commits = await consumer.committed_offsets(tps)
+    found = await consumer.offsets_for_times(dict.fromkeys(tps, moment))
+    resets = begins if otherwise == "earliest" else ends
+    unread = 0
+    for tp in tps:
+        begin = commits[tp].offset if commits[tp].offset >= 0 else resets[tp]
+        unread += max(0, (found[tp].offset if found.get(tp) else ends[tp]) - max(begin, begins[tp]))
+    return unread
 
 
 async def _permissions(

@@ -136,9 +136,10 @@ class Connection:
 
 @dataclass(frozen=True)
 class TopicLimits:
-    """What a topic accepts, as Kafka's settings of these names; the defaults are Kafka's own.
+    """What a topic accepts, and how long it keeps it, as Kafka's settings of these names; the defaults are Kafka's own.
 
-    ``is_known``: the broker has told them. Where it has not, nothing is refused in its name.
+    ``is_known``: the broker has told them. Where it has not, nothing is refused in its name. ``retention_ms`` is the age,
+    by its own timestamp, at which a record is deleted: NO_LIMIT where it never is, or where the broker dates it.
     """
 
     max_message_bytes: int = 1_048_588
@@ -146,6 +147,7 @@ class TopicLimits:
     timestamp_after_max_ms: int = 3_600_000
     is_log_append_time: bool = False
     is_compacted: bool = False
+    retention_ms: int = NO_LIMIT
     is_known: bool = False
 
     def excess_ms(self, timestamp: int) -> float:
@@ -360,8 +362,16 @@ def _parsed_limits(config: Mapping[str, str | None]) -> TopicLimits:
         timestamp_after_max_ms=number("message.timestamp.after.max.ms", NO_LIMIT),  # older brokers have none
         is_log_append_time=config.get("message.timestamp.type") == "LogAppendTime",
         is_compacted="compact" in (config.get("cleanup.policy") or ""),
+        retention_ms=_retention_ms(config),
         is_known=True,
     )
+
+
+def _retention_ms(config: Mapping[str, str | None]) -> int:
+    retention_ms = int(config.get("retention.ms") or -1)
+    is_by_producer = config.get("message.timestamp.type") != "LogAppendTime"
+    is_deleted = "delete" in (config.get("cleanup.policy") or "") and is_by_producer and retention_ms >= 0
+    return retention_ms if is_deleted else NO_LIMIT
 
 
 async def refuse_wrong_credentials(connection: Connection) -> str:

@@ -20,7 +20,7 @@ import orjson
 from aiohttp import web
 from pydantic import SecretStr
 
-from worker.events import Decoder, Event, Failure, Record, has_timestamp
+from worker.events import Decoder, Event, Failure, Record, age_s
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.sentiment import Sentiment
@@ -98,7 +98,8 @@ class Tap:
     def _result(self, record: Record, sentiment: Sentiment, now: float) -> list[Any]:
         decoded = self._decoder.decode(record)
         id, text = decoded if isinstance(decoded, Event) else ("", "")
-        latency_ms = max(0, round(1000 * now) - record.timestamp) if has_timestamp(record) else None
+        latency_s = age_s(record.timestamp, now)
+        latency_ms = None if latency_s is None else round(1000 * latency_s)
         shown = _cut(text, TEXT_CHARS) if self._texts else None
         return [round(now, 3), _cut(id, ID_CHARS), sentiment.label, round(sentiment.score, 3), latency_ms, shown]
 

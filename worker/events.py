@@ -41,8 +41,12 @@ Row = TypeVar("Row", bound=tuple[Any, ...])
 CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
 COUNT_HEADER: Final = "replay.count"
+TIMESTAMP_HEADER: Final = "event.timestamp"  # the first timestamp of a replayed record, ms since 1970 in ASCII
 ENRICHED_FIELD: Final = "sentiment"
 MOST_VALUES: Final = 100_000  # in one record: each becomes an object of Python's, while all else waits
+LATEST_MS: Final = 253_402_300_799_999  # the end of the year 9999
+LONGEST_AGE_S: Final = 365 * 86_400.0  # beyond it a timestamp is taken for one in another unit than ms, or for none
+CLOCK_SKEW_S: Final = 1.0  # a timestamp may be so far ahead of this machine's clock
 
 
 class Record(Protocol):
@@ -80,10 +84,10 @@ class Failure(NamedTuple):
 
 
 class Null(Enum):
-    """A record with a null value."""
+    """A record with a null value, or with a null text where the setting ``on_null_text`` is skip."""
 
     TOMBSTONE = "forwarded as it is: it has a key"
-    SKIPPED = "skipped: a null with no key says nothing"
+    SKIPPED = "skipped: a null with no key, or a null text, says nothing"
 
 
 Decoded = Event | Failure | Null
@@ -108,7 +112,7 @@ class Decoder:
 
     def __init__(
         self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
-        max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None,
+        max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None, on_null_text: str = "dead_letter",
     ) -> None:  # fmt: skip
         self._is_text = input_format == "text"
         self._is_enriched = output_mode == "enrich"
@@ -122,6 +126,7 @@ class Decoder:
         self._get_texts = {topic: _getter(path.split(".")) for topic, path in self._text_fields.items()}
         self._get_id = _getter(self._id_path)
         self._max_text_chars = max_text_chars
+        self._skips_null_text = on_null_text == "skip"
 
     def decode(self, record: Record) -> Decoded:
         """Never raises, whatever the record holds."""
@@ -195,8 +200,8 @@ class Decoder:
     def _decode_json(self, record: Record, value: bytes) -> Decoded:
         fields = _object(value)
         text = fields if isinstance(fields, Failure) else self._text_in(record, fields)
-        if isinstance(text, Failure):
-            return text
+        if type(text) is not str:
+            return text  # type: ignore[return-value]  # mypy does not narrow by type()
         id = self._find_id(fields)  # type: ignore[arg-type]  # with a text there are fields
         return Event(id if type(id) is str else self._id(record, value, id), text)
 
@@ -207,6 +212,8 @@ class Decoder:
             return event
         if event.data is cloudevents.NO_DATA:
             return _failure("missing_text", "the event has no data")
+        if event.data is None and self._skips_null_text:
+            return Null.SKIPPED
         is_text = cloudevents.is_text(event.media_type) if event.media_type else self._is_text
         if is_text and not self._is_enriched:
             return self._with_text(event.id, event.data)
@@ -232,13 +239,15 @@ class Decoder:
         if type(fields) is not dict:
             return _failure("not_an_object", "the event's data is no JSON object")
         text = self._text_in(record, fields)
-        return text if isinstance(text, Failure) else Event(id, text)
+        return Event(id, text) if isinstance(text, str) else text
 
-    def _text_in(self, record: Record, fields: dict[str, Any]) -> str | Failure:
+    def _text_in(self, record: Record, fields: dict[str, Any]) -> str | Failure | Null:
         """The text of an object that can be scored, and enriched where that is wanted."""
         text = self._find_texts.get(record.topic, self._find_text)(fields)
         if type(text) is not str:
             field = self._text_fields.get(record.topic, self._text_field)
+            if self._skips_null_text and _is_null(fields, field.split(".")):
+                return Null.SKIPPED
             if text is _MISSING:
                 return _failure("missing_text", f"the object has no field {field}")
             return _failure("text_not_string", f"the field {field} is not a string")
@@ -264,12 +273,19 @@ class Decoder:
 
 
 class Encoder:
-    """Events and sentiments → result bytes. ``group_id`` names the source of results that are CloudEvents."""
+    """Events and sentiments → result bytes. ``group_id`` names the source of results that are CloudEvents.
 
-    def __init__(self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "") -> None:
+    ``result_timestamp``: results and tombstones have their input's timestamp (event), or that of their publishing (now).
+    """
+
+    def __init__(
+        self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "",
+        result_timestamp: str = "event",
+    ) -> None:  # fmt: skip
         self._is_enriched = output_mode == "enrich"
         self._is_cloud_event = output_format == "cloudevents"
         self._source = cloudevents.source_of(group_id)
+        self._is_dated_now = result_timestamp == "now"
 
     def encode(
         self,
@@ -288,8 +304,8 @@ class Encoder:
         if not records:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
-        timestamps: list[int | None] = [record.timestamp for record in records]
-        event_times = list(map(_json_time, timestamps))
+        headers = [record.headers for record in records]
+        event_times, timestamps = self._times(records, headers)
         columns = (
             _strings([event.id for event in events]),
             map(_LABEL_BYTES.__getitem__, labels),
@@ -301,14 +317,12 @@ class Encoder:
         values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
         if self._is_enriched:
             values = [_spliced(record, value) for record, value in zip(records, values, strict=True)]
-        if _NO_TIME in event_times:
-            timestamps = [None if time is _NO_TIME else at for at, time in zip(timestamps, event_times, strict=True)]
         results: list[Outgoing | Failure] = [
             *rows(
                 Outgoing,
                 [record.key for record in records],
                 values,
-                self._headers(records, events, processed_at),
+                self._headers(records, headers, events, processed_at),
                 timestamps,
             )
         ]
@@ -319,10 +333,25 @@ class Encoder:
                 )
         return results
 
+    def tombstone(self, record: Record) -> Outgoing:
+        """The null of a key, to go on as it is but for the time, which is as of the results."""
+        return tombstone(record)._replace(timestamp=None) if self._is_dated_now else tombstone(record)
+
+    def _times(self, records: Sequence[Record], headers: list[Headers]) -> tuple[list[bytes], list[int | None]]:
+        """What stands in the results for their events' times, and the results' own timestamps."""
+        timestamps: list[int | None] = [record.timestamp for record in records]
+        times = list(map(_json_time, timestamps))
+        if self._is_dated_now:
+            timestamps = [None] * len(records)
+        elif _NO_TIME in times:
+            timestamps = [None if time is _NO_TIME else at for at, time in zip(timestamps, times, strict=True)]
+        if any(headers) and TIMESTAMP_HEADER in set(map(itemgetter(0), chain.from_iterable(headers))):
+            times = [_first_time(own) or time for own, time in zip(headers, times, strict=True)]
+        return times, timestamps
+
     def _headers(
-        self, records: Sequence[Record], events: Sequence[Event], processed_at: str
+        self, records: Sequence[Record], headers: list[Headers], events: Sequence[Event], processed_at: str
     ) -> Iterable[list[tuple[str, bytes | None]]]:
-        headers = [record.headers for record in records]
         if self._is_cloud_event:
             return [
                 cloudevents.without_attributes(own)
@@ -445,11 +474,24 @@ def _number_said(value: bytes, bits: int) -> int:
 
 
 def revived(record: Original, id: str) -> Outgoing:
-    """The record to publish again: as it was, with its event's id in a header, and how often it has been replayed."""
+    """The record to publish again: as it was, with its event's id in a header, and how often it has been replayed.
+
+    It has the present time, for with its own the topic's retention might delete it before anyone reads it; its first
+    timestamp goes into a header, unless an earlier replay has put it there.
+    """
     times = max((_count(value) for name, value in record.headers if name == COUNT_HEADER), default=0) + 1
     headers = [header for header in record.headers if header[0] not in (ID_HEADER, COUNT_HEADER)]
     headers += [(ID_HEADER, id.encode()), (COUNT_HEADER, _ascii(times))]
-    return Outgoing(record.key, record.value, headers, record.timestamp if has_timestamp(record) else None)
+    if has_timestamp(record) and _first_time(record.headers) is None:
+        headers.append((TIMESTAMP_HEADER, _ascii(record.timestamp)))
+    return Outgoing(record.key, record.value, headers, None)
+
+
+def age_s(timestamp: int | None, now: float) -> float | None:
+    """Seconds from a record's timestamp, in ms, to ``now``, in s. None where it has none, or one that cannot be right."""
+    if timestamp is None or timestamp < 0 or not -CLOCK_SKEW_S <= (age := now - timestamp / 1000) <= LONGEST_AGE_S:
+        return None
+    return max(0.0, age)
 
 
 def has_timestamp(record: Record) -> bool:
@@ -477,6 +519,14 @@ def _json_time(timestamp: int | None) -> bytes:
         return _BEYOND
 
 
+def _first_time(headers: Headers) -> bytes | None:
+    """The timestamp that a replay has kept in a header, as a result has it. What is no such timestamp is not believed."""
+    for name, value in headers:
+        if name == TIMESTAMP_HEADER and value and _MOMENT_SAID.fullmatch(value) and int(value) <= LATEST_MS:
+            return _json_time(int(value))
+    return None
+
+
 @lru_cache(maxsize=64)  # neighbours share their second
 def _iso_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
@@ -495,7 +545,8 @@ _ERROR_HEADERS: Final = {
 }
 _TOPIC_SAID: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 _DIGITS_SAID: Final = re.compile(rb"\d{1,19}")
-_REASON_SAID: Final = re.compile(rb"[a-z_]{1,64}")  # also one of another version
+_MOMENT_SAID: Final = re.compile(rb"\d{1,15}")
+_REASON_SAID: Final = re.compile(rb"[a-z0-9_]{1,64}")  # also one of another version
 _MISSING: Final = object()
 _RUN: Final = 128  # records that are looked at together: of a longer run more would have to be looked at again
 # A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
@@ -573,6 +624,17 @@ def _look_up(fields: Any, path: list[str]) -> Any:
             return _MISSING
         fields = fields[name]
     return fields
+
+
+def _is_null(fields: Any, path: list[str]) -> bool:
+    """Whether the value at a path is null, or one that it leads through."""
+    for name in path:
+        if not isinstance(fields, dict) or name not in fields:
+            return False
+        fields = fields[name]
+        if fields is None:
+            return True
+    return False
 
 
 def _failure(reason: Reason, message: str) -> Failure:

@@ -22,7 +22,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from worker.events import Reason, Stage
+from worker.events import CLOCK_SKEW_S, LONGEST_AGE_S, Reason, Stage
 from worker.sentiment import LABELS
 
 PREFIX = "sentiment_worker_"
@@ -98,7 +98,9 @@ class Metrics:
         self.results_published = counter("results_published_total", "Results acknowledged by Kafka", ["label"])
         self.dead_letters = counter("dead_letters_total", "Dead letters acknowledged by Kafka", ["stage", "reason"])
         self.tombstones = counter("tombstones_total", "Nulls with a key, forwarded")
-        self.records_skipped = counter("records_skipped_total", "Nulls without a key, skipped")
+        self.records_skipped = counter(
+            "records_skipped_total", "Nulls without a key, and null texts that are skipped by on_null_text"
+        )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
         self.batch_texts = histogram("batch_texts", "Texts in one pass of the network", _COUNTS)
         self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the network, padding included", _TOKENS)
@@ -110,13 +112,19 @@ class Metrics:
         self.end_to_end_seconds = batch_histogram(
             "end_to_end_seconds", "From the input record's timestamp to its acknowledged result", _SECONDS
         )
+        self.implausible_timestamps = counter(
+            "implausible_timestamps_total",
+            "Results whose record is dated more than a year back or in the future: not in end_to_end_seconds",
+        )
         queue_depth = gauge("queue_depth", "Records waiting before each stage", ["stage"])
         self.queue_depth = {stage: queue_depth.labels(stage) for stage in QUEUES}
         self.lag_records = gauge(
             "consumer_lag_records", "End offset minus the next offset to commit", ["topic", "partition"]
         )
         self.lag_seconds = gauge(
-            "consumer_lag_seconds", "Age of the oldest record that is not committed", ["topic", "partition"]
+            "consumer_lag_seconds",
+            "Age of the oldest record that is not committed",
+            ["topic", "partition"],
         )
         self.assigned_partitions = gauge("assigned_partitions", "Partitions assigned to this process")
         self.rebalances = counter("rebalances_total", "Assignments received from the group")
@@ -177,11 +185,17 @@ class Metrics:
             self.records_consumed.labels(topic).inc(count)
 
     def published(self, labels: Iterable[str], scores: Sequence[float], seconds: Sequence[float]) -> None:
-        """Acknowledged results: their labels, scores, and times since their records' timestamps."""
+        """Acknowledged results: their labels, scores, and times since their records' timestamps.
+
+        A time that cannot be right (``events.age_s``) would spoil the sum for good, and is counted apart.
+        """
         for label, count in Tally(labels).items():
             self.results_published.labels(label).inc(count)
         self.score.observe(scores)
-        self.end_to_end_seconds.observe(np.maximum(0.0, seconds))
+        ages = np.asarray(seconds, dtype=float)
+        is_plausible = (ages >= -CLOCK_SKEW_S) & (ages <= LONGEST_AGE_S)
+        self.implausible_timestamps.inc(len(ages) - int(is_plausible.sum()))
+        self.end_to_end_seconds.observe(np.maximum(0.0, ages[is_plausible]))
 
     def dead_lettered(self, failures: Iterable[tuple[Stage, Reason]]) -> None:
         for (stage, reason), count in Tally(failures).items():

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import copy
 import logging
+import math
 import operator
 import time
 from bisect import bisect_left
@@ -19,6 +20,7 @@ from typing import Any, Final, cast
 
 from worker import garbage
 from worker.breath import SLICE, Breath
+from worker.cluster import NO_LIMIT
 from worker.events import (
     Decoded,
     Decoder,
@@ -32,7 +34,6 @@ from worker.events import (
     iso_time,
     rows,
     smaller_dead_letters,
-    tombstone,
 )
 from worker.flood import DeadLetterFlood, FloodGauge, Look
 from worker.inference import Inference, Job
@@ -151,6 +152,7 @@ class Pipeline:
         dead_letter_topic: str,
         version: str,
         drain_timeout_s: float = 20,
+        retention_ms: int = NO_LIMIT,
         transactions: Transactions | None = None,
         tracing: Tracing | None = None,
         watch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
@@ -168,6 +170,7 @@ class Pipeline:
         self._dead_letter_topic = dead_letter_topic
         self._version = version
         self._drain_timeout_s = drain_timeout_s
+        self._retention_s = retention_ms / 1000
         self._transactions = transactions
         self._tracing = tracing
         self._watch = watch
@@ -393,7 +396,8 @@ class Pipeline:
     def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
         if isinstance(decoded, Failure):
             return self._dead_letter(record, decoded)
-        return Outcome(record, self._parcel(record, tombstone(record)) if decoded is Null.TOMBSTONE else None)
+        is_sent = decoded is Null.TOMBSTONE
+        return Outcome(record, self._parcel(record, self._encoder.tombstone(record)) if is_sent else None)
 
     def _results(
         self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
@@ -525,11 +529,10 @@ class Pipeline:
         if sentiments:
             labels, scores, _ = zip(*sentiments, strict=True)
             timestamps = [outcome.record.timestamp for outcome in outcomes if outcome.sentiment]
-            self._metrics.published(
-                labels,
-                scores,
-                [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0],
-            )
+            ages = [now - timestamp / 1000 for timestamp in timestamps if timestamp is not None and timestamp >= 0]
+            self._metrics.published(labels, scores, ages)
+            if ages and max(ages) > self._retention_s:
+                self._tell_of_retention(max(ages))
         refused: Counter[Reason] = Counter()
         if len(sentiments) < len(outcomes):
             others = [outcome for outcome in outcomes if not outcome.sentiment]
@@ -545,6 +548,14 @@ class Pipeline:
         self._look_at_published(outcomes)
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
+
+    def _tell_of_retention(self, age_s: float) -> None:
+        log.warning(
+            "a result is older than its topic keeps records: Kafka may delete it before anyone reads it; set "
+            "result_timestamp to now, or raise the topic's retention.ms",
+            extra={"topic": self._output_topic, "age_s": round(age_s), "retention_s": round(self._retention_s)},
+        )
+        self._retention_s = math.inf  # once is enough
 
 
 async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[MicroBatch]:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 CHUNK: Final = 500  # dead letters published and committed at once
 READ_TIMEOUT_MS: Final = 1_000
 SILENCE_S: Final = 60.0
-NO_REASON: Final = "(no dead letter)"
+NO_REASON: Final = "(no dead letter)"  # as this version knows them
 
 
 class ReplayFailed(UsersMistake):
@@ -52,19 +52,25 @@ class ReplayFailed(UsersMistake):
 
 @dataclass(slots=True)
 class Tally:
-    """How many dead letters of each reason were (or, by a dry run, would be) sent, could not be, or had been before."""
+    """How many dead letters of each reason were (or, by a dry run, would be) sent, could not be, or had been before.
+
+    What is not recognised as a dead letter is kept back: each replay meets it again. ``first_kept_back`` says where the
+    first is.
+    """
 
     sent: Counter[str] = field(default_factory=Counter)
     not_kept: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    kept_back: Counter[str] = field(default_factory=Counter)
+    first_kept_back: str = ""
     done_before: int = 0
     left: int = 0
 
     def table(self, sent: str) -> Table:
-        table = Table("reason", sent, "value not kept", "refused")
+        table = Table("reason", sent, "value not kept", "refused", "kept back")
         for column in table.columns[1:]:
             column.justify = "right"
-        columns = (self.sent, self.not_kept, self.refused)
+        columns = (self.sent, self.not_kept, self.refused, self.kept_back)
         for reason in sorted(set().union(*columns)):
             table.add_row(reason, *(str(column[reason]) for column in columns))
         table.add_section()
@@ -89,7 +95,7 @@ def run(settings: ReplaySettings) -> int:
     console.print(tally.table("would be replayed" if settings.dry_run else "replayed"))
     for sentence in _remarks(tally):
         console.print(sentence, soft_wrap=True)
-    return 1 if tally.left or tally.refused else 0
+    return 1 if tally.left or tally.refused or tally.kept_back else 0
 
 
 async def _replayed(settings: ReplaySettings, progress: Progress) -> Tally:
@@ -116,7 +122,13 @@ def _remarks(tally: Tally) -> list[str]:
         remarks.append("Where the value was not kept, for its size, only its producer can send it again.")
     if tally.refused:
         remarks.append(
-            "What is refused is too large or too old for the topic that it came from; it stays a dead letter."
+            "What is refused is too large for the topic that it came from, or this machine's clock is wrong; it stays a "
+            "dead letter."
+        )
+    if tally.kept_back:
+        remarks.append(
+            f"What is kept back is not recognised as a dead letter (the first: {tally.first_kept_back}); the next replay "
+            "meets it again."
         )
     if tally.left:
         remarks.append(f"Stopped with up to {tally.left} left; the next replay goes on there.")
@@ -278,31 +290,38 @@ class Replay:
 
     async def _settle(self, tp: TopicPartition, lane: Lane, letters: list[ConsumerRecord], reached: int) -> None:
         """Publishes what there is to publish, and commits that it is done."""
-        due = self._due(lane, letters)
-        if due and not self._is_dry:
-            await self._send(due)
-        else:
+        due, kept_back = self._due(lane, letters)
+        lane.done.add(lane.next, reached, self._reasons, kept_back)
+        if self._is_dry:
             self._tally.sent.update(record.reason for record in due)
-        lane.done.add(lane.next, reached, self._reasons)
-        if not self._is_dry:
-            await self._commit(tp, lane)
+        else:
+            commit = {tp: (lane.done.offset, self._metadata(lane.done))}  # before anything is sent: it may not fit
+            if due:
+                await self._send(due)
+            await self._commit(commit)
         self._progress.advance(self._bar, reached - lane.next)
         lane.next = reached
 
-    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> list[Original]:
-        due = []
+    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> tuple[list[Original], list[int]]:
+        """What is to be published, and the offsets of what is not recognised: it may be of any reason."""
+        due, kept_back = [], []
         for letter in letters:
             record = original(letter)
             reason = record.reason if record else NO_REASON
-            if self._reasons and reason not in self._reasons:
+            if record and self._reasons and reason not in self._reasons:
                 continue
             if lane.done.has(letter.offset, reason):
                 self._tally.done_before += 1
-            elif record and record.is_whole and (record.key is not None or record.value is not None):
+            elif record is None:
+                kept_back.append(letter.offset)
+                self._tally.kept_back[reason] += 1
+                where = f"{letter.topic}-{letter.partition} at offset {letter.offset}"
+                self._tally.first_kept_back = self._tally.first_kept_back or where
+            elif record.is_whole and (record.key is not None or record.value is not None):
                 due.append(record)
             else:
                 self._tally.not_kept[reason] += 1
-        return due
+        return due, kept_back
 
     async def _send(self, due: list[Original]) -> None:
         missing = {record.topic for record in due} - self._topics
@@ -321,17 +340,20 @@ class Replay:
         for record, refusal in zip(due, await self._sink.publish(parcels), strict=True):
             (self._tally.refused if refusal else self._tally.sent)[record.reason] += 1
 
-    async def _commit(self, tp: TopicPartition, lane: Lane) -> None:
+    def _metadata(self, done: Replayed) -> str:
+        try:
+            return with_topic_id(self._topic_id, done.metadata())
+        except TooManySpans:
+            raise ReplayFailed(
+                f"the group {self._group_id} cannot remember so many gaps in what it has replayed; replay all, or, where "
+                "they are records that are no dead letters, what is newer (since) with another replay_group_id"
+            ) from None
+
+    async def _commit(self, commit: dict[TopicPartition, tuple[int, str]]) -> None:
         backoff = Backoff()
         while True:
             try:
-                commit = {tp: (lane.done.offset, with_topic_id(self._topic_id, lane.done.metadata()))}
                 await within(self._connection.request_timeout_s, self._consumer.commit(commit))
-            except TooManySpans:
-                raise ReplayFailed(
-                    f"the group {self._group_id} has replayed too many single spans of time to remember; replay all, or "
-                    "name another with replay_group_id"
-                ) from None
             except (CommitFailedError, IllegalStateError):
                 raise ReplayFailed(
                     f"the group {self._group_id} gave {self._where()} away; up to {CHUNK} may be replayed once more"

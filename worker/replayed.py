@@ -6,13 +6,17 @@ enough. What goes beyond it is kept as spans in the commit's metadata.
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Final
 
 Span = tuple[int, int]  # from an offset to before another
 
 EVERY: Final = "*"  # whatever the reason
 METADATA_BYTES: Final = 4_000  # a broker takes 4,096
-_STATE: Final = re.compile(r"(?:[a-z_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
+_STATE: Final = re.compile(r"(?:[a-z0-9_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
+# Earlier versions read no state that has a digit in a reason: 0 to 9 are written as *a to *j
+_WITHOUT_DIGITS: Final = str.maketrans({str(digit): f"*{letter}" for digit, letter in enumerate("abcdefghij")})
+_DIGIT: Final = re.compile(r"\*([a-j])")
 
 
 class TooManySpans(Exception):
@@ -34,14 +38,18 @@ class Replayed:
         if _STATE.fullmatch(metadata):
             for of_reason in filter(None, metadata.split(";")):
                 reason, _, listed = of_reason.partition("=")
+                if any(map(str.isdigit, reason)):
+                    continue  # of a version that took such dead letters for none, and never sent them
                 pairs = (span.split("-") for span in listed.split(","))
+                reason = _DIGIT.sub(lambda letter: str(ord(letter[1]) - ord("a")), reason)
                 spans[reason] = [(int(begin), int(end)) for begin, end in pairs]
         return cls(offset, spans)
 
     def metadata(self) -> str:
         """The spans, for the commit of ``offset``. Raises TooManySpans."""
         text = ";".join(
-            f"{reason}={','.join(f'{begin}-{end}' for begin, end in spans)}" for reason, spans in self._spans.items()
+            f"{reason.translate(_WITHOUT_DIGITS)}={','.join(f'{begin}-{end}' for begin, end in spans)}"
+            for reason, spans in self._spans.items()
         )
         if len(text) > METADATA_BYTES:
             raise TooManySpans
@@ -54,10 +62,14 @@ class Replayed:
         spans = [*self._spans.get(reason, ()), *self._spans.get(EVERY, ())]
         return any(begin <= offset < end for begin, end in spans)
 
-    def add(self, begin: int, end: int, reasons: Iterable[str] = ()) -> None:
-        """Dead letters from ``begin`` to before ``end`` are done: those of these reasons, or all."""
+    def add(self, begin: int, end: int, reasons: Iterable[str] = (), kept_back: Iterable[int] = ()) -> None:
+        """Dead letters from ``begin`` to before ``end`` are done: those of these reasons, or all.
+
+        Not so what is at the offsets ``kept_back``.
+        """
+        edges = [begin - 1, *sorted(kept_back), end]
         for reason in tuple(reasons) or (EVERY,):
-            self._spans.setdefault(reason, []).append((begin, end))
+            self._spans.setdefault(reason, []).extend((before + 1, after) for before, after in pairwise(edges))
         self._tidy()
 
     def forget_before(self, offset: int) -> None:

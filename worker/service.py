@@ -8,7 +8,7 @@ import signal
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.cluster import Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
+from worker.cluster import NO_LIMIT, Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
 from worker.console import Console, Tap, shown_settings
 from worker.descriptors import raise_limit
 from worker.events import Decoder, Encoder
@@ -205,7 +205,10 @@ async def _started(
         decoder=_decoder(settings),
         inference=inference,
         encoder=Encoder(
-            output_mode=settings.output_mode, output_format=settings.output_format, group_id=settings.group_id
+            output_mode=settings.output_mode,
+            output_format=settings.output_format,
+            group_id=settings.group_id,
+            result_timestamp=settings.result_timestamp,
         ),
         sink=sink,
         flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
@@ -215,6 +218,7 @@ async def _started(
         dead_letter_topic=settings.dead_letter_topic,
         version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
+        retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
         transactions=transactions,
         tracing=tracing,
         watch=tap,
@@ -239,6 +243,7 @@ def _decoder(settings: RunSettings) -> Decoder:
         text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
+        on_null_text=settings.on_null_text,
     )
 
 

@@ -370,6 +370,16 @@ class RunSettings(ModelSettings, EventSettings):
         description="where the text is; a dotted path reaches inside; by topic: reviews=body,posts=data.text, and text for "
         "the others",
     )
+    on_null_text: Literal["dead_letter", "skip"] = Field(
+        "dead_letter",
+        description="what becomes of a record whose text, or an object around it, is null: a dead letter, or it is skipped "
+        "and counted",
+    )
+    result_timestamp: Literal["event", "now"] = Field(
+        "event",
+        description="timestamp of results: the input record's, or that of their publishing, for outputs that keep records "
+        "for less time than the input is old",
+    )
     output_format: Literal["json", "cloudevents"] = Field(
         "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
     )

@@ -45,6 +45,7 @@ from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
 from worker.descriptors import compared
+from worker.events import age_s
 from worker.health import Health
 from worker.identity import TopicIds, with_topic_id, without_topic_id
 from worker.logs import whereabouts
@@ -981,8 +982,9 @@ class Source:
 
     @staticmethod
     def _age_s(assignment: Assignment) -> float:
-        timestamp = assignment.waiting[0][1] if assignment.waiting else -1
-        return max(0.0, time.time() - timestamp / 1000) if timestamp is not None and timestamp >= 0 else 0.0
+        """By the first read whose timestamp can be right; 0 where there is none."""
+        now = time.time()
+        return next((age for _, timestamp in assignment.waiting if (age := age_s(timestamp, now)) is not None), 0.0)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

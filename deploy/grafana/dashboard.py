@@ -308,8 +308,12 @@ def what_goes_wrong() -> Sequence[timeseries.Panel]:
         chart(
             "Dead letters by reason",
             "short",
-            {"{{stage}}: {{reason}}": total(rate("dead_letters_total"), "stage", "reason")},
-            "Per second. decode is the producer's, infer the model's, publish the output topic's.",
+            {
+                "{{stage}}: {{reason}}": total(rate("dead_letters_total"), "stage", "reason"),
+                "results with an implausible timestamp": total(rate("implausible_timestamps_total")),
+            },
+            "Per second. decode is the producer's, infer the model's, publish the output topic's. Implausible: more than a "
+            "year old or in the future.",
         ),
         chart(
             "Rebalances",

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import orjson
 import pytest
@@ -17,8 +18,9 @@ from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 
 from tests.process import COSTLESS, Workers, environment
 from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics, of_the_group, repeated
+from tests.topics import Kafka, Record, Topics, repeated
 from tests.waiting import wait_for
+from worker.events import Reason
 
 pytestmark = pytest.mark.kafka
 
@@ -83,16 +85,18 @@ def test_what_the_worker_could_not_score_is_scored_after_its_settings_are_mended
 
     dry = replay(kafka, topics, "--dry-run")
     assert (dry.returncode, dry.stderr) == (0, "")
-    assert counted(dry) == {**{reason: [30, 0, 0] for reason in REASONS}, "all": [90, 0, 0]}
+    assert counted(dry) == {**{reason: [30, 0, 0, 0] for reason in REASONS}, "all": [90, 0, 0, 0]}
     assert kafka.count(topics.input) == 90, "a dry run sends nothing"
     assert kafka.committed(f"{topics.group}.replay", topics.dead_letters) == {}
 
+    began_at = int(time.time() * 1000)
     one = replay(kafka, topics, "--reason", "empty_text")
-    assert (one.returncode, counted(one)) == (0, {"empty_text": [30, 0, 0], "all": [30, 0, 0]})
+    assert (one.returncode, counted(one)) == (0, {"empty_text": [30, 0, 0, 0], "all": [30, 0, 0, 0]})
     rest = replay(kafka, topics)
-    assert counted(rest) == {"missing_text": [30, 0, 0], "text_not_string": [30, 0, 0], "all": [60, 0, 0]}
+    assert rest.returncode == 0
+    assert counted(rest) == {"missing_text": [30, 0, 0, 0], "text_not_string": [30, 0, 0, 0], "all": [60, 0, 0, 0]}
     assert "30 more have been replayed before" in rest.stdout
-    assert counted(replay(kafka, topics)) == {"all": [0, 0, 0]}
+    assert counted(replay(kafka, topics)) == {"all": [0, 0, 0, 0]}
 
     by_value = {record.value: record for record in sent}
     again = kafka.read(topics.input)
@@ -102,12 +106,16 @@ def test_what_the_worker_could_not_score_is_scored_after_its_settings_are_mended
         origin = by_value[record.value]
         fields = orjson.loads(record.value or b"")
         id = str(fields["id"]) if "id" in fields else "{}-{}-{}".format(*origin.place)
-        assert list(record.headers) == [("h", b"1"), ("event.id", id.encode()), ("replay.count", b"1")]
-        assert (record.key, record.timestamp, record.partition) == (origin.key, origin.timestamp, origin.partition)
+        first = ("event.timestamp", b"%d" % origin.timestamp)
+        assert list(record.headers) == [("h", b"1"), ("event.id", id.encode()), ("replay.count", b"1"), first]
+        assert (record.key, record.partition) == (origin.key, origin.partition)
+        assert record.timestamp >= began_at, "no retention may take it before a worker reads it"
 
     workers.start(topics, text_field="body", auto_offset_reset="earliest")
     wait_until_committed(kafka, topics)
     results = [orjson.loads(record.value or b"") for record in kafka.read(topics.output)]
+    assert {result["event_time"] for result in results} == {"2023-11-14T22:13:20.000Z"}
+    assert all(record.timestamp >= began_at for record in kafka.read(topics.output)), "a result's is its input's"
     assert Counter(result["id"] for result in results) == Counter(
         dict(record.headers)["event.id"].decode()
         for record in replayed  # type: ignore[union-attr]
@@ -120,14 +128,17 @@ def test_what_dies_again_counts_its_replays(kafka: Kafka, topics: Topics, worker
     workers.start(topics, dead_letter_limit=0)
     for times in (1, 2):
         wait_for(lambda: kafka.count(topics.dead_letters) == times, "the dead letter", 180)  # noqa: B023
-        assert counted(replay(kafka, topics))["all"] == [1, 0, 0]
+        assert counted(replay(kafka, topics))["all"] == [1, 0, 0, 0]
         newest = kafka.read(topics.input)[-1]
-        assert list(newest.headers) == [
-            ("error.reason", b"mine"),
-            ("source.topic", b"mine"),
-            ("event.id", f"{topics.input}-0-0".encode()),
-            ("replay.count", b"%d" % times),
-        ]
+        first = kafka.read(topics.input)[0].timestamp
+        assert dict(newest.headers) == {
+            "error.reason": b"mine",
+            "source.topic": b"mine",
+            "event.id": f"{topics.input}-0-0".encode(),
+            "replay.count": b"%d" % times,
+            "event.timestamp": b"%d" % first,
+        }
+        assert len(newest.headers) == 5
 
 
 def test_an_interrupted_replay_goes_on_where_it_was(kafka: Kafka, topics: Topics) -> None:
@@ -144,7 +155,7 @@ def test_an_interrupted_replay_goes_on_where_it_was(kafka: Kafka, topics: Topics
         assert "the next replay goes on there" in stdout
         assert "stopping" in stderr
     done = kafka.count(topics.input)
-    assert counted(replay(kafka, topics))["all"] == [20_000 - done, 0, 0]
+    assert counted(replay(kafka, topics))["all"] == [20_000 - done, 0, 0, 0]
     assert not repeated(map(trace, kafka.read(topics.input)))
     assert kafka.count(topics.input) == 20_000
 
@@ -193,15 +204,16 @@ def test_by_time_by_size_and_by_what_is_no_dead_letter(kafka: Kafka, topics: Top
     latest = replay(kafka, topics, *since)
     assert latest.returncode == 1, "something is refused"
     assert counted(latest) == {
-        "(no dead letter)": [0, 1, 0],
-        "invalid_json": [0, 1, 0],
-        "missing_text": [5, 0, 0],
-        "result_too_large": [0, 0, 1],
-        "all": [5, 2, 1],
+        "(no dead letter)": [0, 0, 0, 1],
+        "invalid_json": [0, 1, 0, 0],
+        "missing_text": [5, 0, 0, 0],
+        "result_too_large": [0, 0, 1, 0],
+        "all": [5, 1, 1, 1],
     }
-    assert counted(replay(kafka, topics, *since))["all"] == [0, 0, 0]
-    assert counted(replay(kafka, topics, "--until", "2h", "--reason", "missing_text"))["all"] == [5, 0, 0]
-    assert counted(replay(kafka, topics))["all"] == [0, 0, 0]
+    assert f"the first: {topics.dead_letters}-0 at offset 12" in latest.stdout
+    assert counted(replay(kafka, topics, *since))["all"] == [0, 0, 0, 1]
+    assert counted(replay(kafka, topics, "--until", "2h", "--reason", "missing_text"))["all"] == [5, 0, 0, 0]
+    assert counted(replay(kafka, topics))["all"] == [0, 0, 0, 1]
     assert [trace(record) for record in kafka.read(topics.input)] == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
     assert json.loads((kafka.read(topics.input)[0]).value or b"") == {"id": 5, "text": 1}
 
@@ -223,16 +235,51 @@ def test_what_was_replayed_of_a_topic_that_is_made_anew_is_not_taken_for_what_is
 ) -> None:
     kafka.create_all(topics, 1)
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(100)])
-    assert counted(replay(kafka, topics))["all"] == [100, 0, 0]
+    assert counted(replay(kafka, topics))["all"] == [100, 0, 0, 0]
     group = f"{topics.group}.replay"
     asked = ConsumerGroupTopicPartitions(group, kafka.partitions(topics.dead_letters))
-    [old] = of_the_group(lambda: kafka.admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+    [old] = kafka.of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
 
     kafka.delete(topics.dead_letters)
     kafka.create(topics.dead_letters)
     asyncio.run(commit(kafka, group, old))  # as one that comes late
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(1_000, 1_200)])
     again = replay(kafka, topics)
-    assert counted(again)["all"] == [200, 0, 0]
+    assert counted(again)["all"] == [200, 0, 0, 0]
     assert "was deleted and made again" in again.stderr
-    assert counted(replay(kafka, topics))["all"] == [0, 0, 0]
+    assert counted(replay(kafka, topics))["all"] == [0, 0, 0, 0]
+
+
+def test_every_reason_goes_back_once_and_what_is_no_dead_letter_is_kept_back(kafka: Kafka, topics: Topics) -> None:
+    kafka.create_all(topics, 1)
+    reasons = [*get_args(Reason), "unknown_schema", "invalid_utf16", "http_503"]
+    letters = [dead_letter(number, topics, reason) for number, reason in enumerate(reasons)]
+    strangers = [dead_letter(90, topics, "No reason"), Record(b"{}", b"key")]
+    kafka.send(topics.dead_letters, [letters[0], strangers[0], *letters[1:], strangers[1]])
+    dry = replay(kafka, topics, "--dry-run")
+    one = replay(kafka, topics, "--reason", "invalid_utf8")
+    rest = replay(kafka, topics)
+    again = replay(kafka, topics)
+    assert counted(dry)["all"] == [len(reasons), 0, 0, 2]
+    assert counted(one) == {"(no dead letter)": [0, 0, 0, 2], "invalid_utf8": [1, 0, 0, 0], "all": [1, 0, 0, 2]}
+    assert counted(rest)["all"] == [len(reasons) - 1, 0, 0, 2]
+    assert counted(again) == {"(no dead letter)": [0, 0, 0, 2], "all": [0, 0, 0, 2]}
+    assert {done.returncode for done in (dry, one, rest, again)} == {1}
+    assert sorted(map(trace, kafka.read(topics.input))) == list(range(len(reasons)))
+    assert f"the first: {topics.dead_letters}-0 at offset 1" in again.stdout
+    kafka.send(topics.dead_letters, [dead_letter(91, topics)])
+    assert counted(replay(kafka, topics))["missing_text"] == [1, 0, 0, 0]
+    assert kafka.count(topics.input) == len(reasons) + 1
+
+
+def test_more_strangers_than_can_be_remembered_are_said_before_anything_is_sent(kafka: Kafka, topics: Topics) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(
+        topics.dead_letters,
+        [Record(b"{}", b"key") if number % 2 else dead_letter(number, topics) for number in range(2_000)],
+    )
+    for _ in range(2):
+        done = replay(kafka, topics)
+        assert done.returncode == 1
+        assert "cannot remember so many gaps" in done.stderr
+    assert not repeated(map(trace, kafka.read(topics.input)))

@@ -36,3 +36,23 @@ def test_a_write_to_a_connection_that_was_reset(factory: Callable[[], asyncio.Ab
     assert cluster.UNREACHABLE
     with asyncio.Runner(loop_factory=factory) as runner, pytest.raises(KafkaConnectionError):
         runner.run(write_to_a_connection_that_was_reset())
+
+
+@pytest.mark.parametrize(
+    ("config", "retention_ms"),
+    [
+        ({}, cluster.NO_LIMIT),
+        ({"cleanup.policy": "delete", "retention.ms": "604800000"}, 604_800_000),
+        ({"cleanup.policy": "compact,delete", "retention.ms": "0"}, 0),
+        ({"cleanup.policy": "delete", "retention.ms": "-1"}, cluster.NO_LIMIT),
+        ({"cleanup.policy": "compact", "retention.ms": "604800000"}, cluster.NO_LIMIT),
+        (
+            {"cleanup.policy": "delete", "retention.ms": "1", "message.timestamp.type": "LogAppendTime"},
+            cluster.NO_LIMIT,
+        ),
+    ],
+)
+def test_retention_is_that_of_topics_that_delete_by_the_producers_time(
+    config: dict[str, str | None], retention_ms: int
+) -> None:
+    assert cluster._parsed_limits(config).retention_ms == retention_ms

@@ -4,7 +4,9 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -34,7 +36,8 @@ class Outcome(NamedTuple):
 
 def outcome(number: int, *, value: bytes | None = None, failure: Failure | None = None) -> Outcome:
     value = value or json.dumps({"id": f"e{number}", "text": f"текст {number}"}).encode()
-    record = ConsumerRecord("texts", 3, number, 1_000, 0, None, value, None, 0, len(value), [])
+    sent_at = round(1000 * time.time()) - 1_000
+    record = ConsumerRecord("texts", 3, number, sent_at, 0, None, value, None, 0, len(value), [])
     return Outcome(record, failure, None if failure else GOOD)
 
 
@@ -62,6 +65,14 @@ def test_a_result_is_told_without_its_text() -> None:
     assert not letters
     assert open_tap.take() == ([], []), "told once"
     assert len(open_tap.results) == 1, "kept for the next page"
+
+
+def test_a_latency_that_cannot_be_right_is_not_told() -> None:
+    open_tap = tap()
+    told = outcome(1)
+    open_tap([told._replace(record=replace(told.record, timestamp=1_795_428_000))])  # in seconds
+    ((*_, latency_ms, _),), _ = open_tap.take()
+    assert latency_ms is None
 
 
 def test_texts_are_told_where_they_are_switched_on_and_cut() -> None:

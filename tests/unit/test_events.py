@@ -21,6 +21,7 @@ from worker.events import (
     Null,
     Outgoing,
     Reason,
+    age_s,
     dead_letter,
     has_timestamp,
     iso_time,
@@ -312,6 +313,46 @@ def test_a_number_larger_than_any_float_is_json_too(number: str) -> None:
     assert decode('{"text": "да", "id": "1", "n": ' + number + "}") == Event("1", "да")
 
 
+STRUCTURED = [("content-type", b"application/cloudevents+json")]
+CLOUD_EVENT = '{"specversion":"1.0","id":"1","source":"s","type":"t",'
+NULL_TEXTS: list[tuple[str, str, Headers, Reason]] = [
+    ('{"text": null}', "text", (), "text_not_string"),
+    ('{"after": null, "op": "d"}', "after.text", (), "missing_text"),
+    ('{"payload": {"after": null}}', "payload.after.text", (), "missing_text"),
+    ('{"after": {"text": null}}', "after.text", (), "text_not_string"),
+    (CLOUD_EVENT + '"data":{"after":null}}', "after.text", STRUCTURED, "missing_text"),
+    (CLOUD_EVENT + '"data":null}', "text", STRUCTURED, "not_an_object"),
+    (CLOUD_EVENT + '"datacontenttype":"text/plain","data":null}', "text", STRUCTURED, "text_not_string"),
+]
+NO_NULL_TEXTS: list[tuple[str, str, Reason]] = [
+    ("{}", "text", "missing_text"),
+    ('{"before": null}', "after.text", "missing_text"),
+    ('{"after": {}}', "after.text", "missing_text"),
+    ('{"after": {"text": 0}}', "after.text", "text_not_string"),
+    ('{"after": ""}', "after.text", "missing_text"),
+    ('{"text": "null"}', "text.x", "missing_text"),
+    ("null", "text", "not_an_object"),
+]
+
+
+@pytest.mark.parametrize(("value", "text_field", "headers", "reason"), NULL_TEXTS)
+def test_a_null_text_is_a_dead_letter_or_skipped(value: str, text_field: str, headers: Headers, reason: Reason) -> None:
+    dead = decode(value, headers, text_field=text_field)
+    assert isinstance(dead, Failure)
+    assert dead.reason == reason
+    decoder = Decoder(text_field=text_field, on_null_text="skip")
+    plain = FakeRecord(b'{"id": "1", "text": "x", "after": {"text": "x"}, "payload": {"after": {"text": "x"}}}')
+    assert decoder.decode_all([FakeRecord(value.encode(), headers=headers), plain]) == [Null.SKIPPED, Event("1", "x")]
+
+
+@pytest.mark.parametrize(("value", "text_field", "reason"), NO_NULL_TEXTS)
+def test_what_is_no_null_text_stays_a_dead_letter(value: str, text_field: str, reason: Reason) -> None:
+    for setting in ("dead_letter", "skip"):
+        failure = decode(value, text_field=text_field, on_null_text=setting)
+        assert isinstance(failure, Failure)
+        assert failure.reason == reason
+
+
 @pytest.mark.parametrize("input_format", ["json", "text"])
 def test_a_null_is_a_tombstone_with_a_key_and_skipped_without(input_format: str) -> None:
     assert decode(None, key=b"k", input_format=input_format) is Null.TOMBSTONE
@@ -528,9 +569,95 @@ def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
     assert found is not None
     assert found == (record.topic, 3, 1201, timestamp, b"k", b"{", own, "too_large", True)
     outgoing = revived(found, Decoder().id_of(found))
-    assert outgoing.timestamp == (None if timestamp < 0 else timestamp)
-    assert outgoing.headers == [*own[:3], ("event.id", b"me"), ("replay.count", b"1")]
+    assert outgoing.timestamp is None, "with its own, retention would delete it"
+    first = [("event.timestamp", b"%d" % timestamp)] if timestamp >= 0 else []
+    assert outgoing.headers == [*own[:3], ("event.id", b"me"), ("replay.count", b"1"), *first]
     assert (outgoing.key, outgoing.value) == (b"k", b"{")
+
+
+NOT_A_MOMENT = (None, b"", b"x", b"-1", b"1.5", b" 1", b"1_0", "١".encode(), b"%d" % AFTER_YEAR_9999, b"9" * 100_000)
+
+
+@pytest.mark.parametrize("before", [b"0", b"1700000000000", b"%d" % (AFTER_YEAR_9999 - 1)])
+def test_a_second_replay_keeps_the_first_timestamp(before: bytes) -> None:
+    record = FakeRecord(b"{", headers=[("event.timestamp", before), ("h", b"1")])
+    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    assert found is not None
+    assert [value for name, value in revived(found, "1").headers if name == "event.timestamp"] == [before]
+
+
+@pytest.mark.parametrize("before", NOT_A_MOMENT)
+def test_what_is_no_timestamp_does_not_keep_the_first_one_away(before: bytes | None) -> None:
+    record = FakeRecord(b"{", headers=[("event.timestamp", before)])
+    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    assert found is not None
+    kept = [value for name, value in revived(found, "1").headers if name == "event.timestamp"]
+    assert kept == [before, b"%d" % TEN]
+
+
+@pytest.mark.parametrize("output_mode", ["result", "enrich"])
+@pytest.mark.parametrize(
+    ("told", "time"),
+    [(b"0", "1970-01-01T00:00:00.000Z"), (b"253402300799999", "9999-12-31T23:59:59.999Z")]
+    + [(told, "2026-11-23T10:00:00.000Z") for told in NOT_A_MOMENT],
+)
+def test_the_first_timestamp_is_the_events_and_not_the_results(told: bytes | None, time: str, output_mode: str) -> None:
+    record = FakeRecord(b'{"text": "x"}', headers=[("event.timestamp", told), ("other", b"1")])
+    plain = FakeRecord(b'{"text": "x"}')
+    encoder = Encoder(output_mode=output_mode)
+    results = encoder.encode([record, plain], [Event("1", "x")] * 2, [CARD] * 2, [False] * 2, MODEL, PROCESSED_AT)
+    for outgoing, expected in zip(results, (time, "2026-11-23T10:00:00.000Z"), strict=True):
+        assert isinstance(outgoing, Outgoing)
+        fields = orjson.loads(outgoing.value or b"")
+        assert fields.get("sentiment", fields)["event_time"] == expected
+        assert outgoing.timestamp == TEN
+
+
+def test_a_record_without_a_timestamp_may_have_its_first_one() -> None:
+    told = FakeRecord(b"{}", headers=[("event.timestamp", b"%d" % TEN)], timestamp=-1)
+    outgoing = encode(told, Event("1", "x"))
+    assert orjson.loads(outgoing.value or b"")["event_time"] == "2026-11-23T10:00:00.000Z"
+    assert outgoing.timestamp is None
+
+
+@pytest.mark.parametrize("output_mode", ["result", "enrich"])
+def test_results_and_tombstones_may_be_dated_now(output_mode: str) -> None:
+    record = FakeRecord(b'{"text": "x"}')
+    dated, now = (Encoder(output_mode=output_mode, result_timestamp=setting) for setting in ("event", "now"))
+    one, other = (
+        encoder.encode([record], [Event("1", "x")], [CARD], [False], MODEL, PROCESSED_AT)[0] for encoder in (dated, now)
+    )
+    assert isinstance(one, Outgoing)
+    assert one.timestamp == TEN
+    assert other == one._replace(timestamp=None), "the event's time in the value stays"
+    assert dated.tombstone(record).timestamp == TEN
+    assert now.tombstone(record) == dated.tombstone(record)._replace(timestamp=None)
+
+
+LATER_REASONS = ("unknown_schema", "invalid_avro", "key_required", "invalid_utf16", "http_503", "3d")
+
+
+@pytest.mark.parametrize("reason", [*get_args(Reason), *LATER_REASONS])
+def test_a_dead_letter_of_every_reason_is_one(reason: Reason) -> None:
+    found = original(as_letter(dead_letter(FakeRecord(b"{"), FAILURE._replace(reason=reason), "1.0")))
+    assert found is not None
+    assert found.reason == reason
+
+
+NOW_S = TEN / 1000
+YEAR_S = 365 * 86_400
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "age"),
+    [
+        (TEN, 0.0), (TEN - 1_500, 1.5), (TEN + 900, 0.0), (TEN - 1000 * YEAR_S, YEAR_S),
+        (TEN - 1000 * YEAR_S - 1, None), (TEN // 1000, None), (TEN * 1000, None), (TEN + 1_001, None), (0, None),
+        (-1, None), (None, None),
+    ],
+)  # fmt: skip
+def test_a_timestamp_that_cannot_be_right_says_nothing_about_an_age(timestamp: int | None, age: float | None) -> None:
+    assert age_s(timestamp, NOW_S) == age
 
 
 def test_headers_that_others_have_added_behind_are_kept() -> None:
@@ -545,7 +672,7 @@ def test_headers_that_others_have_added_behind_are_kept() -> None:
 def test_a_replay_counts_on(before: bytes | None, after: bytes) -> None:
     found = original(as_letter(dead_letter(FakeRecord(b"{", headers=[("replay.count", before)]), FAILURE, "1.0")))
     assert found is not None
-    assert revived(found, "1").headers == [("event.id", b"1"), ("replay.count", after)]
+    assert revived(found, "1").headers[:2] == [("event.id", b"1"), ("replay.count", after)]
 
 
 @pytest.mark.parametrize("smaller", [0, 1])

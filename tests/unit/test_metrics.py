@@ -23,6 +23,7 @@ NAMES = {  # name without prefix: type, labels
     "batch_padding_ratio": ("histogram", set()),
     "stage_seconds": ("histogram", {"stage"}),
     "end_to_end_seconds": ("histogram", set()),
+    "implausible_timestamps_total": ("counter", set()),
     "queue_depth": ("gauge", {"stage"}),
     "consumer_lag_records": ("gauge", {"topic", "partition"}),
     "consumer_lag_seconds": ("gauge", {"topic", "partition"}),
@@ -157,6 +158,13 @@ def test_results_are_counted_by_label_with_score_and_time(metrics: Metrics) -> N
     assert own(metrics, "end_to_end_seconds_count") == 3
     assert own(metrics, "end_to_end_seconds_sum") == pytest.approx(20.05)
     assert own(metrics, "end_to_end_seconds_bucket", le="0.05") == 2
+
+
+def test_ages_that_cannot_be_right_are_counted_apart(metrics: Metrics) -> None:
+    metrics.published(["neutral"] * 5, [0.0] * 5, [1.5, 1_795_426_205.0, -7_200.0, -0.5, 366 * 86_400.0])
+    assert own(metrics, "implausible_timestamps_total") == 3
+    assert own(metrics, "end_to_end_seconds_count") == 2
+    assert own(metrics, "end_to_end_seconds_sum") == 1.5
 
 
 @pytest.mark.parametrize("score", [-1.0, 0.0, 1.0])

@@ -1,33 +1,58 @@
 """What has been replayed, against a plain set of offsets and reasons."""
 
+import re
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.events import Reason
 from worker.replayed import METADATA_BYTES, Replayed, TooManySpans, joined
 
-REASONS = ("invalid_json", "empty_text", "too_large")
+REASONS = ("invalid_json", "invalid_utf8", "too_large")
 SIZE = 40
 SPANS = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE))
-REPLAYS = st.lists(st.tuples(SPANS, st.sets(st.sampled_from(REASONS))), max_size=12)
+KEPT_BACK = st.sets(st.integers(0, SIZE), max_size=4)
+REPLAYS = st.lists(st.tuples(SPANS, st.sets(st.sampled_from(REASONS)), KEPT_BACK), max_size=12)
+EARLIER = re.compile(r"(?:[a-z_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
 
 
 @given(REPLAYS, st.integers(0, SIZE))
 def test_it_knows_what_has_been_replayed_also_after_a_commit(
-    replays: list[tuple[tuple[int, int], set[str]]], begin: int
+    replays: list[tuple[tuple[int, int], set[str], set[int]]], begin: int
 ) -> None:
     state = Replayed(begin)
     done = {(offset, reason) for offset in range(begin) for reason in REASONS}
-    for (start, end), reasons in replays:
-        state.add(start, end, reasons)
-        done |= {(offset, reason) for offset in range(start, end) for reason in reasons or REASONS}
+    for (start, end), reasons, unknown in replays:
+        kept_back = {offset for offset in unknown if start <= offset < end}
+        state.add(start, end, reasons, kept_back)
+        offsets = set(range(start, end)) - kept_back
+        done |= {(offset, reason) for offset in offsets for reason in reasons or REASONS}
+        assert EARLIER.fullmatch(state.metadata()), "a version before can go on"
         state = Replayed.read(state.offset, state.metadata())
     for offset in range(SIZE + 1):
         for reason in REASONS:
             assert state.has(offset, reason) == ((offset, reason) in done)
     assert all((offset, reason) in done for offset in range(state.offset) for reason in REASONS)
+
+
+@pytest.mark.parametrize("reason", [*get_args(Reason), "unknown_schema", "invalid_utf16", "http_503", "3d"])
+def test_every_reason_is_remembered_also_those_of_later_versions(reason: str) -> None:
+    state = Replayed(0)
+    state.add(5, 10, [reason])
+    state.add(20, 30, ["empty_text"])
+    state = Replayed.read(0, state.metadata())
+    assert state.has(7, reason)
+    assert state.has(25, "empty_text")
+    assert not state.has(7, "other")
+
+
+def test_what_a_version_before_took_for_no_dead_letters_is_not_done() -> None:
+    state = Replayed.read(3, "empty_text=5-9;invalid_utf8=5-9")
+    assert state.has(6, "empty_text")
+    assert not state.has(6, "invalid_utf8")
 
 
 @given(st.lists(SPANS))

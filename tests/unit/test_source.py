@@ -333,6 +333,23 @@ async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest
     assert max(shares) <= min(shares) + 512  # one turn more at most, and what was read at the start
 
 
+@pytest.mark.parametrize("first", [1_795_428_000, int((time.time() + 7_200) * 1000), -1])
+async def test_a_timestamp_that_cannot_be_right_is_no_lag(consumer: FakeConsumer, first: int) -> None:
+    consumer.timestamp = first
+    consumer.last_offset = 10
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: len(stage.source._batcher) == 10)
+    await stage.source._measure(stage.source._assignments[TP], 12)
+    assert stage.metrics.lag_records.labels("t", 0)._value.get() == 12
+    assert stage.metrics.lag_seconds.labels("t", 0)._value.get() == 0
+    consumer.timestamp = int((time.time() - 100) * 1000)
+    consumer.last_offset = 11
+    await until(lambda: len(stage.source._batcher) == 11)
+    await stage.source._measure(stage.source._assignments[TP], 12)
+    assert 99 < stage.metrics.lag_seconds.labels("t", 0)._value.get() < 160
+
+
 async def test_lag_in_seconds_is_that_of_the_oldest_record_that_is_not_committed(consumer: FakeConsumer) -> None:
     consumer.timestamp = int((time.time() - 10_000) * 1000)
     consumer.last_offset = 10
