@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.worker import TORCH_THREADS, CardLoop
+from worker.checkpoint import BUILTIN
 from worker.exported import is_installed
-from worker.model import BUILTIN, SentimentModel
+from worker.model import SentimentModel
 from worker.network import PackedLinear, PlainLinear
 
 Speed = Callable[[Sequence[str]], float]

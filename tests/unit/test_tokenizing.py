@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from tests.checkpoint import TOKENIZER
 from worker import tokenizing
-from worker.model import BUILTIN
-from worker.tokenizing import BareTokenizer, WordPieceTokenizer, WrappedTokenizer, choose_encode
+from worker.checkpoint import BUILTIN
+from worker.tokenizing import BareTokenizer, TokenizerPanicked, WordPieceTokenizer, WrappedTokenizer, choose_encode
 
 needs_nanotoken = pytest.mark.skipif(importlib.util.find_spec("nanotoken") is None, reason="nanotoken is not installed")
 CHECKPOINTS = {"card": TOKENIZER, "builtin": BUILTIN}
@@ -84,5 +84,5 @@ def test_a_panic_is_an_error_that_can_be_handled(tokenizer: Any, monkeypatch: py
 
     encode = WordPieceTokenizer(tokenizer)
     monkeypatch.setattr(encode, "_tokenizer", Panicking())
-    with pytest.raises(RuntimeError, match="panicked"):
+    with pytest.raises(TokenizerPanicked):
         encode(["привет"])
