@@ -33,7 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 log = logging.getLogger(__name__)
 for _library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
@@ -284,9 +284,9 @@ class _Loaded(NamedTuple):
     def read(cls, name: str, revision: str | None, where: torch.device, dtype: torch.dtype) -> "_Loaded":
         folder = folder_of(name, revision)
         source = str(folder or name)
-        files = Checkpoint(name, found_in(folder) if folder else _found_on_the_hub(name, revision))
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        commit = getattr(config, "_commit_hash", None) or revision
+        commit = None if folder else _commit(name, revision)  # all files are of one, whatever is published meanwhile
+        files = Checkpoint(name, found_in(folder) if folder else _found_on_the_hub(name, commit))
+        config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
         columns = _columns(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
         tokenizer.model_max_length = int(tokenizer.model_max_length)  # 512.0 is fine
@@ -301,18 +301,25 @@ class _Loaded(NamedTuple):
         _refuse_untrained(name, loading)
         _refuse_tokens_without_rows(name, tokenizer, network)
         _tell_of_pickle(name, files.weights)
-        identity = files.identity(folder) if folder else commit
-        if not identity:
-            raise ModelError(f"model {name} cannot be loaded: the hub's cache does not say of which commit it is")
+        identity = files.identity(folder) if folder else str(commit)
         network = _in_own_memory(network.to(where).eval())
         _refuse_without_padding(name, network)
         return cls(config, tokenizer, network, columns, identity)
 
 
-def _found_on_the_hub(name: str, revision: str | None) -> Find:
+def _commit(name: str, revision: str | None) -> str:
+    """The hub's commit that ``revision`` means now. Raises ModelError where neither hub nor cache tells."""
+    config = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    commit = extract_commit_hash(config, None)
+    if commit is None:
+        raise ModelError(f"model {name} cannot be loaded: the hub has no config.json for it, or names no commit of it")
+    return commit
+
+
+def _found_on_the_hub(name: str, commit: str | None) -> Find:
     @cache  # each time is a request
     def find(file: str) -> Path | None:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name, file, revision=commit, _raise_exceptions_for_missing_entries=False)
         return Path(found) if found else None
 
     return find
