@@ -146,7 +146,9 @@ def agreement(texts: Sequence[str]) -> dict[str, dict[str, float]]:
     wanted = CardLoop(BUILTIN).probabilities(texts)
     given = {"pipeline": HuggingFacePipeline(BUILTIN).probabilities(texts)}
     for name, settings in engines().items():
-        given[name] = SentimentModel.load(str(BUILTIN), device="cpu", **settings).get_sentiment(texts, "proba")
+        given[name] = SentimentModel.load("builtin", device="cpu", normalize="none", **settings).get_sentiment(
+            texts, "proba"
+        )
     return {name: compared(wanted, each) for name, each in given.items()}
 
 

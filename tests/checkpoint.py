@@ -1,5 +1,6 @@
 """A tiny random checkpoint, quick to load and quick to run, and what it says of a text by an independent way."""
 
+import json
 import shutil
 import unicodedata
 from collections.abc import Sequence
@@ -41,6 +42,19 @@ def make_checkpoint(folder: Path, seed: int = 7) -> Path:
         network.classifier.weight *= 0.3
         network.bert.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids(POISON)] = torch.nan
     network.save_pretrained(folder)
+    return folder
+
+
+def with_pattern(folder: Path, pattern: str) -> Path:
+    """Has the tokenizer of a checkpoint split texts by a regular expression of its own."""
+    for name, entries in {
+        "tokenizer.json": {
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        },
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    }.items():
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     return folder
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from tests.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle
+from tests.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
 from tests.process import environment
 from worker import tokenizing
 from worker.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
@@ -309,11 +309,7 @@ def test_a_decoder_without_padding_is_refused(folder: Path) -> None:
 
 
 def test_a_tokenizer_that_always_panics_is_refused(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    panicking = {"Regex": PANICKING.replace("x", "(?:слово)")}  # on one of the texts that tokenizers are compared with
-    pattern = {"type": "Split", "pattern": panicking, "behavior": "Isolated", "invert": False}
-    file.write_text(json.dumps(tokenizer | {"pre_tokenizer": pattern}))
+    with_pattern(folder, PANICKING.replace("x", "(?:слово)"))  # on one of the texts that tokenizers are compared with
     with pytest.raises(ModelError, match="cannot be used: TokenizerPanicked"):
         load(folder)
 

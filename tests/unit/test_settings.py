@@ -404,6 +404,7 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         (["--http-token-for", "all"], ["http_token_for all", "WORKER_HTTP_TOKEN_FILE"]),
         (["--sasl-username", "u"], ["sasl_username", "sasl_mechanism"]),
         (["--model", "builtin", "--revision", "v2"], ["revision", "builtin"]),
+        (["--model", "./model", "--revision", "v2"], ["revision", "./model"]),
         (["--fetch-max-wait-ms", "30000"], ["fetch_max_wait_ms", "request_timeout_ms"]),
         ([*TLS, "--ssl-cafile", "nowhere.pem"], ["ssl_cafile", "PEM file", "nowhere.pem"]),
         ([*TLS, "--ssl-certfile", "nowhere.pem"], ["ssl_certfile", "PEM file", "nowhere.pem"]),
