@@ -54,6 +54,7 @@ TABLE = {
     "model": "cointegrated/rubert-tiny-sentiment-balanced",
     "revision": None,
     "activation": "sigmoid",
+    "normalize": "nfc",
     "device": "auto",
     "dtype": "auto",
     "backend": "auto",
