@@ -105,9 +105,12 @@ def _is_invisible(char: str) -> bool:
 
 
 def _any_empty(texts: Sequence[str]) -> bool:
-    """Whether one of N texts, each of a character at least, is empty. Looks at their first characters first."""
-    odd = set(map(itemgetter(0), texts)) - _VISIBLE
-    invisible = {char for char in odd if _is_invisible(char)}
+    """Whether one of N texts is empty. Looks at their first characters, and further where one of these is invisible."""
+    try:
+        firsts = "".join(map(itemgetter(0), texts))
+    except IndexError:  # it has no character at all
+        return True
+    invisible = _UNUSUAL.search(firsts) and set(filter(_is_invisible, firsts))
     return bool(invisible) and any(is_empty(text) for text in texts if text[0] in invisible)
 
 
@@ -176,7 +179,7 @@ class Decoder:
             texts, ids = list(map(get_text, objects)), list(map(self._get_id, objects))
         except (orjson.JSONDecodeError, KeyError):
             return None
-        if set(map(type, texts)) != {str} or "" in texts or _any_empty(texts):
+        if set(map(type, texts)) != {str} or _any_empty(texts):
             return None
         if max(map(len, texts)) > self._max_text_chars or (
             self._is_enriched and any(ENRICHED_FIELD in fields for fields in objects)
@@ -666,7 +669,7 @@ def _of_the_enriched(headers: Headers) -> list[tuple[str, bytes | None]]:
 _FIRST: Final = 32  # characters, of which nearly always one can be seen
 _FILLERS: Final = frozenset("\u115f\u1160\u3164\uffa0")  # of Hangul: letters by category
 _INVISIBLE: Final = frozenset(("Cc", "Cf", "Mn", "Me"))
-_VISIBLE: Final = frozenset(char for char in map(chr, range(0x483)) if not _is_invisible(char))  # those that are usual
+_UNUSUAL: Final = re.compile("[^!-~¡-¬®-\u02ff\u0370-\u0482]")  # what usual texts begin with can be seen
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
 _MILLIONTHS: Final = 1_000_000
