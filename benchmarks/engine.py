@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.worker import TORCH_THREADS, CardLoop
+from worker.checkpoint import BUILTIN
 from worker.exported import is_installed
-from worker.model import BUILTIN, SentimentModel
+from worker.model import SentimentModel
 from worker.network import PackedLinear, PlainLinear
 
 Speed = Callable[[Sequence[str]], float]
@@ -145,7 +146,9 @@ def agreement(texts: Sequence[str]) -> dict[str, dict[str, float]]:
     wanted = CardLoop(BUILTIN).probabilities(texts)
     given = {"pipeline": HuggingFacePipeline(BUILTIN).probabilities(texts)}
     for name, settings in engines().items():
-        given[name] = SentimentModel.load(str(BUILTIN), device="cpu", **settings).get_sentiment(texts, "proba")
+        given[name] = SentimentModel.load("builtin", device="cpu", normalize="none", **settings).get_sentiment(
+            texts, "proba"
+        )
     return {name: compared(wanted, each) for name, each in given.items()}
 
 

@@ -87,6 +87,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "model",
         "revision",
         "activation",
+        "normalize",
         "device",
         "dtype",
         "backend",

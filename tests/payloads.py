@@ -77,9 +77,14 @@ def verdict(record: Record, input_format: str, output_mode: str) -> Verdict:
 def _of_text(text: str, id: str | None) -> Verdict:
     if len(text) > MAX_TEXT_CHARS:
         return Verdict("too_large")
-    if not text.strip():
+    if all(map(_is_invisible, text)):
         return Verdict("empty_text")
     return Verdict(RESULT, text, id)
+
+
+def _is_invisible(char: str) -> bool:
+    category = unicodedata.category(char)
+    return char.isspace() or category in ("Cc", "Cf", "Mn", "Me") or char in "\u115f\u1160\u3164\uffa0"
 
 
 def _header_id(record: Record) -> str | None:

@@ -210,6 +210,7 @@ def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"]
         settings.model,
         revision=settings.revision,
         activation=settings.activation,
+        normalize=settings.normalize,
         device=settings.device,
         dtype=engine.dtype,
         backend=engine.backend,

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import orjson
 
-from worker.events import iso_time, result_fields
+from worker.events import is_empty, iso_time, result_fields
 from worker.model import SentimentModel
 from worker.settings import ClassifySettings, WrongSetting
 
@@ -86,13 +86,13 @@ def _decoded(line: bytes) -> str | None:
 
 
 def _lines(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[bytes]:
-    scored = iter(model.score([text for _, text in batch if text and text.strip()]))
+    scored = iter(model.score([text for _, text in batch if text is not None and not is_empty(text)]))
     processed_at = iso_time(time.time() * 1000)
     for number, text in batch:
         if text is None:
             yield orjson.dumps({"id": str(number), "reason": "invalid_utf8"})
             continue
-        if not text.strip():
+        if is_empty(text):
             yield orjson.dumps({"id": str(number), "reason": "empty_text"})
             continue
         sentiment, truncated = next(scored)

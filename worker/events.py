@@ -4,6 +4,7 @@ The formats are those of the README's section on records.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
@@ -98,6 +99,26 @@ def rows(kind: type[Row], *columns: Iterable[Any]) -> list[Row]:
     return list(map(tuple.__new__, repeat(kind), zip(*columns)))  # noqa: B905 - a column may repeat without end
 
 
+def is_empty(text: str) -> bool:
+    """Whether no character of a text can be seen: all are white space, controls, formats, marks or fillers."""
+    return all(map(_is_invisible, set(text[:_FIRST]))) and all(map(_is_invisible, set(text)))
+
+
+@lru_cache(maxsize=4096)
+def _is_invisible(char: str) -> bool:
+    return char.isspace() or char in _FILLERS or unicodedata.category(char) in _INVISIBLE
+
+
+def _any_empty(texts: Sequence[str]) -> bool:
+    """Whether one of N texts is empty. Looks at their first characters, and further where one of these is invisible."""
+    try:
+        firsts = "".join(map(itemgetter(0), texts))
+    except IndexError:  # it has no character at all
+        return True
+    invisible = _UNUSUAL.search(firsts) and set(filter(_is_invisible, firsts))
+    return bool(invisible) and any(is_empty(text) for text in texts if text[0] in invisible)
+
+
 class Outgoing(NamedTuple):
     """A record to publish. ``timestamp`` in ms, None for now. Its headers are a list: aiokafka takes nothing else."""
 
@@ -164,7 +185,7 @@ class Decoder:
             texts, ids = list(map(get_text, objects)), list(map(self._get_id, objects))
         except (orjson.JSONDecodeError, KeyError):
             return None
-        if set(map(type, texts)) != {str} or "" in texts or any(map(str.isspace, texts)):
+        if set(map(type, texts)) != {str} or _any_empty(texts):
             return None
         if max(map(len, texts)) > self._max_text_chars or (
             self._is_enriched and any(ENRICHED_FIELD in fields for fields in objects)
@@ -259,8 +280,8 @@ class Decoder:
     def _checked(self, text: str) -> Failure | None:
         if len(text) > self._max_text_chars:
             return _failure("too_large", f"the text has {len(text)} characters, more than {self._max_text_chars}")
-        if not text or text.isspace():
-            return _failure("empty_text", "the text is empty or white space")
+        if is_empty(text):
+            return _failure("empty_text", "the text is empty, or of white space and invisible characters alone")
         return None
 
     def _id(self, record: Record, value: bytes, found: Any) -> str:
@@ -708,6 +729,10 @@ def _of_the_enriched(headers: Headers) -> list[tuple[str, bytes | None]]:
     return list(headers) if headers and _cloud_event_mode(headers) else _as_json(headers)
 
 
+_FIRST: Final = 32  # characters, of which nearly always one can be seen
+_FILLERS: Final = frozenset("\u115f\u1160\u3164\uffa0")  # of Hangul: letters by category
+_INVISIBLE: Final = frozenset(("Cc", "Cf", "Mn", "Me"))
+_UNUSUAL: Final = re.compile("[^!-~¡-¬®-\u02ff\u0370-\u0482]")  # what usual texts begin with can be seen
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
 _MILLIONTHS: Final = 1_000_000

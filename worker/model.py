@@ -3,11 +3,12 @@
 Every public function here blocks, and none may be called from an event loop. Tokenizing and the network may run at once.
 """
 
-import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 
 from worker.backend import Choice, PaddedPasses, Run, choose, choose_on_cuda, name_of
 from worker.batching import TokenIds, cut_by_length
+from worker.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
 from worker.cuda import PASSES, passes_on
 from worker.reviews import read_reviews
 from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
-from worker.tokenizing import Encode, Ids, choose_encode
+from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
 from worker.tuning import tune_budget, tune_pass_tokens, tune_threads
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
@@ -31,17 +33,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 log = logging.getLogger(__name__)
 for _library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
     logging.getLogger(_library).handlers.clear()
     logging.getLogger(_library).propagate = True
 
-BUILTIN = Path(__file__).parent / "builtin"
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
+NO_MAXIMUM = 2**31  # from there on a number of tokens says that there is no maximum, as transformers' 1e30 does
+DOUBTFUL = 0.5  # share of unknown tokens in the shipped reviews that is worth a warning
 ReturnType = Literal["label", "score", "proba"]
+Normalize = Literal["nfc", "none"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
 ROBERTA_LIKE = {
     "roberta",
@@ -49,16 +53,6 @@ ROBERTA_LIKE = {
     "xlm-roberta-xl",
     "camembert",
 }  # their positions begin behind the padding's id
-
-
-class ModelError(UsersMistake):
-    """A checkpoint cannot be used."""
-
-
-class HubUnreachable(ModelError):
-    """The hub does not answer: that may be over at the next start."""
-
-    exit_code = 1
 
 
 class Tokens(NamedTuple):
@@ -72,7 +66,8 @@ class SentimentModel:
     """A loaded checkpoint. ``name`` is that of results, ``name@revision``; ``max_tokens`` the longest text in tokens.
 
     ``passes``: so many threads may call ``logits`` at once, and together are the fastest. ``widths``: those that texts are
-    padded to, ascending; none if any. ``pass_tokens``: as cut_by_length takes them.
+    padded to, ascending; none if any. ``pass_tokens``: as cut_by_length takes them. ``doubt``: what is odd about the
+    checkpoint, though it can be used; None if nothing is.
     """
 
     def __init__(
@@ -90,8 +85,10 @@ class SentimentModel:
         max_batch_tokens: int,
         padding: int,
         closing: int,
+        doubt: str | None,
     ) -> None:
         self.name = name
+        self.doubt = doubt
         self.activation: Activation = activation
         self.max_batch_tokens = max_batch_tokens
         self.device = device
@@ -113,6 +110,7 @@ class SentimentModel:
         *,
         revision: str | None = None,
         activation: Activation = "sigmoid",
+        normalize: Normalize = "nfc",
         device: str = "auto",
         dtype: str = "auto",
         backend: str = "auto",
@@ -121,43 +119,24 @@ class SentimentModel:
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
-        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError, and
+        A folder is named with ``/``, ``./``, ``../`` or ``~`` in front; any other name is of the hub. Never runs a
+        checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError, and
         BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for.
         """
         where = _device(device)
-        folder = BUILTIN if name_or_path == "builtin" else Path(name_or_path)
-        is_local = folder.is_dir()
-        source = str(folder) if is_local else name_or_path
-        _refuse_missing_folder(name_or_path, is_local)
-        with _quiet():
-            try:
-                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-                commit = getattr(config, "_commit_hash", None) or revision
-                columns = _columns(config)
-                tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
-                network, loading = AutoModelForSequenceClassification.from_pretrained(
-                    source,
-                    revision=commit,
-                    trust_remote_code=False,
-                    dtype=DTYPES.get(dtype, torch.float32),
-                    attn_implementation="eager" if where.type == "cpu" else "sdpa",
-                    output_loading_info=True,
-                )
-            except ModelError:
-                raise
-            except Exception as error:
-                kind = HubUnreachable if _is_of_the_network(error) else ModelError
-                raise kind(_cannot_load(name_or_path, error)) from error
-        _refuse_untrained(name_or_path, loading)
-        _refuse_tokens_without_rows(name_or_path, tokenizer, network)
-        _tell_of_pickle(name_or_path, source, commit)
-        network = _in_own_memory(network.to(where).eval())
-        encode = choose_encode(tokenizer)
-        longest, padding = _max_tokens(tokenizer, config), tokenizer.pad_token_id or 0
+        with _quiet(), _or_refused(name_or_path, "loaded"):
+            loaded = _Loaded.read(name_or_path, revision, where, DTYPES.get(dtype, torch.float32))
+        with _or_refused(name_or_path, "used"):
+            longest = _max_tokens(name_or_path, loaded.tokenizer, loaded.config)
+            encode = choose_encode(loaded.tokenizer)
+            examples = encode(read_reviews(), longest)
+            doubt = _unknown_words(name_or_path, loaded.tokenizer, examples)
+            closing = _closing_tokens(loaded.tokenizer)
+        if doubt:
+            log.warning("%s", doubt)
+        network, padding = loaded.network, loaded.tokenizer.pad_token_id or 0
         if where.type == "cuda":
-            choice = choose_on_cuda(
-                network, backend=backend, dtype=dtype, columns=columns, examples=encode(read_reviews(), longest)
-            )
+            choice = choose_on_cuda(network, backend=backend, dtype=dtype, columns=loaded.columns, examples=examples)
         else:
             forward = choose(network, backend=backend, is_int8=dtype == "int8")
             choice = Choice(forward, "int8" if dtype == "int8" else name_of(network.dtype))
@@ -172,7 +151,7 @@ class SentimentModel:
                 choice.exact,
                 longest=longest,
                 budget=max_batch_tokens,
-                labels=config.num_labels,
+                labels=loaded.config.num_labels,
                 padding=padding,
             )
         else:
@@ -182,18 +161,19 @@ class SentimentModel:
                 "passes of the network side by side", extra={"cpu_threads": passes, "pass_tokens": run.pass_tokens}
             )
         return cls(
-            name=f"{name_or_path}@{_folder_revision(folder) if is_local else commit}",
-            encode=encode,
+            name=f"{name_or_path}@{loaded.identity}{_set_otherwise(activation, normalize)}",
+            encode=normalizing(encode) if normalize == "nfc" else encode,
             run=run,
             device=where,
             passes=passes,
             dtype=choice.dtype,
-            columns=columns,
+            columns=loaded.columns,
             activation=activation,
             max_tokens=longest,
             max_batch_tokens=max_batch_tokens,
             padding=padding,
-            closing=_closing_tokens(tokenizer),
+            closing=closing,
+            doubt=doubt,
         )
 
     @classmethod
@@ -203,6 +183,7 @@ class SentimentModel:
             settings.model,
             revision=settings.revision,
             activation=settings.activation,
+            normalize=settings.normalize,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
@@ -290,6 +271,66 @@ class SentimentModel:
         return logits
 
 
+class _Loaded(NamedTuple):
+    """What transformers has made of a checkpoint. ``columns``: which logit is negative, neutral, positive."""
+
+    config: Any
+    tokenizer: Any
+    network: Any
+    columns: list[int]
+    identity: str
+
+    @classmethod
+    def read(cls, name: str, revision: str | None, where: torch.device, dtype: torch.dtype) -> "_Loaded":
+        folder = folder_of(name, revision)
+        source = str(folder or name)
+        commit = None if folder else _commit(name, revision)  # all files are of one, whatever is published meanwhile
+        files = Checkpoint(name, found_in(folder) if folder else _found_on_the_hub(name, commit))
+        config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
+        columns = _columns(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
+        tokenizer.model_max_length = int(tokenizer.model_max_length)  # 512.0 is fine
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=commit,
+            trust_remote_code=False,
+            dtype=dtype,
+            attn_implementation="eager" if where.type == "cpu" else "sdpa",
+            output_loading_info=True,
+        )
+        _refuse_untrained(name, loading)
+        _refuse_tokens_without_rows(name, tokenizer, network)
+        _tell_of_pickle(name, files.weights)
+        identity = files.identity(folder) if folder else str(commit)
+        network = _in_own_memory(network.to(where).eval())
+        _refuse_without_padding(name, network)
+        return cls(config, tokenizer, network, columns, identity)
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The hub's commit that ``revision`` means now. Raises ModelError where neither hub nor cache tells."""
+    config = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    commit = extract_commit_hash(config, None)
+    if commit is None:
+        raise ModelError(f"model {name} cannot be loaded: the hub has no config.json for it, or names no commit of it")
+    return commit
+
+
+def _found_on_the_hub(name: str, commit: str | None) -> Find:
+    @cache  # each time is a request
+    def find(file: str) -> Path | None:
+        found = cached_file(name, file, revision=commit, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    return find
+
+
+def _set_otherwise(activation: Activation, normalize: Normalize) -> str:
+    """What changes results and is not as by default, for the model's name."""
+    given = {"activation": (activation, "sigmoid"), "normalize": (normalize, "nfc")}
+    return "".join(f"+{name}={value}" for name, (value, default) in given.items() if value != default)
+
+
 def _closing_tokens(tokenizer: Any) -> int:
     """How many special tokens stand behind each text, such as [SEP]."""
     mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
@@ -317,33 +358,63 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _refuse_missing_folder(name: str, is_local: bool) -> None:
-    if not is_local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise ModelError(
-            f"model is {name}, but there is no such folder; it should be one with a checkpoint, or a hub name"
-        )
-
-
-def _columns(config: Any) -> list[int]:
+def _columns(name: str, config: Any) -> list[int]:
     """Which logit is negative, neutral, positive, by the checkpoint's own names."""
     names = {str(label).strip().lower(): int(index) for index, label in (config.id2label or {}).items()}
     if set(names) != set(LABELS):
         listed = ", ".join(str(label) for label in (config.id2label or {}).values()) or "none"
         raise ModelError(
-            f"model: its labels should be negative, neutral and positive, and this checkpoint has: {listed}"
+            f"model {name} cannot be loaded: its labels should be negative, neutral and positive, and this checkpoint has: "
+            f"{listed}; if they mean these, rename them in its config.json (id2label)"
         )
     if sorted(names.values()) != list(range(len(LABELS))):
         raise ModelError(
-            f"model: its labels should be numbered 0 to 2, and this checkpoint has: {sorted(names.values())}"
+            f"model {name} cannot be loaded: its labels should be numbered 0 to 2 in its config.json (id2label), and this "
+            f"checkpoint has: {sorted(names.values())}"
         )
     return [names[label] for label in LABELS]
 
 
-def _max_tokens(tokenizer: Any, config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if config.model_type in ROBERTA_LIKE:
-        positions -= (config.pad_token_id or 0) + 1
-    return int(min(positions, tokenizer.model_max_length))
+def _max_tokens(name: str, tokenizer: Any, config: Any) -> int:
+    """The longest text, special tokens among its tokens. Raises ModelError where no text would fit."""
+    limits = {"model_max_length in tokenizer_config.json": tokenizer.model_max_length}
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions not in (None, -1):
+        behind = (config.pad_token_id or 0) + 1 if config.model_type in ROBERTA_LIKE else 0
+        limits["max_position_embeddings in config.json"] = positions - behind
+    least = len(tokenizer("", verbose=False)["input_ids"]) + 1
+    for field, limit in limits.items():
+        if limit < least:
+            raise ModelError(
+                f"model {name} cannot be used: {field} leaves room for {limit} tokens, and the shortest text has {least}"
+            )
+    longest = int(min(limits.values()))
+    if longest >= NO_MAXIMUM:
+        raise ModelError(
+            f"model {name} cannot be used: nothing says how many tokens a text may have; set model_max_length in its "
+            "tokenizer_config.json"
+        )
+    return longest
+
+
+def _unknown_words(name: str, tokenizer: Any, examples: Sequence[Ids]) -> str | None:
+    """What to warn of where many words of the shipped reviews are unknown. Raises ModelError where all are."""
+    unknown = tokenizer.unk_token_id
+    special = [number for number in tokenizer.all_special_ids if number != unknown]
+    tokens = np.concatenate(examples)
+    words = tokens[~np.isin(tokens, special)]
+    count = int(np.count_nonzero(words == unknown)) if unknown is not None else 0
+    if count == len(words):
+        raise ModelError(
+            f"model {name} cannot be used: its tokenizer knows no word of the shipped reviews; is its tokenizer.json (or "
+            "vocab.txt, or its SentencePiece model) missing? copy it into the folder"
+        )
+    if count <= DOUBTFUL * len(words):
+        return None
+    return (
+        f"model {name}: {count / len(words):.0%} of the tokens of the shipped Russian reviews are unknown to its tokenizer; "
+        "is it the one that the model was trained with?"
+    )
 
 
 def _in_own_memory(network: Any) -> Any:
@@ -372,17 +443,22 @@ def _refuse_tokens_without_rows(name: str, tokenizer: Any, network: Any) -> None
         )
 
 
-def _tell_of_pickle(name: str, source: str, commit: str | None) -> None:
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        if cached_file(
-            source,
-            file,
-            revision=commit,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        ):
-            return
+def _refuse_without_padding(name: str, network: Any) -> None:
+    """A decoder looks for the padding to find a text's end, and takes no two texts at once without."""
+    ids = torch.zeros((2, 2), dtype=torch.long, device=network.device)
+    try:
+        with torch.inference_mode():
+            network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except ValueError as error:
+        raise ModelError(
+            f"model {name} cannot be used: it takes no two texts at once ({str(error).strip()}); set pad_token_id in its "
+            "config.json"
+        ) from None
+
+
+def _tell_of_pickle(name: str, weights: Sequence[str]) -> None:
+    if any(file.endswith(".safetensors") for file in weights):
+        return
     log.warning(
         "model %s comes as a .bin without safetensors: its tensors were read by torch's weights-only reader, which runs "
         "no code of the file",
@@ -390,14 +466,17 @@ def _tell_of_pickle(name: str, source: str, commit: str | None) -> None:
     )
 
 
-def _folder_revision(folder: Path) -> str:
-    """The first 12 hex digits of the SHA-256 of the folder's weights (of all its shards, by name)."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        with file.open("rb") as weights:
-            for block in iter(lambda: weights.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()[:12]
+@contextmanager
+def _or_refused(name: str, what: str) -> Iterator[None]:
+    """Raises ModelError, or HubUnreachable, for whatever a library raises about a checkpoint, a panic of Rust among it."""
+    try:
+        with panics_as_errors():
+            yield
+    except (UsersMistake, MemoryError):
+        raise
+    except Exception as error:
+        kind = HubUnreachable if _is_of_the_network(error) else ModelError
+        raise kind(f"model {name} cannot be {what}: {_reason(error)}") from error
 
 
 def _is_of_the_network(error: BaseException | None) -> bool:
@@ -410,17 +489,29 @@ def _is_of_the_network(error: BaseException | None) -> bool:
     return False
 
 
-def _cannot_load(name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if "weights_only" in str(error) or "Weights only" in str(error):
-        reason = "its .bin holds more than tensors, which could run code"
-    elif "couldn't connect to" in str(error):
-        reason = "the Hugging Face hub cannot be reached, and its cache does not hold it; try again, or name a folder"
-    elif "trust_remote_code" in str(error):
-        reason = "it needs Python code of its own, which is never run here"
-    elif "have a `model_type`" in str(error):
-        reason = "it has no config.json that names its model_type; it should be a folder with a checkpoint"
-    return f"model {name} cannot be loaded: {reason}"
+def _reason(error: Exception) -> str:
+    words = str(error).strip()
+    lines = [line.strip() for line in words.splitlines()] or [type(error).__name__]
+    if "weights_only" in words or "Weights only" in words:
+        return "its .bin holds more than tensors, which could run code"
+    if "couldn't connect to" in words:
+        return "the Hugging Face hub cannot be reached, and its cache does not hold it; try again, or name a folder"
+    if "trust_remote_code" in words:
+        return "it needs Python code of its own, which is never run here"
+    if "have a `model_type`" in words:
+        return "it has no config.json that names its model_type; it should be a folder with a checkpoint"
+    if "deserializing header" in words:
+        return f"its .safetensors is damaged ({lines[0]}); if it was cut short, copy or download it again"
+    if "ignore_mismatched_sizes" in words:
+        return "its weights have other sizes than its config.json states"
+    if lines[0].startswith("Validation error for field") and len(lines) > 1:
+        return f"its config.json is wrong: {lines[1]}"
+    if "instantiate the backend tokenizer" in words:
+        return "its tokenizer's files are missing, or of a kind that is not known here"
+    if isinstance(error, KeyError | AttributeError | TypeError):
+        kind = type(error).__name__
+        return f"its config.json or tokenizer_config.json states what does not fit ({kind}: {lines[0]})"
+    return lines[0]
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a context

@@ -49,6 +49,18 @@ class WrongSetting(UsersMistake):
     """A setting, a flag or a file of settings is wrong."""
 
 
+def is_folder(model: str) -> bool:
+    """Whether ``model`` names a folder, by its beginning: any other is a name on the hub, or ``builtin``."""
+    return model in (".", "..") or model.startswith(("/", "./", "../", "~"))
+
+
+def revision_fault(model: str, revision: str | None) -> str | None:
+    """Why a model cannot have this revision; None if it can."""
+    if revision and (model == "builtin" or is_folder(model)):
+        return f"revision is of the hub, and model {model} is not from there; leave it out"
+    return None
+
+
 def revealed(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret else None
 
@@ -240,11 +252,16 @@ class CheckpointSettings(LogSettings):
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
-        description="checkpoint: a folder, a name on the hub, or builtin (small, for trials)",
+        description="checkpoint: a folder (named with / or ./ in front), a name on the hub, or builtin (small, for trials)",
     )
     revision: str | None = Field(None, min_length=1, description="the hub's branch, tag or commit; default: the newest")
     activation: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
+    )
+    normalize: Literal["nfc", "none"] = Field(
+        "nfc",
+        description="nfc: before a text is tokenized, stress marks are dropped and letters composed (й, ё of two "
+        "characters); none: it is left as it is, as on the default model's card",
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (cuda, else cpu), cpu, cuda, cuda:N"
@@ -255,8 +272,9 @@ class CheckpointSettings(LogSettings):
 
     @model_validator(mode="after")
     def _has_a_revision(self) -> Self:
-        if self.revision and (self.model == "builtin" or Path(self.model).is_dir()):
-            raise ValueError(f"revision is of the hub, and model {self.model} is not from there; leave it out")
+        fault = revision_fault(self.model, self.revision)
+        if fault:
+            raise ValueError(fault)
         return self
 
 
@@ -541,7 +559,10 @@ class TrainSettings(CorpusSettings):
     """A checkpoint by the model card's recipe: a base fine-tuned, or a new small network."""
 
     output: Path = Field(description="folder for the checkpoint; files of the same names are replaced")
-    base: str | None = Field(None, description="checkpoint to fine-tune, folder or hub name; default: a new network")
+    base: str | None = Field(
+        None,
+        description="checkpoint to fine-tune: a folder (named with / or ./ in front), or a hub name; default: a new network",
+    )
     seed: int = Field(1, description="with the same seed, machine and threads a CPU gives the same figures again")
     epochs: int = Field(2, ge=1, description="passes over the balanced rows in fine-tuning")
     batch_texts: int = Field(64, ge=1, description="texts a step")

@@ -12,9 +12,12 @@ The first two are compared with transformers' on the shipped reviews and on odd 
 
 import importlib.util
 import logging
+import re
 import threading
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise, takewhile
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -34,14 +37,77 @@ ODD_TEXTS: Final = (
 )  # fmt: skip
 
 
+MARKS: Final = 30  # the longest run of combining marks that is composed: Python's NFC is quadratic on them
+STRESSED: Final = re.compile("(?<=[аеёиоуыэюяАЕЁИОУЫЭЮЯ])\u0301")
+
+
+class TokenizerPanicked(Exception):
+    """The tokenizer's Rust code gave up on a text."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raises TokenizerPanicked for a panic of Rust, which is a BaseException: nothing that handles errors would see it.
+
+    Its words are left out, for they may hold a text.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":  # each extension has a class of its own, and exports none
+            raise
+        raise TokenizerPanicked from None
+
+
 class Encode(Protocol):
     """N texts → their ids, special tokens among them; cut to ``max_length`` tokens if it is given. For any thread."""
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]: ...
 
 
+def normalized(text: str) -> str:
+    """A text without stress marks (U+0301 directly behind a Russian vowel), in NFC; itself where it is that already.
+
+    A run of more than 30 combining marks stays as it is, and what is before and behind it is normalized by itself.
+    """
+    if not _has_long_run(text):
+        return _composed(text)
+    marks = "".join(map(re.escape, filter(unicodedata.combining, set(text))))
+    pieces = re.split(f"([{marks}]{{{MARKS + 1},}})", text)
+    pieces[::2] = map(_composed, pieces[::2])
+    return "".join(pieces)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", STRESSED.sub("", text) if "\u0301" in text else text)
+
+
+def _has_long_run(text: str) -> bool:
+    """Whether more than 30 combining marks follow each other. Each such run has one of every 31st character."""
+    sample = list(map(unicodedata.combining, text[MARKS :: MARKS + 1]))
+    if not any(sample):
+        return False
+    for place in (place for place, is_mark in enumerate(sample) if is_mark):
+        middle = MARKS + place * (MARKS + 1)
+        before = takewhile(unicodedata.combining, reversed(text[middle - MARKS : middle]))
+        behind = takewhile(unicodedata.combining, text[middle + 1 : middle + MARKS + 1])
+        if sum(1 for _ in before) + 1 + sum(1 for _ in behind) > MARKS:
+            return True
+    return False
+
+
+def normalizing(encode: Encode) -> Encode:
+    """``encode`` of normalized texts."""
+    return lambda texts, max_length=None, /: encode(list(map(normalized, texts)), max_length)
+
+
 def choose_encode(tokenizer: Any) -> Encode:
-    """The fastest way for a tokenizer that transformers has loaded. Takes some hundred milliseconds."""
+    """The fastest way for a tokenizer that transformers has loaded. Takes some hundred milliseconds.
+
+    Its calls raise TokenizerPanicked where the tokenizer panics, as this one does.
+    """
     own: Encode = WrappedTokenizer(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         return own
@@ -53,7 +119,8 @@ def choose_encode(tokenizer: Any) -> Encode:
         del ways["nanotoken"]
     for name, make in ways.items():
         try:
-            encode = make(tokenizer)
+            with panics_as_errors():
+                encode = make(tokenizer)
             is_same = all(
                 _are_same(encode(texts, length), ids) for length, ids in zip((None, limit), wanted, strict=True)
             )
@@ -75,7 +142,7 @@ class WrappedTokenizer:
         self._lock = threading.Lock()  # it sets the length at the tokenizer, for each call
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
-        with self._lock:
+        with self._lock, panics_as_errors():
             encoded = self._tokenizer(
                 list(texts),
                 padding=False,
@@ -97,7 +164,7 @@ class BareTokenizer:
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
-        with self._lock:
+        with self._lock, panics_as_errors():
             if max_length is None:
                 self._tokenizer.no_truncation()
             else:
@@ -118,14 +185,8 @@ class WordPieceTokenizer:
         self._side = tokenizer.truncation_side
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
-        try:
+        with panics_as_errors():
             flat, offsets = self._tokenizer.encode_batch(list(texts), max_length=max_length, truncation_side=self._side)
-        except Exception:
-            raise
-        except BaseException as panic:  # as Rust's are: nothing that handles errors would see it
-            if type(panic).__name__ != "PanicException":
-                raise
-            raise RuntimeError("nanotoken panicked") from panic
         ids, bounds = flat.view(np.int32), offsets.tolist()
         return [ids[begin:end] for begin, end in pairwise(bounds)]
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from worker.checkpoint import ModelError, folder_of
 from worker.corpus import CLASSES, Example, Source, balance, part_of, read_source, require_classes
 from worker.evaluation import Report, evaluate_examples
 from worker.settings import CorpusSettings, TrainSettings
@@ -216,12 +217,13 @@ def _labels() -> dict[str, Any]:
 
 def _base_network(base: str) -> tuple[Any, Any]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, **_labels())
+        source = str(folder_of(base, None) or base)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **_labels())
         network = AutoModelForSequenceClassification.from_pretrained(
-            base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModelError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"--base {base} cannot be loaded as a sequence-classification checkpoint: {reason}") from None
     if tokenizer.pad_token_id is None:

@@ -1,16 +1,18 @@
 """Inference that dies under the worker: health tells, the process ends, nothing is committed that was not published."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.driver import MODEL as CHAOTIC
+from tests.checkpoint import PANICKING, PANICS, with_pattern
 from tests.faulty import SECRET_TEXT
 from tests.process import WorkerProcess, Workers
 from tests.scenario import result_place, wait_until_committed
-from tests.topics import Kafka, Topics, numbered
+from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
@@ -79,6 +81,25 @@ def test_what_a_hung_worker_left_is_done_by_the_next(broken: Break, workers: Wor
     workers.start(topics).wait_until_ready()
     wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 200, "the rest to be committed")
     assert committed_and_published(kafka, topics) == (200, 200, 0)
+
+
+def test_a_text_that_the_tokenizer_panics_on_is_a_dead_letter(
+    kafka: Kafka, topics: Topics, workers: Workers, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A panic of Rust is no Exception: it would end the process, and the next one at the same text."""
+    folder = with_pattern(Path(shutil.copytree(checkpoint, tmp_path / "pattern")), PANICKING)
+    kafka.create_all(topics)
+    worker = workers.start(topics, model=folder).wait_until_ready()
+    panics = Record(json.dumps({"id": "panics", "text": f"плохо {PANICS}"}).encode(), b"key")
+    kafka.send(topics.input, [*map(numbered, range(20)), panics, *map(numbered, range(20, 40))])
+    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 41, "41 commits")
+    (letter,) = kafka.read(topics.dead_letters)
+    assert dict(letter.headers)["error.reason"] == b"inference_failed"
+    assert dict(letter.headers)["error.message"] == b"the tokenizer failed: TokenizerPanicked"
+    assert kafka.count(topics.output) == 40
+    assert worker.terminate() == 0
+    assert "Traceback" not in worker.output
+    assert PANICS not in worker.output
 
 
 # The consumer.

@@ -121,6 +121,6 @@ async def test_a_record_of_more_headers_than_memory_ends_the_worker_with_its_add
             peak = max(peak, peak_mb(worker))
         except (OSError, StopIteration):
             break
-        time.sleep(0.02)
+        await asyncio.sleep(0.02)
     assert peak < ALONE_MB + 200
     assert_names_the_place(worker, topics, 1)

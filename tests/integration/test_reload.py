@@ -137,7 +137,46 @@ def test_a_request_with_the_token_says_what_became_of_it(
     (folder / "config.json").write_text(json.dumps(config))
     status, text = ask(worker, TOKEN)
     assert status == 500
-    assert f"@{after} stays in use: model: its labels should be" in text
+    assert f"@{after} stays in use: model {folder} cannot be loaded: its labels should be" in text
+    assert worker.terminate() == 0
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink()
+
+
+def no_maximum(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 0}))
+
+
+def a_shard_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"classifier.bias": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_checkpoint_that_would_score_nothing_well_does_not_replace_a_good_one(
+    kafka: Kafka, topics: Topics, workers: Workers, folder: Path, checkpoint: Path
+) -> None:
+    kafka.create_all(topics, 1)
+    worker = workers.start(topics, variables={"WORKER_HTTP_TOKEN": TOKEN}).wait_until_assigned(1)
+    (before,) = model_in_use(worker)
+    for spoil, words in {
+        no_tokenizer: "knows no word of the shipped reviews",
+        no_maximum: "model_max_length in tokenizer_config.json is 0",
+        a_shard_elsewhere: "only files of its own folder are read",
+    }.items():
+        shutil.rmtree(folder)
+        shutil.copytree(checkpoint, folder)
+        spoil(folder)
+        status, text = ask(worker, TOKEN)
+        assert (status, words in text) == (500, True), text
+    assert model_in_use(worker) == [before]
+    kafka.send(topics.input, [numbered(1)])
+    wait_for(lambda: kafka.count(topics.output) == 1, "a result of the model that stayed")
+    assert set(results_by_model(kafka, topics)) == {f"{folder}@{before}"}
     assert worker.terminate() == 0
 
 

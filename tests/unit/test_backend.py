@@ -13,8 +13,9 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 from tests.unit.test_network import NETWORKS, SIZES, bert, differences, longest
 from worker import backend, exported
 from worker.backend import BackendError, choose
+from worker.checkpoint import BUILTIN
 from worker.exported import ExportedNetwork, export
-from worker.model import BUILTIN, SentimentModel
+from worker.model import SentimentModel
 from worker.network import LeanNetwork
 
 

@@ -222,7 +222,7 @@ def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The builtin network, and the ids of reviews; what it sets for products stays as it was."""
     from transformers import AutoModelForSequenceClassification
 
-    from worker.model import BUILTIN
+    from worker.checkpoint import BUILTIN
     from worker.reviews import read_reviews
 
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)

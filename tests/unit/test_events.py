@@ -1,6 +1,8 @@
 """Records in, results and dead letters out, byte for byte as the README's section on records says."""
 
 import json
+import sys
+import unicodedata
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -24,6 +26,7 @@ from worker.events import (
     age_s,
     dead_letter,
     has_timestamp,
+    is_empty,
     iso_time,
     original,
     result_fields,
@@ -275,6 +278,8 @@ FAILURES: list[tuple[bytes, dict[str, Any], Reason]] = [
     (rb'{"text": " \t\r\n\u00a0\u2003"}', {}, "empty_text"),
     (b"", {"input_format": "text"}, "empty_text"),
     (b" \n", {"input_format": "text"}, "empty_text"),
+    (rb'{"text": "\u200b\u00ad\u0000\u202e\ufeff\u0301\u20dd\u3164 "}', {}, "empty_text"),
+    (("\u200b" * 100_000).encode(), {"input_format": "text"}, "empty_text"),
     (b'{"text": "abcdef"}', {"max_text_chars": 5}, "too_large"),
     (b"abcdef", {"input_format": "text", "max_text_chars": 5}, "too_large"),
     (b'{"text": "a", "sentiment": null}', {"output_mode": "enrich"}, "field_exists"),
@@ -289,6 +294,34 @@ def test_a_record_that_cannot_be_read_says_why(value: bytes, options: dict[str, 
     assert (failure.stage, failure.reason) == ("decode", reason)
     assert failure.message
     assert "\n" not in failure.message
+
+
+def test_a_text_is_empty_where_no_character_of_it_can_be_seen() -> None:
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        category = unicodedata.category(char)
+        invisible = char.isspace() or category in ("Cc", "Cf", "Mn", "Me") or char in "\u115f\u1160\u3164\uffa0"
+        assert is_empty(char) is invisible, hex(code)
+    assert is_empty("")
+
+
+@pytest.mark.parametrize("seen", ["a", "я", "й", "漢", "👍", ".", "\ue000", "\u0903"])
+def test_one_character_that_can_be_seen_makes_a_text(seen: str) -> None:
+    for text in (f"\ufeff{seen}", f"{seen}\u0301", "\u200b" * 99_999 + seen, f" \n{seen}"):
+        assert not is_empty(text)
+        records = [FakeRecord(orjson.dumps({"text": each, "id": "1"})) for each in ("да", text, "нет")]
+        assert [event.text for event in Decoder().decode_all(records) if isinstance(event, Event)] == [
+            "да",
+            text,
+            "нет",
+        ]
+
+
+def test_an_empty_text_among_usual_ones_is_found() -> None:
+    texts = ["да", "\u200b\u00ad", "нет", "\u0301"]
+    records = [FakeRecord(orjson.dumps({"text": text, "id": "1"})) for text in texts]
+    kinds = [found.reason if isinstance(found, Failure) else "" for found in Decoder().decode_all(records)]  # type: ignore[union-attr]
+    assert kinds == ["", "empty_text", "", "empty_text"]
 
 
 def test_every_decode_reason_has_an_example_here() -> None:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from tests.checkpoint import LABELS, TOKENIZER, Oracle
-from worker.model import ModelError, SentimentModel
+from worker.checkpoint import ModelError
+from worker.model import SentimentModel
 from worker.settings import DEFAULT_MODEL
 
 CARD_TEXT = "Какая гадость эта ваша заливная рыба!"

@@ -20,8 +20,9 @@ from transformers import (
 
 from worker import network as lean
 from worker.backend import PaddedPasses, choose
+from worker.checkpoint import BUILTIN
 from worker.exported import ApartLinear
-from worker.model import BUILTIN, SentimentModel
+from worker.model import SentimentModel
 from worker.network import (
     TEXT_BY_TEXT,
     TOKEN_BY_TOKEN,

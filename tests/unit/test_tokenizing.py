@@ -1,18 +1,30 @@
 """Whatever tokenizes, it gives the ids of transformers' own call."""
 
+import asyncio
 import importlib.util
 import logging
+import time
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from tests.checkpoint import TOKENIZER
+from tests.checkpoint import PANICKING, PANICS, TOKENIZER, as_composed
 from worker import tokenizing
-from worker.model import BUILTIN
-from worker.tokenizing import BareTokenizer, WordPieceTokenizer, WrappedTokenizer, choose_encode
+from worker.checkpoint import BUILTIN
+from worker.reviews import read_reviews
+from worker.tokenizing import (
+    BareTokenizer,
+    TokenizerPanicked,
+    WordPieceTokenizer,
+    WrappedTokenizer,
+    choose_encode,
+    normalized,
+    panics_as_errors,
+)
 
 needs_nanotoken = pytest.mark.skipif(importlib.util.find_spec("nanotoken") is None, reason="nanotoken is not installed")
 CHECKPOINTS = {"card": TOKENIZER, "builtin": BUILTIN}
@@ -27,6 +39,51 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module", params=WAYS)
 def way(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
     return request.param(tokenizer)
+
+
+WITH_MARKS = st.text(
+    st.sampled_from("аеиАИщyж \u0301\u0306\u0308\u0327\u05b0\ufe0f\U0001e8d0\u1100\u1161\u11a8가é"), max_size=90
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=60), WITH_MARKS, st.lists(st.sampled_from(["и", "\u0301" * 30, "\u0306" * 31]))))
+def test_a_text_is_composed_as_documented(text: str | list[str]) -> None:
+    text = "".join(text)
+    assert normalized(text) == as_composed(text)
+    if as_composed(text) == text:
+        assert normalized(text) is text or normalized(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("и\u0306 И\u0306 е\u0308", "й Й ё"),
+        ("за\u0301мок замо\u0301к Э\u0301", "замок замок Э"),
+        ("cafe\u0301 г\u0301", "café ѓ"),
+        ("а\u0300 ё\u0301 а\u0301\u0301", "а\u0300 ё а\u0301"),
+        ("и" + "\u0306" * 31, "и" + "\u0306" * 31),
+        ("и" + "\u0306" * 30, "й" + "\u0306" * 29),
+        ("и\u0306" + "x" + "\u0301" * 31 + "и\u0306", "й" + "x" + "\u0301" * 31 + "й"),
+        ("а" + "\u0301" * 31, "а" + "\u0301" * 31),
+        ("Обычный текст — «да»!", "Обычный текст — «да»!"),
+    ],
+)
+def test_stress_marks_go_and_letters_are_composed(text: str, wanted: str) -> None:
+    assert normalized(text) == wanted
+
+
+@pytest.mark.parametrize("marks", ["\u0301", "\u0306", "\u0301\u0327", "\u0327\u0301", "\U0001e8d0", "\u05b0\u0301"])
+def test_many_combining_marks_cost_little(marks: str) -> None:
+    """NFC is quadratic on them: 100,000 would take many seconds."""
+    text = "и" + marks * (100_000 // len(marks))
+    started = time.process_time()
+    assert normalized(text) == text
+    assert time.process_time() - started < 0.1
+
+
+def test_a_usual_text_stays_the_very_same_object() -> None:
+    assert all(normalized(review) is review for review in read_reviews())
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,6 +118,26 @@ def test_one_that_gives_other_ids_is_not_taken(
     assert "nanotoken gives other ids" in caplog.text
 
 
+@pytest.mark.parametrize("way", [WrappedTokenizer, BareTokenizer])
+def test_a_real_panic_costs_its_text_alone(way: Any) -> None:
+    """A pattern of the checkpoint's own that gives up on a text, which Rust calls a panic."""
+    panicking = AutoTokenizer.from_pretrained(TOKENIZER)
+    panicking.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PANICKING), "isolated")
+    encode = way(panicking)
+    wanted = encode(["привет"])[0].tolist()
+    with pytest.raises(TokenizerPanicked) as panic:
+        encode(["привет", PANICS])
+    assert not str(panic.value)
+    assert panic.value.__cause__ is None
+    assert encode(["привет"])[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, ValueError])
+def test_nothing_else_is_taken_for_a_panic(error: type[BaseException]) -> None:
+    with pytest.raises(error), panics_as_errors():
+        raise error
+
+
 def test_a_tokenizer_in_python_keeps_its_own_call(tokenizer: Any) -> None:
     class Slow:
         is_fast = False
@@ -84,5 +161,5 @@ def test_a_panic_is_an_error_that_can_be_handled(tokenizer: Any, monkeypatch: py
 
     encode = WordPieceTokenizer(tokenizer)
     monkeypatch.setattr(encode, "_tokenizer", Panicking())
-    with pytest.raises(RuntimeError, match="panicked"):
+    with pytest.raises(TokenizerPanicked):
         encode(["привет"])
