@@ -14,6 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
+from worker.aiokafka_compat import topic_ids
 from worker.cluster import (
     UNREACHABLE,
     Backoff,
@@ -23,6 +24,7 @@ from worker.cluster import (
     no_match,
     refuse_wrong_credentials,
 )
+from worker.identity import without_topic_id
 from worker.permissions import Permissions
 from worker.settings import RunSettings, UsersMistake
 from worker.tasks import within
@@ -167,6 +169,8 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     yield await _members(
         settings.group_id, admin, sum(len(described[name]["partitions"]) for name in roles["input_topics"])
     )
+    async for finding in _offsets(settings.group_id, admin, roles["input_topics"]):
+        yield finding
     async for finding in _permissions(settings, connection, roles):
         yield finding
 
@@ -209,6 +213,16 @@ async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> F
             f"group {group} has {members} members for {partitions} partitions: one more would be idle",
         )
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]) -> AsyncIterator[Finding]:
+    """A line where offsets were committed of topics that had these names before."""
+    ids, committed = await topic_ids(admin._client, topics), await admin.list_consumer_group_offsets(group)
+    named = {(tp.topic, without_topic_id(each.metadata or "")[0]) for tp, each in committed.items()}
+    others = [topic for topic, topic_id in sorted(named) if topic_id and ids.get(topic, "") not in ("", topic_id)]
+    if others:
+        why = f"{', '.join(others)} was deleted and made again since: those offsets count as none"
+        yield Finding("offsets", "warn", f"group {group} has committed, and {why}; auto_offset_reset decides")
 
 
 async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:
