@@ -19,6 +19,7 @@ from worker.cluster import (
     UNREACHABLE,
     Backoff,
     Connection,
+    admin_client,
     matching_topics,
     missing_topics,
     no_match,
@@ -120,7 +121,7 @@ def _model(settings: RunSettings) -> Finding:
 
 async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
     connection = Connection.as_set(settings)
-    admin = AIOKafkaAdminClient(**connection.options())
+    admin = admin_client(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
     try:
         await within(connection.request_timeout_s, admin.start())
     except UNREACHABLE as error:

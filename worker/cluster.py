@@ -181,12 +181,13 @@ async def wait_until_usable(
     login or certificate.
     """
 
+    names = [name for group in topics.values() for name in group]
+
     async def look(client: AIOKafkaAdminClient) -> tuple[str, dict[str, TopicLimits]]:
         missing = await missing_topics(client, topics)
-        names = [name for group in topics.values() for name in group]
         return missing, {} if missing else await _limits(client, names)
 
-    return await _until_found(connection, health, look)
+    return await _until_found(connection, health, look, names)
 
 
 async def wait_for_a_match(connection: Connection, pattern: str, health: Health) -> tuple[str, ...]:
@@ -200,12 +201,15 @@ async def wait_for_a_match(connection: Connection, pattern: str, health: Health)
 
 
 async def _until_found(
-    connection: Connection, health: Health, look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]]
+    connection: Connection,
+    health: Health,
+    look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]],
+    names: Iterable[str] = (),
 ) -> Found:
     """Looks until nothing is missing: ``look`` answers with what is, as a sentence, and with what it has found."""
     backoff = Backoff()
     while True:
-        client = AIOKafkaAdminClient(**connection.options())
+        client = admin_client(connection, names)
         try:
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
@@ -223,13 +227,22 @@ async def _until_found(
         await backoff.wait()
 
 
+def admin_client(connection: Connection, names: Iterable[str]) -> AIOKafkaAdminClient:
+    """Not started. It asks for these topics alone when a broker is away, and not for all of the cluster's each time."""
+    client = AIOKafkaAdminClient(**connection.options())
+    if names := set(names):
+        client._client.set_topics(names)
+    return client
+
+
 async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str, TopicLimits]:
     """The limits of topics as they are now. Raises what is in UNREACHABLE."""
-    client = AIOKafkaAdminClient(**connection.options())
+    names = list(names)
+    client = admin_client(connection, names)
     try:
         async with asyncio.timeout(connection.request_timeout_s):
             await client.start()
-            return await _limits(client, list(names))
+            return await _limits(client, names)
     finally:
         await _close(client)
 

@@ -36,3 +36,9 @@ def test_a_write_to_a_connection_that_was_reset(factory: Callable[[], asyncio.Ab
     assert cluster.UNREACHABLE
     with asyncio.Runner(loop_factory=factory) as runner, pytest.raises(KafkaConnectionError):
         runner.run(write_to_a_connection_that_was_reset())
+
+
+async def test_an_admin_client_asks_for_its_topics_alone_while_a_broker_is_away() -> None:
+    """At every try to connect to that broker; without topics of its own a client would ask for all of the cluster's."""
+    client = cluster.admin_client(cluster.Connection(("nowhere:1",)), iter(["a", "b"]))
+    assert client._client._topics == {"a", "b"}
