@@ -54,7 +54,7 @@ def test_tags_of_later_versions_are_skipped() -> None:
 async def test_ids_are_those_of_the_topics_that_are_there() -> None:
     client = Client(1, answer(topic("a"), topic("b", topic_id=bytes(16)), topic("c", code=3, topic_id=bytes(16))))
     assert await topic_ids(client, ["a", "b", "c"]) == {"a": READABLE_ID, "b": ""}
-    assert client.asked == [(0, ["a", "b", "c"], {})]
+    assert client.asked == [(0, ["a", "b", "c"], {"group": module.BESIDE})], "on a connection of its own"
 
 
 async def test_another_broker_is_asked_where_one_does_not_answer() -> None:
@@ -76,4 +76,4 @@ async def test_names_are_those_of_topics_that_one_may_read(large: int, monkeypat
     monkeypatch.setattr(module, "LARGE_ANSWER_BYTES", large)
     client = Client(1, answer(topic("a"), topic("__b", is_internal=True), topic("c", code=29), topic("d")))
     assert await topic_names(client) == ["a", "d"]
-    assert client.asked == [(0, None, {"group": module.BESIDE})], "on a connection of its own"
+    assert client.asked == [(0, None, {"group": module.BESIDE})]
