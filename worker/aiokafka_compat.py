@@ -57,7 +57,7 @@ from worker.tasks import cancelled, within
 METADATA_TIMEOUT_S: Final = 3.0  # of one broker; then the next one is asked
 LARGE_ANSWER_BYTES: Final = 100_000  # some milliseconds to parse
 UNKNOWN_TOPIC: Final = 3
-BESIDE: Final = "topics"  # a connection of its own, where a long answer holds up no other request
+BESIDE: Final = "topics"  # a connection of its own, where it neither waits for a fetch nor holds one up
 _NO_ID: Final = bytes(16)
 _FIXED_BYTES: Final = 14  # of a partition: error code, number, leader, leader's epoch
 _TAGS: Final = ("tags", TaggedFields)
@@ -140,17 +140,17 @@ async def topic_names(client: AIOKafkaClient) -> list[str]:
     There is no request for names alone, so brokers answer with every partition.
     """
     try:
-        found = await _described(client, None, group=BESIDE)
+        found = await _described(client, None)
     except NotImplementedError:
         return list((await client.fetch_all_metadata()).topics())
     return [topic.name for topic in found if not topic.error_code and not topic.is_internal]
 
 
-async def _described(client: AIOKafkaClient, topics: Collection[str] | None, **connection: str) -> list[Topic]:
+async def _described(client: AIOKafkaClient, topics: Collection[str] | None) -> list[Topic]:
     nodes = [broker.nodeId for broker in client.cluster.brokers()]
     for node in random.sample(nodes, len(nodes)):
         try:
-            answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), **connection))
+            answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), group=BESIDE))
         except (KafkaError, OSError, TimeoutError):
             continue
         if len(answer.body) > LARGE_ANSWER_BYTES:

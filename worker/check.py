@@ -16,12 +16,14 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
+from worker.aiokafka_compat import topic_ids
 from worker.cluster import (
     NO_LIMIT,
     UNREACHABLE,
     Backoff,
     Connection,
     TopicLimits,
+    admin_client,
     compacted_dead_letters,
     matching_topics,
     missing_topics,
@@ -33,6 +35,7 @@ from worker.cluster import (
 )
 from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
+from worker.identity import without_topic_id
 from worker.permissions import Permissions
 from worker.settings import RunSettings, UsersMistake
 from worker.tasks import within
@@ -130,7 +133,7 @@ def _model(settings: RunSettings) -> Finding:
 
 async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
     connection = Connection.as_set(settings)
-    admin = AIOKafkaAdminClient(**connection.options())
+    admin = admin_client(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
     try:
         await within(connection.request_timeout_s, admin.start())
     except UNREACHABLE as error:
@@ -182,6 +185,8 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     yield _files(partitions, described.values(), exactly_once=settings.delivery == "exactly-once")
     yield await _members(settings.group_id, admin, partitions)
     async for finding in _retention(settings, connection, [described[name] for name in topics]):
+        yield finding
+    async for finding in _offsets(settings.group_id, admin, roles["input_topics"]):
         yield finding
     async for finding in _permissions(settings, connection, roles):
         yield finding
@@ -241,6 +246,16 @@ async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> F
             f"group {group} has {members} members for {partitions} partitions: one more would be idle",
         )
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]) -> AsyncIterator[Finding]:
+    """A line where offsets were committed of topics that had these names before."""
+    ids, committed = await topic_ids(admin._client, topics), await admin.list_consumer_group_offsets(group)
+    named = {(tp.topic, without_topic_id(each.metadata or "")[0]) for tp, each in committed.items()}
+    others = [topic for topic, topic_id in sorted(named) if topic_id and ids.get(topic, "") not in ("", topic_id)]
+    if others:
+        why = f"{', '.join(others)} was deleted and made again since: those offsets count as none"
+        yield Finding("offsets", "warn", f"group {group} has committed, and {why}; auto_offset_reset decides")
 
 
 async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:

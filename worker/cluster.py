@@ -190,12 +190,14 @@ async def wait_until_usable(
     login or certificate.
     """
 
+    names = [name for group in topics.values() for name in group]
+
     async def look(client: AIOKafkaAdminClient) -> tuple[str, dict[str, TopicLimits]]:
         missing = await missing_topics(client, topics)
         names = [name for group in topics.values() for name in group]
         return missing, {} if missing else await topic_limits(client, names)
 
-    return await _until_found(connection, health, look)
+    return await _until_found(connection, health, look, names)
 
 
 async def wait_for_a_match(connection: Connection, pattern: str, health: Health) -> tuple[str, ...]:
@@ -209,12 +211,15 @@ async def wait_for_a_match(connection: Connection, pattern: str, health: Health)
 
 
 async def _until_found(
-    connection: Connection, health: Health, look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]]
+    connection: Connection,
+    health: Health,
+    look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]],
+    names: Iterable[str] = (),
 ) -> Found:
     """Looks until nothing is missing: ``look`` answers with what is, as a sentence, and with what it has found."""
     backoff = Backoff()
     while True:
-        client = AIOKafkaAdminClient(**connection.options())
+        client = admin_client(connection, names)
         try:
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
@@ -246,7 +251,7 @@ async def watch_topics(
             try:
                 async with asyncio.timeout(connection.request_timeout_s):
                     if client is None:
-                        client = AIOKafkaAdminClient(**connection.options())
+                        client = admin_client(connection, (name for names in topics.values() for name in names))
                         await client.start()
                     missing = await missing_topics(client, topics)
             except UNREACHABLE:  # others tell of it
@@ -277,9 +282,18 @@ def compacted_dead_letters(topic: str) -> str:
     )
 
 
+def admin_client(connection: Connection, names: Iterable[str]) -> AIOKafkaAdminClient:
+    """Not started. It asks for these topics alone when a broker is away, and not for all of the cluster's each time."""
+    client = AIOKafkaAdminClient(**connection.options())
+    if names := set(names):
+        client._client.set_topics(names)
+    return client
+
+
 async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str, TopicLimits]:
     """The limits of topics as they are now. Raises what is in UNREACHABLE."""
-    client = AIOKafkaAdminClient(**connection.options())
+    names = list(names)
+    client = admin_client(connection, names)
     try:
         async with asyncio.timeout(connection.request_timeout_s):
             await client.start()

@@ -56,3 +56,9 @@ def test_retention_is_that_of_topics_that_delete_by_the_producers_time(
     config: dict[str, str | None], retention_ms: int
 ) -> None:
     assert cluster._parsed_limits(config).retention_ms == retention_ms
+
+
+async def test_an_admin_client_asks_for_its_topics_alone_while_a_broker_is_away() -> None:
+    """At every try to connect to that broker; without topics of its own a client would ask for all of the cluster's."""
+    client = cluster.admin_client(cluster.Connection(("nowhere:1",)), iter(["a", "b"]))
+    assert client._client._topics == {"a", "b"}
