@@ -1,12 +1,14 @@
 """What a consumer takes for its group's committed offsets, with answers as brokers give them."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
+    IllegalStateError,
     KafkaConnectionError,
     KafkaError,
     TopicAuthorizationFailedError,
@@ -131,3 +133,14 @@ async def test_several_partitions_are_asked_for_at_once() -> None:
     found = await asking(coordinator).committed_offsets(tps)
     assert coordinator.requests[0].topics == [("t", [0, 2]), ("u", [1])]
     assert [(found[tp].offset, found[tp].metadata) for tp in tps] == [(5, ""), (9, "m"), (-1, "")]
+
+
+async def test_a_seek_between_two_assignments_is_one_of_a_partition_that_is_not_assigned() -> None:
+    """aiokafka asserts there, and raises what it says only while other partitions are assigned."""
+    consumer = Consumer(group_id="g")
+    consumer._fetcher = SimpleNamespace(seek_to=consumer._subscription.seek)
+    consumer.subscribe(["t"])
+    with pytest.raises(AssertionError):
+        AIOKafkaConsumer.seek(consumer, TP, 5)
+    with pytest.raises(IllegalStateError):
+        consumer.seek(TP, 5)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -34,6 +35,7 @@ from worker.identity import TopicRecreated, with_topic_id
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
 from worker.source import Source, Standstill, UnreadableRecord
+from worker.tasks import cancelled
 
 TP = TopicPartition("t", 0)
 ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
@@ -535,6 +537,28 @@ async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owne
     await until(reader.done)
     assert reader.exception() is None
     assert not stage.run.done()
+
+
+async def test_a_reader_that_does_not_end_ends_the_session(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take records of the next assignment."""
+    is_over = asyncio.Event()
+
+    async def endless(*_: object, **__: object) -> Any:
+        while not is_over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await is_over.wait()
+        return {}
+
+    monkeypatch.setattr(cancelled, "__defaults__", (0.05,))
+    monkeypatch.setattr(consumer, "getmany", endless)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await asyncio.sleep(0.01)
+    await stage.revoke(TP)
+    await until(lambda: "a reader does not end" in (stage.health.why_not_ready() or ""))
+    is_over.set()
 
 
 async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) -> None:
