@@ -1,4 +1,4 @@
-"""Batches of some kB that would fill the memory or hold up the event loop: a worker outlives them, or says where they are."""
+"""Batches of some kB that would fill the memory or hold up the event loop: a worker outlives them, or names their place."""
 
 import gzip
 import threading
@@ -14,6 +14,7 @@ from tests.batches import GZIP, ZSTD, batch, record, send
 from tests.process import COSTLESS, WorkerProcess, Workers
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Topics, numbered
+from tests.waiting import wait_for
 from worker.unpacking import HEADERS, PARTS
 
 pytestmark = pytest.mark.kafka
@@ -32,7 +33,7 @@ def worker_module() -> str:
 def peak_mb(worker: WorkerProcess) -> float:
     """The most memory that this process has had at a time."""
     lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1_000 for line in lines if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) / 1_000 for line in lines if line.startswith("VmHWM")), 0.0)  # none once it ended
 
 
 @contextmanager
@@ -115,12 +116,12 @@ async def test_a_record_of_more_headers_than_memory_ends_the_worker_with_its_add
     wait_until_committed(kafka, topics)
     kafka.send(topics.input, [numbered(1)])
     await send(kafka.bootstrap, topics.input, {1: batch(packed[1], ZSTD, 1)}, 1)
-    peak = 0.0
-    while worker.is_running:
-        try:
-            peak = max(peak, peak_mb(worker))
-        except (OSError, StopIteration):
-            break
-        time.sleep(0.02)
-    assert peak < ALONE_MB + 200
+    peaks: list[float] = []
+
+    def ended() -> bool:
+        peaks.append(peak_mb(worker))
+        return not worker.is_running
+
+    wait_for(ended, "the worker to end", 60, every=0.02)
+    assert max(peaks) < ALONE_MB + 200
     assert_names_the_place(worker, topics, 1)
