@@ -105,11 +105,11 @@ def unpack_snappy(packed: bytes, room: Room) -> bytearray:
 def _xerial_blocks(packed: bytes) -> Iterator[bytes]:
     position = 16
     for _ in range(PARTS):
-        if position == len(packed):
-            return
         (size,) = struct.unpack_from("!I", packed, position)
         yield packed[position + 4 : position + 4 + size]
         position += 4 + size
+        if position >= len(packed):
+            return
     raise ValueError("it has too many blocks")
 
 
@@ -166,12 +166,12 @@ def refuse_endless(records: bytearray) -> None:
     """Raises ValueError for old formats' records of which aiokafka would never see the end, or too many at once."""
     position = 0
     for _ in range(LEGACY_RECORDS):
-        if position == len(records):
-            return
         (length,) = struct.unpack_from("!i", records, position + 8)
         position += 12 + length
         if length < LEGACY_LEAST or position > len(records):
             raise ValueError("a record's length is wrong")
+        if position == len(records):
+            return
     raise ValueError("it has too many records")
 
 
