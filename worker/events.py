@@ -115,7 +115,7 @@ def _any_empty(texts: Sequence[str]) -> bool:
         firsts = "".join(map(itemgetter(0), texts))
     except IndexError:  # it has no character at all
         return True
-    invisible = _UNUSUAL.search(firsts) and set(filter(_is_invisible, firsts))
+    invisible = set(filter(_is_invisible, firsts)) if _UNUSUAL.search(firsts) else set()
     return bool(invisible) and any(is_empty(text) for text in texts if text[0] in invisible)
 
 

@@ -1,8 +1,8 @@
 """What the source does at the edges of a rebalance, with a consumer that answers exactly when the test says."""
 
 import asyncio
-import logging
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
