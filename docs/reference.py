@@ -151,7 +151,7 @@ READING: Final[dict[str, dict[str, str]]] = {
         "stuck. Old without waiting texts: there is nothing to do, or the cache answers all.",
     },
     "Does it keep up?": {
-        "consumer_lag_records": "Refreshed each second. Growing: more events arrive than are scored. One partition alone: a "
+        "consumer_lag_records": "Refreshed each second; no series while the end is not known. Growing: more events arrive than are scored. One partition alone: a "
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
         "consumer_lag_seconds": "What people feel of the lag, and what to alert on. 0 when nothing waits, and until the first "
         "record that waits has been read. Timestamps more than a year old or in the future are passed over.",

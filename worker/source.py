@@ -923,9 +923,9 @@ class Source:
                 self._health.trouble(
                     "coordinator", f"the coordinator of group {self._group_id} has not answered for {patience_s:g} s"
                 )
-            if self._is_coordinator_away or self._rejoining_since is None or self._is_stopping:
-                continue
-            if now - self._rejoining_since > REJOINING_S:
+            since = self._rejoining_since
+            is_rebalancing = answers.is_joining or self._revoking.locked()
+            if since is not None and is_rebalancing and not self._is_stopping and now - since > REJOINING_S:
                 self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:

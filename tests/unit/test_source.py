@@ -994,6 +994,21 @@ async def test_a_trouble_of_one_reader_is_not_ended_by_the_lag(consumer: FakeCon
     await until(lambda: stage.health.why_not_ready() is None)
 
 
+async def test_a_reader_of_a_partition_without_a_leader_blames_no_broker(consumer: FakeConsumer, clock: Clock) -> None:
+    """Where to begin in it cannot be found out either, and that is no trouble of its own."""
+    consumer.unknown, consumer.unplaceable = {TP: LeaderNotAvailableError()}, RequestTimedOutError()
+    consumer.knows_committed.clear()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    clock.ahead += 4
+    reason = "partitions: partition t-0 has no leader"
+    await until(lambda: stage.health.why_not_ready() == reason)
+    consumer.knows_committed.set()
+    await asyncio.sleep(0.05)
+    consumer.unknown = {}
+    await until(lambda: stage.health.why_not_ready() is None)
+
+
 @pytest.mark.parametrize("code", [None, GroupCoordinatorNotAvailableError.errno])
 async def test_a_coordinator_that_is_away_is_told_once_by_its_age(
     consumer: FakeConsumer, clock: Clock, caplog: pytest.LogCaptureFixture, code: int | None
