@@ -485,12 +485,11 @@ def _spaced(update: Any) -> Any:
 AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
 
 
-def give_up_if_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
-    """Fails what waits for a partition that its topic, made anew with fewer, has no more; asks for metadata to know it next
-    time. Such a batch is nowhere: its partition is gone.
+def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
+    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
 
     Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
-    without an end, and to fail the batch once they say so, instead of after ``request_timeout_ms``.
+    without an end.
     """
     producer.client.force_metadata_update()
     partitions = producer.client.cluster.partitions_for_topic(tp.topic)
@@ -602,3 +601,13 @@ def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
     """Whether a batch that failed for good may be in its partition: it was sent, and no broker has refused it."""
     is_refused = isinstance(error, BrokerResponseError) and not error.retriable
     return batch._buffer is not None and not is_refused
+    return partitions is not None and tp.partition not in partitions
+
+
+def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
+    """Fails what waits for a partition that is gone, and with it what was written there.
+
+    Upstream would have to do so once its metadata say it, instead of after ``request_timeout_ms``.
+    """
+    for batch in producer._message_accumulator._batches.pop(tp, ()):
+        batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))

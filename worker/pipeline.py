@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
+from operator import attrgetter
 from typing import Any, Final, cast
 
 from worker import garbage
@@ -177,7 +178,7 @@ class Pipeline:
         self._watch_topics = watch_topics
         self._refusals = RefusalLog(output_topic)
         self._flood_of_published = copy.deepcopy(flood)
-        self._flooded: asyncio.Event = asyncio.Event()
+        self._flooded = asyncio.Event()
         self._published_flood: DeadLetterFlood | None = None
         self._draining = asyncio.Event()
         self._seen: dict[
@@ -513,8 +514,9 @@ class Pipeline:
         raise self._published_flood
 
     def _look_at_published(self, outcomes: Sequence[Outcome]) -> None:
-        looks = Counter(outcome.look for outcome in outcomes if outcome.look)
-        for look, published in looks.items():
+        for look, published in Counter(map(attrgetter("look"), outcomes)).items():
+            if look is None:
+                continue
             look.published += published
             if look.published == look.records:
                 try:

@@ -23,7 +23,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.aiokafka_compat import give_up_if_gone, may_be_written
+from worker.aiokafka_compat import give_up, is_gone, may_be_written
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.events import Outgoing, Reason
 from worker.health import Health
@@ -423,11 +423,14 @@ class Sink:
         self, producer: AIOKafkaProducer, lane: Lane, future: asyncio.Future[object]
     ) -> BaseException | None:
         """Waits until a batch is acknowledged or has failed for good."""
-        began = time.monotonic()
+        began, tp = time.monotonic(), TopicPartition(*lane)
+        was_gone = False
         while not future.done():
             await asyncio.wait({future}, timeout=LOOK_S)
-            if not future.done():
-                give_up_if_gone(producer, TopicPartition(*lane))
+            gone = not future.done() and is_gone(producer, tp)
+            if gone and was_gone:  # one broker may not know a new partition for a moment
+                give_up(producer, tp)
+            was_gone = gone
             if not future.done() and time.monotonic() - began >= STALLED_S:
                 self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()

@@ -20,7 +20,7 @@ def worker_module() -> str:
 
 def send_more(kafka: Kafka, topics: Topics, numbers: range) -> list[Record]:
     sent = kafka.send(topics.input, map(numbered, numbers))
-    wait_until_committed(kafka, topics)
+    wait_until_committed(kafka, topics, 45)
     return sent
 
 
