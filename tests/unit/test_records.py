@@ -267,7 +267,10 @@ async def test_one_that_waits_holds_nothing_and_a_small_one_does_not_overtake(bu
     while await partitions.run(0):
         pass
     async with asyncio.timeout(30):
-        assert [len(run) for run in await asyncio.gather(*waiting)] == [1, 1]
+        assert len(await waiting[0]) == 1
+        while await partitions.run(1):
+            pass
+        assert len(await waiting[1]) == 1
 
 
 @pytest.mark.parametrize("end", ["released", "dropped", "sought elsewhere"])
@@ -304,7 +307,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
     reading = asyncio.create_task(partitions.run(0))
     assert await asyncio.to_thread(begun.wait, 30)
     await cancelled([reading])
-    assert budget.free == 0
+    assert budget.free < 8 * MB
     assert not partitions.reader.waiting
     other = asyncio.create_task(partitions.run(1))
     goes_on.set()
