@@ -386,7 +386,7 @@ class RunSettings(ModelSettings, EventSettings):
     max_unpacked_bytes: int = Field(
         256 * 2**20,
         ge=128 * 2**20,
-        description="what compressed batches hold unpacked until they are read, all together, bytes",
+        description="what compressed batches may hold unpacked, all together, bytes",
     )
     cache_size: int = Field(
         65_536, ge=0, description="results kept for repeated texts, half of them for certain; 0: none"
