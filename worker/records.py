@@ -131,11 +131,15 @@ class Runs(PartitionRecords):  # type: ignore[misc]
     async def unpack_next(self) -> None:
         """Unpacks what the last run, an empty one, stands for. Raises what reading its records raises."""
         batch = self._large
-        if _is_packed(batch):
-            self._unpacked = await self._budget.unpacked(batch)
-        else:  # larger than a fetch, and so alone in it
-            await asyncio.to_thread(refuse_many_headers, self._records.first_records())
-            self._unpacked = chain(batch), None
+        try:
+            if _is_packed(batch):
+                self._unpacked = await self._budget.unpacked(batch)
+            else:  # larger than a fetch, and so alone in it
+                await asyncio.to_thread(refuse_many_headers, self._records.first_records())
+                self._unpacked = chain(batch), None
+        except asyncio.CancelledError:
+            self.close()  # the thread goes on, and takes the batch's first record
+            raise
 
     def _runs(self) -> Iterator[list[Record]]:
         run: list[Record] = []
@@ -155,11 +159,15 @@ class Runs(PartitionRecords):  # type: ignore[misc]
                     run, held, limit = [], 0, self._limits[self._tp]()
                 records, share = unpacked
                 held += share.size if share else 0
-                while some := list(islice(records, limit - len(run))):
-                    run += self._rows(some)
-                    if len(run) >= limit:
-                        yield run
-                        run, held, limit = [], 0, self._limits[self._tp]()
+                try:
+                    while some := list(islice(records, limit - len(run))):
+                        run += self._rows(some)
+                        if len(run) >= limit:
+                            yield run
+                            run, held, limit = [], 0, self._limits[self._tp]()
+                finally:
+                    if share:
+                        share.keep(0)
                 del records, share, unpacked  # before there is more
             # Also where compaction took the last records of a batch, or all of them
             self.next_fetch_offset = batch.next_offset

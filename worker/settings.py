@@ -412,7 +412,9 @@ class RunSettings(ModelSettings, EventSettings):
     max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
     linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
     max_unpacked_bytes: int = Field(
-        256 * 2**20, ge=128 * 2**20, description="compressed batches, unpacked and not yet read, together, bytes"
+        256 * 2**20,
+        ge=128 * 2**20,
+        description="what compressed batches may hold unpacked, all together, bytes",
     )
     cache_size: int = Field(
         65_536, ge=0, description="results kept for repeated texts, half of them for certain; 0: none"

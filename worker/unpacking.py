@@ -179,7 +179,7 @@ def _decoder(unpack: Unpack, check: Callable[[bytearray], None]) -> Callable[[by
     def decode(packed: bytes) -> bytearray:
         room = _room.get() or Room(UNPACKED_BYTES)
         unpacked = unpack(packed, room)
-        room.held = sys.getsizeof(unpacked)
+        room.held = min(sys.getsizeof(unpacked), room.most)
         check(unpacked)
         return unpacked
 
@@ -249,24 +249,23 @@ class Budget:
         if self.free < AT_ONCE or self._turn.locked():
             return None
         share, room = Share(self, AT_ONCE), Room(AT_ONCE)
-        records = unpacked(batch, room)
-        if records is None:
-            return None
-        share.keep(room.held)
-        return records, share
+        records = None
+        try:
+            records = unpacked(batch, room)
+        finally:
+            share.keep(0 if records is None else room.held)
+        return None if records is None else (records, share)
 
     async def unpacked(self, batch: Any) -> tuple[Iterator[Any], Share]:
         """The records of a batch, unpacked on a thread once there is room. Raises what reading a record raises."""
-        size = AT_ONCE
+        size = AT_ONCE // GROWTH
         async with self._turn:
             while True:
                 least, size = size, min(GROWTH * size, UNPACKED_BYTES)
                 share, room = await self._share(size), Room(size, least)
                 records = await self._on_thread(batch, room, share)
                 if records is not None:
-                    share.keep(room.held)
                     return records, share
-                del share
 
     async def _share(self, size: int) -> Share:
         while self.free < size:
@@ -275,9 +274,15 @@ class Budget:
         return Share(self, size)
 
     async def _on_thread(self, batch: Any, room: Room, share: Share) -> Iterator[Any] | None:
+        """Leaves in the share what the batch takes, or nothing. Not by its end alone: an exception would keep it alive."""
         work = asyncio.create_task(asyncio.to_thread(unpacked, batch, room))
+        records = None
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            work.add_done_callback(lambda _: share)  # the thread goes on, and holds the bytes until it is done
-            raise
+            records = await asyncio.shield(work)
+        finally:
+            if work.done():
+                share.keep(0 if records is None else room.held)
+            else:  # cancelled; the thread goes on, and holds the bytes until it is done
+                work.add_done_callback(lambda _: share.keep(0))
+            del work  # it holds the exception, which holds this frame
+        return records

@@ -1,9 +1,11 @@
 """What is read is what aiokafka itself would deliver, record for record. Fails first where aiokafka's inside has changed."""
 
+import asyncio
 import gc
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import getsource
 from itertools import islice
 from types import SimpleNamespace
@@ -11,13 +13,17 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher, FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
 from aiokafka.record.default_records import DefaultRecordBatchBuilder, _DefaultRecordBatchBuilderPy
 from aiokafka.record.memory_records import MemoryRecords
 
+import worker.cluster  # noqa: F401 - sets the bound
+from worker import unpacking
 from worker.records import Fetched, Reader, Record
-from worker.unpacking import Budget
+from worker.tasks import cancelled
+from worker.unpacking import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
 
 TP = TopicPartition("texts", 3)
 COMMIT, ABORT = b"\0\0\0\1", b"\0\0\0\0"  # the keys of control records
@@ -35,7 +41,7 @@ def batch(
     control: bool = False,
 ) -> bytes:
     """A batch as a broker sends it, its first offset being `base`."""
-    builder = _DefaultRecordBatchBuilderPy(2, codec, int(transactional), producer, 0, 0, 1_000_000)
+    builder = _DefaultRecordBatchBuilderPy(2, codec, int(transactional), producer, 0, 0, 100_000_000)
     if control:
         attributes = builder._get_attributes
         builder._get_attributes = lambda *args: attributes(*args) | CONTROL  # type: ignore[method-assign]
@@ -189,3 +195,163 @@ class FakeConsumer:
         self.before_answering()
         found = self._fetcher._records[tp]._partition_records
         return {tp: [next(found) for _ in range(max_records)]}
+
+
+# What is unpacked.
+
+MB = 2**20
+LARGE = [(b"k", bytes(300_000), []) for _ in range(20)]  # 6 MB
+
+
+class Partitions:
+    """A consumer that has fetched these partitions."""
+
+    def __init__(self, budget: Budget, fetches: dict[int, bytes]) -> None:
+        self._fetcher = SimpleNamespace(_records=OrderedDict())
+        self.reader = Reader(self, budget)  # type: ignore[arg-type]
+        self.store = self._fetcher._records
+        for partition, data in fetches.items():
+            tp = TopicPartition("texts", partition)
+            records = PartitionRecords(tp, fetcher.MemoryRecords(data), [], 0, None, None, True, READ_COMMITTED)
+            self.store[tp] = FetchResult(tp, assignment=None, partition_records=records, backoff=0)
+
+    async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        runs = list(islice(self.store[tp]._partition_records, max_records))
+        if not runs:
+            del self.store[tp]
+        return {tp: runs}
+
+    async def run(self, partition: int, limit: int = 1_000) -> list[Record]:
+        return await self.reader.read(TopicPartition("texts", partition), timeout_ms=1, limit=lambda: limit)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - a thread's work
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> Budget:
+    """Room for one batch of 8 MB."""
+    monkeypatch.setattr(unpacking, "UNPACKED_BYTES", 8 * MB)
+    return Budget(0)
+
+
+@pytest.mark.parametrize("codec", [1, 2, 3, 4])
+async def test_large_batches_wait_for_one_another(budget: Budget, codec: int) -> None:
+    partitions = Partitions(budget, {number: batch(0, LARGE, codec=codec) for number in range(5)})
+    least = budget.free
+
+    async def read_to_end(partition: int) -> int:
+        nonlocal least
+        count = 0
+        while run := await partitions.run(partition, 3):
+            least = min(least, budget.free)
+            count += len(run)
+            await asyncio.sleep(0)
+        return count
+
+    async with asyncio.timeout(30):
+        assert await asyncio.gather(*map(read_to_end, range(5))) == [len(LARGE)] * 5
+    assert 0 <= least < 3 * MB, "one at a time was held"
+    assert budget.free == 8 * MB
+    assert not partitions.reader.waiting
+
+
+async def test_one_that_waits_holds_nothing_and_a_small_one_does_not_overtake(budget: Budget) -> None:
+    small = batch(0, plain(100), codec=4)
+    partitions = Partitions(budget, {0: batch(0, LARGE, codec=1), 1: batch(0, LARGE, codec=1), 2: small, 3: small})
+    assert len(await partitions.run(0, 1)) == 1
+    assert len(await partitions.run(2)) == 100, "while there is room and nobody waits"
+    free = budget.free
+    waiting = [asyncio.create_task(partitions.run(number, 1)) for number in (1, 3)]
+    await until(lambda: len(partitions.reader.waiting) == 2 and budget.free == free)
+    while await partitions.run(0):
+        pass
+    async with asyncio.timeout(30):
+        assert len(await waiting[0]) == 1
+        while await partitions.run(1):
+            pass
+        assert len(await waiting[1]) == 1
+
+
+@pytest.mark.parametrize("end", ["released", "dropped", "sought elsewhere"])
+async def test_what_is_not_read_to_its_end_is_given_back(budget: Budget, end: str) -> None:
+    tp = TopicPartition("texts", 0)
+    partitions = Partitions(budget, {0: batch(0, LARGE, codec=4)})
+    assert len(await partitions.run(0, 1)) == 1
+    assert budget.free < 3 * MB
+    if end == "released":
+        partitions.reader.release(tp)
+        assert await partitions.run(0) == []
+    elif end == "dropped":
+        partitions.store.clear()
+    else:
+        partitions.store[tp]._partition_records = None
+        partitions.reader.release(tp)
+    assert budget.free == 8 * MB
+
+
+async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_done(
+    budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    unpack = unpacking.unpacked
+
+    def slowly(*args: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert goes_on.wait(30)
+        return unpack(*args)
+
+    monkeypatch.setattr(unpacking, "unpacked", slowly)
+    partitions = Partitions(budget, {0: batch(0, LARGE, codec=4), 1: batch(0, plain(100), codec=4)})
+    reading = asyncio.create_task(partitions.run(0))
+    assert await asyncio.to_thread(begun.wait, 30)
+    await cancelled([reading])
+    assert budget.free < 8 * MB
+    assert not partitions.reader.waiting
+    other = asyncio.create_task(partitions.run(1))
+    goes_on.set()
+    async with asyncio.timeout(30):
+        assert len(await other) == 100
+    assert await partitions.run(0) == [], "it has to be fetched anew"
+    assert await partitions.run(1) == []
+    await until(lambda: budget.free == 8 * MB)
+
+
+async def test_a_batch_that_cannot_be_unpacked_gives_back(budget: Budget) -> None:
+    bomb = batch(0, [(b"k", bytes(9 * MB), [])], codec=4)
+    good = batch(0, LARGE, codec=4)
+    partitions = Partitions(budget, {0: bomb, 1: good})
+    for _ in range(2):  # also who comes back to it
+        with pytest.raises(UnpacksTooLarge):
+            await partitions.run(0)
+    gc.collect()
+    assert len(await partitions.run(1)) == len(LARGE)
+
+
+async def test_many_small_batches_are_not_unpacked_in_one_go(budget: Budget) -> None:
+    each = [(b"k", bytes(900_000), [])]
+    data = b"".join(batch(number, each, codec=4) for number in range(20))
+    partitions = Partitions(budget, {0: data})
+    runs = []
+    while run := await partitions.run(0):
+        runs.append(len(run))
+    assert sum(runs) == 20
+    assert max(runs) <= 3
+    assert budget.free == 8 * MB
+
+
+@pytest.mark.parametrize("codec", [0, 1, 4])
+@pytest.mark.parametrize("padding", [0, 2 * MB])
+async def test_a_record_of_too_many_headers_cannot_be_read(budget: Budget, codec: int, padding: int) -> None:
+    """In a small batch and in a large one, packed and not."""
+    name = [("", None)]
+    fitting = batch(0, [(None, bytes(padding), name * HEADERS)], codec=codec)
+    (record,) = await Partitions(budget, {0: fitting}).run(0)
+    assert len(record.headers) == HEADERS
+    records: Written = [(None, b"v", []), (None, bytes(padding), name * (HEADERS + 1))]
+    with pytest.raises(TooManyHeaders):
+        await Partitions(budget, {0: batch(0, records, codec=codec)}).run(0)
