@@ -15,7 +15,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from benchmarks.costless import CostlessModel
-from worker import cluster, service
+from worker import check, cluster, service
 from worker.aiokafka_compat import TopicsRequest
 from worker.cli import main
 
@@ -43,5 +43,6 @@ def install() -> None:
 
 if __name__ == "__main__":
     service._loaded = lambda _: CostlessModel()  # type: ignore[assignment,return-value]
+    check._model = lambda _: check.Finding("model", "ok", "costs nothing")
     install()
     main()
