@@ -53,7 +53,7 @@ READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics
 SILENCE_S: Final = 60.0
-REJOINS: Final = 3  # in a row that move no position, although there is something to read
+REJOINS: Final = 3  # in a row that do not move a partition, although it has records to read
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
@@ -186,8 +186,10 @@ class Source:
         self._is_stopping = False
         self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
-        self._positions: dict[TopicPartition, int] | None = None  # when the group was last joined again
-        self._fruitless = 0  # times in a row that it was joined again and no position has moved since
+        self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
+        self._fruitless: dict[
+            TopicPartition, int
+        ] = {}  # times in a row that this did not move a partition with records
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -302,16 +304,17 @@ class Source:
                 await self._stop_consumer(self._connection.request_timeout_s)
 
     async def _look_for_standstill(self, reason: Rejoin) -> None:
-        """Raises Standstill where for REJOINS times joining again has moved no position, and there is something to read."""
+        """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read."""
         assignments = list(self._assignments.values())
         found = await asyncio.gather(*map(self._position, assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
-        before, self._positions = self._positions, {**(self._positions or {}), **positions}
-        behind = await self._behind(positions) if before == self._positions else []
-        self._fruitless = self._fruitless + 1 if behind else 0
-        if self._fruitless == REJOINS:
+        unmoved = [tp for tp in await self._behind(positions) if self._positions.get(tp) == positions[tp]]
+        self._positions |= positions
+        self._fruitless = {tp: self._fruitless.get(tp, 0) + 1 for tp in unmoved}
+        stuck = [tp for tp, times in self._fruitless.items() if times == REJOINS]
+        if stuck:
             raise Standstill(
-                f"nothing of {_named(behind)} is read any more, although there are records and the group was joined again "
+                f"nothing of {_named(stuck)} is read any more, although there are records and the group was joined again "
                 f"{REJOINS} times: {reason}"
             )
 
