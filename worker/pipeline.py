@@ -181,9 +181,7 @@ class Pipeline:
         self._flooded = asyncio.Event()
         self._published_flood: DeadLetterFlood | None = None
         self._draining = asyncio.Event()
-        self._seen: dict[
-            Hashable, int
-        ] = {}  # by partition, the offset after the last record that the flood gauge looked at
+        self._seen: dict[Hashable, int] = {}  # by partition, the offset up to which the flood gauge has looked
         if transactions:
             transactions.serve(source, self._deliver, self._count)
 

@@ -67,7 +67,7 @@ TOPICS_SHARE: Final = 200  # between two looks it is so many times as long as a 
 TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often it is looked whether input topics are still the same ones
 TOPIC_IDS_DOUBT_S: Final = 1.0  # and while nothing is read, for one answer says that they are not
 SILENCE_S: Final = 60.0
-REJOINS: Final = 3  # in a row that move no position, although there is something to read
+REJOINS: Final = 3  # in a row that do not move a partition, although it has records to read
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
 SHARES: Final = 4  # of what is read ahead, for each read one
@@ -224,8 +224,10 @@ class Source:
         self._answered_at = clock()
         self._is_coordinator_away = False
         self._lost: Mapping[TopicPartition, Exception] = {}  # partitions whose end is not known
-        self._positions: dict[TopicPartition, int] | None = None  # when the group was last joined again
-        self._fruitless = 0  # times in a row that it was joined again and no position has moved since
+        self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
+        self._fruitless: dict[
+            TopicPartition, int
+        ] = {}  # times in a row that this did not move a partition with records
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -347,16 +349,17 @@ class Source:
                 await self._stop_consumer(self._connection.request_timeout_s)
 
     async def _look_for_standstill(self, reason: Rejoin) -> None:
-        """Raises Standstill where for REJOINS times joining again has moved no position, and there is something to read."""
+        """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read."""
         assignments = list(self._assignments.values())
         found = await asyncio.gather(*map(self._position, assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
-        before, self._positions = self._positions, {**(self._positions or {}), **positions}
-        behind = await self._behind(positions) if before == self._positions else []
-        self._fruitless = self._fruitless + 1 if behind else 0
-        if self._fruitless == REJOINS:
+        unmoved = [tp for tp in await self._behind(positions) if self._positions.get(tp) == positions[tp]]
+        self._positions |= positions
+        self._fruitless = {tp: self._fruitless.get(tp, 0) + 1 for tp in unmoved}
+        stuck = [tp for tp, times in self._fruitless.items() if times == REJOINS]
+        if stuck:
             raise Standstill(
-                f"nothing of {_named(behind)} is read any more, although there are records and the group was joined again "
+                f"nothing of {_named(stuck)} is read any more, although there are records and the group was joined again "
                 f"{REJOINS} times: {reason}"
             )
 

@@ -159,6 +159,27 @@ async def test_a_partition_that_goes_before_anything_is_published_is_dropped() -
     assert (source.acknowledged, source.dropped) == ([(staying, 3)], [going])
 
 
+@pytest.mark.parametrize("is_draining", [True, False])
+async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is_about_to_go(is_draining: bool) -> None:
+    source, scored, stages = FakeSource(), [], Stages(tokenized=asyncio.Queue(), scored=asyncio.Queue())
+    pipeline = piped(source, FakeSink())
+
+    async def score(job: Any) -> None:
+        scored.append(job)
+
+    pipeline._inference.score = score  # type: ignore[method-assign, assignment]
+    going, gone = Assignment(TopicPartition("t", 0), accepts=False), Assignment(TopicPartition("t", 1), is_owned=False)
+    gone.accepts = False
+    job: Any = object()
+    stages.tokenized.put_nowait(MicroBatch([part_of(going, 3), part_of(gone, 3)], job))
+    stages.tokenized.put_nowait(None)
+    if is_draining:
+        pipeline.drain()
+    await asyncio.wait_for(pipeline._score(stages), 5)
+    assert source.dropped == ([gone] if is_draining else [going, gone])
+    assert scored == ([job] if is_draining else [])
+
+
 async def test_every_stage_asks_before_it_handles_records() -> None:
     pipeline = piped(FakeSource(), FakeSink())
     breath = pipeline._breath = FakeBreath()

@@ -638,6 +638,24 @@ async def test_joining_again_and_again_ends_where_no_position_moves(consumer: Fa
 
 
 @pytest.mark.usefixtures("impatient")
+async def test_one_partition_that_stands_still_is_no_better_because_others_move(consumer: FakeConsumer) -> None:
+    other = TopicPartition("t", 1)
+
+    class Both(Rejoined):
+        def subscribe(self, topics: Any, listener: Any) -> None:
+            FakeConsumer.subscribe(self, topics, listener)
+            self.positions[other] = self.positions.get(other, 0) + 1
+            self.assigning = asyncio.create_task(listener.on_partitions_assigned({TP, other}))
+
+        def seek(self, tp: TopicPartition, offset: int) -> None:
+            self.positions.setdefault(tp, offset)
+
+    stage = await staged(Both(records_per_read=0))
+    with pytest.raises(Standstill, match="nothing of t-0 is read any more"):
+        await asyncio.wait_for(stage.run, 10)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeConsumer) -> None:
     """However little: something is done each time."""
     consumer = Rejoined(records_per_read=0)
