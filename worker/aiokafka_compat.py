@@ -4,13 +4,14 @@ Each item says why it is here, and what upstream would have to do for it to go.
 """
 
 import asyncio
+import contextlib
 import copy
 import time
 from collections.abc import Iterable
 from typing import Any, Final
 
 import aiokafka.producer.producer
-from aiokafka.client import AIOKafkaClient
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.errors import BrokerResponseError, KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
@@ -18,6 +19,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulat
 from worker.tasks import cancelled, within
 
 SILENT_BROKERS_S: Final = 60.0
+LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
 METADATA_INTERVAL_S: Final = 0.1
 
 
@@ -29,7 +31,7 @@ _ask_known_brokers = AIOKafkaClient._metadata_update
 async def update_metadata(
     client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
 ) -> bool:
-    """Asks the brokers that a client knows for metadata, and ``bootstrap_servers`` where none of them answers in time.
+    """Asks the brokers that a client knows for metadata, and where none has answered for so long ``bootstrap_servers``.
 
     aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
     client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
@@ -38,13 +40,16 @@ async def update_metadata(
     """
     await asyncio.sleep(getattr(client, "asked_at", 0.0) + METADATA_INTERVAL_S - time.monotonic())
     client.asked_at = time.monotonic()
+    answers = [connection._last_action for connection in client._conns.values()]
+    client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
+    left_s = client.heard_at + timeout_s - client.asked_at
     try:
-        if await within(timeout_s, _ask_known_brokers(client, cluster, topics)):
+        if await within(max(left_s, timeout_s * LEAST_SHARE), _ask_known_brokers(client, cluster, topics)):
             return True
     except TimeoutError:
         pass
     newcomer = copy.copy(client)  # the same settings, and nothing of what is known or connected
-    newcomer.cluster, newcomer._conns, newcomer._get_conn_lock_value = ClusterMetadata(), {}, None
+    newcomer.cluster, newcomer._conns, newcomer.locks = ClusterMetadata(), {}, {}
     newcomer._sync_task = asyncio.current_task()  # or it would start one
     try:
         await newcomer.bootstrap()
@@ -64,7 +69,31 @@ def _leads_to(node: Any, connection: Any, client: AIOKafkaClient) -> bool:
     return broker is not None and (broker.host, broker.port) == (connection.host, connection.port)
 
 
+_connection_to = AIOKafkaClient._get_conn
+
+
+async def connection_to(
+    client: AIOKafkaClient, node: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any
+) -> Any:
+    """A client's connection to a broker, made where there is none; None where that fails.
+
+    One at a time for each broker and address. aiokafka has one lock for all: whoever waits for a broker that is silent holds
+    up the others, and those that wait behind it go to the old address. Upstream would have to have a lock for each, too.
+    """
+    connection = client._conns.get((node, group))
+    if connection is not None and connection.connected():
+        return connection
+    locks = vars(client).setdefault("locks", {})
+    while True:
+        broker = client.cluster.broker_metadata(node)
+        async with locks.setdefault((node, group, broker), asyncio.Lock()):
+            if broker == client.cluster.broker_metadata(node):
+                return await _connection_to(client, node, group=group, **options)
+
+
 AIOKafkaClient._metadata_update = update_metadata
+AIOKafkaClient._get_conn = connection_to
+AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 
 # What a stop leaves behind. Upstream would have to close the inner client, and to cancel tasks, in a `finally`.
