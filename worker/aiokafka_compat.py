@@ -103,7 +103,7 @@ async def end_remains(client: Any) -> None:
     """Ends the tasks and connections that are left of a producer, consumer or admin client whose stop was cut short."""
     inner = getattr(client, "client", None) or client._client
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
-    parts = [inner, *filter(None, (getattr(client, name, None) for name in names))]
+    parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
     await cancelled([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
     _disconnect(inner._conns.values())
     inner._conns.clear()

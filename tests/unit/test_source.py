@@ -42,7 +42,7 @@ class FakeConsumer:
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     stop_error: BaseException | None = None
     _coordinator: Any = None
-    _client: Any = None
+    _client: Any = field(default_factory=lambda: SimpleNamespace(_conns={}))
 
     def __post_init__(self) -> None:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
@@ -437,7 +437,7 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
     async def metadata() -> Any:
         return SimpleNamespace(topics=lambda: ["t", "t2"] if begun.is_set() else ["t"])
 
-    consumer._client = SimpleNamespace(fetch_all_metadata=metadata)
+    consumer._client = SimpleNamespace(fetch_all_metadata=metadata, _conns={})
     stage = await staged(consumer, pattern="t.*")
     await stage.assign(TP)
     chunks = await stage.take()
