@@ -20,7 +20,6 @@ from worker.tasks import cancelled, within
 
 SILENT_BROKERS_S: Final = 60.0
 LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
-METADATA_INTERVAL_S: Final = 0.1
 
 
 # Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
@@ -35,14 +34,10 @@ async def update_metadata(
 
     aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
     client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
-
-    No more than ten times a second, where a producer whose partition has no leader would ask 5,000 times.
     """
-    await asyncio.sleep(getattr(client, "asked_at", 0.0) + METADATA_INTERVAL_S - time.monotonic())
-    client.asked_at = time.monotonic()
     answers = [connection._last_action for connection in client._conns.values()]
     client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
-    left_s = client.heard_at + timeout_s - client.asked_at
+    left_s = client.heard_at + timeout_s - time.monotonic()
     try:
         if await within(max(left_s, timeout_s * LEAST_SHARE), _ask_known_brokers(client, cluster, topics)):
             return True
