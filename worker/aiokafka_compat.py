@@ -5,6 +5,7 @@ Each item says why it is here, and what upstream would have to do for it to go.
 
 import asyncio
 import base64
+import contextlib
 import copy
 import random
 import time
@@ -14,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import aiokafka.producer.producer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.client import AIOKafkaClient
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.consumer import fetcher
 from aiokafka.errors import (
@@ -485,21 +486,8 @@ def _spaced(update: Any) -> Any:
 AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
 
 
-def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
-    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
-
-    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
-    without an end.
-    """
-    producer.client.force_metadata_update()
-    partitions = producer.client.cluster.partitions_for_topic(tp.topic)
-    if partitions is not None and tp.partition not in partitions:
-        for batch in producer._message_accumulator._batches.pop(tp, ()):
-            batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))
-
-
 SILENT_BROKERS_S: Final = 60.0
-METADATA_INTERVAL_S: Final = 0.1
+LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
 
 
 # Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
@@ -510,22 +498,21 @@ _ask_known_brokers = AIOKafkaClient._metadata_update
 async def update_metadata(
     client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
 ) -> bool:
-    """Asks the brokers that a client knows for metadata, and ``bootstrap_servers`` where none of them answers in time.
+    """Asks the brokers that a client knows for metadata, and where none has answered for so long ``bootstrap_servers``.
 
     aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
     client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
-
-    No more than ten times a second, where a producer whose partition has no leader would ask 5,000 times.
     """
-    await asyncio.sleep(getattr(client, "asked_at", 0.0) + METADATA_INTERVAL_S - time.monotonic())
-    client.asked_at = time.monotonic()
+    answers = [connection._last_action for connection in client._conns.values()]
+    client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
+    left_s = client.heard_at + timeout_s - time.monotonic()
     try:
-        if await within(timeout_s, _ask_known_brokers(client, cluster, topics)):
+        if await within(max(left_s, timeout_s * LEAST_SHARE), _ask_known_brokers(client, cluster, topics)):
             return True
     except TimeoutError:
         pass
     newcomer = copy.copy(client)  # the same settings, and nothing of what is known or connected
-    newcomer.cluster, newcomer._conns, newcomer._get_conn_lock_value = ClusterMetadata(), {}, None
+    newcomer.cluster, newcomer._conns, newcomer.locks = ClusterMetadata(), {}, {}
     newcomer._sync_task = asyncio.current_task()  # or it would start one
     try:
         await newcomer.bootstrap()
@@ -545,7 +532,31 @@ def _leads_to(node: Any, connection: Any, client: AIOKafkaClient) -> bool:
     return broker is not None and (broker.host, broker.port) == (connection.host, connection.port)
 
 
+_connection_to = AIOKafkaClient._get_conn
+
+
+async def connection_to(
+    client: AIOKafkaClient, node: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any
+) -> Any:
+    """A client's connection to a broker, made where there is none; None where that fails.
+
+    One at a time for each broker and address. aiokafka has one lock for all: whoever waits for a broker that is silent holds
+    up the others, and those that wait behind it go to the old address. Upstream would have to have a lock for each, too.
+    """
+    connection = client._conns.get((node, group))
+    if connection is not None and connection.connected():
+        return connection
+    locks = vars(client).setdefault("locks", {})
+    while True:
+        broker = client.cluster.broker_metadata(node)
+        async with locks.setdefault((node, group, broker), asyncio.Lock()):
+            if broker == client.cluster.broker_metadata(node):
+                return await _connection_to(client, node, group=group, **options)
+
+
 AIOKafkaClient._metadata_update = update_metadata
+AIOKafkaClient._get_conn = connection_to
+AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 
 # What a stop leaves behind. Upstream would have to close the inner client, and to cancel tasks, in a `finally`.
@@ -555,7 +566,7 @@ async def end_remains(client: Any) -> None:
     """Ends the tasks and connections that are left of a producer, consumer or admin client whose stop was cut short."""
     inner = getattr(client, "client", None) or client._client
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
-    parts = [inner, *filter(None, (getattr(client, name, None) for name in names))]
+    parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
     await cancelled([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
     _disconnect(inner._conns.values())
     inner._conns.clear()
@@ -601,6 +612,19 @@ def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
     """Whether a batch that failed for good may be in its partition: it was sent, and no broker has refused it."""
     is_refused = isinstance(error, BrokerResponseError) and not error.retriable
     return batch._buffer is not None and not is_refused
+
+
+# Partitions that are gone.
+
+
+def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
+    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
+
+    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
+    without an end.
+    """
+    producer.client.force_metadata_update()
+    partitions = producer.client.cluster.partitions_for_topic(tp.topic)
     return partitions is not None and tp.partition not in partitions
 
 

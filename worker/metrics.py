@@ -133,7 +133,7 @@ class Metrics:
         )
         self.duplicates_possible = counter(
             "duplicates_possible_total",
-            "Records published or in doubt, but not committed when their partition was lost",
+            "Records published or in doubt, but not committed when their partition was lost, or sent anew",
         )
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")

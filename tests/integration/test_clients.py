@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
+from aiokafka.structs import BrokerMetadata
 from confluent_kafka.admin import NewTopic
 
 from tests.broker import Broker, Extras, UnavailableError, free_port
@@ -26,6 +27,7 @@ from worker.events import Outgoing
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.sink import Parcel, Sink
+from worker.tasks import cancelled, within
 from worker.transactions import Lost, PartitionSink, Refusals
 
 pytestmark = pytest.mark.kafka
@@ -153,6 +155,24 @@ async def test_nobody_answers_anywhere(service: Service, topics: Topics) -> None
         assert not await update_metadata(client, client.cluster, [topics.input])
         assert client.cluster.brokers() == known
     finally:
+        await client.close()
+
+
+async def test_a_silent_broker_holds_up_neither_the_others_nor_itself_at_another_address(service: Service) -> None:
+    client = AIOKafkaClient(bootstrap_servers=service.bootstrap, request_timeout_ms=60_000)
+    await client.bootstrap()
+    service.old_address.set(swallows=True)
+    silent = [asyncio.create_task(client._get_conn(1)) for _ in range(2)]
+    try:
+        host, port = service.kafka.bootstrap.split(":")
+        await asyncio.sleep(0)
+        for node in (2, 1):
+            client.cluster._brokers[node] = BrokerMetadata(node, host, int(port), None)
+            connection = await within(10, client._get_conn(node))
+            assert connection.connected()
+        assert not any(task.done() for task in silent)
+    finally:
+        await cancelled(silent)
         await client.close()
 
 

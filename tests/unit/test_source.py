@@ -66,7 +66,7 @@ class FakeConsumer:
     unplaceable: Exception | None = None  # why the committed offset cannot be had
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
-    _client: Any = None
+    _client: Any = field(default_factory=lambda: SimpleNamespace(_conns={}))
 
     def __post_init__(self) -> None:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
