@@ -86,7 +86,7 @@ NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
 }  # fmt: skip
 NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
-NOT_IN_THE_TABLE |= {"result_timestamp", "on_null_text"}
+NOT_IN_THE_TABLE |= {"result_timestamp", "on_null_text", "max_unpacked_bytes"}
 
 
 @pytest.fixture(autouse=True)

@@ -66,12 +66,12 @@ class FakeConsumer:
     unplaceable: Exception | None = None  # why the committed offset cannot be had
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
-    _client: Any = field(default_factory=lambda: SimpleNamespace(_conns={}))
+    _client: Any = None
 
     def __post_init__(self) -> None:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
-        self._client = SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}))
+        self._client = SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}), _conns={})
 
     def background_tasks(self) -> dict[str, asyncio.Future[None]]:
         return {"fetch": self.fetching}
