@@ -84,9 +84,8 @@ TABLE = {
 }
 NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
+    "result_timestamp", "on_null_text",
 }  # fmt: skip
-NOT_IN_THE_TABLE = {"dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts"}
-NOT_IN_THE_TABLE |= {"result_timestamp", "on_null_text", "max_unpacked_bytes"}
 
 
 @pytest.fixture(autouse=True)
