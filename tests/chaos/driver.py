@@ -23,6 +23,7 @@ from tests.chaos.proxy import Proxy
 from tests.process import Metrics, WorkerProcess
 from tests.topics import Kafka, Topics, sending_config
 from tests.waiting import wait_for
+from worker.cluster import WATCH_S
 
 PARTITIONS: Final = 6
 BROKERS: Final = 2  # where there is Java; the first is the controller, and coordinates the group
@@ -335,6 +336,15 @@ class Scene:
     def census(self) -> list[Census]:
         """Of every worker that runs."""
         return [census_of(slot.worker) for slot in self.fleet.running() if slot.worker]
+
+    def note_what_is_held(self) -> None:
+        """The census to compare with: once no worker has more clients than at the look before."""
+
+        def is_settled() -> bool:
+            before, self.before = self.before, self.census()
+            return [census.clients for census in before] == [census.clients for census in self.before]
+
+        wait_for(is_settled, "workers that have all their clients", 60, every=WATCH_S + 1)
 
     def _leaks(self) -> list[str]:
         found: list[str] = []
