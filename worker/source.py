@@ -287,7 +287,7 @@ class Source:
     # The consumer's life.
 
     async def run(self) -> None:
-        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, TopicRecreated, WrongSetting."""
+        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, Standstill, TopicRecreated, WrongSetting."""
         backoff = Backoff()
         while not self._stopping.is_set():
             try:
@@ -364,12 +364,9 @@ class Source:
             )
 
     async def _behind(self, positions: dict[TopicPartition, int]) -> list[TopicPartition]:
-        """The partitions that have records beyond these positions; none where nobody can tell."""
-        try:
-            ends = await within(LAG_TIMEOUT_S, self._live_consumer().end_offsets(list(positions)))
-        except UNREACHABLE:
-            return []
-        return [tp for tp, end in ends.items() if end > positions[tp]]
+        """The partitions that have records beyond these positions, as far as their ends are known."""
+        ends = await self._live_consumer().ends(list(positions), LAG_TIMEOUT_S)
+        return [tp for tp, end in ends.items() if not isinstance(end, Exception) and end > positions[tp]]
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
