@@ -287,7 +287,9 @@ class Source:
     # The consumer's life.
 
     async def run(self) -> None:
-        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, Standstill, TopicRecreated, WrongSetting."""
+        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, Standstill, TopicRecreated,
+        WrongSetting.
+        """
         backoff = Backoff()
         while not self._stopping.is_set():
             try:

@@ -996,7 +996,9 @@ async def test_brokers_that_are_away_are_no_partitions_without_a_leader(consumer
     await until(lambda: (stage.health.why_not_ready() or "").startswith("kafka: waiting for Kafka at x:1"))
     assert lags(stage) == set(), "what is not known is not shown"
     clock.ahead += 100
-    await asyncio.sleep(0.05)
+    looks = stage.metrics.kafka_errors.labels("lag")._value
+    seen = looks.get()
+    await until(lambda: looks.get() > seen + 1)  # it has looked since
     consumer.unknown = {OTHER: LeaderNotAvailableError()}  # they are back, and not all of their leaders are
     await until(lambda: stage.health.why_not_ready() is None)
 
