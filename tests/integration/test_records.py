@@ -280,8 +280,10 @@ def test_a_result_in_full(json_story: Story, checkpoint: Path, oracle: Oracle) -
         "event_time",
         "processed_at",
     ]
-    weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-    assert result["model"].endswith(f"@{weights[:12]}")
+    sums = "".join(
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted(checkpoint.iterdir())
+    )
+    assert result["model"] == f"{checkpoint}@{hashlib.sha256(sums.encode()).hexdigest()[:12]}"
     assert result["id"] == "42"
     assert result["truncated"] is False
     assert result["source"] == {"topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
