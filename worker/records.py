@@ -134,7 +134,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         try:
             if _is_packed(batch):
                 self._unpacked = await self._budget.unpacked(batch)
-            else:  # larger than a fetch, and so alone in it
+            else:
                 await asyncio.to_thread(refuse_many_headers, self._records.first_records())
                 self._unpacked = chain(batch), None
         except asyncio.CancelledError:
@@ -148,7 +148,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         while self._records.has_next():
             batch = self._records.next_batch()
             if self._is_for_us(batch):
-                unpacked = self._unpacked_at_once(batch) if held <= AT_ONCE else None
+                unpacked = self._unpacked_at_once(batch, held)
                 if unpacked is None:
                     if run:
                         yield run
@@ -175,9 +175,11 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         if run:
             yield run
 
-    def _unpacked_at_once(self, batch: Any) -> tuple[Iterator[Any], Share | None] | None:
+    def _unpacked_at_once(self, batch: Any, held: int) -> tuple[Iterator[Any], Share | None] | None:
+        """Its records, where they cost little; ``held`` is what this run has unpacked already."""
         if _is_packed(batch):
-            return self._budget.unpacked_at_once(batch)
+            return self._budget.unpacked_at_once(batch) if held <= AT_ONCE else None
+        # A broker sends more than a fetch's bound only where it is one batch: the first one's bytes are then this one's.
         return None if self._records.size_in_bytes() > AT_ONCE else (chain(batch), None)
 
     def _is_for_us(self, batch: Any) -> bool:

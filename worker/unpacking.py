@@ -26,6 +26,7 @@ GZIP: Final = 31  # zlib's number for gzip's own header
 PIECE: Final = 16_384
 PARTS: Final = 5_000  # members of gzip, or blocks of snappy, which are of 32 KiB; producers make one member
 HEADERS: Final = 10_000  # of one record
+LONGEST_VARINT: Final = 10  # bytes
 LEGACY_RECORDS: Final = 100_000  # of one batch in the formats before 0.11, whose records' heads are all read at once
 LEGACY_LEAST: Final = 14  # bytes of the smallest record in those formats, after its offset and length
 
@@ -134,26 +135,32 @@ def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
 def refuse_many_headers(records: bytearray) -> None:
     """Raises TooManyHeaders before a record of this batch is parsed, for aiokafka makes objects of all of its headers.
 
-    Where a record ends is taken from its length; brokers take none for which that is not so. Only a record that is long
-    enough for so many headers is looked into.
+    Where a record ends is taken from its length. Only a record that is long enough for so many headers is looked into.
+    Raises ValueError where a length leads beyond the end.
     """
-    position = 0
-    while position < len(records):
-        length, position = decode_varint(records, position)
-        if length > 2 * HEADERS and _headers(records, position) > HEADERS:
-            raise TooManyHeaders
-        position += max(0, length)
+    position, end = 0, len(records)
+    records += bytes(LONGEST_VARINT)  # aiokafka's compiled decode_varint does not look where the bytes end
+    try:
+        while position < end:
+            length, position = decode_varint(records, position)
+            if length > 2 * HEADERS and _headers(records, position, end) > HEADERS:
+                raise TooManyHeaders
+            position += max(0, length)
+    finally:
+        del records[end:]
+    if position > end:
+        raise ValueError("a record's length is wrong")
 
 
-def _headers(records: bytearray, position: int) -> int:
-    position += 1  # attributes
-    for _ in ("timestamp", "offset"):
-        _, position = decode_varint(records, position)
-    for _ in ("key", "value"):
-        length, position = decode_varint(records, position)
-        position += max(0, length)
-    count: int = decode_varint(records, position)[0]
-    return count
+def _headers(records: bytearray, position: int, end: int) -> int:
+    number, position = 0, position + 1  # attributes
+    for name in ("timestamp", "offset", "key", "value", "headers"):
+        if position >= end:
+            raise ValueError("a record's length is wrong")
+        number, position = decode_varint(records, position)
+        if name in ("key", "value"):
+            position += max(0, number)
+    return number
 
 
 def _refuse_in_large(records: bytearray) -> None:

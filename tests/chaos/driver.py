@@ -334,8 +334,9 @@ class Scene:
         wait_for(lambda: left() == 0, "every event to be committed", BACK_S, 1, lambda: f"({left()} are left)")
 
     def census(self) -> list[Census]:
-        """Of every worker that runs."""
-        return [census_of(slot.worker) for slot in self.fleet.running() if slot.worker]
+        """Of every worker that is ready: before that, it may not know the signal yet, and end by it."""
+        workers = [slot.worker for slot in self.fleet.running()]
+        return [census_of(worker) for worker in workers if worker and worker.status("/readyz") == 200]
 
     def note_what_is_held(self) -> None:
         """The census to compare with: once no worker has more clients than at the look before."""
@@ -349,9 +350,10 @@ class Scene:
     def _leaks(self) -> list[str]:
         found: list[str] = []
 
-        def is_as_before() -> bool:
-            found[:] = [words for census in self.census() for words in census.beyond(self.before)]
-            return not found
+        def is_as_before() -> object:
+            now = self.census()
+            found[:] = [words for census in now for words in census.beyond(self.before)]
+            return now and not found
 
         with contextlib.suppress(AssertionError):  # what is still there is the answer
             wait_for(is_as_before, "as many clients, tasks and sockets as at the start", 60, 1)

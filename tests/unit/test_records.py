@@ -276,6 +276,19 @@ async def test_one_that_waits_holds_nothing_and_a_small_one_does_not_overtake(bu
         assert len(await waiting[1]) == 1
 
 
+@pytest.mark.parametrize("codec", [1, 2, 3, 4])
+async def test_batches_behind_a_packed_one_that_holds_much_are_their_own(codec: int) -> None:
+    """Some are packed, some are not: what is looked into is their bytes, and not those of the first one."""
+    large = [(b"k%d" % number, b"%d" % number * 50_000, []) for number in range(30)]
+    data = batch(0, large, codec=codec) + batch(30, plain(5)) + batch(35, plain(3), codec=codec) + batch(38, plain(2))
+    partitions = Partitions(Budget(0), {0: data})
+    rows: list[Record] = []
+    async with asyncio.timeout(30):
+        while run := await partitions.run(0, 256):
+            rows += run
+    assert [(*row[2:6], list(row.headers)) for row in rows] == [row[2:] for row in as_rows(fetched(data))]
+
+
 @pytest.mark.parametrize("end", ["released", "dropped", "sought elsewhere"])
 async def test_what_is_not_read_to_its_end_is_given_back(budget: Budget, end: str) -> None:
     tp = TopicPartition("texts", 0)

@@ -146,6 +146,15 @@ def test_many_frames_cost_little(codec: Any) -> None:
 HEADER = b"\0\1"  # without a name and a value
 
 
+@pytest.mark.parametrize("records", [b"\xff" * 5, b"\x80\x80\x04" + b"\xff" * 9, b"\x80\x80\x04\0\0\0" + b"\xfe" * 4])
+def test_lengths_that_lead_beyond_the_end_are_refused(records: bytes) -> None:
+    """aiokafka's compiled reader of numbers would go on reading there."""
+    data = bytearray(records)
+    with pytest.raises(ValueError, match=r"length|range"):
+        refuse_many_headers(data)
+    assert data == records
+
+
 def test_headers_are_bounded_before_they_are_made() -> None:
     many = batches.record(0, b"", HEADER * 5_000_000, 5_000_000)
     tracemalloc.start()
