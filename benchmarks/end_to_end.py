@@ -51,7 +51,7 @@ from benchmarks.common import (
 from tests.broker import Broker, start_broker
 from tests.process import WorkerProcess, environment
 from tests.topics import Kafka, Record, Topics
-from worker.model import SentimentModel
+from worker.model import SentimentModel, own_process
 from worker.tuning import least_that_is_as_fast
 
 PARTITIONS = 4
@@ -142,6 +142,7 @@ def model_case(checkpoint: Path, texts: Sequence[str], events: int, engine: dict
 
 def best_batch(checkpoint: Path, texts: Sequence[str], engine: dict[str, Any]) -> dict[int, float]:
     """Texts a second of our model class by the texts of a call: medians over turns."""
+    own_process()
     model = SentimentModel.load(str(checkpoint), **engine)
     sample = texts[: max(BATCHES)]
     speeds: dict[int, list[float]] = {size: [] for size in BATCHES}

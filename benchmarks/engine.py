@@ -30,7 +30,7 @@ from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_text
 from benchmarks.worker import TORCH_THREADS, CardLoop
 from worker.checkpoint import BUILTIN
 from worker.exported import is_installed
-from worker.model import SentimentModel
+from worker.model import SentimentModel, own_process
 from worker.network import PackedLinear, PlainLinear
 
 Speed = Callable[[Sequence[str]], float]
@@ -64,6 +64,7 @@ def engines() -> dict[str, dict[str, str]]:
 
 def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, Any]:
     """Texts per second of each by round, their ratios to the card's loop, and the floor."""
+    own_process()
     card, hugging_face = CardLoop(checkpoint), HuggingFacePipeline(checkpoint)
     ours = {name: SentimentModel.load(str(checkpoint), device="cpu", **wanted) for name, wanted in engines().items()}
     ways: dict[str, tuple[Speed, int]] = {"card loop": (card.speed, 256), "pipeline": (hugging_face.speed, 256)}

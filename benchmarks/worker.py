@@ -41,7 +41,7 @@ from tests.waiting import wait_for
 from worker.exported import is_installed
 from worker.inference import Inference
 from worker.metrics import Metrics
-from worker.model import SentimentModel
+from worker.model import SentimentModel, own_process
 
 LINGER_MS = 10
 BACKEND = "onnx" if is_installed() else "torch"  # what each measures at its own start differs by chance
@@ -86,6 +86,7 @@ def backlog(
     broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], events: int, rounds: int
 ) -> dict[str, Any]:
     """Texts per second of each, by round."""
+    own_process()
     model = SentimentModel.load(str(checkpoint), backend=BACKEND)
     measured = {"backend": BACKEND, "cpu_threads": model.passes, "max_batch_tokens": model.max_batch_tokens}
     card = CardLoop(checkpoint)

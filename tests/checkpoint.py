@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+torch.set_num_threads(1)  # beside other processes torch's threads wait for each other, far longer than they compute
+
 TOKENIZER = Path(__file__).parent / "fixtures" / "rubert-tiny-sentiment-balanced"
 LABELS = ("negative", "neutral", "positive")
 PANICKING = r"(x+x+)+y\1"  # a regular expression on which the tokenizer's library panics at

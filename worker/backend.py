@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from worker import exported
 from worker.batching import TokenIds, cut_by_length
 from worker.cuda import AGREEMENT, expected_agreement
-from worker.memory import keep_blocks
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
-from worker.tuning import cpu_has, use_one_thread
+from worker.tuning import cpu_has, one_thread
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +50,7 @@ class BackendError(UsersMistake):
     """The backend that is asked for cannot run this network."""
 
 
+@one_thread()
 def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     """The fastest forward of those that ``backend`` (auto, torch, onnx) allows; auto takes no other than exact ones.
 
@@ -61,11 +61,8 @@ def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
     wants_onnx = backend == "onnx" or is_int8
     if wants_onnx:
         _refuse_what_onnx_cannot(network, backend, is_int8)
-    if network.device.type == "cpu":
-        if network.dtype == torch.bfloat16 and not has_bfloat16():
-            log.warning("this CPU does not compute in bfloat16 itself: dtype bfloat16 is slower here than float32")
-        keep_blocks()
-        use_one_thread()
+    if network.device.type == "cpu" and network.dtype == torch.bfloat16 and not has_bfloat16():
+        log.warning("this CPU does not compute in bfloat16 itself: dtype bfloat16 is slower here than float32")
     lean = _lean(network)
     if lean is None:
         if wants_onnx:
@@ -132,8 +129,7 @@ class PaddedPasses:
 
     def __call__(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         padded, lengths = padded_ids(ids, self._padding)
-        use_one_thread()
-        with torch.inference_mode():
+        with one_thread(), torch.inference_mode():
             output = self._forward(
                 torch.from_numpy(padded), None if lengths.min() == padded.shape[1] else torch.from_numpy(lengths)
             )

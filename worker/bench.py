@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
+from operator import eq
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from worker.backend import BackendError, has_bfloat16
 from worker.cuda import AGREEMENT
 from worker.exported import is_installed
 from worker.inference import free_memory
-from worker.model import SentimentModel
+from worker.model import SentimentModel, own_process
 from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
 from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, WORTH, least_that_is_as_fast
@@ -160,6 +161,7 @@ class Steps:
 
 def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Report:
     """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
+    own_process()
     first = _load(settings, FLOAT32)
     report = Report(first.name, str(first.device), len(texts))
     wanted = first.get_sentiment(list(texts[:SAMPLE]))
@@ -186,12 +188,12 @@ def _measured(
     engine: Engine,
     budgets: Sequence[int],
     texts: Sequence[str],
-    wanted: Sequence[str],
+    wanted: Sequence[str | None],
     steps: Steps,
 ) -> Measured:
     model = _load(settings, engine)
     is_on_cpu = model.device.type == "cpu"
-    agreement = sum(map(str.__eq__, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
+    agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
     measured = Measured(engine, {}, agreement, model.passes if is_on_cpu else None)
     for budget in budgets:
         with steps.step(f"{engine}, {budget} tokens"):

@@ -14,7 +14,7 @@ from worker.corpus import CLASSES, Example, Source, is_held_out, read_source
 Matrix = NDArray[np.int64]
 """A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
 
-Predict = Callable[[list[str]], Sequence[str]]
+Predict = Callable[[list[str]], Sequence[str | None]]
 """N texts -> N labels, each one of `CLASSES` (upper or lower case)."""
 
 
@@ -137,7 +137,7 @@ def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -
     return Report(matrices)
 
 
-def _class_id(label: str) -> int:
-    if label.lower() not in CLASSES:
+def _class_id(label: str | None) -> int:
+    if label is None or label.lower() not in CLASSES:
         raise ValueError(f"the model gives the label {label!r}; it must be one of {', '.join(CLASSES)}")
     return CLASSES.index(label.lower())

@@ -5,12 +5,13 @@ Every public function here blocks, and none may be called from an event loop. To
 
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +20,41 @@ from worker.backend import Choice, PaddedPasses, Run, choose, choose_on_cuda, na
 from worker.batching import TokenIds, cut_by_length
 from worker.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
 from worker.cuda import PASSES, passes_on
+from worker.memory import keep_blocks
 from worker.reviews import read_reviews
-from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabilities, to_scores, to_sentiments
+from worker.sentiment import (
+    LABELS,
+    Activation,
+    Floats,
+    Label,
+    Sentiment,
+    to_labels,
+    to_probabilities,
+    to_scores,
+    to_sentiments,
+)
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
-from worker.tuning import tune_budget, tune_pass_tokens, tune_threads
+from worker.tuning import one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from huggingface_hub.utils.tqdm import progress_bar_states
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 log = logging.getLogger(__name__)
-for _library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
-    logging.getLogger(_library).handlers.clear()
-    logging.getLogger(_library).propagate = True
 
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
 NO_MAXIMUM = 2**31  # from there on a number of tokens says that there is no maximum, as transformers' 1e30 does
 DOUBTFUL = 0.5  # share of unknown tokens in the shipped reviews that is worth a warning
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of a character: no tokenizer takes them
 ReturnType = Literal["label", "score", "proba"]
 Normalize = Literal["nfc", "none"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
@@ -86,6 +97,7 @@ class SentimentModel:
         padding: int,
         closing: int,
         doubt: str | None,
+        loaded_with: Mapping[str, Any],
     ) -> None:
         self.name = name
         self.doubt = doubt
@@ -102,8 +114,14 @@ class SentimentModel:
         self._columns = columns
         self._padding = padding
         self._closing = closing
+        self._loaded_with = loaded_with
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the arguments of ``load``, and the commit if the model is the hub's: unpickling loads it again."""
+        return partial(SentimentModel.load, **self._loaded_with), ()
 
     @classmethod
+    @one_thread()
     def load(
         cls,
         name_or_path: str = DEFAULT_MODEL,
@@ -119,10 +137,22 @@ class SentimentModel:
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
-        A folder is named with ``/``, ``./``, ``../`` or ``~`` in front; any other name is of the hub. Never runs a
-        checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError, and
-        BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for.
+        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. On a CPU nothing of torch
+        or transformers stays set for the process. Raises ModelError, and BackendError where this checkpoint or machine
+        cannot do what ``backend`` or ``dtype`` ask for.
+
+        name_or_path: a folder, with ``/``, ``./``, ``../`` or ``~`` in front; ``builtin``; any other name is of the hub
+        revision: the hub's branch, tag or commit; None is its newest
+        activation: logits → probabilities: ``sigmoid``, as the card does, or ``softmax``
+        normalize: ``nfc`` drops stress marks and composes letters before a text is tokenized; ``none`` leaves it
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is one
+        dtype: ``float32``, ``bfloat16``, ``float16``, on a CPU ``int8``; ``auto`` is float32 on a CPU, and on a GPU
+            float16 where labels agree
+        backend: ``torch`` or ``onnx``; ``auto`` takes the faster one on a CPU
+        cpu_threads: passes of the network side by side, each on a thread; ``auto`` measures
+        max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
         """
+        loaded_with = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = _device(device)
         with _quiet(), _or_refused(name_or_path, "loaded"):
             loaded = _Loaded.read(name_or_path, revision, where, DTYPES.get(dtype, torch.float32))
@@ -174,12 +204,14 @@ class SentimentModel:
             padding=padding,
             closing=closing,
             doubt=doubt,
+            loaded_with=loaded_with | {"revision": loaded.commit},
         )
 
     @classmethod
     def load_as_set(cls, settings: ModelSettings) -> "SentimentModel":
-        """``load`` by the settings that commands with a model share."""
-        return cls.load(
+        """``load`` by the settings that commands with a model share, in a process that is the worker's own."""
+        own_process()
+        model = cls.load(
             settings.model,
             revision=settings.revision,
             activation=settings.activation,
@@ -190,6 +222,9 @@ class SentimentModel:
             cpu_threads=settings.cpu_threads,
             max_batch_tokens=settings.max_batch_tokens,
         )
+        if model.device.type == "cpu":
+            use_one_thread()
+        return model
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of N texts. Of a very long one only the beginning is looked at, as much as fills the maximum."""
@@ -230,45 +265,62 @@ class SentimentModel:
         """Device memory in use, bytes; 0 on CPU, where it is the process's own."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def get_sentiment(self, text: str | Sequence[str], return_type: ReturnType = "label") -> Any:
+    @overload
+    def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> Label | None: ...  # type: ignore[overload-overlap]
+    @overload
+    def get_sentiment(self, text: str, return_type: Literal["score"]) -> float: ...  # type: ignore[overload-overlap]
+    @overload
+    def get_sentiment(self, text: Collection[str], return_type: Literal["label"] = "label") -> list[Label | None]: ...
+    @overload
+    def get_sentiment(self, text: Collection[str], return_type: Literal["score"]) -> list[float]: ...
+    @overload
+    def get_sentiment(self, text: Collection[str], return_type: Literal["proba"]) -> Floats: ...
+
+    def get_sentiment(
+        self, text: str | Collection[str], return_type: ReturnType = "label"
+    ) -> Label | float | list[Label | None] | list[float] | Floats | None:
         """The model card's function: the label, the score from -1 to 1, or the probabilities as LABELS, of a text.
 
-        For a list of N texts a list of N, or an N x 3 array for ``proba``. Raises ValueError for another
-        ``return_type``, TypeError for what is no text, FloatingPointError where the network answers with what is no number.
+        For a sequence of N texts (a list, an array, a column) a list of N, or an N x 3 array for ``proba``. A text with a
+        lone surrogate is no Unicode and has no answer: its label is None, its score and its probabilities are NaN.
+
+        Raises ValueError for another ``return_type``, TypeError for what is neither a string nor a sequence of strings,
+        FloatingPointError where the network answers with what is no number.
         """
         if return_type not in ("label", "score", "proba"):
             raise ValueError(f"return_type is {return_type!r}; it should be label, score or proba")
-        texts = [text] if isinstance(text, str) else list(text or ())
-        if text is None or not all(isinstance(each, str) for each in texts):
-            raise TypeError("get_sentiment takes a string or a list of strings")
-        probabilities = self._probabilities(texts)
+        probabilities = self._probabilities([text] if isinstance(text, str) else _texts(text))
         if return_type == "proba":
             return probabilities[0] if isinstance(text, str) else probabilities
-        if return_type == "score":
-            answers: list[Any] = to_scores(probabilities).tolist()
-        else:
-            answers = [LABELS[best] for best in probabilities.argmax(axis=-1)]
+        answers = to_scores(probabilities).tolist() if return_type == "score" else to_labels(probabilities)
         return answers[0] if isinstance(text, str) else answers
 
     def score(self, texts: Sequence[str]) -> list[tuple[Sentiment | None, bool]]:
-        """For each of N texts its sentiment, None where a logit is not finite, and whether the text was cut."""
-        tokens = self.tokenize(texts)
-        sentiments = to_sentiments(self._all_logits(tokens.ids), self.activation)
-        return list(zip(sentiments, tokens.truncated, strict=True))
+        """For each of N texts its sentiment, and whether the text was cut.
+
+        The sentiment is None where a logit is not finite, and for a text with a lone surrogate.
+        """
+        _, logits, truncated = self._all_logits(texts)
+        return list(zip(to_sentiments(logits, self.activation), truncated.tolist(), strict=True))
 
     def _probabilities(self, texts: Sequence[str]) -> Floats:
-        logits = self._all_logits(self.tokenize(texts).ids)
-        if not np.isfinite(logits).all():
+        places, logits, _ = self._all_logits(texts)
+        if not np.isfinite(logits[places]).all():
             raise FloatingPointError("the network answered with a logit that is not finite")
         return to_probabilities(logits, self.activation)
 
-    def _all_logits(self, ids: Sequence[Ids]) -> NDArray[np.float32]:
-        logits = np.empty((len(ids), len(LABELS)), dtype=np.float32)
+    def _all_logits(self, texts: Sequence[str]) -> tuple[list[int], NDArray[np.float32], NDArray[np.bool_]]:
+        """Which of N texts can be tokenized, logits (N, 3), NaN for the others, and which texts were cut."""
+        places = [place for place, text in enumerate(texts) if not SURROGATES.search(text)]
+        ids, cut = self.tokenize([texts[place] for place in places])
+        logits = np.full((len(texts), len(LABELS)), np.nan, dtype=np.float32)
+        truncated = np.zeros(len(texts), dtype=np.bool_)
+        truncated[places] = cut
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
         answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
-            logits[batch] = answer
-        return logits
+            logits[[places[index] for index in batch]] = answer
+        return places, logits, truncated
 
 
 class _Loaded(NamedTuple):
@@ -279,6 +331,7 @@ class _Loaded(NamedTuple):
     network: Any
     columns: list[int]
     identity: str
+    commit: str | None  # of the hub
 
     @classmethod
     def read(cls, name: str, revision: str | None, where: torch.device, dtype: torch.dtype) -> "_Loaded":
@@ -304,7 +357,30 @@ class _Loaded(NamedTuple):
         identity = files.identity(folder) if folder else str(commit)
         network = _in_own_memory(network.to(where).eval())
         _refuse_without_padding(name, network)
-        return cls(config, tokenizer, network, columns, identity)
+        return cls(config, tokenizer, network, columns, identity, commit)
+
+
+def own_process() -> None:
+    """What a process that scores for itself alone wants, as a command's: ``load`` leaves a caller's process as it was."""
+    keep_blocks()
+    for library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True
+
+
+def _texts(given: Collection[str]) -> list[str]:
+    """The strings of any sequence, of whatever library. Raises TypeError, which names the place of what is none."""
+    wanted = "get_sentiment takes a string or a sequence of strings"
+    is_sequence = all(hasattr(given, name) for name in ("__len__", "__iter__", "__getitem__"))
+    if not is_sequence or isinstance(given, bytes | bytearray | memoryview | Mapping):
+        raise TypeError(f"{wanted}, and this is of type {type(given).__name__}")
+    if getattr(given, "ndim", 1) != 1:  # a table's items are the names of its columns
+        raise TypeError(f"{wanted}, and this is of type {type(given).__name__}, of {given.ndim} dimensions")  # type: ignore[attr-defined]
+    texts = list(given)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{wanted}, and item {place}, counted from 0, is of type {type(text).__name__}")
+    return texts
 
 
 def _commit(name: str, revision: str | None) -> str:
@@ -514,10 +590,17 @@ def _reason(error: Exception) -> str:
     return lines[0]
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a context
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and notices off the terminal while a checkpoint loads."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    has_bars, of_the_hub = transformers_logging.is_progress_bar_enabled(), dict(progress_bar_states)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if has_bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            progress_bar_states.clear()  # transformers has set the hub's, too
+            progress_bar_states.update(of_the_hub)

@@ -43,6 +43,12 @@ def to_scores(probabilities: Floats) -> Floats:
     return probabilities[..., 2] - probabilities[..., 0]
 
 
+def to_labels(probabilities: Floats) -> list[Label | None]:
+    """Probabilities (N, 3) to N labels; None for a row with NaN."""
+    best = np.where(np.isnan(probabilities).any(axis=-1), -1, probabilities.argmax(axis=-1))
+    return [None if label < 0 else LABELS[label] for label in best.tolist()]
+
+
 def to_sentiments(logits: NDArray[np.floating], activation: Activation = "sigmoid") -> list[Sentiment | None]:
     """Logits (N, 3) to N sentiments; None where a logit is not finite, for that is no answer."""
     finite = np.isfinite(logits).all(axis=-1)

@@ -1,6 +1,7 @@
 """Threads: one that takes call after call, and several that share a list of work."""
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -23,6 +24,9 @@ def side_by_side(threads: int, work: Callable[[Item], Answer], items: Sequence[I
 @lru_cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="pass")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pools, and none of their threads
 
 
 class Thread:

@@ -12,11 +12,13 @@ The first two are compared with transformers' on the shipped reviews and on odd 
 
 import importlib.util
 import logging
+import os
 import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any, Final, Protocol
 
@@ -108,6 +110,7 @@ def choose_encode(tokenizer: Any) -> Encode:
 
     Its calls raise TokenizerPanicked where the tokenizer panics, as this one does.
     """
+    _outlive_forks()
     own: Encode = WrappedTokenizer(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         return own
@@ -132,6 +135,12 @@ def choose_encode(tokenizer: Any) -> Encode:
             return encode
         log.info("%s gives other ids than transformers for this tokenizer, and is not used", name)
     return own
+
+
+@cache
+def _outlive_forks() -> None:
+    """A child has the pool of the library ``tokenizers`` and none of its threads, and would wait for them for ever."""
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 class WrappedTokenizer:
