@@ -66,8 +66,8 @@ def _run(argv: Sequence[str]) -> int:
 
     settings = load(RunSettings, argv, "sentiment-worker run")
     logs.configure(settings.log_level, settings.log_format)
-    for name in unknown_variables(RunSettings):
-        logs.log.warning("the variable %s sets nothing", name)
+    for sentence in unknown_variables(RunSettings):
+        logs.log.warning("%s", sentence)
     from worker import service
 
     return service.run(settings)
@@ -79,8 +79,8 @@ def _check(argv: Sequence[str]) -> int:
 
     settings = load(RunSettings, argv, "sentiment-worker check")
     logs.configure("error", settings.log_format)
-    for name in unknown_variables(RunSettings):
-        print(f"warn  settings     the variable {name} sets nothing")
+    for sentence in unknown_variables(RunSettings):
+        print(f"warn  settings     {sentence}")
     from worker import check
 
     return check.run(settings)
