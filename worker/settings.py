@@ -697,8 +697,11 @@ def load(
 
 
 def unknown_variables(kind: type[Settings], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A sentence for each ``WORKER_…`` variable that sets nothing: a warning, for Kubernetes injects some of its own."""
-    names = {*kind.model_fields, *(f"{name}_file" for name in SECRETS)}
+    """A sentence for each ``WORKER_…`` variable that sets nothing: a warning, for Kubernetes injects some of its own.
+
+    What sets something of a worker is known to all commands: they may share its environment.
+    """
+    names = {*kind.model_fields, *RunSettings.model_fields, *(f"{name}_file" for name in SECRETS)}
     known = {PREFIX + name.upper() for name in names}
     unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
     return [f"the variable {printable(name)} sets nothing{_perhaps(name, names, _variable)}" for name in unknown]
