@@ -39,8 +39,13 @@ echo 'max_batch_texts = 256' >worker.toml && sentiment-worker run --config worke
 ```
 
 A flag goes before a variable, a variable before the file. `WORKER_CONFIG` can name the file too. An unknown flag or key is
-an error; an unknown `WORKER_…` variable is a warning, for Kubernetes sets some of its own. A wrong value ends the start with
-exit code 2 and one sentence. `run --help` shows flags, defaults and meanings in a terminal.
+an error; an unknown `WORKER_…` variable is a warning, for Kubernetes sets some of its own; either names the setting that is
+most like it. Names are as they stand here, in one case alone. A wrong value ends the start with exit code 2 and one sentence.
+`run --help` shows flags, defaults and meanings in a terminal.
+
+A variable that is empty (`${X:-}` in a compose file) sets nothing, but an empty secret, or an empty file of one, is an error: it
+never means that there is none. An empty flag or key is an error too. No setting takes control characters, such as the carriage
+return that a Windows text file leaves at the end of each line. A list (topics, brokers, reasons) names each thing once.
 
 The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
 in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They

@@ -122,9 +122,13 @@ def test_an_unknown_command_is_refused(name: str) -> None:
     [
         (
             ["--linger-ms", "soon"],
-            "linger_ms = 'soon' is wrong: it should be a valid number (flag --linger-ms, variable WORKER_LINGER_MS)",
+            "linger_ms = 'soon' is wrong: it should be a number (flag --linger-ms, variable WORKER_LINGER_MS)",
         ),
-        (["--nosuch", "1"], "unrecognized argument: --nosuch; `sentiment-worker run --help` lists the flags"),
+        (["--nosuch", "1"], "--nosuch is no flag; `sentiment-worker run --help` lists the flags"),
+        (
+            ["--CONFIG=missing.toml"],
+            "--CONFIG is no flag; perhaps --config is meant; `sentiment-worker run --help` lists the flags",
+        ),
         (
             ["--config", "missing.toml"],
             "config: missing.toml cannot be read (No such file or directory); it should be a TOML file",
@@ -152,8 +156,9 @@ def test_sigterm_is_heard_before_the_worker_has_begun() -> None:
     assert call("-c", code, program=(sys.executable,)).returncode == 0
 
 
-def test_a_secret_is_refused_as_a_flag_without_repeating_it() -> None:
-    sentence = refused("run", "--sasl-password", "hunter2")
+@pytest.mark.parametrize("flag", [["--sasl-password", "hunter2"], ["--SASL-PASSWORD=hunter2"]])
+def test_a_secret_is_refused_as_a_flag_without_repeating_it(flag: list[str]) -> None:
+    sentence = refused("run", *flag)
     assert "WORKER_SASL_PASSWORD" in sentence
     assert "hunter2" not in sentence
 
@@ -186,6 +191,18 @@ def test_a_checkpoint_without_the_three_labels_is_refused_with_those_it_has(chec
     sentence = refused("classify", "--model", folder, "да")
     assert "this checkpoint has: one star, two stars, three stars; if they mean these, rename them" in sentence
     assert "negative, neutral and positive" in sentence
+
+
+def test_labels_of_a_checkpoint_reach_the_terminal_escaped(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "hostile")
+    config = json.loads((folder / "config.json").read_text())
+    label = '\x1b]0;gone\x07\n{"level": "INFO", "message": "forged"}\x9b31m'
+    (folder / "config.json").write_text(
+        json.dumps(config | {"id2label": {"0": label, "1": "neutral", "2": "positive"}})
+    )
+    sentence = refused("classify", "--model", folder, "да")
+    assert sentence.isprintable()
+    assert r"\u001b]0;gone\u0007\n{" in sentence
 
 
 # --- Classify ---
@@ -259,6 +276,14 @@ def test_an_output_that_is_full_is_told_in_a_line(checkpoint: Path) -> None:
     assert done.returncode == 1
     assert b"No space left" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_misspelt_variable_is_told_by_every_command(checkpoint: Path) -> None:
+    done = call("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATON="softmax", WORKER_LINGER_MS="5")
+    assert json.loads(done.stderr)["message"] == (
+        "the variable WORKER_ACTIVATON sets nothing; perhaps WORKER_ACTIVATION is meant"
+    )
+    assert len(results(done)) == 1
 
 
 def test_settings_come_from_variables_too(checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ from worker.cuda import AGREEMENT
 from worker.exported import is_installed
 from worker.inference import free_memory
 from worker.model import SentimentModel, own_process
+from worker.printable import printable
 from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
 from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS, WORTH, least_that_is_as_fast
@@ -279,7 +280,7 @@ def _texts(file: Path | None) -> list[str]:
 
 def _print(report: Report) -> None:
     console = Console()
-    console.print(f"{report.model} on {report.device}, {report.texts} texts")
+    console.print(printable(f"{report.model} on {report.device}, {report.texts} texts"), markup=False)
     console.print(_speeds(report))
     console.print(_latencies(report))
     console.print("Settings for this machine, as lines of the file that --config names:\n", style="bold")

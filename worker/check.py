@@ -37,6 +37,7 @@ from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
 from worker.identity import without_topic_id
 from worker.permissions import Permissions
+from worker.printable import printable
 from worker.settings import RunSettings, UsersMistake
 from worker.tasks import within
 from worker.tracing import refuse_without_the_extra
@@ -53,7 +54,7 @@ class Finding(NamedTuple):
     said: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5} {self.subject:<12} {self.said}"
+        return f"{self.verdict:<5} {self.subject:<12} {printable(self.said)}"
 
 
 def run(settings: RunSettings) -> int:

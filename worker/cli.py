@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from worker.corpus import Source
-    from worker.settings import CorpusSettings
+    from worker.settings import CorpusSettings, LogSettings
 
 Answer = TypeVar("Answer")
 
@@ -61,13 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(argv: Sequence[str]) -> int:
     # Until the service has handlers of its own: for a container's process 1 the system's default is to miss the signal.
     signal.signal(signal.SIGTERM, lambda *_: _end(0))
-    from worker import logs
-    from worker.settings import RunSettings, load, unknown_variables
+    from worker.settings import RunSettings, load
 
     settings = load(RunSettings, argv, "sentiment-worker run")
-    logs.configure(settings.log_level, settings.log_format)
-    for name in unknown_variables(RunSettings):
-        logs.log.warning("the variable %s sets nothing", name)
+    _begin_logs(settings)
     from worker import service
 
     return service.run(settings)
@@ -79,41 +76,38 @@ def _check(argv: Sequence[str]) -> int:
 
     settings = load(RunSettings, argv, "sentiment-worker check")
     logs.configure("error", settings.log_format)
-    for name in unknown_variables(RunSettings):
-        print(f"warn  settings     the variable {name} sets nothing")
+    for sentence in unknown_variables(RunSettings):
+        print(f"warn  settings     {sentence}")
     from worker import check
 
     return check.run(settings)
 
 
 def _classify(argv: Sequence[str]) -> int:
-    from worker import logs
     from worker.settings import ClassifySettings, load
 
     settings = load(ClassifySettings, argv, "sentiment-worker classify")
-    logs.configure(settings.log_level, settings.log_format)
+    _begin_logs(settings)
     from worker import classify
 
     return classify.run(settings)
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from worker import logs
     from worker.settings import BenchSettings, load
 
     settings = load(BenchSettings, argv, "sentiment-worker bench")
-    logs.configure(settings.log_level, settings.log_format)
+    _begin_logs(settings)
     from worker import bench
 
     return bench.run(settings)
 
 
 def _replay(argv: Sequence[str]) -> int:
-    from worker import logs
     from worker.settings import ReplaySettings, load
 
     settings = load(ReplaySettings, argv, "sentiment-worker replay")
-    logs.configure(settings.log_level, settings.log_format)
+    _begin_logs(settings)
     from worker import replay
 
     return replay.run(settings)
@@ -132,12 +126,11 @@ def _evaluate(argv: Sequence[str]) -> int:
     import orjson
     import rich
 
-    from worker import logs
     from worker.corpus import read_source
     from worker.settings import EvaluateSettings, load
 
     settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
-    logs.configure(settings.log_level, settings.log_format)
+    _begin_logs(settings)
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
     from worker.evaluation import evaluate
@@ -178,6 +171,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "train": _train,
 }
+
+
+def _begin_logs(settings: "LogSettings") -> None:
+    """Has logs as they are set, and warns of variables that set nothing."""
+    from worker import logs
+    from worker.settings import unknown_variables
+
+    logs.configure(settings.log_level, settings.log_format)
+    for sentence in unknown_variables(type(settings)):
+        logs.log.warning("%s", sentence)
 
 
 def _sources(settings: "CorpusSettings") -> "list[Source]":

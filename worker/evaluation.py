@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from worker.corpus import CLASSES, Example, Source, is_held_out, read_source
+from worker.printable import printable
 
 Matrix = NDArray[np.int64]
 """A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
@@ -96,7 +98,7 @@ class Report:
 def _score_cells(name: str, matrix: Matrix) -> list[str]:
     scores = [macro_f1(matrix), *class_f1(matrix)]
     shown = ["–" if np.isnan(score) else f"{score:.4f}" for score in scores]
-    return [name, shown[0], f"{int(matrix.sum()):,}", *shown[1:]]
+    return [escape(printable(name)), shown[0], f"{int(matrix.sum()):,}", *shown[1:]]
 
 
 def _figures(matrix: Matrix) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import sys
 import time
 import traceback
@@ -12,6 +11,8 @@ from typing import Any, Final, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
+from worker.printable import printable
+
 LIBRARIES = (
     "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",
     "opentelemetry", "root", "torch", "transformers", "urllib3",
@@ -19,7 +20,6 @@ LIBRARIES = (
 AGAIN_S: Final = 30.0
 MOST_LINES: Final = 1_000  # that are remembered
 log = logging.getLogger("worker")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _OWN_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -32,7 +32,7 @@ class ConsoleFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = {name: value for name, value in vars(record).items() if name not in _OWN_FIELDS}
         line = " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
-        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], line)
+        return printable(line)
 
 
 class JsonFormatter(OrjsonFormatter):
@@ -45,7 +45,7 @@ class JsonFormatter(OrjsonFormatter):
 
     def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
         try:
-            return super().jsonify_log_record(log_data)
+            return printable(super().jsonify_log_record(log_data))
         except TypeError:  # an integer beyond 64 bits, half a surrogate pair
             return super().jsonify_log_record({name: ascii(value) for name, value in log_data.items()})
 

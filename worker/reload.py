@@ -9,6 +9,7 @@ from aiohttp import web
 
 from worker.inference import Inference, Model, is_out_of_memory
 from worker.metrics import Metrics
+from worker.printable import printable
 from worker.settings import UsersMistake
 
 log = logging.getLogger(__name__)
@@ -107,4 +108,4 @@ def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "there is not enough memory for a second model beside the one in use"
     words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0][:300]}" if words else type(error).__name__
+    return printable(f"{type(error).__name__}: {words[0][:300]}") if words else type(error).__name__

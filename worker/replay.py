@@ -21,6 +21,7 @@ from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,6 +31,7 @@ from worker.events import Decoder, Original, original, revived
 from worker.health import Health
 from worker.identity import with_topic_id, without_topic_id
 from worker.metrics import Metrics
+from worker.printable import printable
 from worker.replayed import Replayed, TooManySpans
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
 from worker.sink import Parcel, Sink
@@ -72,7 +74,7 @@ class Tally:
             column.justify = "right"
         columns = (self.sent, self.not_kept, self.refused, self.kept_back)
         for reason in sorted(set().union(*columns)):
-            table.add_row(reason, *(str(column[reason]) for column in columns))
+            table.add_row(escape(printable(reason)), *(str(column[reason]) for column in columns))
         table.add_section()
         table.add_row("all", *(str(column.total()) for column in columns))
         return table
@@ -94,7 +96,7 @@ def run(settings: ReplaySettings) -> int:
     console = Console()
     console.print(tally.table("would be replayed" if settings.dry_run else "replayed"))
     for sentence in _remarks(tally):
-        console.print(sentence, soft_wrap=True)
+        console.print(printable(sentence), markup=False, soft_wrap=True)
     return 1 if tally.left or tally.refused or tally.kept_back else 0
 
 

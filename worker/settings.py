@@ -9,13 +9,21 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar, get_args
 from urllib.parse import quote, unquote
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -26,6 +34,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from worker.printable import printable
+
 PREFIX = "WORKER_"
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
@@ -34,7 +44,11 @@ INT32 = 2**31 - 1
 SECRETS = ("http_token", "sasl_password", "ssl_key_password")
 AGO = re.compile(r"([0-9]{1,6})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+HOST = re.compile(r"[^\s/\\@?#,]+")
 PORT = re.compile(r"[0-9]{1,5}")
+PROTOCOL = re.compile(r"[A-Za-z_]+://")
+NEGATIVE = re.compile(r"-[.0-9]")  # numbers, in the place of flags
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
@@ -43,6 +57,10 @@ class UsersMistake(Exception):
     """Something that the user can put right; the message is one sentence that says what."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """One line, whatever file or broker the words are from."""
+        return printable(super().__str__())
 
 
 class WrongSetting(UsersMistake):
@@ -78,7 +96,7 @@ def _names(value: str) -> str:
 
 def _is_host(name: str) -> bool:
     try:
-        return bool(name.encode("idna"))
+        return bool(HOST.fullmatch(name) and name.encode("idna"))
     except UnicodeError:  # an empty label, or one of more than 63 characters
         return False
 
@@ -89,11 +107,23 @@ def _host(value: str) -> str:
     return value
 
 
+def _once(names: Sequence[str]) -> None:
+    """Raises ValueError where one of them is there twice."""
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"it should name each one once, and {name} is there twice")
+
+
 def _servers(value: str) -> str:
     for server in split_names(_names(value)):
+        if protocol := PROTOCOL.match(server):
+            raise ValueError(
+                f"it should be host:port without {protocol[0]}; security_protocol says which protocol it is"
+            )
         host, _, port = server.rpartition(":")
         if not _is_host(host) or not PORT.fullmatch(port) or not 0 < int(port) < 65536:
             raise ValueError("it should be host:port, several separated by commas")
+    _once(split_names(value.lower()))
     return value
 
 
@@ -106,6 +136,7 @@ def _topic(value: str) -> str:
 def _topics(value: str) -> str:
     for name in split_names(_names(value)):
         _topic(name)
+    _once(split_names(value))
     return value
 
 
@@ -178,7 +209,14 @@ def _reasons(words: list[str]) -> list[str]:
     reasons = _unshielded(words)
     if not set(reasons) <= set(get_args(Reason)):
         raise ValueError(f"it should be one of {', '.join(get_args(Reason))}")
+    _once(reasons)
     return reasons
+
+
+def _label_map(words: list[str]) -> list[str]:
+    mapped = _unshielded(words)
+    _once([word.rpartition("=")[0] for word in mapped])
+    return mapped
 
 
 def moment_ms(value: str) -> int:
@@ -199,6 +237,7 @@ def _moment(value: str) -> str:
 
 
 Words = Annotated[list[str], AfterValidator(_unshielded)]
+LabelMap = Annotated[list[str], AfterValidator(_label_map)]
 Reasons = Annotated[list[str], AfterValidator(_reasons)]
 Moment = Annotated[str, AfterValidator(_moment)]
 Servers = Annotated[str, AfterValidator(_servers)]
@@ -210,6 +249,24 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 
 
+def _flaw(value: object) -> str | None:
+    """Why no setting can have this value, as far as that can be told of all of them alike; None if one can."""
+    words = _unshielded(value) if _is_words(value) else [value] if isinstance(value, str) else []
+    for word in words:
+        if not word:
+            return "it should not be empty"
+        control = CONTROL.search(word)
+        if control and word.endswith("\r"):
+            return "it should not end with a carriage return (CR), as the lines of a Windows text file do"
+        if control:
+            return f"it should have no control characters, and character {control.start() + 1} is {control[0]!a}"
+    return None
+
+
+def _takes_numbers(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
 class Settings(BaseSettings):
     """What every command's settings share: where values come from."""
 
@@ -218,6 +275,7 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
+        case_sensitive=True,  # else flags are taken in any case, and cut at a line end
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -226,6 +284,18 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file of settings, by the names below with underscores")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses empty words and control characters in all settings; texts to score are none."""
+        name = str(info.field_name)
+        flaw = None if name == "texts" else _flaw(value)
+        if flaw:
+            raise ValueError(flaw)
+        if isinstance(value, bool) and _takes_numbers(cls.model_fields[name].annotation):
+            return str(value).lower()  # pydantic takes true for 1
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -251,10 +321,9 @@ class LogSettings(Settings):
 class CheckpointSettings(LogSettings):
     model: str = Field(
         DEFAULT_MODEL,
-        min_length=1,
         description="checkpoint: a folder (named with / or ./ in front), a name on the hub, or builtin (small, for trials)",
     )
-    revision: str | None = Field(None, min_length=1, description="the hub's branch, tag or commit; default: the newest")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
     activation: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
     )
@@ -297,7 +366,7 @@ class ConnectionSettings(LogSettings):
     """How to reach the brokers."""
 
     bootstrap_servers: Servers = Field("localhost:9092", description="brokers, host:port, separated by commas")
-    client_id: str = Field("sentiment-worker", min_length=1, description="name of this client in the brokers' logs")
+    client_id: str = Field("sentiment-worker", description="name of this client in the brokers' logs")
     request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="for one request to a broker, ms")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
@@ -349,7 +418,7 @@ class EventSettings(ConnectionSettings):
     """What both the worker and a replay know about events."""
 
     dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
-    group_id: str = Field("sentiment-worker", min_length=1, description="consumer group")
+    group_id: str = Field("sentiment-worker", description="consumer group")
     input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
     id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")
 
@@ -360,12 +429,11 @@ class RunSettings(ModelSettings, EventSettings):
     input_topics: Topics | None = Field("texts", description="topics to read, separated by commas")
     input_pattern: Pattern | None = Field(
         None,
-        min_length=1,
         description="instead: all topics whose whole name matches this regular expression, also those that come later",
     )
     output_topic: Topic = Field("sentiment", description="topic for results")
     group_instance_id: str | None = Field(
-        None, min_length=1, description="static membership: a name of this process's own in the group"
+        None, description="static membership: a name of this process's own in the group"
     )
     auto_offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where to begin when the group has no offset, or it is gone"
@@ -500,7 +568,7 @@ class ReplaySettings(EventSettings):
     until: Moment | None = Field(None, description="only those written before then, likewise")
     dry_run: bool = Field(False, description="count them, and send nothing")
     replay_group_id: str | None = Field(
-        None, min_length=1, description="consumer group that remembers what has been replayed; default: group_id.replay"
+        None, description="consumer group that remembers what has been replayed; default: group_id.replay"
     )
 
     @model_validator(mode="after")
@@ -544,9 +612,9 @@ class CorpusSettings(Settings):
     """Labelled CSV files, for the commands that read them."""
 
     source: Words = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
-    label_map: Words = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
-    text_column: str = Field("text", min_length=1, description="the files' column of the text")
-    label_column: str = Field("label", min_length=1, description="the files' column of the label")
+    label_map: LabelMap = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
+    text_column: str = Field("text", description="the files' column of the text")
+    label_column: str = Field("label", description="the files' column of the label")
 
 
 class EvaluateSettings(ModelSettings, CorpusSettings):
@@ -610,65 +678,87 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def load(
     kind: type[AnySettings], argv: Sequence[str], prog: str, environ: Mapping[str, str] = os.environ
 ) -> AnySettings:
-    """Settings of one kind from flags, environment and file.
+    """Settings of one kind from flags, environment and file. A variable that is empty sets nothing, unless it is a secret.
 
     Raises WrongSetting with one sentence. ``--help`` prints and raises SystemExit(0). Reads the file; does not block
     otherwise.
     """
-    _refuse_secret_flags(argv)
-    values = _file_values(kind, _config_path(argv, environ))
-    values |= _variable_values(kind, environ) | _secret_values(kind, environ)
+    arguments = _arguments(kind, argv, prog)
+    values: dict[str, Any] = {"_cli_parse_args": arguments, "_cli_prog_name": prog}
+    if not {"-h", "--help"} & set(arguments):
+        values |= _file_values(kind, _config_path(arguments, environ))
+        values |= _variable_values(kind, environ) | _secret_values(kind, environ)
     try:
-        values |= {"_cli_parse_args": _shielded(kind, argv), "_cli_prog_name": prog}
         return kind(**values)
     except ValidationError as error:
         raise WrongSetting(_sentence(kind, error.errors())) from None
-    except SettingsError as error:
-        raise WrongSetting(f"{_usage_error(error)}; `{prog} --help` lists the flags") from None
-
-
-def _usage_error(error: SettingsError) -> str:
-    """What argparse says; of words that it does not know the first alone, for the next may be a secret."""
-    message = str(error).removeprefix("error parsing CLI: ").rstrip(".")
-    before, unknown, words = message.partition("unrecognized arguments: ")
-    if not unknown:
-        return message
-    first = words.split()[0].partition("=")[0] if words.startswith("-") else words.split()[0]
-    return f"{before}unrecognized argument: {first}"
+    except SettingsError:
+        raise WrongSetting(f"the command line cannot be read; `{prog} --help` lists the flags") from None
 
 
 def unknown_variables(kind: type[Settings], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """``WORKER_…`` variables that set nothing: worth a warning, since Kubernetes injects some of its own."""
-    known = {PREFIX + name.upper() for name in kind.model_fields}
-    known |= {f"{PREFIX}{name.upper()}_FILE" for name in SECRETS}
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    """A sentence for each ``WORKER_…`` variable that sets nothing: a warning, for Kubernetes injects some of its own.
+
+    What sets something of a worker is known to all commands: they may share its environment.
+    """
+    names = {*kind.model_fields, *RunSettings.model_fields, *(f"{name}_file" for name in SECRETS)}
+    known = {PREFIX + name.upper() for name in names}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    return [f"the variable {printable(name)} sets nothing{_perhaps(name, names, _variable)}" for name in unknown]
 
 
 def _is_list(kind: type[Settings], name: str) -> bool:
     return name in kind.model_fields and kind.model_fields[name].annotation == list[str]
 
 
-def _shielded(kind: type[Settings], argv: Sequence[str]) -> list[str]:
-    """The command line with the words of lists quoted, so that they arrive as they are."""
-    shielded: list[str] = []
-    flag = ""  # whose value comes next
-    for position, word in enumerate(argv):
-        if word == "--" and not flag:
-            return [*shielded, word, *map(_shield, argv[position + 1 :])]
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if word.startswith("--") and not flag:
-            shielded.append(
-                f"--{word[2:].partition('=')[0]}={_shield(value)}" if equals and _is_list(kind, name) else word
-            )
-            takes_value = name in kind.model_fields and kind.model_fields[name].annotation is not bool
-            flag = name if takes_value and not equals else ""
-        elif flag:
-            shielded.append(_shield(word) if _is_list(kind, flag) else word)
-            flag = ""
-        else:
-            shielded.append(_shield(word) if "texts" in kind.model_fields and word != "-h" else word)
-    return shielded
+def _is_words(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def _flags(kind: type[Settings]) -> dict[str, str | None]:
+    """Each flag with the name of the setting that its value is of; None for those without a value."""
+    flags: dict[str, str | None] = {"-h": None, "--help": None}
+    for name, field in kind.model_fields.items():
+        if name in (*SECRETS, "texts"):
+            continue
+        is_switch = field.annotation is bool
+        for each in (name, field.alias or name):
+            flags[_flag(each)] = None if is_switch else name
+            if is_switch:
+                flags[_flag(f"no_{each}")] = None
+    return flags
+
+
+def _arguments(kind: type[Settings], argv: Sequence[str], prog: str) -> list[str]:
+    """The command line with a flag and its value as one word, the words of lists quoted: argparse leaves them as they are.
+
+    Raises WrongSetting for what is no flag of ``kind``, by its name alone: the rest of it may be a secret.
+    """
+    flags, arguments, rest = _flags(kind), list[str](), iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if word == "--" and "texts" in kind.model_fields:
+            return [*arguments, word, *map(_shield, rest)]
+        if flag not in flags and not word.startswith("--") and "texts" in kind.model_fields:
+            arguments.append(_shield(word))
+            continue
+        if flag not in flags:
+            raise WrongSetting(_no_flag(flag, [*flags, *map(_flag, SECRETS)], prog))
+        name = flags[flag]
+        if name is None and equals:
+            raise WrongSetting(f"{flag} takes no value; `{prog} --help` lists the flags")
+        if name and not equals:
+            value = next(rest, "--")
+            if value.startswith("-") and value != "-" and not NEGATIVE.match(value):
+                raise WrongSetting(f"{flag} needs a value; `{prog} --help` lists the flags")
+        if name and _is_list(kind, name):
+            value = _shield(value)
+        arguments.append(f"{flag}={value}" if name else flag)
+    return arguments
+
+
+def _no_flag(word: str, flags: Iterable[str], prog: str) -> str:
+    return f"{word} is no flag{_perhaps(word, flags, _flag)}; `{prog} --help` lists the flags"
 
 
 def _shield(word: str) -> str:
@@ -679,22 +769,29 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _refuse_secret_flags(argv: Sequence[str]) -> None:
-    for name in SECRETS:
-        if any(word.split("=")[0].replace("_", "-") == _flag(name) for word in argv):
-            variable = PREFIX + name.upper()
-            raise WrongSetting(
-                f"{name} has no flag, for flags can be seen by others: set {variable} or {variable}_FILE"
-            )
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
 
 
-def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
-    for position, word in enumerate(argv):
-        if word == "--config" and position + 1 < len(argv):
-            return Path(argv[position + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
-    return Path(environ[PREFIX + "CONFIG"]) if PREFIX + "CONFIG" in environ else None
+def _perhaps(written: str, names: Iterable[str], shown: Callable[[str], str]) -> str:
+    """What to add to a sentence on a name that is none: the name that is most like it, as it would be written there."""
+    name = written.removeprefix(PREFIX).strip("-").replace("-", "_").lower()
+    known = {each.strip("-").replace("-", "_") for each in names}
+    (close,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8) or ("",)
+    if close in SECRETS and shown is not _variable:
+        return f"; {_secret_sentence(close)}"
+    return f"; perhaps {shown(close)} is meant" if close else ""
+
+
+def _config_path(arguments: Sequence[str], environ: Mapping[str, str]) -> Path | None:
+    """The last flag's, as of the other settings, else the variable's. Raises WrongSetting."""
+    given = [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+    path = given[-1] if given else environ.get(_variable("config")) or None
+    if path is None:
+        return None
+    if flaw := _flaw(path):
+        raise WrongSetting(f"config = {path!r} is wrong: {flaw}")
+    return Path(path)
 
 
 def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
@@ -711,11 +808,9 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in others}
     for name, value in values.items():
         if name in SECRETS:
-            raise WrongSetting(f"config: {name} is a secret: set {PREFIX}{name.upper()} or {PREFIX}{name.upper()}_FILE")
+            raise WrongSetting(f"config: {_secret_sentence(name)}")
         if name not in kind.model_fields or name == "config":
             raise WrongSetting(f"config: {path} sets {name}, which is no setting; {_hint(kind, name, value)}")
-        if isinstance(value, bool) and kind.model_fields[name].annotation is not bool:
-            raise WrongSetting(f"config: {path} sets {name} to {str(value).lower()}, and it is neither on nor off")
     return {
         name: ",".join(map(str, value)) if isinstance(value, list) and not _is_list(kind, name) else value
         for name, value in values.items()
@@ -725,24 +820,31 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
 def _hint(kind: type[Settings], name: str, value: object) -> str:
     if isinstance(value, dict):
         return "settings stand at the top of the file, in no table"
-    close = difflib.get_close_matches(name, kind.model_fields.keys() - {"config", *SECRETS}, n=1, cutoff=0.8)
-    return f"perhaps {close[0]} is meant" if close else "`sentiment-worker run --help` lists them"
+    perhaps = _perhaps(name, kind.model_fields.keys() - {"config"}, str).removeprefix("; ")
+    return perhaps or "`sentiment-worker run --help` lists them"
+
+
+def _secret_sentence(name: str) -> str:
+    return f"{name} is a secret: set {_variable(name)} or {_variable(name)}_FILE"
 
 
 def _variable_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, Any]:
-    given = {name: environ[PREFIX + name.upper()] for name in kind.model_fields if PREFIX + name.upper() in environ}
+    given = {name: environ.get(_variable(name)) for name in kind.model_fields}
+    given = {name: value for name, value in given.items() if value or (value == "" and name in SECRETS)}
     return {name: [value] if _is_list(kind, name) else value for name, value in given.items()}
 
 
 def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
     values = {}
     for name in SECRETS:
-        variable = PREFIX + name.upper()
+        variable = _variable(name)
         path = environ.get(variable + "_FILE")
         if path is None or name not in kind.model_fields:
             continue
         if variable in environ:
             raise WrongSetting(f"{variable} and {variable}_FILE are both set; set one of them")
+        if flaw := _flaw(path):
+            raise WrongSetting(f"{variable}_FILE = {path!r} is wrong: {flaw}")
         try:
             values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError):
@@ -760,25 +862,44 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
     wants = " or ".join(dict.fromkeys(_wish(error) for error in errors if error["loc"][:1] == first["loc"][:1]))
     if name not in kind.model_fields:
         return f"{name} is no setting; `--help` lists them"
-    given = "" if name in SECRETS or first["type"] == "missing" else f" = {_as_given(first['input'])!r}"
-    variable = PREFIX + name.upper()
+    given = "" if name in SECRETS or first["type"] == "missing" else f" = {_as_given(first['input'])}"
+    variable = _variable(name)
     where = f"variable {variable} or {variable}_FILE" if name in SECRETS else f"flag {_flag(name)}, variable {variable}"
     return f"{name}{given} is wrong: {wants} ({where})"
 
 
-def _as_given(value: object) -> object:
-    return _unshielded(value) if isinstance(value, list) else value
+def _as_given(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(_unshielded(value) if _is_words(value) else value)
+
+
+WISHES = {  # by pydantic's types of errors
+    "bool_parsing": "it should be true or false",
+    "bool_type": "it should be true or false",
+    "finite_number": "it should be a finite number",
+    "float_parsing": "it should be a number",
+    "float_type": "it should be a number",
+    "greater_than": "it should be greater than {gt:g}",
+    "greater_than_equal": "it should be greater than or equal to {ge:.15g}",
+    "int_from_float": "it should be a whole number",
+    "int_parsing": "it should be a whole number",
+    "int_parsing_size": "it should be a whole number",
+    "int_type": "it should be a whole number",
+    "less_than": "it should be less than {lt:g}",
+    "less_than_equal": "it should be less than or equal to {le:.15g}",
+    "list_type": "it should be a list",
+    "literal_error": "it should be {expected}",
+    "missing": "it has to be given",
+    "path_type": "it should be a path",
+    "string_pattern_mismatch": "it should be auto, cpu, cuda or cuda:N",  # the one pattern that there is
+    "string_type": "it should be text",
+    "string_unicode": "it should be text in UTF-8",
+    "value_error": "{error}",
+}
 
 
 def _wish(error: ErrorDetails) -> str:
-    if error["type"] == "string_pattern_mismatch":
-        return "it should be auto, cpu, cuda or cuda:N"  # the one pattern that there is
-    if error["type"] == "missing":
-        return "it has to be given"
-    message = (
-        error["msg"]
-        .removeprefix("Value error, ")
-        .replace("Input should", "it should")
-        .replace("String should", "it should")
-    )
-    return message.split(", unable to parse")[0]
+    wish = WISHES.get(error["type"], "it should be another value").format(**error.get("ctx", {}))
+    is_a_switch = wish.endswith("number") and str(error["input"]) in ("true", "false")
+    return f"{wish}, not {error['input']}" if is_a_switch else wish

@@ -57,14 +57,15 @@ def test_a_json_line_has_time_level_logger_message_and_the_fields() -> None:
 def test_json_is_one_object_a_line_whatever_the_message() -> None:
     stream = configured()
     log = logging.getLogger("worker.x")
-    log.info('two\nlines "quoted" \u2028 \\ \x00', extra={"reason": "a\nb"})
+    log.info('two\nlines "quoted" \u2028\x9b \\ \x00', extra={"reason": "a\nb"})
     try:
         raise ValueError("first\nsecond")
     except ValueError:
         log.exception("failed")
     log.info("a folder", extra={"path": Path("/x"), "error": ValueError("x"), "bytes": b"\xff", "nan": float("nan")})
     first, second, third = json_lines(stream)
-    assert first["message"] == 'two\nlines "quoted" \u2028 \\ \x00'
+    assert first["message"] == 'two\nlines "quoted" \u2028\x9b \\ \x00'
+    assert stream.getvalue().replace("\n", "").isprintable()
     assert first["reason"] == "a\nb"
     assert "ValueError: first\nsecond" in second["exc_info"]
     assert (third["path"], third["nan"]) == ("/x", None)
@@ -83,7 +84,7 @@ def test_a_console_line_stays_one_line() -> None:
     stream = configured(log_format="console")
     logging.getLogger("worker").warning("two\nlines", extra={"why": "a\r\nb\x1b[31m"})
     (line,) = stream.getvalue().splitlines()
-    assert line.endswith(r"two\nlines why=a\r\nb\x1b[31m")
+    assert line.endswith(r"two\nlines why=a\r\nb\u001b[31m")
 
 
 @pytest.mark.parametrize("value", [2**64, -(2**63) - 1, "\udc80"])

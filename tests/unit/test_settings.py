@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from worker.settings import (
     SECRETS,
@@ -254,14 +255,18 @@ def test_an_unknown_variable_is_only_listed(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("WORKER_PORT", "WORKER_LINGERMS", "WORKER_GROUP_ID_FILE"):
         monkeypatch.setenv(name, "tcp://10.0.0.1:80")
     assert run_settings() == RunSettings()
-    assert unknown_variables(RunSettings) == ["WORKER_GROUP_ID_FILE", "WORKER_LINGERMS", "WORKER_PORT"]
+    assert [sentence.split()[2] for sentence in unknown_variables(RunSettings)] == [
+        "WORKER_GROUP_ID_FILE", "WORKER_LINGERMS", "WORKER_PORT",
+    ]  # fmt: skip
 
 
 def test_variables_are_named_in_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("worker_linger_ms", "7")
     monkeypatch.setenv("WORKER_Max_Batch_Texts", "7")
     assert run_settings() == RunSettings()
-    assert unknown_variables(RunSettings) == ["WORKER_Max_Batch_Texts"]
+    assert unknown_variables(RunSettings) == [
+        "the variable WORKER_Max_Batch_Texts sets nothing; perhaps WORKER_MAX_BATCH_TEXTS is meant"
+    ]
 
 
 def test_variables_come_from_where_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,21 +299,24 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("bootstrap_servers", "a:0", "host:port"),
     ("bootstrap_servers", "a:65536", "host:port"),
     ("bootstrap_servers", "http://a:x", "host:port"),
+    ("bootstrap_servers", "a b:9092", "host:port"),
+    ("bootstrap_servers", "a/b:9092", "host:port"),
+    ("bootstrap_servers", "PLAINTEXT://a:9092", "host:port without PLAINTEXT://; security_protocol says which"),
+    ("bootstrap_servers", "a:1,SASL_SSL://b:9093", "host:port without SASL_SSL://; security_protocol says which"),
+    ("bootstrap_servers", "a:1, b:1, A:1", "name each one once, and a:1 is there twice"),
     ("bootstrap_servers", "a:９０９２", "host:port"),
     ("bootstrap_servers", "kafka..svc:9092", "host:port"),
+    ("http_host", "http://localhost", "host's name or address"),
     ("http_host", "x" * 64, "host's name or address"),
     ("cpu_threads", "99999999999", "less than or equal to 1024"),
     ("session_timeout_ms", "99999999999", "less than or equal to 2147483647"),
     ("input_topics", " , ", "at least one"),
     ("input_topics", "a,b c", "letters, digits, dots"),
-    ("output_topic", "", "letters, digits, dots"),
+    ("input_topics", "a, b,a", "name each one once, and a is there twice"),
     ("output_topic", "тексты", "letters, digits, dots"),
     ("output_topic", "..", "letters, digits, dots"),
     ("output_topic", "x" * 250, "1 to 249"),
     ("dead_letter_topic", " ", "letters, digits, dots"),
-    ("group_id", "", "at least 1 character"),
-    ("group_instance_id", "", "at least 1 character"),
-    ("client_id", "", "at least 1 character"),
     ("auto_offset_reset", "none", "'earliest' or 'latest'"),
     ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
     ("delivery", "at-most-once", "'at-least-once'"),
@@ -323,22 +331,20 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("text_field", "text topic=a", "letters, digits, dots"),
     ("text_field", "a,b", "topic=path for each"),
     ("text_field", "texts=a,texts=b", "each topic once"),
-    ("id_field", "", "field's name"),
     ("max_text_chars", "0", "greater than or equal to 1"),
     ("compression_type", "brotli", "'gzip'"),
     ("max_batch_texts", "0", "greater than or equal to 1"),
     ("max_batch_texts", "100001", "less than or equal to 100000"),
-    ("max_batch_texts", "many", "a valid integer"),
-    ("max_batch_texts", "1.5", "a valid integer"),
+    ("max_batch_texts", "many", "a whole number"),
+    ("max_batch_texts", "1.5", "a whole number"),
     ("max_batch_tokens", "0", "greater than or equal to 1 or it should be 'auto'"),
-    ("max_batch_tokens", "many", "a valid integer or it should be 'auto'"),
+    ("max_batch_tokens", "many", "a whole number or it should be 'auto'"),
     ("linger_ms", "-1", "greater than or equal to 0"),
     ("linger_ms", "60001", "less than or equal to 60000"),
-    ("linger_ms", "soon", "a valid number"),
+    ("linger_ms", "soon", "a number"),
     ("transaction_ms", "-1", "greater than or equal to 0"),
     ("transaction_ms", "10001", "less than or equal to 10000"),
     ("linger_ms", "nan", "it should be"),
-    ("model", "", "at least 1 character"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),
     ("device", "tpu", "auto, cpu, cuda or cuda:N"),
     ("dtype", "int4", "'float32'"),
@@ -349,9 +355,11 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("inference_timeout_s", "nan", "a finite number"),
     ("drain_timeout_s", "-5", "greater than 0"),
     ("drain_timeout_s", "inf", "a finite number"),
-    ("revision", "", "at least 1 character"),
-    ("http_host", "", "host's name or address"),
     ("http_port", "65536", "less than or equal to 65535"),
+    ("http_port", "true", "a whole number, not true"),
+    ("linger_ms", "false", "a number, not false"),
+    ("cpu_threads", "true", "a whole number, not true or it should be 'auto'"),
+    ("console_texts", "perhaps", "true or false"),
     ("http_token_for", "nothing", "'changes' or 'all'"),
     ("session_timeout_ms", "10", "greater than or equal to 1000"),
     ("request_timeout_ms", "10", "greater than or equal to 1000"),
@@ -368,20 +376,20 @@ def test_a_wrong_setting_is_named_with_what_was_wrong_and_what_would_be_right(
     name: str, value: str, right: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag = "--" + name.replace("_", "-")
-    sentence = refusal(f"{flag}={value}")
+    monkeypatch.setenv("WORKER_" + name.upper(), value)
+    sentence = refusal()
     assert sentence.startswith(f"{name} = {value!r} is wrong: it should ")
     assert right in sentence
     assert sentence.endswith(f"(flag {flag}, variable WORKER_{name.upper()})")
-    monkeypatch.setenv("WORKER_" + name.upper(), value)
-    assert refusal() == sentence
+    monkeypatch.delenv("WORKER_" + name.upper())
+    if RunSettings.model_fields[name].annotation is not bool:
+        assert refusal(f"{flag}={value}") == sentence
 
 
 def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str]]) -> None:
     assert refusal(*toml("linger_ms = -1")).startswith("linger_ms = -1 is wrong: it should be greater than or equal")
-    assert refusal(*toml("group_id = 5")).startswith("group_id = 5 is wrong: it should be a valid string")
-    assert refusal(*toml("linger_ms = {a = 1}")).startswith(
-        "linger_ms = {'a': 1} is wrong: it should be a valid number"
-    )
+    assert refusal(*toml("group_id = 5")).startswith("group_id = 5 is wrong: it should be text")
+    assert refusal(*toml("linger_ms = {a = 1}")).startswith("linger_ms = {'a': 1} is wrong: it should be a number")
 
 
 @pytest.mark.parametrize(
@@ -432,7 +440,7 @@ def test_settings_that_do_not_go_together_are_named(argv: list[str], parts: list
         (["--linger_ms", "1"], "--linger_ms"),
         (["--linger", "1"], "--linger"),
         (["stray"], "stray"),
-        (["--linger-ms"], "--linger-ms: expected one argument"),
+        (["--linger-ms"], "--linger-ms needs a value"),
     ],
 )
 def test_an_unknown_flag_is_an_error_that_says_where_flags_are_listed(argv: list[str], part: str) -> None:
@@ -453,6 +461,8 @@ def test_an_unknown_key_of_the_file_is_an_error(line: str, toml: Callable[[str],
     ("line", "hint"),
     [
         ("linger-ms = 1", "perhaps linger_ms is meant"),
+        ("LINGER_MS = 1", "perhaps linger_ms is meant"),
+        ("http_tokn = 'x'", "http_token is a secret: set WORKER_HTTP_TOKEN or WORKER_HTTP_TOKEN_FILE"),
         ("max_batch_text = 1", "perhaps max_batch_texts is meant"),
         ("[kafka]\ngroup_id = 'x'", "settings stand at the top of the file, in no table"),
         ("nosuch = 1", "`sentiment-worker run --help` lists them"),
@@ -464,8 +474,168 @@ def test_an_unknown_key_of_the_file_is_told_what_to_write(
     assert refusal(*toml(line)).endswith(f"; {hint}")
 
 
-def test_on_and_off_are_no_numbers(toml: Callable[[str], list[str]]) -> None:
-    assert "sets http_port to true" in refusal(*toml("http_port = true"))
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("http_port = true", "it should be a whole number, not true"),
+        ("linger_ms = false", "it should be a number, not false"),
+        ("cpu_threads = true", "it should be a whole number, not true or it should be 'auto'"),
+        ("group_id = true", "group_id = true is wrong: it should be text"),
+        ("delivery = true", "it should be 'at-least-once' or 'exactly-once'"),
+        ("ssl_cafile = 5", "it should be a path"),
+    ],
+)
+def test_true_and_false_are_no_numbers_and_no_text(line: str, words: str, toml: Callable[[str], list[str]]) -> None:
+    assert words in refusal(*toml(line))
+
+
+# --- Empty values, and control characters ---
+
+ONE_OF_EACH_KIND = ("group_id", "input_pattern", "ssl_cafile", "linger_ms", "cpu_threads", "sasl_mechanism", "device")
+
+
+def test_empty_variables_set_nothing() -> None:
+    names = RunSettings.model_fields.keys() - set(SECRETS)
+    assert load(RunSettings, [], "run", {f"WORKER_{name.upper()}": "" for name in names}) == RunSettings()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("", "it should not be empty"), ("1\r", "end with a carriage return (CR)")]
+)
+def test_no_setting_takes_an_empty_value_or_one_with_a_carriage_return(value: str, words: str) -> None:
+    with pytest.raises(ValidationError) as wrong:
+        RunSettings(**dict.fromkeys(RunSettings.model_fields, value))
+    refused = {error["loc"][0] for error in wrong.value.errors() if words in error["msg"]}
+    assert refused == RunSettings.model_fields.keys()
+
+
+def test_an_empty_variable_leaves_what_the_file_says(toml: Callable[[str], list[str]]) -> None:
+    settings = load(RunSettings, toml("group_id = 'mine'"), "run", {"WORKER_GROUP_ID": "", "WORKER_CONFIG": ""})
+    assert settings.group_id == "mine"
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_an_empty_flag_is_told_in_the_same_words_whatever_it_is(name: str) -> None:
+    assert refusal(f"--{name.replace('_', '-')}=").startswith(f"{name} = '' is wrong: it should not be empty")
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("content", ["", "\n", "\r\n"])
+def test_an_empty_secret_is_a_wrong_setting(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(content.encode())
+    variable = f"WORKER_{name.upper()}"
+    for environ in ({variable: ""}, {f"{variable}_FILE": str(tmp_path / "secret")}):
+        with pytest.raises(WrongSetting, match=f"^{name} is wrong: it should not be empty .variable {variable} or"):
+            load(RunSettings, [], "run", environ)
+    with pytest.raises(WrongSetting, match=f"^{variable}_FILE = '' is wrong: it should not be empty"):
+        load(RunSettings, [], "run", {f"{variable}_FILE": ""})
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH_KIND, "config", "console_texts", "http_token", "http_token_file"])
+def test_a_carriage_return_at_the_end_of_a_variable_is_named_as_what_it_is(name: str) -> None:
+    with pytest.raises(WrongSetting) as wrong:
+        load(RunSettings, [], "run", {f"WORKER_{name.upper()}": "1\r"})
+    assert "it should not end with a carriage return (CR), as the lines of a Windows text file do" in str(wrong.value)
+    assert str(wrong.value).lower().startswith((f"{name} ", f"worker_{name} "))
+
+
+@pytest.mark.parametrize("control", ["\n", "\t", "\x00", "\x1b", "\x7f", "\x9b", "\u2028"])
+def test_control_characters_are_refused_in_every_text(control: str, toml: Callable[[str], list[str]]) -> None:
+    for name in ("group_id", "input_topics", "ssl_cafile"):
+        sentence = refusal(f"--{name.replace('_', '-')}=a{control}b")
+        assert f"no control characters, and character 2 is {control!a}" in sentence
+        assert sentence.isprintable()
+    escaped = f"\\u{ord(control):04x}"
+    assert "no control characters" in refusal(*toml(f'group_id = "a{escaped}b"'))
+    with pytest.raises(WrongSetting, match="no control characters"):
+        load(EvaluateSettings, ["--source", f"a=b{control}c"], "evaluate")
+
+
+def test_a_secret_with_a_control_character_is_not_repeated() -> None:
+    with pytest.raises(WrongSetting) as wrong:
+        load(RunSettings, [], "run", {"WORKER_SASL_PASSWORD": f"{SECRET}\x00"})
+    assert "no control characters" in str(wrong.value)
+    assert SECRET not in str(wrong.value)
+
+
+# --- Names that are nearly right ---
+
+
+@pytest.mark.parametrize("kind", [RunSettings, ReplaySettings, ClassifySettings, EvaluateSettings, DemoSettings])
+def test_a_flag_is_itself_in_one_case_alone(kind: Any) -> None:
+    for name, field in kind.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if name not in (*SECRETS, "texts"):
+            for written in (flag.upper(), flag.title(), "--" + name + "s"):
+                with pytest.raises(WrongSetting) as wrong:
+                    load(kind, [written] if field.annotation is bool else [written, "1"], "sentiment-worker it")
+                assert str(wrong.value).startswith(
+                    f"{written} is no flag; perhaps {flag} is meant; `sentiment-worker it"
+                )
+
+
+@pytest.mark.parametrize("written", ["--CONFIG", "--Config", "--confg"])
+def test_a_config_that_is_misspelt_is_not_ignored(written: str, toml: Callable[[str], list[str]]) -> None:
+    _, path = toml("linger_ms = 1")
+    for argv in ([f"{written}={path}"], [written, path]):
+        assert refusal(*argv).startswith(f"{written} is no flag; perhaps --config is meant")
+
+
+@pytest.mark.parametrize("kind", [RunSettings, ClassifySettings, EvaluateSettings])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_no_flag_in_any_case(kind: Any, name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    for written in (flag, flag.upper(), flag.title(), "--" + name, flag[:-1]):
+        for argv in ([f"{written}={SECRET}"], [written, SECRET]):
+            with pytest.raises(WrongSetting) as wrong:
+                load(kind, argv, "sentiment-worker it")
+            assert f"{name} is a secret: set WORKER_{name.upper()} or WORKER_{name.upper()}_FILE" in str(wrong.value)
+            assert SECRET not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("WORKER_LINGERMS", "WORKER_LINGER_MS"),
+        ("WORKER_Linger_Ms", "WORKER_LINGER_MS"),
+        ("WORKER_GROUP-ID", "WORKER_GROUP_ID"),
+        ("WORKER_HTTP_TOKN", "WORKER_HTTP_TOKEN"),
+        ("WORKER_SASL_PASWORD_FILE", "WORKER_SASL_PASSWORD_FILE"),
+        ("WORKER_CONFG", "WORKER_CONFIG"),
+        ("WORKER_SERVICE_HOST", None),
+        ("WORKER_PORT_8080_TCP_ADDR", None),
+    ],
+)
+def test_a_variable_that_is_misspelt_is_told_with_the_nearest_name(variable: str, meant: str | None) -> None:
+    (sentence,) = unknown_variables(RunSettings, {variable: SECRET})
+    assert sentence == f"the variable {variable} sets nothing" + (f"; perhaps {meant} is meant" if meant else "")
+
+
+def test_the_name_of_a_variable_is_safe_to_print() -> None:
+    (sentence,) = unknown_variables(RunSettings, {"WORKER_\x1b[31m\n": "1"})
+    assert sentence == r"the variable WORKER_\u001b[31m\n sets nothing"
+
+
+def test_help_is_shown_whatever_the_file_and_the_variables_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    for environ in ({"WORKER_CONFIG": "/nowhere"}, {"WORKER_LINGER_MS": "soon"}):
+        with pytest.raises(SystemExit):
+            load(RunSettings, ["--help"], "sentiment-worker run", environ)
+        assert "--linger-ms" in capsys.readouterr().out
+
+
+def test_the_last_of_a_flags_values_counts(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.toml", tmp_path / "2.toml"
+    first.write_text("linger_ms = 1")
+    second.write_text("linger_ms = 2")
+    settings = run_settings("--group-id", "a", "--config", str(first), f"--config={second}", "--group-id=b")
+    assert (settings.group_id, settings.linger_ms, settings.config) == ("b", 2, second)
+
+
+def test_what_stands_where_a_value_does_is_no_flag() -> None:
+    assert classify_texts("--device", "cpu", "--", "--config", "nowhere") == ["--config", "nowhere"]
+    assert run_settings("--group-id", "-5").group_id == "-5"
+    assert refusal("--group-id", "--linger-ms", "5").startswith("--group-id needs a value; `sentiment-worker run")
+    assert refusal("--console-texts=yes").startswith("--console-texts takes no value")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, toml: Callable[[str], list[str]]) -> None:
@@ -612,6 +782,12 @@ def test_sources_to_evaluate_are_taken_as_they_are() -> None:
     assert settings.label_map == ["a:[x, y]=neutral"]
 
 
+def test_a_label_is_mapped_once() -> None:
+    argv = ["--source", "a=b.csv", "--label-map", "a:1=neutral", "--label-map", "a:1=positive"]
+    with pytest.raises(WrongSetting, match="it should name each one once, and a:1 is there twice"):
+        load(EvaluateSettings, argv, "sentiment-worker evaluate")
+
+
 @pytest.mark.parametrize("kind", [ClassifySettings, EvaluateSettings, DemoSettings])
 def test_every_command_has_its_help(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -645,6 +821,7 @@ def test_a_replay_reads_the_workers_file(toml: Callable[[str], list[str]]) -> No
     ("argv", "words"),
     [
         (("--reason", "too_big"), "reason = ['too_big'] is wrong: it should be one of invalid_json, "),
+        (("--reason", "too_large", "--reason", "too_large"), "each one once, and too_large is there twice"),
         (("--since", "yesterday"), "2026-11-23T10:00Z, or how long ago"),
         (("--since", "1h", "--until", "2h"), "since should be before until"),
         (("--group-id", "g", "--replay-group-id", "g"), "replay_group_id is the workers' group_id"),
