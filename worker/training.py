@@ -690,7 +690,7 @@ def model_card(
         data.append(f"| {source.name} | " + " | ".join(f"{before} → {after}" for before, after in pairs) + " |")
     measured = "development rows (byte 26 to 51, not trained on)" if options.development else "held-out rows"
     is_exact = options.rows_held_out_by(options.base) == "exact"
-    text = "text's" if is_exact else "text's (lower case, е for ё, no stress marks, single spaces)"
+    text = "text" if is_exact else "text (lower case, е for ё, no stress marks, single spaces)"
     size = sum(parameter.numel() for parameter in network.parameters())
     return f"""---
 language: ["ru"]
@@ -708,8 +708,8 @@ sigmoid of the logits, per label; the score is the positive one minus the negati
 
 ## Training
 
-A row whose {text} SHA-256 ends in a byte below 26 is held out: no vocabulary, weight or choice comes from it. Macro F1
-on the {result.report.overall.sum():,} {measured}:
+A row is held out where the SHA-256 of its {text} ends in a byte below
+26: no vocabulary, weight or choice comes from it. Macro F1 on the {result.report.overall.sum():,} {measured}:
 
 {result.report.markdown()}
 
