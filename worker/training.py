@@ -681,13 +681,6 @@ def model_card(
 ) -> str:
     """The README.md beside the weights: what it is, its table, its data, its recipe, its limits. Markdown."""
     options = run.options
-    there = Counter((example.source, example.label) for example in training)
-    data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
-    for source in sources:
-        cells = [(source.name, label) for label in range(len(CLASSES))]
-        pairs = [(there[cell], counts.get(cell, 0)) for cell in cells]
-        pairs.insert(0, (sum(before for before, _ in pairs), sum(after for _, after in pairs)))
-        data.append(f"| {source.name} | " + " | ".join(f"{before} → {after}" for before, after in pairs) + " |")
     measured = "development rows (byte 26 to 51, not trained on)" if options.development else "held-out rows"
     is_exact = options.rows_held_out_by(options.base) == "exact"
     text = "text" if is_exact else "text (lower case, е for ё, no stress marks, single spaces)"
@@ -716,7 +709,7 @@ A row is held out where the SHA-256 of its {text} ends in a byte below
 The other rows were drawn anew for each epoch, up- and downsampled towards as many of each class, and of each source in a
 class, as there are, and no row more than {options.max_repeats} times. What there is → what an epoch has:
 
-{chr(10).join(data)}
+{_data_table(sources, training, counts)}
 
 {chr(10).join(run.notes)}
 
@@ -729,6 +722,18 @@ Seed {options.seed}, {result.seconds / 60:.0f} minutes on {options.threads or "a
 Only texts like those it was trained on are judged as well as the table says. Texts longer than {options.max_tokens}
 tokens were cut in training. Nothing was done about bias in the data.
 """
+
+
+def _data_table(sources: Sequence[Source], training: Sequence[Example], counts: Counts) -> str:
+    """How many rows of each source and class there are, and how many of them an epoch has."""
+    there = Counter((example.source, example.label) for example in training)
+    data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
+    for source in sources:
+        cells = [(source.name, label) for label in range(len(CLASSES))]
+        pairs = [(there[cell], counts.get(cell, 0)) for cell in cells]
+        pairs.insert(0, (sum(before for before, _ in pairs), sum(after for _, after in pairs)))
+        data.append(f"| {source.name} | " + " | ".join(f"{before} → {after}" for before, after in pairs) + " |")
+    return "\n".join(data)
 
 
 def _origin(options: TrainSettings, network: Any) -> str:
