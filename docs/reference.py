@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_origin
 
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
@@ -326,7 +326,8 @@ def _allowed(choice: dict[str, Any], field: FieldInfo) -> list[str]:
 
 def _wish(field: FieldInfo) -> str:
     """What the field's own validator asks for; it takes a text, a list of them or a secret."""
-    for validator, wrong in itertools.product(_validators(field), (WRONG, [WRONG], SecretStr(WRONG))):
+    kinds = ([WRONG],) if get_origin(field.annotation) is list else (WRONG, SecretStr(WRONG))
+    for validator, wrong in itertools.product(_validators(field), kinds):
         with contextlib.suppress(TypeError, AttributeError):  # it takes another kind
             try:
                 validator(wrong)

@@ -137,7 +137,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     from worker.model import SentimentModel
 
     model = SentimentModel.load_as_set(settings)
-    report = _or_refuse(lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only))
+    by = settings.rows_held_out_by(settings.model)
+    report = _or_refuse(
+        lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
+    )
     if settings.format == "json":
         print(orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2).decode())
     else:
@@ -158,7 +161,7 @@ def _train(argv: Sequence[str]) -> int:
         result = _or_refuse(lambda: train(settings, sources, view))
     rich.print(result.report.table())
     print(f"{result.folder}, after {result.seconds:.0f} s")
-    return 0
+    return 130 if result.interrupted else 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -4,15 +4,20 @@ import csv
 import hashlib
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 CLASSES = ("negative", "neutral", "positive")
 """The three classes; a class's place here is its id everywhere."""
 
 HELD_OUT_BELOW = 26
 DEVELOPMENT_BELOW = 52
+LIKE = str.maketrans({"ё": "е", "\u0308": None, "\u0301": None})  # the dots of a decomposed ё, and stress marks
+
+HoldOutBy = Literal["normalized", "exact"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Source:
     text_column: str = "text"
     label_column: str = "label"
     label_map: Mapping[str, str] = field(default_factory=dict)
-    """Raw label -> class name. Empty: the labels are the class names themselves."""
+    """Raw label -> class name, or empty to drop its rows. No class name: the labels are the class names themselves."""
 
 
 @dataclass(frozen=True)
@@ -37,67 +42,96 @@ class Example:
     label: int
 
 
-def part_of(text: str) -> str:
-    """The part of a corpus a text belongs to, by the last byte of its SHA-256 (UTF-8, the text as it is in the file).
+def normalized(text: str) -> str:
+    """What near copies of a text share: case, ё and е, stress marks, how й is composed and spaces make no difference."""
+    return " ".join(text.casefold().replace("и\u0306", "й").translate(LIKE).split())
 
-    `held-out` (below 26, a tenth): only ever measured on. `development` (26 to 51, a tenth): training rows that may be
-    set aside to choose a recipe by. `training`: the rest.
+
+def part_of(text: str, by: HoldOutBy = "exact") -> str:
+    """The part of a corpus a text belongs to, by the last byte of the SHA-256 (UTF-8) of the text.
+
+    ``exact`` takes the text as it is in the file, as for the `builtin` checkpoint; ``normalized`` keeps near copies
+    together. `held-out` (below 26, a tenth): only ever measured on. `development` (26 to 51, a tenth): training rows that
+    may be set aside to choose a recipe by. `training`: the rest.
     """
-    last = hashlib.sha256(text.encode()).digest()[-1]
+    last = hashlib.sha256((text if by == "exact" else normalized(text)).encode()).digest()[-1]
     if last < HELD_OUT_BELOW:
         return "held-out"
     return "development" if last < DEVELOPMENT_BELOW else "training"
 
 
-def is_held_out(text: str) -> bool:
+def is_held_out(text: str, by: HoldOutBy = "exact") -> bool:
     """Whether nothing may be trained on this text or chosen by it."""
-    return part_of(text) == "held-out"
+    return part_of(text, by) == "held-out"
 
 
 def parse_sources(
     sources: Sequence[str],
     label_maps: Sequence[str] = (),
-    text_column: str = "text",
-    label_column: str = "label",
+    text_columns: Sequence[str] = (),
+    label_columns: Sequence[str] = (),
 ) -> list[Source]:
-    """Sources from command-line words: `NAME=PATH` (or a bare path, named by its stem) and `NAME:RAW=CLASS`.
+    """Sources from command-line words: `NAME=PATH` (or a bare path, named by its stem), `NAME:RAW=CLASS` (no class: the
+    label's rows are dropped), and columns, `NAME=COLUMN` or one for all others.
 
     Called by the command line; reads no file. ValueError says which word is wrong and what would be right.
     """
-    maps: dict[str, dict[str, str]] = {}
-    for word in label_maps:
-        name, raw, wanted = _parse_label_map(word)
-        maps.setdefault(name, {})[raw] = wanted
-    parsed: list[Source] = []
+    paths: dict[str, str] = {}
     for word in sources:
         name, equals, path = word.partition("=")
         if not equals:
             name, path = Path(word).stem, word
         if not name or not path:
             raise ValueError(f"--source {word!r} is not NAME=PATH, such as reviews=reviews.csv")
-        if any(name == other.name for other in parsed):
+        if name in paths:
             raise ValueError(f"--source names {name!r} twice; give each source its own name")
-        parsed.append(Source(name, Path(path), text_column, label_column, maps.pop(name, {})))
-    if not parsed:
+        paths[name] = path
+    if not paths:
         raise ValueError("no source; give at least one --source NAME=PATH")
-    if maps:
-        known = ", ".join(source.name for source in parsed)
-        raise ValueError(f"--label-map names {min(maps)!r}, which is no --source; there is {known}")
-    return parsed
+    maps: dict[str, dict[str, str]] = {name: {} for name in paths}
+    for word in label_maps:
+        name, raw, wanted = _parse_label_map(word)
+        _require_source("--label-map", name, paths)
+        maps[name][raw] = wanted
+    texts, labels = _columns("--text-column", text_columns, paths), _columns("--label-column", label_columns, paths)
+    return [
+        Source(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
+        for name, path in paths.items()
+    ]
+
+
+def _columns(flag: str, words: Sequence[str], sources: Iterable[str]) -> dict[str, str]:
+    """Each source's column, where the words give it one."""
+    pairs = [(name, column) for name, equals, column in (word.partition("=") for word in words) if equals]
+    others = [word for word in words if "=" not in word]
+    for name, column in pairs:
+        _require_source(flag, name, sources)
+        if not column:
+            raise ValueError(f"{flag} {name}= names no column, as in {name}=body")
+    if len(others) > 1 or len(pairs) > len(dict(pairs)):
+        raise ValueError(f"{flag} names two columns of the same source; give each its own, as NAME=COLUMN")
+    return {name: others[0] for name in sources if others} | dict(pairs)
+
+
+def _require_source(flag: str, name: str, sources: Iterable[str]) -> None:
+    if name not in sources:
+        raise ValueError(f"{flag} names {name!r}, which is no --source; there is {', '.join(sources)}")
 
 
 def _parse_label_map(word: str) -> tuple[str, str, str]:
     name, colon, rest = word.partition(":")
     raw, equals, wanted = rest.rpartition("=")
     if not (name and colon and equals):
-        raise ValueError(f"--label-map {word!r} is not NAME:RAW=CLASS, such as reviews:-1=negative")
-    if wanted not in CLASSES:
+        raise ValueError(
+            f"--label-map {word!r} is not NAME:RAW=CLASS, such as reviews:-1=negative (or reviews:skip= to drop its rows)"
+        )
+    if wanted and wanted not in CLASSES:
         raise ValueError(f"--label-map {word!r} maps to no class; the classes are {', '.join(CLASSES)}")
     return name, raw, wanted
 
 
 def read_source(source: Source) -> list[Example]:
-    """All rows of a source whose text is not blank, in the file's order. Blocks on the disk.
+    """All rows of a source whose text is not blank and whose label is not dropped, in the file's order. Blocks on the disk.
 
     ValueError, one sentence that names the source and never quotes a text: the file cannot be read, a column is
     missing, a label is unknown, no row is left.
@@ -112,24 +146,26 @@ def read_source(source: Source) -> list[Example]:
             known = ", ".join(repr(label) for label in mapping)
             raise ValueError(
                 f"source {source.name!r}: the label that ends on line {line} of column {source.label_column!r} "
-                f"({raw[:20]!r}) is none of {known}; map it with --label-map {source.name}:RAW=CLASS"
+                f"({raw[:20]!r}) is none of {known}; map it with --label-map {source.name}:RAW=CLASS, or drop its rows with "
+                f"--label-map {source.name}:RAW="
             )
-        if text.strip():
-            examples.append(Example(source.name, text, mapping[raw]))
+        label = mapping[raw]
+        if label is not None and text.strip():
+            examples.append(Example(source.name, text, label))
     if not examples:
         raise ValueError(f"source {source.name!r}: there is no row with a text; it needs at least one")
     return examples
 
 
-def _label_ids(source: Source) -> dict[str, int]:
-    if not source.label_map:
-        return {name: index for index, name in enumerate(CLASSES)}
-    unknown = sorted(set(source.label_map.values()) - set(CLASSES))
+def _label_ids(source: Source) -> dict[str, int | None]:
+    """The class of each raw label; None for those whose rows are dropped."""
+    unknown = sorted(set(source.label_map.values()) - {*CLASSES, ""})
     if unknown:
         raise ValueError(
             f"source {source.name!r}: the label map names {unknown[0]!r}; the classes are {', '.join(CLASSES)}"
         )
-    return {raw: CLASSES.index(name) for raw, name in source.label_map.items()}
+    own = {} if any(source.label_map.values()) else {name: name for name in CLASSES}
+    return {raw: CLASSES.index(name) if name else None for raw, name in (own | dict(source.label_map)).items()}
 
 
 def _rows(source: Source) -> Iterable[tuple[int, dict[str, str | None]]]:
@@ -160,29 +196,49 @@ def require_classes(examples: Iterable[Example]) -> None:
         raise ValueError(f"no training row has the class {name!r}; each of the three classes needs some")
 
 
-def balance(examples: Sequence[Example], rng: random.Random, per_class: int | None = None) -> list[Example]:
-    """Up- and downsampled examples: each class as often as the others, within a class each source as often.
+Counts = dict[tuple[str, int], int]
+"""How many rows there are of a source (by its name) and a class."""
 
-    `per_class` is the number of examples of each class (default: a third of all there are, so the total stays). A
-    source that lacks a class leaves its share of it to the others. Upsampling repeats all rows of a source and class
-    equally often, but for one. ValueError when a class has no row at all.
+
+def balanced_counts(examples: Sequence[Example], max_repeats: int, per_class: int | None = None) -> Counts:
+    """How many rows of each source and class make one epoch: each class as many, and in it each source as many.
+
+    `per_class` is the number of rows of each class (default: a third of all there are, so the total stays). No row
+    stands more than `max_repeats` times: what a source lacks the others of its class give, and where all of them together
+    lack rows, the class has fewer. ValueError when a class has no row at all.
     """
     require_classes(examples)
-    cells: dict[int, dict[str, list[Example]]] = {label: {} for label in range(len(CLASSES))}
+    sizes = Counter((example.source, example.label) for example in examples)
+    counts: Counts = {}
+    for label in range(len(CLASSES)):
+        left = per_class or max(1, len(examples) // len(CLASSES))
+        smallest_first = sorted((cell for cell in sizes if cell[1] == label), key=sizes.__getitem__)
+        for place, cell in enumerate(smallest_first):
+            counts[cell] = min(sizes[cell] * max_repeats, left // (len(smallest_first) - place))
+            left -= counts[cell]
+    return counts
+
+
+def draw(examples: Sequence[Example], counts: Counts, rng: random.Random) -> list[int]:
+    """One epoch: places of so many rows of each source and class. Those of one are repeated equally often, but for one."""
+    places: dict[tuple[str, int], list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault((example.source, example.label), []).append(place)
+    drawn = []
+    for cell, count in counts.items():
+        times, rest = divmod(count, len(places[cell]))
+        drawn += places[cell] * times + rng.sample(places[cell], rest)
+    return drawn
+
+
+def repetitions(examples: Iterable[Example]) -> tuple[int, int]:
+    """How many rows repeat the (normalized) text of an earlier one, and how many texts have more than one label."""
+    labels: dict[str, set[int]] = {}
+    rows = 0
     for example in examples:
-        cells[example.label].setdefault(example.source, []).append(example)
-    wanted = per_class or max(1, len(examples) // len(CLASSES))
-    balanced = []
-    for of_class in cells.values():
-        share, extra = divmod(wanted, len(of_class))
-        for place, rows in enumerate(of_class.values()):
-            balanced += _resample(rows, share + (place < extra), rng)
-    return balanced
-
-
-def _resample(rows: Sequence[Example], count: int, rng: random.Random) -> list[Example]:
-    times, rest = divmod(count, len(rows))
-    return list(rows) * times + rng.sample(rows, rest)
+        labels.setdefault(normalized(example.text), set()).add(example.label)
+        rows += 1
+    return rows - len(labels), sum(len(of_text) > 1 for of_text in labels.values())
 
 
 def sample_held_out(examples: Sequence[Example], per_class: int) -> list[Example]:

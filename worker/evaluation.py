@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from worker.corpus import CLASSES, Example, Source, is_held_out, read_source
+from worker.corpus import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
 from worker.printable import printable
 
 Matrix = NDArray[np.int64]
@@ -115,15 +115,17 @@ def _number(score: float) -> float | None:
     return None if np.isnan(score) else round(float(score), 6)
 
 
-def evaluate(predict: Predict, sources: Sequence[Source], *, held_out_only: bool = False) -> Report:
+def evaluate(
+    predict: Predict, sources: Sequence[Source], *, held_out_only: bool = False, hold_out_by: HoldOutBy = "exact"
+) -> Report:
     """Score `predict` on every source, or on its held-out rows alone. Blocks; called by the command line.
 
     `predict` is called once per source with all its texts: it batches them itself. ValueError: a source cannot be read
-    (see `corpus.read_source`), has no held-out row, or `predict` gives a label that is none of the three classes.
+    (see `corpus.read_source`), has no held-out row, or see `evaluate_examples`.
     """
     rows = {source.name: read_source(source) for source in sources}
     if held_out_only:
-        rows = {name: [e for e in examples if is_held_out(e.text)] for name, examples in rows.items()}
+        rows = {name: [e for e in examples if is_held_out(e.text, hold_out_by)] for name, examples in rows.items()}
     for name, examples in rows.items():
         if not examples:
             raise ValueError(f"source {name!r} has no held-out row; evaluate all of its rows instead")
@@ -131,10 +133,19 @@ def evaluate(predict: Predict, sources: Sequence[Source], *, held_out_only: bool
 
 
 def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> Report:
-    """Score `predict` on examples that were already read, by source name. Blocks."""
+    """Score `predict` on examples that were already read, by source name. Blocks.
+
+    ValueError: `predict` gives a label that is none of the three classes, or raises FloatingPointError.
+    """
     matrices = {}
     for name, examples in rows.items():
-        labels = predict([example.text for example in examples])
+        try:
+            labels = predict([example.text for example in examples])
+        except FloatingPointError:
+            raise ValueError(
+                f"source {name!r}: the model does not answer with finite numbers, so there is nothing to measure; its "
+                "weights are damaged, or its training diverged"
+            ) from None
         matrices[name] = confusion((e.label for e in examples), (_class_id(label) for label in labels))
     return Report(matrices)
 

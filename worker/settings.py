@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationError,
@@ -238,6 +239,9 @@ def _moment(value: str) -> str:
 
 Words = Annotated[list[str], AfterValidator(_unshielded)]
 LabelMap = Annotated[list[str], AfterValidator(_label_map)]
+Columns = Annotated[
+    Words, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]  # in a TOML file
 Reasons = Annotated[list[str], AfterValidator(_reasons)]
 Moment = Annotated[str, AfterValidator(_moment)]
 Servers = Annotated[str, AfterValidator(_servers)]
@@ -612,9 +616,25 @@ class CorpusSettings(Settings):
     """Labelled CSV files, for the commands that read them."""
 
     source: Words = Field([], description="NAME=PATH of a labelled CSV file; may be repeated")
-    label_map: LabelMap = Field([], description="NAME:RAW=CLASS, what a label of a source means; may be repeated")
-    text_column: str = Field("text", description="the files' column of the text")
-    label_column: str = Field("label", description="the files' column of the label")
+    label_map: LabelMap = Field(
+        [],
+        description="NAME:RAW=CLASS, what a label of a source means, or NAME:RAW= to drop its rows; may be repeated",
+    )
+    text_column: Columns = Field(
+        [],
+        description="column of the text: COLUMN, or NAME=COLUMN for one source; may be repeated; default: text",
+    )
+    label_column: Columns = Field([], description="column of the label, likewise; default: label")
+    hold_out_by: Literal["normalized", "exact"] | None = Field(
+        None,
+        description="which rows train leaves out, by the hash of the text: normalized (near copies stay together: case, ё "
+        "and е, stress marks and spaces make no difference) or exact (as it is in the file); default: exact for builtin, "
+        "whose rows were held out so, else normalized",
+    )
+
+    def rows_held_out_by(self, checkpoint: str | None) -> Literal["normalized", "exact"]:
+        """``hold_out_by``, or what goes with the checkpoint that is measured or fine-tuned."""
+        return self.hold_out_by or ("exact" if checkpoint == "builtin" else "normalized")
 
 
 class EvaluateSettings(ModelSettings, CorpusSettings):
@@ -641,6 +661,7 @@ class TrainSettings(CorpusSettings):
     )
     max_tokens: int = Field(256, ge=8, description="texts are cut to so many tokens")
     examples_per_class: int | None = Field(None, ge=1, description="after balancing; default: a third of the rows")
+    max_repeats: int = Field(5, ge=1, description="times that a row may stand in one epoch, where balancing repeats it")
     token_masking: float = Field(0.1, ge=0, lt=1, description="share of tokens hidden in fine-tuning")
     consistency: float = Field(1.0, ge=0, description="weight of keeping two dropout passes close (R-Drop)")
     averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")

@@ -4,6 +4,8 @@ The steps: read the sources, put the held-out rows aside, (new network) learn Wo
 balance sources and classes, fine-tune, write the checkpoint, read it back and measure it on the held-out rows.
 """
 
+import logging
+import math
 import os
 import random
 import shlex
@@ -32,14 +34,26 @@ from transformers import (
     BertForSequenceClassification,
     BertTokenizer,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from worker.checkpoint import ModelError, folder_of
-from worker.corpus import CLASSES, Example, Source, balance, part_of, read_source, require_classes
+from worker.checkpoint import folder_of
+from worker.corpus import (
+    CLASSES,
+    Counts,
+    Example,
+    Source,
+    balanced_counts,
+    draw,
+    part_of,
+    read_source,
+    repetitions,
+)
 from worker.evaluation import Report, evaluate_examples
-from worker.settings import CorpusSettings, TrainSettings
+from worker.settings import TrainSettings, UsersMistake
 
-__all__ = ["Progress", "ProgressView", "Result", "train"]
+__all__ = ["Diverged", "Interrupted", "Progress", "ProgressView", "Result", "train"]
+
+log = logging.getLogger(__name__)
 
 Batch = list[int]
 """Places of rows in the list they come from."""
@@ -48,6 +62,18 @@ Show = Callable[["Progress"], None]
 """What progress is reported to."""
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+class Diverged(UsersMistake):
+    """The loss or a weight became no finite number. Exit code 1."""
+
+    exit_code = 1
+
+
+class Interrupted(UsersMistake):
+    """Ctrl-C, and what there is to keep is not measured; the message says what that is. Exit code 130."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -62,11 +88,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` made: the folder, macro-F1 on the measured rows, and how long it took."""
+    """What `train` made: the folder, macro-F1 on the measured rows, how long it took, and whether Ctrl-C ended it early."""
 
     folder: Path
     report: Report
     seconds: float
+    interrupted: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,12 @@ class _Run:
     device: torch.device
     rng: random.Random
     report: Show
+    notes: list[str]
+    """Sentences for the card; they are logged, too."""
+
+    def tell(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        log.warning("%s", sentence)
 
 
 class ProgressView:
@@ -131,42 +164,81 @@ def train(options: TrainSettings, sources: Sequence[Source], report: Show) -> Re
     """Train, write the checkpoint into `options.output`, and measure what was written. Blocks, for minutes to hours.
 
     Called by the command line, which makes the sources from the settings; `report` is called on the same thread after
-    each step. ValueError, one sentence: a source or an option is wrong, a class has no training row, nothing is left to
-    measure on, the base cannot be loaded, the folder cannot be written.
+    each step. KeyboardInterrupt during fine-tuning ends that early: the weights so far are written and measured.
+
+    ValueError, one sentence: a source or an option is wrong, a class has no training row, nothing is left to measure on,
+    the base cannot be loaded, the folder cannot be written. Diverged: nothing was written. Interrupted.
     """
     began = time.monotonic()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    training, measured = _split(options, sources)
+    set_verbosity_error()  # type: ignore[no-untyped-call]
+    run = _Run(options, _device(options.device), random.Random(options.seed), report, [])
+    training, measured = _split(run, sources)
+    counts = _balanced(run, training)
     _make_folder(options.output)
-    run = _Run(options, _device(options.device), random.Random(options.seed), report)
     with _reproducible(options.seed, options.threads):
-        if options.base is None:
-            tokenizer, network = _new_network(run, [example.text for example in training])
-        else:
-            tokenizer, network = _base_network(options.base)
-        _fine_tune(run, tokenizer, network, balance(training, run.rng, options.examples_per_class))
-        _save(network, tokenizer, options)
-        figures = evaluate_examples(_predictor(run), measured)
-    result = Result(options.output, figures, time.monotonic() - began)
-    (options.output / "README.md").write_text(model_card(options, sources, result, training, network), encoding="utf-8")
+        tokenizer, network, interrupted = _trained(run, training, counts)
+        try:
+            _save(network, tokenizer, options)
+            figures = evaluate_examples(_predictor(run), measured)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: what is in {options.output} may be incomplete, and has no card") from None
+    result = Result(options.output, figures, time.monotonic() - began, interrupted)
+    card = model_card(run, sources, result, training, counts, network)
+    (options.output / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
-def _split(options: TrainSettings, sources: Sequence[Source]) -> tuple[list[Example], dict[str, list[Example]]]:
+def _trained(run: _Run, training: list[Example], counts: Counts) -> tuple[Any, Any, bool]:
+    """Tokenizer and network, and whether fine-tuning was interrupted."""
+    try:
+        if run.options.base is None:
+            tokenizer, network = _new_network(run, [example.text for example in training])
+        else:
+            tokenizer, network = _base_network(run, run.options.base)
+        return tokenizer, network, _fine_tune(run, tokenizer, network, training, counts)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the first step of fine-tuning: there is nothing to keep yet") from None
+
+
+def _split(run: _Run, sources: Sequence[Source]) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training examples, and the examples to measure on by source."""
-    measured_part = "development" if options.development else "held-out"
+    options = run.options
+    measured_part, by = "development" if options.development else "held-out", options.rows_held_out_by(options.base)
     training: list[Example] = []
     measured = {}
     for source in sources:
         examples = read_source(source)
-        parts = [part_of(example.text) for example in examples]
+        parts = [part_of(example.text, by) for example in examples]
         away = {"held-out", measured_part}
         training += [e for e, part in zip(examples, parts, strict=True) if part not in away]
         measured[source.name] = [e for e, part in zip(examples, parts, strict=True) if part == measured_part]
         if not measured[source.name]:
             raise ValueError(f"source {source.name!r}: no row is {measured_part}; it needs more rows (about 100)")
-    require_classes(training)
+    repeated, ambiguous = repetitions(training)
+    if repeated:
+        run.tell(
+            f"Of {len(training):,} training rows {repeated:,} repeat the text of another (case, ё and е, and spaces aside), "
+            f"and {ambiguous:,} texts have more than one label; all of them are trained on as they are."
+        )
     return training, measured
+
+
+def _balanced(run: _Run, training: list[Example]) -> Counts:
+    """How many rows of each source and class make an epoch; tells of a class that has fewer than another."""
+    counts = balanced_counts(training, run.options.max_repeats, run.options.examples_per_class)
+    totals = [_of_class(counts, label) for label in range(len(CLASSES))]
+    for name, total in zip(CLASSES, totals, strict=True):
+        if total < max(totals):
+            run.tell(
+                f"The classes are not balanced: {name} has {total:,} rows an epoch and another class {max(totals):,}, as no "
+                f"row stands there more than {run.options.max_repeats} times (max_repeats)."
+            )
+    return counts
+
+
+def _of_class(counts: Counts, label: int) -> int:
+    return sum(count for (_, of), count in counts.items() if of == label)
 
 
 def _make_folder(folder: Path) -> None:
@@ -215,20 +287,64 @@ def _labels() -> dict[str, Any]:
     }
 
 
-def _base_network(base: str) -> tuple[Any, Any]:
+def _base_network(run: _Run, base: str) -> tuple[Any, Any]:
+    """The tokenizer and the network of a base, its labels in the order of CLASSES; tells what of it is new."""
     try:
         source = str(folder_of(base, None) or base)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **_labels())
-        network = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        names = [str(config.id2label.get(number)).strip() for number in range(len(config.id2label))]
+        for name, value in _labels().items():
+            setattr(config, name, value)
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ModelError) as error:
+    except Exception as error:  # noqa: BLE001 - transformers, safetensors and tokenizers raise what they like
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"--base {base} cannot be loaded as a sequence-classification checkpoint: {reason}") from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"--base {base} has no padding token; take a checkpoint of the BERT kind")
+    new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    _match_head(run, network, names, new)
+    broken = _not_finite(network)
+    if broken:
+        raise ValueError(f"--base {base} has weights that are no finite numbers ({broken}); take another checkpoint")
     return tokenizer, network
+
+
+def _match_head(run: _Run, network: Any, names: list[str], new: set[str]) -> None:
+    """The head's rows in the order of CLASSES, by the names that they had; new where it was one of other labels."""
+    heads = [(name, part) for name, part in network.named_modules() if _is_head(part)]
+    if not heads:
+        raise ValueError("the base's head is of a kind that is not known here; take another --base")
+    name, head = heads[-1]  # the body is defined before it
+    if f"{name}.weight" not in new:
+        lowered = [label.lower() for label in names]
+        if sorted(lowered) == sorted(CLASSES):
+            order = [lowered.index(label) for label in CLASSES]
+            for weights in head.parameters():
+                weights.data = weights.data[order]
+        else:
+            head.reset_parameters()
+            new |= {f"{name}.{part}" for part, _ in head.named_parameters()}
+    if new:
+        had = ", ".join(repr(label[:40]) for label in names[:5]) + (", …" if len(names) > 5 else "")
+        weights = ", ".join(sorted(new)[:5]) + (", …" if len(new) > 5 else "")
+        run.tell(f"The base has the labels {had}; made new, and not taken from it: {weights}.")
+
+
+def _is_head(part: nn.Module) -> bool:
+    return isinstance(part, nn.Linear) and part.out_features == len(CLASSES)
+
+
+def _not_finite(network: Any) -> str | None:
+    """The name of a weight that is no finite number."""
+    return next((name for name, weight in network.named_parameters() if not weight.isfinite().all()), None)
 
 
 def _new_network(run: _Run, texts: list[str]) -> tuple[Any, Any]:
@@ -325,13 +441,14 @@ def _hidden_tokens(ids: Tensor, tokenizer: Any, share: float) -> Tensor:
 
 def _optimise(
     run: _Run,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     batches: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
     rate: float,
-    stepped: Callable[[int, float], None],
+    stage: str,
+    stepped: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """AdamW over `batches` with a linear warm-up (a tenth) and decay; `stepped(number, loss)` after each step."""
+    """AdamW over `batches` with a linear warm-up (a tenth) and decay; `stepped(number)` after each step. Diverged."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -347,7 +464,14 @@ def _optimise(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        stepped(number + 1, loss.item())
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the training diverged: at step {number + 1} of {len(batches)} ({stage}) the loss is no finite number; "
+                f"take a lower learning rate (its peak was {rate:g}); nothing was written"
+            )
+        stepped(number + 1)
+        run.report(Progress(stage, number + 1, len(batches), f"loss {value:.3f}"))
 
 
 def _pretrain(run: _Run, tokenizer: Any, network: Any, texts: list[str]) -> None:
@@ -383,10 +507,7 @@ def _pretrain(run: _Run, tokenizer: Any, network: Any, texts: list[str]) -> None
     batches = _epochs(options.pretrain_epochs, lengths, options.batch_texts, run.rng)
     parameters = [*guesser.parameters(), *(pooler.parameters() if options.pretrain_summary else ())]
 
-    def stepped(done: int, loss: float) -> None:
-        run.report(Progress("masked tokens", done, len(batches), f"loss {loss:.3f}"))
-
-    _optimise(run, parameters, batches, loss_of, options.pretrain_learning_rate, stepped)
+    _optimise(run, parameters, batches, loss_of, options.pretrain_learning_rate, "masked tokens")
     network.bert.load_state_dict(body.state_dict(), strict=False)
 
 
@@ -398,8 +519,11 @@ def _corrupted(ids: Tensor, hidden: Tensor, tokenizer: Any) -> Tensor:
     return torch.where(hidden & (draw >= 0.9), other, masked)
 
 
-def _fine_tune(run: _Run, tokenizer: Any, network: Any, examples: list[Example]) -> None:
-    """Train `network` to classify, in place; what remains is the running mean of its weights."""
+def _fine_tune(run: _Run, tokenizer: Any, network: Any, examples: list[Example], counts: Counts) -> bool:
+    """Train `network` to classify, in place; what remains is the running mean of its weights.
+
+    Whether it was interrupted. KeyboardInterrupt where that was before the first step had ended.
+    """
     options = run.options
     network.to(run.device)
     limit = min(options.max_tokens, _most_tokens(tokenizer, network))
@@ -421,21 +545,48 @@ def _fine_tune(run: _Run, tokenizer: Any, network: Any, examples: list[Example])
 
     network.train()
     rate = options.learning_rate or (5e-4 if options.base is None else 3e-5)
-    lengths = [len(row) for row in rows]
-    batches = _epochs(options.epochs, lengths, options.batch_texts, run.rng)
-    parameters = list(network.parameters())
-    mean = [parameter.detach().clone() for parameter in parameters]
+    batches = [batch for _ in range(options.epochs) for batch in _drawn_batches(run, rows, examples, counts)]
+    mean = _Mean(list(network.parameters()), options.averaging)
+    try:
+        _optimise(run, mean.parameters, batches, loss_of, rate, "fine-tuning", mean.add)
+    except KeyboardInterrupt:
+        if not mean.steps:
+            raise
+        if mean.steps < len(batches):
+            run.tell(
+                f"Fine-tuning was interrupted after {mean.steps} of {len(batches)} steps; the weights so far are kept."
+            )
+    mean.take_over()
+    return mean.steps < len(batches)
 
-    def stepped(done: int, loss: float) -> None:
+
+def _drawn_batches(run: _Run, rows: list[list[int]], examples: list[Example], counts: Counts) -> list[Batch]:
+    """One epoch's batches of balanced rows, drawn anew."""
+    drawn = draw(examples, counts, run.rng)
+    batches = _shuffled_batches([len(rows[place]) for place in drawn], run.options.batch_texts, run.rng)
+    return [[drawn[at] for at in batch] for batch in batches]
+
+
+class _Mean:
+    """The running mean of weights after each of so many `steps`."""
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self.parameters = parameters
+        self.steps = 0
+        self._decay = decay
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    def add(self, step: int) -> None:
         with torch.no_grad():
             # Early on the mean forgets fast, so that the untrained start leaves no trace.
-            torch._foreach_lerp_(mean, parameters, 1 - min(options.averaging, done / (done + 10)))
-        run.report(Progress("fine-tuning", done, len(batches), f"loss {loss:.3f}"))
+            torch._foreach_lerp_(self._values, self.parameters, 1 - min(self._decay, step / (step + 10)))
+        self.steps = step
 
-    _optimise(run, parameters, batches, loss_of, rate, stepped)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, mean, strict=True):
-            parameter.copy_(value)
+    def take_over(self) -> None:
+        """Puts the mean in the weights' place."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self._values, strict=True):
+                parameter.copy_(value)
 
 
 def _label_loss(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -464,7 +615,15 @@ def _save(network: Any, tokenizer: Any, options: TrainSettings) -> None:
         # What training cut texts to would otherwise be written as the tokenizer's own rule.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    network.to(getattr(torch, options.storage)).save_pretrained(options.output)
+    network.to(getattr(torch, options.storage))
+    broken = _not_finite(network)
+    if broken:
+        raise Diverged(
+            f"the training diverged: {broken} holds what is no finite number in {options.storage}; take a lower "
+            f"learning rate{', or --storage float32' if options.storage == 'float16' else ''}; nothing was written"
+        )
+    (options.output / "README.md").unlink(missing_ok=True)  # it may be the card of another
+    network.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     # The writer of safetensors lets only the owner read them; a package is read by others.
     for file in options.output.glob("*.safetensors"):
@@ -487,6 +646,8 @@ def _predictor(run: _Run) -> Callable[[list[str]], list[str]]:
                 places = order[start : start + size]
                 ids = _padded([rows[place] for place in places], tokenizer.pad_token_id, run.device)
                 logits = network(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
+                if not logits.isfinite().all():
+                    raise FloatingPointError
                 for place, best in zip(places, logits.argmax(-1).tolist(), strict=True):
                     labels[place] = network.config.id2label[best]
                 run.report(Progress("measuring", min(start + size, len(order)), len(order)))
@@ -502,13 +663,12 @@ def command(options: TrainSettings, sources: Sequence[Source]) -> str:
         words += ["--source", f"{source.name}={source.path.name}"]
         for raw, name in source.label_map.items():
             words += ["--label-map", f"{source.name}:{raw}={name}"]
-    for flag in ("text_column", "label_column"):
-        value = getattr(sources[0], flag)
-        if value != Source.__dataclass_fields__[flag].default:
-            words += [f"--{flag.replace('_', '-')}", value]
+        for flag in ("text_column", "label_column"):
+            if getattr(source, flag) != Source.__dataclass_fields__[flag].default:
+                words += [f"--{flag.replace('_', '-')}", f"{source.name}={getattr(source, flag)}"]
     for name, field in TrainSettings.model_fields.items():
         value = getattr(options, name)
-        if name in CorpusSettings.model_fields or name == "output" or value == field.default:
+        if name in ("config", "output") or isinstance(value, list) or value == field.default:
             continue
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
@@ -517,15 +677,13 @@ def command(options: TrainSettings, sources: Sequence[Source]) -> str:
 
 
 def model_card(
-    options: TrainSettings, sources: Sequence[Source], result: Result, training: Sequence[Example], network: Any
+    run: _Run, sources: Sequence[Source], result: Result, training: Sequence[Example], counts: Counts, network: Any
 ) -> str:
     """The README.md beside the weights: what it is, its table, its data, its recipe, its limits. Markdown."""
-    counts = Counter((example.source, example.label) for example in training)
-    data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
-    for source in sources:
-        of_class = [counts[source.name, label] for label in range(len(CLASSES))]
-        data.append(f"| {source.name} | {sum(of_class)} | " + " | ".join(map(str, of_class)) + " |")
+    options = run.options
     measured = "development rows (byte 26 to 51, not trained on)" if options.development else "held-out rows"
+    is_exact = options.rows_held_out_by(options.base) == "exact"
+    text = "text" if is_exact else "text (lower case, е for ё, no stress marks, single spaces)"
     size = sum(parameter.numel() for parameter in network.parameters())
     return f"""---
 language: ["ru"]
@@ -543,12 +701,17 @@ sigmoid of the logits, per label; the score is the positive one minus the negati
 
 ## Training
 
-Sources and classes were balanced by up- and downsampling. A row whose text's SHA-256 ends in a byte below 26 is held
-out: no vocabulary, weight or choice comes from it. Macro F1 on the {result.report.overall.sum():,} {measured}:
+A row is held out where the SHA-256 of its {text} ends in a byte below
+26: no vocabulary, weight or choice comes from it. Macro F1 on the {result.report.overall.sum():,} {measured}:
 
 {result.report.markdown()}
 
-{chr(10).join(data)}
+The other rows were drawn anew for each epoch, up- and downsampled towards as many of each class, and of each source in a
+class, as there are, and no row more than {options.max_repeats} times. What there is → what an epoch has:
+
+{_data_table(sources, training, counts)}
+
+{chr(10).join(run.notes)}
 
 Seed {options.seed}, {result.seconds / 60:.0f} minutes on {options.threads or "all"} threads. {_recipe(options)}
 
@@ -559,6 +722,18 @@ Seed {options.seed}, {result.seconds / 60:.0f} minutes on {options.threads or "a
 Only texts like those it was trained on are judged as well as the table says. Texts longer than {options.max_tokens}
 tokens were cut in training. Nothing was done about bias in the data.
 """
+
+
+def _data_table(sources: Sequence[Source], training: Sequence[Example], counts: Counts) -> str:
+    """How many rows of each source and class there are, and how many of them an epoch has."""
+    there = Counter((example.source, example.label) for example in training)
+    data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
+    for source in sources:
+        cells = [(source.name, label) for label in range(len(CLASSES))]
+        pairs = [(there[cell], counts.get(cell, 0)) for cell in cells]
+        pairs.insert(0, (sum(before for before, _ in pairs), sum(after for _, after in pairs)))
+        data.append(f"| {source.name} | " + " | ".join(f"{before} → {after}" for before, after in pairs) + " |")
+    return "\n".join(data)
 
 
 def _origin(options: TrainSettings, network: Any) -> str:

@@ -85,3 +85,25 @@ def test_a_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
     source = Source("a", write(tmp_path / "a.csv", [("плохо", "negative")]))
     with pytest.raises(ValueError, match="'LABEL_0'"):
         evaluate(lambda texts: ["LABEL_0"], [source])
+
+
+def test_a_model_that_answers_with_no_numbers_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    def predict(texts: list[str]) -> list[str]:
+        raise FloatingPointError("the network answered with a logit that is not finite")
+
+    with pytest.raises(ValueError, match="source 'a': the model does not answer with finite numbers"):
+        evaluate(predict, [Source("a", write(tmp_path / "a.csv", [("плохо", "negative")]))])
+
+
+def test_evaluate_holds_out_by_the_text_or_its_normal_form(tmp_path: Path) -> None:
+    texts = [f"ТЕКСТ {number}" for number in range(200)]
+    source = Source("a", write(tmp_path / "a.csv", [(text, "neutral") for text in texts]))
+    for by in ("exact", "normalized"):
+        seen: list[str] = []
+
+        def predict(asked: list[str], seen: list[str] = seen) -> list[str]:
+            seen += asked
+            return ["neutral"] * len(asked)
+
+        evaluate(predict, [source], held_out_only=True, hold_out_by=by)
+        assert seen == [text for text in texts if is_held_out(text if by == "exact" else text.lower())]

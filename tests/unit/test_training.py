@@ -1,13 +1,19 @@
 import csv
 import hashlib
+import json
 import random
+import shutil
+import signal
 from collections import Counter
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import worker
@@ -15,16 +21,19 @@ from worker.corpus import (
     CLASSES,
     Example,
     Source,
-    balance,
+    balanced_counts,
+    draw,
     is_held_out,
+    normalized,
     parse_sources,
     part_of,
     read_source,
+    repetitions,
     sample_held_out,
 )
 from worker.evaluation import evaluate
-from worker.settings import TrainSettings, WrongSetting, load
-from worker.training import Progress, ProgressView, _shuffled_batches, command, train
+from worker.settings import EvaluateSettings, TrainSettings, WrongSetting, load
+from worker.training import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
 
 BUILTIN = Path(worker.__file__).parent / "builtin"
 WORDS = {
@@ -71,6 +80,27 @@ def test_parts_follow_the_last_byte_of_the_sha256() -> None:
         assert is_held_out(text) == (last < 26)
 
 
+def test_near_copies_of_a_text_are_held_out_together() -> None:
+    copies = [
+        "Всё\u00a0было  хорошо, мой друг",
+        "все было хорошо, мой друг ",
+        "ВСЕ\u0308 БЫ\u0301ЛО ХОРОШО, МОИ\u0306 ДРУГ",
+    ]
+    assert len({normalized(text) for text in copies}) == 1
+    assert normalized("мои друг") != normalized("мой друг")
+    for number in range(200):
+        assert len({part_of(f"{text} {number}", "normalized") for text in copies}) == 1
+        assert part_of(f"все {number}", "normalized") == part_of(f"все {number}")
+
+
+def test_the_shipped_checkpoint_keeps_its_split() -> None:
+    assert EvaluateSettings(model="builtin").rows_held_out_by("builtin") == "exact"
+    assert EvaluateSettings(model="./mine").rows_held_out_by("./mine") == "normalized"
+    options = TrainSettings(output=Path("x"))
+    assert (options.rows_held_out_by(None), options.rows_held_out_by("builtin")) == ("normalized", "exact")
+    assert TrainSettings(output=Path("x"), hold_out_by="exact").rows_held_out_by(None) == "exact"
+
+
 def test_the_held_out_sample_is_fixed_and_even() -> None:
     examples = [Example("a", f"отзыв {number}", number % 3) for number in range(600)]
     sample = sample_held_out(examples, 5)
@@ -84,36 +114,64 @@ def test_the_held_out_sample_is_fixed_and_even() -> None:
 # --- balancing ---
 
 
-def test_balance_gives_each_class_and_in_it_each_source_as_many() -> None:
+def of_sizes(sizes: dict[tuple[str, int], int]) -> list[Example]:
+    return [Example(name, f"{name}{label}{n}", label) for (name, label), size in sizes.items() for n in range(size)]
+
+
+def test_an_epoch_has_each_class_and_in_it_each_source_as_often() -> None:
     sizes = {("a", 0): 90, ("a", 1): 30, ("a", 2): 6, ("b", 0): 4, ("b", 1): 50, ("b", 2): 60}
-    examples = [Example(name, f"{name}{label}{n}", label) for (name, label), size in sizes.items() for n in range(size)]
-    balanced = balance(examples, random.Random(1), per_class=60)
-    assert Counter((example.source, example.label) for example in balanced) == dict.fromkeys(sizes, 30)
+    examples = of_sizes(sizes)
+    counts = balanced_counts(examples, max_repeats=8, per_class=60)
+    assert counts == dict.fromkeys(sizes, 30)
+    drawn = [examples[place] for place in draw(examples, counts, random.Random(1))]
+    assert Counter((example.source, example.label) for example in drawn) == counts
     for (name, label), size in sizes.items():
-        times = Counter(e.text for e in balanced if (e.source, e.label) == (name, label))
+        times = Counter(e.text for e in drawn if (e.source, e.label) == (name, label))
         assert len(times) == min(size, 30)
         assert max(times.values()) - min(times.values()) <= 1
-    assert balanced == balance(examples, random.Random(1), per_class=60)
 
 
-def test_balance_keeps_the_total_and_gives_a_missing_class_to_the_other_sources() -> None:
+def test_each_epoch_is_drawn_anew() -> None:
+    examples = of_sizes({("a", 0): 90, ("a", 1): 30, ("a", 2): 60})
+    counts, rng = balanced_counts(examples, max_repeats=5), random.Random(1)
+    first, second = draw(examples, counts, rng), draw(examples, counts, rng)
+    assert Counter(first) != Counter(second)
+    assert first == draw(examples, counts, random.Random(1))
+
+
+def test_an_epoch_keeps_the_total_and_gives_a_missing_class_to_the_other_sources() -> None:
     examples = [Example("a", f"a{n}", n % 3) for n in range(60)] + [Example("b", f"b{n}", 0) for n in range(30)]
-    counts = Counter((example.source, example.label) for example in balance(examples, random.Random(1)))
-    assert counts == {("a", 0): 15, ("b", 0): 15, ("a", 1): 30, ("a", 2): 30}
+    assert balanced_counts(examples, max_repeats=5) == {("a", 0): 15, ("b", 0): 15, ("a", 1): 30, ("a", 2): 30}
 
 
-def test_balance_refuses_a_class_without_rows() -> None:
+def test_no_row_stands_more_than_so_often_and_other_sources_give_what_is_missing() -> None:
+    sizes = {("a", 0): 2, ("b", 0): 50, ("c", 0): 7, ("a", 1): 60, ("a", 2): 4}
+    counts = balanced_counts(of_sizes(sizes), max_repeats=3, per_class=60)
+    assert counts == {("a", 0): 6, ("b", 0): 33, ("c", 0): 21, ("a", 1): 60, ("a", 2): 12}
+    drawn = Counter(draw(of_sizes(sizes), counts, random.Random(1)))
+    assert max(drawn.values()) == 3
+
+
+def test_an_epoch_needs_rows_of_each_class() -> None:
     with pytest.raises(ValueError, match="'positive'"):
-        balance([Example("a", "x", 0), Example("a", "y", 1)], random.Random(1))
+        balanced_counts([Example("a", "x", 0), Example("a", "y", 1)], max_repeats=5)
+
+
+def test_repeated_texts_and_those_with_two_labels_are_counted() -> None:
+    rows = [("Ещё раз", 0), ("еще  раз", 0), ("нет", 1), ("НЕТ", 2), ("нет", 2), ("один", 1)]
+    assert repetitions(Example("a", text, label) for text, label in rows) == (3, 1)
 
 
 # --- sources ---
 
 
 def test_sources_are_parsed_from_command_line_words() -> None:
-    one, two = parse_sources(["a=x/y.csv", "z.csv"], ["a:-1=negative", "a:x=y=positive"], "body", "mark")
-    assert one == Source("a", Path("x/y.csv"), "body", "mark", {"-1": "negative", "x=y": "positive"})
+    maps = ["a:-1=negative", "a:x=y=positive", "a:skip="]
+    one, two = parse_sources(["a=x/y.csv", "z.csv"], maps, ["body"], ["z=mark"])
+    assert one == Source("a", Path("x/y.csv"), "body", "label", {"-1": "negative", "x=y": "positive", "skip": ""})
     assert two == Source("z", Path("z.csv"), "body", "mark", {})
+    one, two = parse_sources(["a=x/y.csv", "z.csv"], (), ["a=x=y", "body"])
+    assert (one.text_column, two.text_column) == ("x=y", "body")
 
 
 @pytest.mark.parametrize(
@@ -126,11 +184,41 @@ def test_sources_are_parsed_from_command_line_words() -> None:
         (["a=1.csv"], ["-1=negative"], "not NAME:RAW=CLASS"),
         (["a=1.csv"], ["a:-1=bad"], "the classes are negative, neutral, positive"),
         (["a=1.csv"], ["b:-1=negative"], "no --source; there is a"),
+        (["a=1.csv"], ["a=skip"], "or reviews:skip= to drop"),
     ],
 )
 def test_wrong_source_words_say_what_is_right(sources: list[str], maps: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_sources(sources, maps)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["b=body"], "--text-column names 'b', which is no --source; there is a"),
+        (["a="], "names no column"),
+        (["one", "two"], "two columns of the same source"),
+        (["a=one", "a=two"], "two columns of the same source"),
+    ],
+)
+def test_wrong_columns_say_what_is_right(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_sources(["a=1.csv"], (), words)
+
+
+def test_columns_are_set_by_flags_and_files(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('text_column = "body"\n')
+    flags = ["--output=x", "--label-column=a=mark", "--label-column", "b=x,y", f"--config={tmp_path / 'x.toml'}"]
+    settings = load(TrainSettings, flags, "sentiment-worker train", {})
+    assert (settings.text_column, settings.label_column) == (["body"], ["a=mark", "b=x,y"])
+
+
+def test_rows_of_a_dropped_label_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [("Хорошо", "positive"), ("???", "skip"), ("плохо", "negative")])
+    kept = [Example("a", "Хорошо", 2), Example("a", "плохо", 0)]
+    assert read_source(Source("a", path, label_map={"skip": ""})) == kept
+    whole = {"skip": "", "positive": "positive", "negative": "negative"}
+    assert read_source(Source("a", path, label_map=whole)) == kept
 
 
 def test_a_source_is_read_with_its_own_columns_and_labels(tmp_path: Path) -> None:
@@ -155,7 +243,7 @@ def test_unreadable_sources_name_the_source_and_quote_no_text(tmp_path: Path) ->
     assert "no column 'label'; it has text, mark" in message("text,mark\nтайна,1\n".encode())
     assert "no column 'text'" in message(b"")
     assert "('2')" in message("text,label\nтайна,2\n".encode())
-    assert "--label-map shop:RAW=CLASS" in message("text,label\nтайна,2\n".encode())
+    assert "--label-map shop:RAW=CLASS, or drop its rows" in message("text,label\nтайна,2\n".encode())
     assert "too few columns" in message("text,label\nтайна\n".encode())
     assert "not UTF-8" in message("text,label\nтайна,neutral\n".encode("cp1251"))
     assert "no row" in message(b"text,label\n")
@@ -208,16 +296,202 @@ def test_a_tiny_training_learns_loads_and_repeats_itself(tmp_path: Path) -> None
     assert "one fine-tuned" in (tmp_path / "tuned" / "README.md").read_text()
 
 
+QUICK = {"pretrain_epochs": 0, "consistency": 0.0, "storage": "float32"}
+
+
+def quiet(progress: Progress) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows the obvious rows."""
+    folder = tmp_path_factory.mktemp("base")
+    train(*tiny(folder / "base", obvious(folder / "obvious.csv"), **QUICK), quiet)
+    return folder / "base"
+
+
+def changed(base: Path, folder: Path, labels: list[str], change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other names of labels and other weights."""
+    shutil.copytree(base, folder)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def permute(weights: dict[str, Tensor]) -> None:
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name][[2, 0, 1]].clone()
+
+
+def head_of(folder: Path) -> Tensor:
+    return load_file(folder / "model.safetensors")["classifier.weight"]
+
+
+def test_the_heads_rows_follow_the_names_of_the_bases_labels(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = changed(base, tmp_path / "other", ["Positive", "negative", "neutral"], permute)
+    options, sources = tiny(
+        tmp_path / "tuned", base.parent / "obvious.csv", base=str(other), **QUICK | {"epochs": 1, "learning_rate": 1e-9}
+    )
+    assert train(options, sources, quiet).report.macro_f1 > 0.9
+    assert torch.allclose(head_of(options.output), head_of(base), atol=1e-4)
+    config = json.loads((options.output / "config.json").read_text())
+    assert config["id2label"] == {str(number): name for number, name in enumerate(CLASSES)}
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("labels", [["toxic", "so so", "\x1b[31mfine"], ["1 star", "2 stars", "3 stars", "4 stars"]])
+def test_a_head_of_other_labels_is_made_new_and_that_is_said(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture, labels: list[str]
+) -> None:
+    def of_as_many(weights: dict[str, Tensor]) -> None:
+        weights["classifier.weight"] = torch.full((len(labels), 32), 3.0)
+        weights["classifier.bias"] = torch.zeros(len(labels))
+
+    other = changed(base, tmp_path / "other", labels, of_as_many)
+    options, sources = tiny(
+        tmp_path / "tuned", base.parent / "obvious.csv", base=str(other), **QUICK | {"epochs": 1, "learning_rate": 1e-9}
+    )
+    train(options, sources, quiet)
+    assert head_of(options.output).abs().max() < 1
+    (said,) = caplog.messages
+    assert repr(labels[0]) in said
+    assert "made new, and not taken from it: classifier.bias, classifier.weight" in said
+    assert "\x1b" not in said
+    assert said in (options.output / "README.md").read_text()
+
+
+def test_a_training_that_diverges_ends_at_once_and_writes_nothing(tmp_path: Path) -> None:
+    source, steps = obvious(tmp_path / "obvious.csv"), list[Progress]()
+    for changes, stage in (
+        ({"learning_rate": 1e30, "pretrain_epochs": 0}, "fine-tuning"),
+        ({"pretrain_learning_rate": 1e30}, "masked tokens"),
+    ):
+        options, sources = tiny(tmp_path / "out", source, **changes)
+        with pytest.raises(
+            Diverged, match=rf"at step \d+ of \d+ \({stage}\) the loss is no finite number; take a lower"
+        ) as end:
+            train(options, sources, steps.append)
+        assert end.value.exit_code == 1
+        assert len(steps) < 10
+        assert not list(options.output.iterdir())
+        steps.clear()
+
+
+def test_weights_that_their_storage_cannot_hold_are_not_written(tmp_path: Path, base: Path) -> None:
+    def enlarge(weights: dict[str, Tensor]) -> None:
+        weights["bert.embeddings.word_embeddings.weight"] *= 1e6
+
+    large = changed(base, tmp_path / "large", list(CLASSES), enlarge)
+    changes = QUICK | {"base": str(large), "epochs": 1, "learning_rate": 1e-9, "storage": "float16"}
+    options, sources = tiny(tmp_path / "out", base.parent / "obvious.csv", **changes)
+    with pytest.raises(Diverged, match=r"word_embeddings.weight holds what is no finite number in float16.*float32"):
+        train(options, sources, quiet)
+    assert not list(options.output.iterdir())
+
+
+def test_weights_that_are_no_numbers_are_no_base(tmp_path: Path, base: Path) -> None:
+    def damage(weights: dict[str, Tensor]) -> None:
+        weights["bert.pooler.dense.bias"][3] = torch.nan
+
+    broken = changed(base, tmp_path / "broken", list(CLASSES), damage)
+    with pytest.raises(ValueError, match=r"weights that are no finite numbers \(bert.pooler.dense.bias\)"):
+        train(*tiny(tmp_path / "out", base.parent / "obvious.csv", base=str(broken)), quiet)
+
+
+def test_a_damaged_base_is_refused_with_a_sentence(tmp_path: Path, base: Path) -> None:
+    shutil.copytree(base, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"--base .*cut cannot be loaded"):
+        train(*tiny(tmp_path / "out", base.parent / "obvious.csv", base=str(tmp_path / "cut")), quiet)
+
+
+def interrupt_at(stage: str, done: int) -> Callable[[Progress], None]:
+    """Ctrl-C after that step of that stage."""
+
+    def report(progress: Progress) -> None:
+        if (progress.stage, progress.done) == (stage, done):
+            signal.raise_signal(signal.SIGINT)
+
+    return report
+
+
+def test_ctrl_c_keeps_and_measures_the_weights_so_far(tmp_path: Path) -> None:
+    options, sources = tiny(tmp_path / "out", obvious(tmp_path / "obvious.csv"), **QUICK)
+    result = train(options, sources, interrupt_at("fine-tuning", 80))
+    assert result.interrupted
+    assert result.report.macro_f1 > 0.9
+    card = (options.output / "README.md").read_text()
+    assert "Fine-tuning was interrupted after 80 of " in card
+    assert f"| obvious | {result.report.macro_f1:.4f} |" in card
+    AutoModelForSequenceClassification.from_pretrained(options.output)
+
+
+def test_ctrl_c_where_nothing_can_be_kept_or_measured_says_so(tmp_path: Path) -> None:
+    options, sources = tiny(tmp_path / "out", obvious(tmp_path / "obvious.csv"), epochs=1)
+    with pytest.raises(Interrupted, match="nothing to keep yet") as end:
+        train(options, sources, interrupt_at("masked tokens", 2))
+    assert end.value.exit_code == 130
+    assert not list(options.output.iterdir())
+    options.output.joinpath("README.md").write_text("the card of another training")
+    with pytest.raises(Interrupted, match="may be incomplete, and has no card"):
+        train(options, sources, interrupt_at("measuring", 16))
+    assert (options.output / "model.safetensors").exists()
+    assert not (options.output / "README.md").exists()
+
+
+def test_the_card_says_how_rows_were_balanced_and_what_is_odd_about_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = obvious(tmp_path / "obvious.csv")
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
+    kept = [row for row in rows if not is_held_out(row[0], "normalized")]
+    few = [row for row in kept if row[1] == "negative"][:10]
+    copies = [(few[0][0].upper() + " ", "negative"), (few[1][0].replace("ё", "е"), "positive")]
+    write(source, [row for row in rows if row[1] != "negative"] + few + copies)
+    options, sources = tiny(tmp_path / "out", source, **QUICK | {"epochs": 1})
+    train(options, sources, quiet)
+    there = Counter(label for _, label in kept if label != "negative") + Counter(negative=11, positive=1)
+    wanted = there.total() // 3
+    card = (options.output / "README.md").read_text()
+    assert (
+        f"| obvious | {there.total()} → {55 + 2 * wanted} | 11 → 55 | {there['neutral']} → {wanted} | "
+        f"{there['positive']} → {wanted} |"
+    ) in card
+    assert "no row more than 5 times" in card
+    assert f"Of {there.total()} training rows 2 repeat the text of another" in card
+    assert "and 1 texts have more than one label" in card
+    assert f"The classes are not balanced: negative has 55 rows an epoch and another class {wanted}" in card
+    assert all(message in card for message in caplog.messages)
+    assert len(caplog.messages) == 2
+
+
+def test_near_copies_of_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
+    source = obvious(tmp_path / "obvious.csv")
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
+    copies = [(text.upper() + " ЪЪ", label) for text, label in rows if is_held_out(text + " ъъ", "normalized")]
+    assert sum(not is_held_out(text) for text, _ in copies) > 10
+    write(source, rows + copies)
+    train(*tiny(tmp_path / "out", source, **QUICK | {"epochs": 1}), quiet)
+    assert "ъ" not in "".join(AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab())
+
+
 def test_training_never_sees_a_held_out_word(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     train(*tiny(tmp_path / "one", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
     known = "".join(AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab())
     rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
-    strange = [(text + " щъыщ", label) if is_held_out(text) else (text, label) for text, label in rows]
-    held_out = [row for row in strange if "щъыщ" in row[0] and is_held_out(row[0])]
+    strange = [(text + " щъыщ", label) if is_held_out(text, "normalized") else (text, label) for text, label in rows]
+    held_out = [row for row in strange if "щъыщ" in row[0] and is_held_out(row[0], "normalized")]
     assert held_out
     assert "ъ" not in known
-    write(source, [row for row in rows if not is_held_out(row[0])] + held_out)
+    write(source, [row for row in rows if not is_held_out(row[0], "normalized")] + held_out)
     train(*tiny(tmp_path / "two", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
     assert "ъ" not in "".join(AutoTokenizer.from_pretrained(tmp_path / "two").get_vocab())
 
@@ -255,11 +529,18 @@ def test_training_without_the_means_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_of_a_card_names_what_differs_and_no_path() -> None:
-    source = Source("a", Path("/secret/place/a.csv"), label_column="mark", label_map={"-1": "negative"})
-    options = TrainSettings(output=Path("/secret/out"), seed=3, development=True, vocabulary=500)
+    source = Source("a", Path("/secret/place/a.csv"), label_column="mark", label_map={"-1": "negative", "skip": ""})
+    options = TrainSettings(
+        output=Path("/secret/out"),
+        seed=3,
+        development=True,
+        vocabulary=500,
+        hold_out_by="exact",
+        source=["a=/secret/a"],
+    )
     assert command(options, [source]) == (
-        "sentiment-worker train --source a=a.csv --label-map a:-1=negative --label-column mark "
-        "--seed 3 --vocabulary 500 --development --output out"
+        "sentiment-worker train --source a=a.csv --label-map a:-1=negative --label-map a:skip= --label-column a=mark "
+        "--hold-out-by exact --seed 3 --vocabulary 500 --development --output out"
     )
 
 
