@@ -24,7 +24,7 @@ from worker.sentiment import LABELS, Activation, Floats, Sentiment, to_probabili
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
-from worker.tuning import tune_budget, tune_pass_tokens, tune_threads
+from worker.tuning import PATIENCE_S, tune_budget, tune_pass_tokens, tune_threads
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -116,12 +116,14 @@ class SentimentModel:
         backend: str = "auto",
         cpu_threads: int | Literal["auto"] = "auto",
         max_batch_tokens: int | Literal["auto"] = "auto",
+        patience_s: float = PATIENCE_S,
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
         A folder is named with ``/``, ``./``, ``../`` or ``~`` in front; any other name is of the hub. Never runs a
         checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. Raises ModelError, and
-        BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for.
+        BackendError where this checkpoint or machine cannot do what ``backend`` or ``dtype`` ask for. Of ``cpu_threads``
+        and ``max_batch_tokens`` each that is auto is measured for ``patience_s``.
         """
         where = _device(device)
         with _quiet(), _or_refused(name_or_path, "loaded"):
@@ -141,7 +143,7 @@ class SentimentModel:
             forward = choose(network, backend=backend, is_int8=dtype == "int8")
             choice = Choice(forward, "int8" if dtype == "int8" else name_of(network.dtype))
         if max_batch_tokens == "auto":
-            max_batch_tokens = tune_budget(choice.forward, where, longest)
+            max_batch_tokens = tune_budget(choice.forward, where, longest, patience_s)
         run: Run
         if where.type == "cuda":
             passes = PASSES
@@ -155,7 +157,7 @@ class SentimentModel:
                 padding=padding,
             )
         else:
-            passes = tune_threads(choice.forward) if cpu_threads == "auto" else cpu_threads
+            passes = tune_threads(choice.forward, patience_s) if cpu_threads == "auto" else cpu_threads
             run = PaddedPasses(choice.forward, padding, tune_pass_tokens(choice.forward))
             log.info(
                 "passes of the network side by side", extra={"cpu_threads": passes, "pass_tokens": run.pass_tokens}
