@@ -309,13 +309,17 @@ async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]
 
 
 async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:
-    found = await backlog(
-        connection,
-        topics,
-        group_id=settings.group_id,
-        auto_offset_reset=settings.auto_offset_reset,
-        isolation_level=settings.isolation_level,
-    )
+    try:
+        found = await backlog(
+            connection,
+            topics,
+            group_id=settings.group_id,
+            auto_offset_reset=settings.auto_offset_reset,
+            isolation_level=settings.isolation_level,
+        )
+    except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
+        said = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
+        return Finding("offsets", "warn", f"{said}; look at the permissions, or try again")
     return Finding("offsets", "warn" if found.is_all_over_again else "ok", str(found))
 
 
