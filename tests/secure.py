@@ -38,6 +38,7 @@ SCRAM: Final = {
 LISTENERS: Final = {
     "LOGIN": "SASL_SSL",
     "OPENLOGIN": "SASL_PLAINTEXT",
+    "ONLYPLAIN": "SASL_PLAINTEXT",
     "TLS": "SSL",
     "MUTUAL": "SSL",
     "MISNAMED": "SSL",
@@ -131,6 +132,8 @@ class Security:
             "sasl.enabled.mechanisms": ",".join(["PLAIN", *SCRAM]),
             **_login("login"),
             **_login("openlogin"),
+            **_login("onlyplain"),
+            "listener.name.onlyplain.sasl.enabled.mechanisms": "PLAIN",
             **_tls(authority, "login", authority.issue("broker", [HOST])),
             **_tls(authority, "tls", authority.issue("broker", [HOST])),
             **_tls(authority, "mutual", authority.issue("broker", [HOST])),
@@ -176,6 +179,9 @@ class SecureKafka:
             self._admin.alter_user_scram_credentials([secret])[USER].result(30)
 
     def address(self, listener: str) -> str:
+        """Of a listener by its name; of the plain one without."""
+        if not listener:
+            return self.bootstrap
         return f"{self._host}:{self._listeners[listener][1]}"
 
     def allow(self, user: str, kind: ResourceType, name: str, *operations: AclOperation) -> None:

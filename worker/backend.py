@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +16,7 @@ from worker.cuda import AGREEMENT, expected_agreement
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake
 from worker.tokenizing import Ids
-from worker.tuning import cpu_has, one_thread
+from worker.tuning import cpu_has, fastest, one_thread
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +175,7 @@ def _faster(network: Any, lean: LeanNetwork) -> Forward:
         "measured the backends, by a pass of one text and by a full one",
         extra={name: " and ".join(f"{1000 * each:.2f} ms" for each in passes) for name, passes in took.items()},
     )
-    is_faster = math.prod(took["onnx"]) < math.prod(took["torch"])  # by the mean of both ratios
-    return other if is_faster and is_alike(other, network) else lean
+    return other if fastest(took) == "onnx" and is_alike(other, network) else lean
 
 
 def _passes_seconds(forwards: dict[str, Forward]) -> dict[str, list[float]]:

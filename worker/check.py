@@ -1,6 +1,8 @@
 """``sentiment-worker check``: whether settings, model, brokers and machine are fit for ``run``. It only asks."""
 
 import asyncio
+import errno
+import http.client
 import os
 import shutil
 import socket
@@ -17,6 +19,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from worker.aiokafka_compat import topic_ids
+from worker.backlog import backlog
 from worker.cluster import (
     NO_LIMIT,
     UNREACHABLE,
@@ -29,20 +32,22 @@ from worker.cluster import (
     missing_topics,
     no_match,
     read_limits,
-    refuse_wrong_credentials,
     stopped,
     topic_limits,
+    why_unreachable,
 )
 from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
+from worker.guard import SERVER
 from worker.identity import without_topic_id
 from worker.permissions import Permissions
 from worker.printable import printable
-from worker.settings import RunSettings, UsersMistake
+from worker.settings import RunSettings, UsersMistake, WrongSetting
 from worker.tasks import within
 from worker.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
+ANSWER_S: Final = 2.0  # for whoever has the HTTP port
 Verdict = Literal["ok", "warn", "fail"]
 
 
@@ -52,6 +57,8 @@ class Finding(NamedTuple):
     subject: str
     verdict: Verdict
     said: str
+    exit_code: int = 1
+    """Where it fails: 2 for a wrong setting."""
 
     def __str__(self) -> str:
         return f"{self.verdict:<5} {self.subject:<12} {printable(self.said)}"
@@ -60,29 +67,50 @@ class Finding(NamedTuple):
 def run(settings: RunSettings) -> int:
     """Prints a line for each thing looked at, as soon as it is known. Blocks for as long as a model takes to load.
 
-    Answers with 0 where nothing fails, else 1. Raises UsersMistake where a setting is wrong, credentials among them.
+    Answers with 0 where nothing fails, 2 where a setting is wrong, credentials among them, else 1.
     """
     return asyncio.run(_run(settings))
 
 
+def refused(error: WrongSetting) -> int:
+    """Prints a line for each setting that is wrong, where there is nothing else to look at, and answers with 2."""
+    return max(_printed(Finding("settings", "fail", said, error.exit_code)) for said in error.sentences)
+
+
 async def _run(settings: RunSettings) -> int:
-    is_fit = True
-    async for finding in _findings(settings):
-        is_fit = is_fit and finding.verdict != "fail"
-        sys.stdout.write(f"{finding}\n")
-        sys.stdout.flush()
-    return 0 if is_fit else 1
+    return max([_printed(finding) async for finding in _findings(settings)])
+
+
+def _printed(finding: Finding) -> int:
+    sys.stdout.write(f"{finding}\n")
+    sys.stdout.flush()
+    return finding.exit_code if finding.verdict == "fail" else 0
 
 
 async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
-    if settings.tracing == "otel":
-        refuse_without_the_extra()
-    yield Finding("settings", "ok", "they are valid, and fit together")
-    yield _disk()
-    yield _port(settings.http_host, settings.http_port)
-    yield await asyncio.to_thread(_model, settings)
-    async for finding in _kafka(settings):
+    connection = None
+    wrong = []
+    try:
+        connection = Connection.as_set(settings)
+    except WrongSetting as error:
+        wrong.append(_wrong("settings", error))
+    try:
+        if settings.tracing == "otel":
+            refuse_without_the_extra()
+    except WrongSetting as error:
+        wrong.append(_wrong("settings", error))
+    for finding in wrong or [Finding("settings", "ok", "they are valid, and fit together")]:
         yield finding
+    yield _disk()
+    yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
+    yield await asyncio.to_thread(_model, settings)
+    if connection:
+        async for finding in _kafka(settings, connection):
+            yield finding
+
+
+def _wrong(subject: str, error: WrongSetting) -> Finding:
+    return Finding(subject, "fail", str(error), error.exit_code)
 
 
 # The machine.
@@ -110,8 +138,23 @@ def _port(host: str, port: int) -> Finding:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and _is_a_worker(host, port):
+            taken = "is a sentiment-worker's that runs; one more on this machine needs another http_port"
+            return Finding("http", "warn", f"{host}:{port} {taken}")
         return Finding("http", "fail", f"cannot listen on {host}:{port} ({error.strerror}); set http_host or http_port")
     return Finding("http", "ok", f"{host}:{port} is free")
+
+
+def _is_a_worker(host: str, port: int) -> bool:
+    """Whether a sentiment-worker answers there, be it alive or not."""
+    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    try:
+        connection.request("GET", "/livez")
+        return connection.getresponse().getheader("Server") == SERVER
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _model(settings: RunSettings) -> Finding:
@@ -132,17 +175,12 @@ def _model(settings: RunSettings) -> Finding:
 # Kafka.
 
 
-async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
-    connection = Connection.as_set(settings)
+async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator[Finding]:
     admin = admin_client(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
     try:
         await within(connection.request_timeout_s, admin.start())
     except UNREACHABLE as error:
-        hint = await refuse_wrong_credentials(connection)
-        where = ", ".join(connection.bootstrap_servers)
-        yield Finding(
-            "brokers", "fail", f"{where} cannot be reached ({type(error).__name__}){hint}; check bootstrap_servers"
-        )
+        yield await _away(connection, error)
         return
     try:
         async with asyncio.timeout(4 * connection.request_timeout_s):
@@ -151,13 +189,24 @@ async def _kafka(settings: RunSettings) -> AsyncIterator[Finding]:
             async for finding in _topics(settings, connection, admin):
                 yield finding
     except UNREACHABLE as error:
-        yield Finding("brokers", "fail", f"they went away meanwhile ({type(error).__name__}); try again")
+        yield await _away(connection, error)
     finally:
         await within(5, admin.close())
 
 
+async def _away(connection: Connection, error: BaseException) -> Finding:
+    try:
+        why = await why_unreachable(connection)
+    except WrongSetting as refusal:
+        return _wrong("brokers", refusal)
+    where = ", ".join(connection.bootstrap_servers)
+    return Finding(
+        "brokers", "fail", why or f"{where} did not answer all questions ({type(error).__name__}); try again"
+    )
+
+
 async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafkaAdminClient) -> AsyncIterator[Finding]:
-    topics = settings.topics
+    topics = tuple(dict.fromkeys(settings.topics))
     if settings.input_pattern:
         topics = await matching_topics(admin, settings.input_pattern)
         if not topics:
@@ -189,6 +238,7 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
         yield finding
     async for finding in _offsets(settings.group_id, admin, roles["input_topics"]):
         yield finding
+    yield await _backlog(settings, connection, topics)
     async for finding in _permissions(settings, connection, roles):
         yield finding
 
@@ -257,6 +307,21 @@ async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]
     if others:
         why = f"{', '.join(others)} was deleted and made again since: those offsets count as none"
         yield Finding("offsets", "warn", f"group {group} has committed, and {why}; auto_offset_reset decides")
+
+
+async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:
+    try:
+        found = await backlog(
+            connection,
+            topics,
+            group_id=settings.group_id,
+            auto_offset_reset=settings.auto_offset_reset,
+            isolation_level=settings.isolation_level,
+        )
+    except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
+        said = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
+        return Finding("offsets", "warn", f"{said}; look at the permissions, or try again")
+    return Finding("offsets", "warn" if found.is_all_over_again else "ok", str(found))
 
 
 async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:

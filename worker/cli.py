@@ -72,9 +72,14 @@ def _run(argv: Sequence[str]) -> int:
 
 def _check(argv: Sequence[str]) -> int:
     from worker import logs
-    from worker.settings import RunSettings, load, unknown_variables
+    from worker.settings import RunSettings, WrongSetting, load, unknown_variables
 
-    settings = load(RunSettings, argv, "sentiment-worker check")
+    try:
+        settings = load(RunSettings, argv, "sentiment-worker check")
+    except WrongSetting as error:
+        from worker import check
+
+        return check.refused(error)
     logs.configure("error", settings.log_format)
     for sentence in unknown_variables(RunSettings):
         print(f"warn  settings     {sentence}")

@@ -3,10 +3,11 @@
 import asyncio
 import functools
 import logging
+import math
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import aiokafka.admin.client
@@ -24,12 +25,13 @@ from aiokafka.errors import (
     UnsupportedSaslMechanismError,
 )
 from aiokafka.helpers import create_ssl_context
+from aiokafka.protocol.admin import SaslHandShakeRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.aiokafka_compat import end_remains, topic_names
-from worker.handshake import tls_failure, tls_sentence, wants_tls
+from worker.handshake import Listener, listener_at, tls_sentence
 from worker.health import Health
-from worker.settings import ConnectionSettings, WrongSetting, revealed, split_names, whole_name
+from worker.settings import ConnectionSettings, UsersMistake, WrongSetting, revealed, split_names, whole_name
 from worker.tasks import cancelled, within
 from worker.unpacking import bound_unpacking
 
@@ -72,7 +74,24 @@ _REFUSED_LOGIN = (
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
 )
+PROBE_S: Final = 5.0  # for a connection that only asks what is there
+MOST_ADVERTISED: Final = 8  # brokers whose addresses are looked at
+_ADVICE: Final = {
+    Listener.UNKNOWN: "check its spelling and this machine's DNS",
+    Listener.REFUSED: "check host and port, and whether the broker runs",
+    Listener.NOWHERE: "check the address, and what is on the way to it",
+    Listener.NO_TLS: "check whether security_protocol {protocol} is right for this port",
+    Listener.HTTP: "check the port",
+    Listener.SILENT: "check the port, and whether the broker is well",
+    Listener.CLOSING: "check the port, and whether the broker is well",
+}
 _TOPIC_TROUBLES = {3: "does not exist", 17: "has a name that Kafka does not allow", 29: "may not be read about (ACL)"}
+
+
+class BrokersAway(UsersMistake):
+    """No broker can be used, for longer than a command waits; the message says why."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -182,12 +201,12 @@ def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, p
 
 
 async def wait_until_usable(
-    connection: Connection, topics: Mapping[str, Iterable[str]], health: Health
+    connection: Connection, topics: Mapping[str, Iterable[str]], health: Health, *, patience_s: float = math.inf
 ) -> dict[str, TopicLimits]:
     """Waits for the brokers and for every topic, by its role (``{"input_topics": [...], …}``), and creates none.
 
     Answers with the limits of each topic. What is missing is told once. Raises WrongSetting where the brokers refuse
-    login or certificate.
+    login or certificate, and BrokersAway where none could be used for ``patience_s``.
     """
 
     names = [name for group in topics.values() for name in group]
@@ -197,7 +216,7 @@ async def wait_until_usable(
         names = [name for group in topics.values() for name in group]
         return missing, {} if missing else await topic_limits(client, names)
 
-    return await _until_found(connection, health, look, names)
+    return await _until_found(connection, health, look, names, patience_s=patience_s)
 
 
 async def wait_for_a_match(connection: Connection, pattern: str, health: Health) -> tuple[str, ...]:
@@ -215,9 +234,12 @@ async def _until_found(
     health: Health,
     look: Callable[[AIOKafkaAdminClient], Awaitable[tuple[str, Found]]],
     names: Iterable[str] = (),
+    *,
+    patience_s: float = math.inf,
 ) -> Found:
     """Looks until nothing is missing: ``look`` answers with what is, as a sentence, and with what it has found."""
     backoff = Backoff()
+    deadline = time.monotonic() + patience_s
     while True:
         client = admin_client(connection, names)
         try:
@@ -225,13 +247,18 @@ async def _until_found(
                 await client.start()
                 missing, found = await look(client)
                 health.well("kafka")
+                deadline = time.monotonic() + patience_s
                 if not missing:
                     health.well("topics")
                     return found
             health.trouble("topics", f"{missing}; waiting for it")
         except UNREACHABLE as error:
-            hint = await refuse_wrong_credentials(connection)
-            health.trouble("kafka", unreachable(connection, error) + hint)
+            why = await why_unreachable(connection)
+            health.trouble("kafka", unreachable(connection, error, why))
+            if time.monotonic() > deadline:
+                raise BrokersAway(
+                    f"no broker could be used for {patience_s:g} s: {why or type(error).__name__}"
+                ) from None
         finally:
             await _close(client)
         await backoff.wait()
@@ -254,10 +281,12 @@ async def watch_topics(
                         client = admin_client(connection, (name for names in topics.values() for name in names))
                         await client.start()
                     missing = await missing_topics(client, topics)
-            except UNREACHABLE:  # others tell of it
+            except UNREACHABLE:
                 if client is not None:
                     await _close(client)
                 client = None
+                if not health.is_well("kafka"):  # others tell that; this says why
+                    health.explain("kafka", await _why_or_refused(connection))
                 continue
             if not missing:
                 health.well("topics")
@@ -319,8 +348,10 @@ async def stopped(client: Any, what: str, timeout_s: float) -> None:
         await end_remains(client)
 
 
-def unreachable(connection: Connection, error: BaseException) -> str:
-    """Why the brokers cannot be used at the moment, for the log."""
+def unreachable(connection: Connection, error: BaseException, why: str = "") -> str:
+    """That the brokers cannot be used at the moment, for the log; ``why`` as of ``why_unreachable``."""
+    if why:
+        return f"waiting for Kafka: {why}"
     return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
 
 
@@ -388,44 +419,121 @@ def _retention_ms(config: Mapping[str, str | None]) -> int:
     return retention_ms if is_deleted else NO_LIMIT
 
 
-async def refuse_wrong_credentials(connection: Connection) -> str:
-    """Raises WrongSetting if a broker can be reached and refuses who we are, or is not who it should be.
+async def why_unreachable(connection: Connection) -> str:
+    """Which addresses fail, who gave them, and what to do, as a sentence; empty where all of them answer.
 
-    aiokafka's own start hides that behind "unable to bootstrap". Answers with a hint for the log, or nothing.
+    Every address is asked as a client asks it, for aiokafka's own start says no more than "unable to bootstrap". Takes
+    some seconds. Raises WrongSetting where a broker refuses login or certificate, or wants one.
     """
-    hint = ""
-    options = connection.options()
-    for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
-        try:
-            connected = await within(connection.request_timeout_s, create_conn(host, port, **options))
-        except _REFUSED_LOGIN as error:
-            raise WrongSetting(
-                f"the broker {host}:{port} refuses the login of sasl_username {connection.sasl_username!r} by "
-                f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"
-            ) from None
-        except ssl.SSLError as error:
-            raise WrongSetting(tls_sentence(f"{host}:{port}", error)) from None
-        except UNREACHABLE:
-            hint = hint or await _refuse_wrong_tls(connection, host, port)
-            continue
-        connected.close()
-    return hint
+    hosts = [(host, port) for host, port, _ in collect_hosts(connection.bootstrap_servers, randomize=False)]
+    found = await asyncio.gather(*(_fault(connection, *each, "bootstrap_servers names it") for each in hosts))
+    faults = list(filter(None, found))
+    for (host, port), fault in zip(hosts, found, strict=True):
+        if not fault:
+            advertised = await _advertised(connection, host, port)
+            others = [each for each in advertised if each[1:] not in hosts][:MOST_ADVERTISED]
+            faults += filter(None, await asyncio.gather(*(_advertised_fault(connection, *each) for each in others)))
+            break
+    return "; ".join(faults)
 
 
-async def _refuse_wrong_tls(connection: Connection, host: str, port: int) -> str:
-    """Raises WrongSetting if it is TLS that a broker ends the connection for; a hint where that is not certain."""
-    if connection.ssl_context:
-        error = await tls_failure(host, port, connection.ssl_context, connection.request_timeout_s)
-        if isinstance(error, ssl.SSLEOFError | ConnectionResetError):  # it may also be a broker that is just starting
-            return f"; does it speak TLS there, as security_protocol {connection.security_protocol} says?"
-        if error:
-            raise WrongSetting(tls_sentence(f"{host}:{port}", error))
-    elif await wants_tls(host, port, connection.request_timeout_s):
+async def _why_or_refused(connection: Connection) -> str:
+    """As ``why_unreachable``, while running: what was right at the start may be so again."""
+    try:
+        return await why_unreachable(connection)
+    except WrongSetting as refusal:
+        return str(refusal)
+
+
+async def _advertised_fault(connection: Connection, node: int, host: str, port: int) -> str:
+    giver = (
+        f"broker {node} gives it as its advertised listener; if it is wrong, set advertised.listeners of that broker"
+    )
+    return await _fault(connection, host, port, giver)
+
+
+async def _fault(connection: Connection, host: str, port: int, giver: str) -> str:
+    """What is wrong with one address; nothing where a broker answers."""
+    broker = f"{host}:{port}"
+    found = await listener_at(host, port, connection.ssl_context, min(connection.request_timeout_s, PROBE_S))
+    if isinstance(found, ssl.SSLError):
+        raise WrongSetting(tls_sentence(broker, found))
+    if found is Listener.TLS:
         raise WrongSetting(
-            f"the broker {host}:{port} wants TLS, and security_protocol is {connection.security_protocol}; it should be "
+            f"the broker {broker} wants TLS, and security_protocol is {connection.security_protocol}; it should be "
             "SSL or SASL_SSL"
         )
-    return ""
+    if found is Listener.KAFKA:
+        return ""
+    advice = _ADVICE.get(found, "check host and port").format(protocol=connection.security_protocol)
+    return f"{broker} {found.value} ({giver}); {advice}"
+
+
+async def _advertised(connection: Connection, host: str, port: int) -> list[tuple[int, str, int]]:
+    """The brokers' own addresses, with their ids, as the one at this address tells them. Raises WrongSetting."""
+    try:
+        connected = await within(connection.request_timeout_s, _connected(connection, host, port))
+        try:
+            answer = await within(connection.request_timeout_s, connected.send(_metadata_request([])))
+        finally:
+            connected.close()
+    except (IllegalSaslStateError, UnsupportedSaslMechanismError) as error:
+        await _refuse_other_login(connection, host, port)
+        raise WrongSetting(_login_sentence(connection, f"{host}:{port}", error)) from None
+    except _REFUSED_LOGIN as error:
+        raise WrongSetting(_login_sentence(connection, f"{host}:{port}", error)) from None
+    except ssl.SSLError as error:
+        raise WrongSetting(tls_sentence(f"{host}:{port}", error)) from None
+    except UNREACHABLE:
+        if not connection.sasl_mechanism:
+            await _refuse_other_login(connection, host, port)
+        return []
+    return [(node, name, number) for node, name, number, *_ in answer.brokers]
+
+
+async def _connected(connection: Connection, host: str, port: int) -> AIOKafkaConnection:
+    options = connection.options()
+    del options["bootstrap_servers"]
+    return await create_conn(host, port, **options)
+
+
+async def _refuse_other_login(connection: Connection, host: str, port: int) -> None:
+    """Raises WrongSetting where a listener takes no login and we have one, or the other way round, or takes another."""
+    bare = connection.security_protocol.removeprefix("SASL_")
+    anonymous = replace(connection, security_protocol=bare, sasl_mechanism=None)
+    try:
+        connected = await within(connection.request_timeout_s, _connected(anonymous, host, port))
+        try:
+            answer = await within(connection.request_timeout_s, connected.send(SaslHandShakeRequest("PLAIN")))
+        finally:
+            connected.close()
+    except UNREACHABLE:
+        return
+    broker = f"{host}:{port}"
+    if answer.error_code not in (0, UnsupportedSaslMechanismError.errno):
+        if connection.sasl_mechanism:
+            raise WrongSetting(
+                f"the broker {broker} takes no login at this listener, and security_protocol is "
+                f"{connection.security_protocol}; set it to {bare}, or name the port of a listener with SASL"
+            )
+        return
+    offered = ", ".join(answer.enabled_mechanisms)
+    if not connection.sasl_mechanism:
+        raise WrongSetting(
+            f"the broker {broker} wants a login, and security_protocol is {bare}; set it to SASL_{bare}, and "
+            f"sasl_mechanism to one that it offers ({offered})"
+        )
+    if connection.sasl_mechanism not in answer.enabled_mechanisms:
+        raise WrongSetting(
+            f"the broker {broker} does not offer sasl_mechanism {connection.sasl_mechanism}; it offers {offered}"
+        )
+
+
+def _login_sentence(connection: Connection, broker: str, error: BaseException) -> str:
+    return (
+        f"the broker {broker} refuses the login of sasl_username {connection.sasl_username!r} by "
+        f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"
+    )
 
 
 async def _close(client: AIOKafkaAdminClient) -> None:

@@ -32,7 +32,8 @@ HEADERS_OF_ANSWERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-web_response.SERVER_SOFTWARE = "sentiment-worker"  # type: ignore[attr-defined]  # else each answer tells the versions of Python and aiohttp
+SERVER: Final = "sentiment-worker"
+web_response.SERVER_SOFTWARE = SERVER  # type: ignore[attr-defined]  # else each answer tells the versions of Python and aiohttp
 
 
 class Guard:

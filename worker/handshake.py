@@ -1,51 +1,128 @@
-"""Why a broker ends a connection before it has begun: asked again with as little as it takes, where aiokafka cannot tell."""
+"""What is at an address that should be a broker's: asked with as little as it takes, where aiokafka cannot tell."""
 
 import asyncio
+import socket
 import ssl
-from typing import Final
+from enum import Enum
+from typing import Any, Final
 
 from worker.tasks import within
 
-VERDICT_S: Final = (
-    2.0  # for what a broker says right after the handshake: with TLS 1.3 it judges the client's certificate then
-)
-HELLO: Final = bytes.fromhex("0000000e 0012 0000 00000001 0004 74657374".replace(" ", ""))  # an ApiVersions request
+VERDICT_S: Final = 2.0  # for the first answer, and for what a broker has against the client's certificate
+CORRELATION: Final = bytes.fromhex("00737765")
+HELLO: Final = bytes.fromhex("0000000e 0012 0000".replace(" ", "")) + CORRELATION + bytes.fromhex("0004 74657374")
+"""An ApiVersions request."""
+HTTP_REQUEST: Final = b"GET / HTTP/1.0\r\n\r\n"
 TLS_ALERT: Final = b"\x15\x03"
 
 
-async def tls_failure(
-    host: str, port: int, context: ssl.SSLContext, timeout_s: float
-) -> ssl.SSLError | ConnectionResetError | None:
-    """What a broker has against this client's TLS, or the client against the broker's; None where neither says.
+class Listener(Enum):
+    """What is at an address, as the end of a sentence that begins with it."""
 
-    SSLEOFError or ConnectionResetError: it ends the connection without a word, as one does that knows no TLS.
+    KAFKA = "speaks Kafka"
+    TLS = "wants TLS"
+    NO_TLS = "does not speak TLS"
+    HTTP = "speaks HTTP, not Kafka"
+    SILENT = "accepts connections and does not answer: it hangs, is still starting, or is no broker"
+    CLOSING = "accepts connections and ends them at once: it is still starting, or is no broker"
+    OTHER = "answers in another protocol than Kafka's"
+    UNKNOWN = "has a host name that this machine cannot resolve"
+    REFUSED = "refuses connections: nothing listens there"
+    NOWHERE = "cannot be reached: no route leads there, or a firewall drops what is sent"
+
+
+Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def listener_at(
+    host: str, port: int, context: ssl.SSLContext | None, timeout_s: float
+) -> Listener | ssl.SSLError:
+    """What is at an address, by TLS where there is a ``context``; an SSLError where it speaks TLS, and will not with us.
+
+    Takes ``timeout_s`` for each connection and a few seconds for answers. Raises nothing.
     """
-    writer = None
     try:
-        reader, writer = await within(timeout_s, asyncio.open_connection(host, port, ssl=context))
-        await within(VERDICT_S, reader.read(1))
-    except (ssl.SSLError, ConnectionResetError) as error:
+        answer = await _answer(host, port, context, timeout_s, HELLO)
+        if context and answer == b"":
+            raise ConnectionResetError
+    except ssl.SSLEOFError:
+        return Listener.NO_TLS
+    except ssl.SSLError as error:
+        if error.reason not in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            return error
+        return await _without_kafka(host, port, None, timeout_s, Listener.NO_TLS)
+    except socket.gaierror:
+        return Listener.UNKNOWN
+    except ConnectionRefusedError:
+        return Listener.REFUSED
+    except ConnectionResetError:
+        return await _last_words(host, port, context, timeout_s) if context else Listener.CLOSING
+    except TimeoutError:
+        plain = await listener_at(host, port, None, timeout_s) if context else Listener.NOWHERE
+        return Listener.NO_TLS if plain is Listener.KAFKA else plain
+    except OSError:
+        return Listener.NOWHERE
+    if answer is not None and answer[4 : 4 + len(CORRELATION)] == CORRELATION:
+        return Listener.KAFKA
+    if answer and answer.startswith(TLS_ALERT):
+        return Listener.TLS
+    otherwise = Listener.SILENT if answer is None else Listener.OTHER if answer else Listener.CLOSING
+    return await _without_kafka(host, port, context, timeout_s, otherwise)
+
+
+async def _last_words(host: str, port: int, context: ssl.SSLContext, timeout_s: float) -> Listener | ssl.SSLError:
+    """Why TLS is ended, asked without a request, for one that is not read any more can cost the alert that says so."""
+    try:
+        await _answer(host, port, context, timeout_s, b"")
+    except (ssl.SSLEOFError, TimeoutError):
+        return Listener.NO_TLS
+    except ssl.SSLError as error:
         return error
+    except OSError:
+        return Listener.NO_TLS
+    return Listener.CLOSING
+
+
+async def _without_kafka(
+    host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, otherwise: Listener
+) -> Listener:
+    try:
+        answer = await _answer(host, port, context, timeout_s, HTTP_REQUEST)
     except (OSError, TimeoutError):
+        return otherwise
+    return Listener.HTTP if answer and answer.startswith(b"HTTP/") else otherwise
+
+
+async def _answer(
+    host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, request: bytes
+) -> bytes | None:
+    """The beginning of what is answered; empty where the connection is ended instead, None where nothing happens.
+
+    Raises OSError, and TimeoutError where no connection comes about.
+    """
+    reader, writer = await within(timeout_s, _connected(host, port, context))
+    try:
+        writer.write(request)
+        return await within(min(VERDICT_S, timeout_s), reader.read(512))
+    except TimeoutError:
         return None
     finally:
-        if writer:
-            writer.close()
-    return None
+        writer.close()
 
 
-async def wants_tls(host: str, port: int, timeout_s: float) -> bool:
-    """Whether a broker answers a plain request with an alert of TLS."""
-    writer = None
-    try:
-        reader, writer = await within(timeout_s, asyncio.open_connection(host, port))
-        writer.write(HELLO)
-        return await within(VERDICT_S, reader.readexactly(len(TLS_ALERT))) == TLS_ALERT
-    except (OSError, EOFError, TimeoutError):
-        return False
-    finally:
-        if writer:
-            writer.close()
+async def _connected(host: str, port: int, context: ssl.SSLContext | None) -> Connected:
+    """By the first of the host's addresses that works. Raises what the last one has raised."""
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    named: dict[str, Any] = {"ssl": context, "server_hostname": host} if context else {}
+    for position, (*_, address) in enumerate(addresses, 1):
+        try:
+            return await asyncio.open_connection(str(address[0]), port, **named)
+        except ssl.SSLError:
+            raise
+        except OSError:
+            if position == len(addresses):
+                raise
+    raise socket.gaierror
 
 
 def tls_sentence(broker: str, error: ssl.SSLError) -> str:

@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 class _Trouble:
     reason: str
     since: float
+    why: str = ""
     told: set[str] = field(default_factory=set)
     reasons: dict[Hashable, str] = field(default_factory=dict)  # by who still has the trouble; the newest comes last
 
@@ -61,6 +62,19 @@ class Health:
             seconds = self._clock() - known.since
             log.info("%s is well again", part, extra={"after_s": round(seconds, 1)})
 
+    def is_well(self, part: str) -> bool:
+        return part not in self._troubles
+
+    def explain(self, part: str, why: str) -> None:
+        """Says more of a trouble that a part has, if it still has it: one sentence, empty for nothing. It ends with it."""
+        known = self._troubles.get(part)
+        if known is None:
+            return
+        known.why = why
+        if why and why not in known.told:
+            known.told.add(why)
+            log.warning("%s", why, extra={"part": part})
+
     def why_not_alive(self) -> str | None:
         """For /livez. Kafka plays no part in it: a restart does not mend a broker."""
         return self._is_alive()
@@ -71,4 +85,4 @@ class Health:
         if dead:
             return dead
         reasons = sorted(self._troubles.items(), key=lambda item: not item[1].told)
-        return next((f"{part}: {trouble.reason}" for part, trouble in reasons), None)
+        return next((f"{part}: {'; '.join(filter(None, (each.reason, each.why)))}" for part, each in reasons), None)

@@ -36,7 +36,7 @@ from worker.sentiment import (
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
-from worker.tuning import one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
+from worker.tuning import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -134,6 +134,7 @@ class SentimentModel:
         backend: str = "auto",
         cpu_threads: int | Literal["auto"] = "auto",
         max_batch_tokens: int | Literal["auto"] = "auto",
+        patience_s: float = PATIENCE_S,
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
@@ -151,6 +152,7 @@ class SentimentModel:
         backend: ``torch`` or ``onnx``; ``auto`` takes the faster one on a CPU
         cpu_threads: passes of the network side by side, each on a thread; ``auto`` measures
         max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
+        patience_s: each of ``cpu_threads`` and ``max_batch_tokens`` that is auto is measured for so long
         """
         loaded_with = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = _device(device)
@@ -171,7 +173,7 @@ class SentimentModel:
             forward = choose(network, backend=backend, is_int8=dtype == "int8")
             choice = Choice(forward, "int8" if dtype == "int8" else name_of(network.dtype))
         if max_batch_tokens == "auto":
-            max_batch_tokens = tune_budget(choice.forward, where, longest)
+            max_batch_tokens = tune_budget(choice.forward, where, longest, patience_s)
         run: Run
         if where.type == "cuda":
             passes = PASSES
@@ -185,7 +187,7 @@ class SentimentModel:
                 padding=padding,
             )
         else:
-            passes = tune_threads(choice.forward) if cpu_threads == "auto" else cpu_threads
+            passes = tune_threads(choice.forward, patience_s) if cpu_threads == "auto" else cpu_threads
             run = PaddedPasses(choice.forward, padding, tune_pass_tokens(choice.forward))
             log.info(
                 "passes of the network side by side", extra={"cpu_threads": passes, "pass_tokens": run.pass_tokens}

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable
+from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable, why_unreachable
 from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 CHUNK: Final = 500  # dead letters published and committed at once
 READ_TIMEOUT_MS: Final = 1_000
 SILENCE_S: Final = 60.0
+REQUESTS: Final = 2  # that may time out one after the other before brokers count as away
 NO_REASON: Final = "(no dead letter)"  # as this version knows them
 
 
@@ -142,6 +143,7 @@ class Replay:
 
     def __init__(self, settings: ReplaySettings, progress: Progress) -> None:
         self._connection = Connection.as_set(settings)
+        self._patience_s = REQUESTS * self._connection.request_timeout_s
         self._topic = settings.dead_letter_topic
         self._group_id = settings.replay_group_id or f"{settings.group_id}.replay"
         self._reasons = frozenset(settings.reason)
@@ -175,7 +177,9 @@ class Replay:
         """Goes through all partitions. Ends early after the first signal; a second one ends the process."""
         self._heed_signals()
         await self._unless_stopped(
-            wait_until_usable(self._connection, {"dead_letter_topic": [self._topic]}, self._health)
+            wait_until_usable(
+                self._connection, {"dead_letter_topic": [self._topic]}, self._health, patience_s=self._patience_s
+            )
         )
         if self._stop.is_set():
             raise ReplayFailed("stopped before it had begun")
@@ -184,8 +188,8 @@ class Replay:
             for tp, lane in self._lanes.items():
                 await self._go_through(tp, lane)
         except UNREACHABLE as error:
-            where = unreachable(self._connection, error)
-            raise ReplayFailed(f"{where} failed; the next replay goes on where this one was") from error
+            where = unreachable(self._connection, error, await why_unreachable(self._connection))
+            raise ReplayFailed(f"{where}; the next replay goes on where this one was") from error
         finally:
             await stopped(self._consumer, "consumer", 10)
             await self._sink.close(5)
@@ -329,7 +333,9 @@ class Replay:
         missing = {record.topic for record in due} - self._topics
         if missing:
             await self._unless_stopped(
-                wait_until_usable(self._connection, {"source.topic": sorted(missing)}, self._health)
+                wait_until_usable(
+                    self._connection, {"source.topic": sorted(missing)}, self._health, patience_s=self._patience_s
+                )
             )
             if self._stop.is_set():
                 raise ReplayFailed(

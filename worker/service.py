@@ -8,6 +8,7 @@ import signal
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from worker.backlog import tell_backlog
 from worker.cluster import NO_LIMIT, Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
 from worker.console import Console, Tap, shown_settings
 from worker.descriptors import raise_limit
@@ -165,6 +166,13 @@ async def _started(
     }
     found = await wait_until_usable(connection, roles, health)
     refuse_compacted(found, settings.dead_letter_topic)
+    await tell_backlog(
+        connection,
+        topics,
+        group_id=settings.group_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+    )
     outputs = {role: names for role, names in roles.items() if role != "input_topics"}
     limits = {name: found[name] for names in outputs.values() for name in names}
     transactions, breath = None, inference.breath

@@ -65,7 +65,11 @@ class UsersMistake(Exception):
 
 
 class WrongSetting(UsersMistake):
-    """A setting, a flag or a file of settings is wrong."""
+    """A setting, a flag or a file of settings is wrong; ``sentences`` has what else is, too."""
+
+    def __init__(self, sentence: str, *others: str) -> None:
+        super().__init__(sentence)
+        self.sentences = (sentence, *others)
 
 
 def is_folder(model: str) -> bool:
@@ -712,7 +716,7 @@ def load(
     try:
         return kind(**values)
     except ValidationError as error:
-        raise WrongSetting(_sentence(kind, error.errors())) from None
+        raise WrongSetting(*_sentences(kind, error.errors())) from None
     except SettingsError:
         raise WrongSetting(f"the command line cannot be read; `{prog} --help` lists the flags") from None
 
@@ -871,6 +875,12 @@ def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str
         except (OSError, UnicodeDecodeError):
             raise WrongSetting(f"{variable}_FILE: {path} cannot be read; it should be a file with the secret") from None
     return values
+
+
+def _sentences(kind: type[Settings], errors: list[ErrorDetails]) -> list[str]:
+    """A sentence for each wrong setting of a validation."""
+    firsts = {error["loc"][:1] or error["msg"]: at for at, error in reversed(list(enumerate(errors)))}
+    return [_sentence(kind, errors[at:]) for at in sorted(firsts.values())]
 
 
 def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:

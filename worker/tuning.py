@@ -1,19 +1,24 @@
-"""CPU threads and the token budget of a device batch, found by measuring. Blocks for some hundred milliseconds."""
+"""Backend, CPU threads and token budget by what was measured: what `auto` takes and what `bench` recommends.
+
+Both choose by the functions here, of which `bench` measures longer. Blocks for some hundred milliseconds, or as told.
+"""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from worker.network import Forward, seconds
 
 log = logging.getLogger(__name__)
+Name = TypeVar("Name", bound=Hashable)
 
 EXAMPLE_LENGTH: Final = 48  # tokens; the mean of reviews and of posts
 EXAMPLE_TOKENS: Final = 1_024
@@ -64,31 +69,44 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def tune_threads(forward: Forward) -> int:
+def fastest(took: Mapping[Name, Sequence[float]]) -> Name:
+    """Of backends and their seconds for one text and for a full batch, the fastest by the mean of both ratios.
+
+    A light load has the former and a backlog the latter. Of equals the first.
+    """
+    return min(took, key=lambda name: math.prod(took[name]))
+
+
+def candidate_budgets(device: str, longest: int) -> list[int]:
+    """Token budgets to measure for a kind of device; none is below ``longest``, the model's maximum."""
+    budgets = CUDA_BUDGETS if device == "cuda" else CPU_BUDGETS
+    return [budget for budget in budgets if budget >= longest] or [longest]
+
+
+def tune_threads(forward: Forward, patience_s: float = PATIENCE_S) -> int:
     """The fewest threads that together score about as fast as any number up to the cores, a pass on each."""
     ids = _example(EXAMPLE_TOKENS, torch.device("cpu"))
     speeds: dict[int, float] = {}
     threads = available_cores()
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while threads and (not speeds or time.monotonic() < deadline):
         speeds[threads] = threads / _took_side_by_side(forward, ids, threads)
         threads //= 2
     return least_that_is_as_fast(speeds)
 
 
-def tune_budget(forward: Forward, device: torch.device, longest: int) -> int:
+def tune_budget(forward: Forward, device: torch.device, longest: int, patience_s: float = PATIENCE_S) -> int:
     """The smallest token budget with about the most tokens a second; at least ``longest``, the model's maximum."""
-    budgets = CUDA_BUDGETS if device.type == "cuda" else CPU_BUDGETS
     speeds: dict[int, float] = {}
-    deadline = time.monotonic() + PATIENCE_S
-    for budget in budgets:
+    deadline = time.monotonic() + patience_s
+    for budget in candidate_budgets(device.type, longest):
         if speeds and time.monotonic() > deadline:
             break
         ids = _example(budget, device)
         speeds[budget] = ids.numel() / _took(forward, ids)
     best = least_that_is_as_fast(speeds)
     log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speeds[best])})
-    return max(best, longest)
+    return best
 
 
 def least_that_is_as_fast(speeds: Mapping[int, float]) -> int:

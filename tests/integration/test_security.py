@@ -104,7 +104,7 @@ def by_certificate(secure: SecureKafka, authority: Authority | None = None) -> E
 
 
 def by_tls(secure: SecureKafka, listener: str = "TLS", **other: Any) -> Entrance:
-    return Entrance(secure, listener, "SSL", **{"ssl_cafile": secure.authority.cafile, **other})
+    return Entrance(secure, listener, **{"protocol": "SSL", "ssl_cafile": secure.authority.cafile, **other})
 
 
 async def enter(entrance: Entrance, topic: str) -> None:
@@ -174,6 +174,26 @@ def strangers(secure: SecureKafka, folder: Path) -> dict[str, tuple[Entrance, li
             Entrance(secure, "LOGIN", "SASL_PLAINTEXT", PASSWORD, sasl_mechanism="SCRAM-SHA-256", sasl_username=USER),
             ["wants TLS", "SSL or SASL_SSL"],
         ),
+        "a login where none is taken": (
+            Entrance(secure, "", "SASL_PLAINTEXT", PASSWORD, sasl_mechanism="PLAIN", sasl_username=USER),
+            ["takes no login at this listener", "security_protocol is SASL_PLAINTEXT; set it to PLAINTEXT"],
+        ),
+        "a login by TLS where none is taken": (
+            by_tls(secure, "TLS", sasl_mechanism="PLAIN", sasl_username=USER, password=PASSWORD, protocol="SASL_SSL"),
+            ["takes no login at this listener", "security_protocol is SASL_SSL; set it to SSL"],
+        ),
+        "no login where one is wanted": (
+            Entrance(secure, "OPENLOGIN", "PLAINTEXT"),
+            ["wants a login, and security_protocol is PLAINTEXT", "set it to SASL_PLAINTEXT", "SCRAM-SHA-256"],
+        ),
+        "no login by TLS where one is wanted": (
+            by_tls(secure, "LOGIN"),
+            ["wants a login, and security_protocol is SSL", "set it to SASL_SSL", "SCRAM-SHA-256"],
+        ),
+        "another mechanism": (
+            by_login(secure, "SCRAM-SHA-256", "ONLYPLAIN"),
+            ["does not offer sasl_mechanism SCRAM-SHA-256; it offers PLAIN"],
+        ),
     }
 
 
@@ -190,6 +210,11 @@ STRANGERS = (
     "an expired certificate",
     "no TLS where it is wanted",
     "no TLS for a login",
+    "a login where none is taken",
+    "a login by TLS where none is taken",
+    "no login where one is wanted",
+    "no login by TLS where one is wanted",
+    "another mechanism",
 )
 
 
@@ -210,7 +235,7 @@ async def test_a_listener_without_tls_is_waited_for_with_a_hint(
 ) -> None:
     """It may be a broker that is starting, behind something that accepts for it: not certain enough to end."""
     waiting = asyncio.create_task(enter(by_tls(secure, "OPENLOGIN"), "any"))
-    while "does it speak TLS there" not in caplog.text:
+    while "does not speak TLS" not in caplog.text:
         assert not waiting.done()
         await asyncio.sleep(0.1)
     waiting.cancel()

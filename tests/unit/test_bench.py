@@ -75,7 +75,7 @@ def test_the_bar_comes_to_its_end(monkeypatch: pytest.MonkeyPatch, settings: Ben
     with_loads(monkeypatch, Loads("cpu", refused))
     steps = Steps()
     report = measure(settings, ["да"] * 600, steps)
-    assert steps.done == (4 * len(CPU_BUDGETS[:-1]) + len(bench.BATCHES),) * 2
+    assert steps.done == (4 * len(CPU_BUDGETS) + len(bench.BATCHES),) * 2
     threads = {(each.engine.backend, each.engine.dtype): each.threads for each in report.engines}
     expected = {("torch", "float32"): 1, ("torch", "bfloat16"): 1, ("onnx", "float32"): 2, ("onnx", "int8"): 2}
     assert threads == {engine: count for engine, count in expected.items() if engine[1] != refused}
@@ -111,6 +111,14 @@ def test_what_is_recommended_is_the_fastest_exact_one_with_its_own_threads() -> 
     assert report.settings().splitlines() == [
         'device = "cpu"', 'backend = "onnx"', 'dtype = "float32"', "max_batch_tokens = 512", "cpu_threads = 2",
     ]  # fmt: skip
+
+
+def test_what_is_recommended_is_what_auto_would_take_by_the_same_figures() -> None:
+    """Which looks at a light load too, and not at a backlog alone."""
+    onnx = Engine("onnx", "float32", True)
+    report = Report("m@1", "cpu", 10)
+    report.engines = [Measured(FLOAT32, {512: 100.0}, 1.0, 1, 0.001), Measured(onnx, {512: 120.0}, 1.0, 1, 0.003)]
+    assert report.best.engine == FLOAT32
 
 
 def test_on_a_gpu_that_is_the_default_where_it_is_faster() -> None:

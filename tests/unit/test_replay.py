@@ -19,7 +19,7 @@ LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
 async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = asyncio.Event()
 
-    async def for_ever(*_: Any) -> None:
+    async def for_ever(*_: Any, **__: Any) -> None:
         waiting.set()
         await asyncio.Event().wait()
 

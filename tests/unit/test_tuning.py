@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worker import tuning
-from worker.tuning import available_cores, tune_budget, tune_pass_tokens, tune_threads
+from worker.tuning import available_cores, fastest, tune_budget, tune_pass_tokens, tune_threads
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,29 @@ def test_the_smallest_budget_with_about_the_most_tokens_a_second(monkeypatch: py
     took = dict(zip(used, (1.0, 1.5, 2.0, 4.0, 8.1, 17.0), strict=True))
     monkeypatch.setattr(tuning, "_took", lambda _, ids: took[ids.numel()])
     assert tune_budget(never, CPU, 128) == 1_024
-    assert tune_budget(never, CPU, 2_000) == 2_000
+    assert tune_budget(never, CPU, 2_000) == 2_048
+    took[10_000 // 48 * 48] = 1.0
+    assert tune_budget(never, CPU, 10_000) == 10_000
+
+
+def test_of_two_that_are_good_at_different_loads_the_ratios_decide() -> None:
+    assert fastest({"torch": (1.0, 10.0), "onnx": (0.5, 15.0)}) == "onnx"
+    assert fastest({"torch": (1.0, 10.0), "onnx": (0.5, 21.0)}) == "torch"
+    assert fastest({"torch": (1.0, 10.0), "onnx": (1.0, 10.0)}) == "torch"
+
+
+def test_more_patience_measures_more() -> None:
+    def slow(ids: torch.Tensor, _: object) -> torch.Tensor:
+        calls.append(ids.numel())
+        time.sleep(0.01)
+        return torch.zeros(1)
+
+    measured = []
+    for patience_s in (0.0, 10.0):
+        calls: list[int] = []
+        tune_budget(slow, CPU, 1, patience_s)
+        measured.append(len(set(calls)))
+    assert measured == [1, len(tuning.CPU_BUDGETS)]
 
 
 @pytest.mark.parametrize(

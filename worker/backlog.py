@@ -1,0 +1,99 @@
+"""From where a consumer group will begin to read, and how many records that is: a new group id begins all over again."""
+
+import asyncio
+import logging
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from aiokafka import TopicPartition
+
+from worker.cluster import UNREACHABLE, Connection, stopped
+from worker.consumer import Consumer
+from worker.identity import without_topic_id
+
+log = logging.getLogger(__name__)
+
+TELL_S: Final = 3.0  # a start does not wait longer for what is only told
+
+
+class Backlog(NamedTuple):
+    """Partitions with a committed offset and without, and the records from there, or from their beginning, to the ends."""
+
+    group_id: str
+    auto_offset_reset: str
+    known: int
+    behind: int
+    new: int
+    unread: int
+
+    @property
+    def is_all_over_again(self) -> bool:
+        """Whether there are records of which the group has committed nothing."""
+        return self.new > 0 and self.unread > 0
+
+    def __str__(self) -> str:
+        parts = []
+        if self.known:
+            parts.append(f"goes on from its committed offsets: {self.behind:,} records in {self.known} partitions")
+        if self.new:
+            where = f" of {self.new} other partitions" if self.known else ""
+            records = f"{self.unread:,} records" + ("" if where else f" in {self.new} partitions")
+            skips = " that are skipped" if self.auto_offset_reset == "latest" else ""
+            parts.append(f"has no committed offset{where}: it begins at the {self.auto_offset_reset}, {records}{skips}")
+        return f"group {self.group_id} {'; it '.join(parts)}"
+
+
+async def backlog(
+    connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
+) -> Backlog:
+    """Joins no group, and commits nothing. Raises what is in UNREACHABLE, after a request's timeout at the latest."""
+    consumer = Consumer(
+        **connection.options(), group_id=group_id, enable_auto_commit=False, isolation_level=isolation_level
+    )
+    consumer._client.set_topics(topics)
+    try:
+        async with asyncio.timeout(connection.request_timeout_s):
+            await consumer.start()
+            tps = [
+                TopicPartition(topic, number)
+                for topic in dict.fromkeys(topics)
+                for number in await consumer._client._wait_on_metadata(topic)
+            ]
+            committed = await _committed(consumer, tps)
+            begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+    finally:
+        await stopped(consumer, "consumer", 5)
+    new = begins.keys() - committed.keys()
+    behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
+    unread = sum(ends[tp] - begins[tp] for tp in new)
+    return Backlog(group_id, auto_offset_reset, len(committed), behind, len(new), unread)
+
+
+async def _committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+    """Without what was committed of another topic that had this name before."""
+    ids = await consumer.topic_ids({tp.topic for tp in tps})
+    found = {}
+    for tp, commit in (await consumer.committed_offsets(tps)).items():
+        topic_id, _ = without_topic_id(commit.metadata)
+        if commit.offset >= 0 and (not topic_id or ids.get(tp.topic) in (None, "", topic_id)):
+            found[tp] = commit.offset
+    return found
+
+
+async def tell_backlog(
+    connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
+) -> None:
+    """Logs from where the group will begin, for at most TELL_S, so that a group id by mistake shows. Raises nothing."""
+    try:
+        async with asyncio.timeout(TELL_S):
+            found = await backlog(
+                connection,
+                topics,
+                group_id=group_id,
+                auto_offset_reset=auto_offset_reset,
+                isolation_level=isolation_level,
+            )
+    except UNREACHABLE as error:
+        log.info("where the group will begin cannot be asked now", extra={"error": type(error).__name__})
+    else:
+        log.info("%s", found)
