@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from socket import SO_SNDBUF, SOL_SOCKET
+from socket import SO_SNDBUF, SOL_SOCKET, gethostname
 from typing import Any, Final, Protocol
 
 import orjson
@@ -32,13 +32,12 @@ log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
 VIEWERS: Final = 100
-PER_SECOND: Final = 8  # results shown, and dead letters: more could not be read
-PER_BATCH: Final = 4  # so that a second's results are not all of its first micro-batch
-KEPT: Final = 40
+KEPT: Final = 50  # newest results, and dead letters
+HELD_BYTES: Final = 2**20  # of records, for a second at most
 STUCK_S: Final = 30  # a client that takes nothing for so long is dropped
-LINGER_S: Final = 10  # results are gathered on, so that they are there when the page is loaded again
 SOCKET_BYTES: Final = 65_536  # of a client in the kernel, which would hold megabytes
 ID_CHARS: Final = 80
+PARTITION_CHARS: Final = 200
 TEXT_CHARS: Final = 240
 
 
@@ -54,46 +53,41 @@ class Outcome(Protocol):
 
 
 class Tap:
-    """Takes a few of the newest results and dead letters, while someone looks.
+    """Keeps the newest results and dead letters, for who looks now and who will look later.
 
-    ``decoder`` reads ids and, with ``texts``, texts from the records again: for a few, that is cheaper than to carry them.
+    ``decoder`` reads ids and, with ``texts``, texts from the records again: for a few, that is cheaper than to carry
+    them. That is done once a second, by ``take``; until then the records of the newest results are held.
     """
 
     def __init__(self, decoder: Decoder, *, texts: bool) -> None:
-        self.is_open = False
         self.results: deque[list[Any]] = deque(maxlen=KEPT)
         self.letters: deque[list[Any]] = deque(maxlen=KEPT)
         self._decoder = decoder
         self._texts = texts
-        self._fresh_results: list[list[Any]] = []
-        self._fresh_letters: list[list[Any]] = []
+        self._fresh_results: deque[tuple[Record, Sentiment, float]] = deque(maxlen=KEPT)
+        self._fresh_letters: deque[list[Any]] = deque(maxlen=KEPT)
 
     def __call__(self, outcomes: Sequence[Outcome]) -> None:
-        """The pipeline's: outcomes that have just been acknowledged. Costs nothing while nobody looks."""
-        if not self.is_open:
-            return
+        """The pipeline's: outcomes that have just been acknowledged. Takes some 10 µs."""
         now = time.time()
-        for outcome in outcomes[-PER_BATCH:]:
-            if outcome.sentiment and len(self._fresh_results) < PER_SECOND:
-                self._fresh_results.append(self._result(outcome.record, outcome.sentiment, now))
-        for outcome in outcomes:
-            if outcome.failure and len(self._fresh_letters) < PER_SECOND:
+        for outcome in [outcome for outcome in outcomes if outcome.sentiment][-KEPT:]:
+            if outcome.sentiment:
+                self._fresh_results.append((outcome.record, outcome.sentiment, now))
+        for outcome in [outcome for outcome in outcomes if outcome.failure][-KEPT:]:
+            if outcome.failure:
                 self._fresh_letters.append(_letter(outcome.record, outcome.failure, now))
+        while len(self._fresh_results) > 1 and sum(_size(record) for record, _, _ in self._fresh_results) > HELD_BYTES:
+            self._fresh_results.popleft()
 
     def take(self) -> tuple[list[list[Any]], list[list[Any]]]:
         """Results and dead letters since the last time, oldest first; they are kept among the newest."""
-        results, self._fresh_results = self._fresh_results, []
-        letters, self._fresh_letters = self._fresh_letters, []
+        held, self._fresh_results = self._fresh_results, deque(maxlen=KEPT)
+        results = [self._result(*each) for each in held]
+        letters = list(self._fresh_letters)
+        self._fresh_letters.clear()
         self.results.extend(results)
         self.letters.extend(letters)
         return results, letters
-
-    def close(self) -> None:
-        """Nobody looks any more: what was kept would soon be old."""
-        self.is_open = False
-        self.take()
-        self.results.clear()
-        self.letters.clear()
 
     def _result(self, record: Record, sentiment: Sentiment, now: float) -> list[Any]:
         decoded = self._decoder.decode(record)
@@ -101,18 +95,35 @@ class Tap:
         latency_s = age_s(record.timestamp, now)
         latency_ms = None if latency_s is None else round(1000 * latency_s)
         shown = _cut(text, TEXT_CHARS) if self._texts else None
-        return [round(now, 3), _cut(id, ID_CHARS), sentiment.label, round(sentiment.score, 3), latency_ms, shown]
+        chances = [round(chance, 3) for chance in sentiment.probabilities]
+        return [
+            round(now, 3),
+            _cut(id, ID_CHARS),
+            sentiment.label,
+            round(sentiment.score, 3),
+            chances,
+            latency_ms,
+            shown,
+        ]
 
 
 class Console:
     """Serves the page and its stream; all of it belongs to the event loop.
 
-    ``settings`` are shown by name. The stream begins with all that the page shows, so that a page loaded again, or one
-    that comes back after a restart, is complete at once.
+    ``settings`` are shown by name. ``runbook`` is the address of what to do where the worker is not ready. The stream
+    begins with all that the page shows, so that a page loaded again, or one that comes back after a restart, is complete
+    at once.
     """
 
     def __init__(
-        self, metrics: Metrics, health: Health, tap: Tap, settings: Mapping[str, str], *, version: str
+        self,
+        metrics: Metrics,
+        health: Health,
+        tap: Tap,
+        settings: Mapping[str, str],
+        *,
+        version: str,
+        runbook: str | None = None,
     ) -> None:
         self._health = health
         self._tap = tap
@@ -122,6 +133,9 @@ class Console:
         self._about = {
             "settings": settings,
             "version": version,
+            "host": gethostname(),
+            "started_at": int(time.time()),
+            "runbook": runbook,
             "page": hashlib.sha256(self._page).hexdigest()[:12],
         }
         self._viewers = 0
@@ -130,7 +144,8 @@ class Console:
         self._next = asyncio.Event()
         self._is_closed = False
         self._ticking: asyncio.Task[None] | None = None
-        self._looked_at = -LINGER_S * 1.0
+        self._not_ready_since: float | None = None  # by the event loop's clock
+        self._now = 0.0
 
     def add_to(self, app: web.Application) -> None:
         """GET / and GET /events."""
@@ -161,14 +176,17 @@ class Console:
 
     def _show(self, now: float) -> None:
         self._vitals.sample()
+        self._now = now
+        if self._health.why_not_ready() is None:
+            self._not_ready_since = None
+        elif self._not_ready_since is None:
+            self._not_ready_since = now
+        results, letters = self._tap.take()
         self._everything = None
         if self._viewers:
-            self._looked_at = now
-            self._second = _message("second", self._snapshot(*self._tap.take()))
+            self._second = _message("second", self._snapshot(results, letters))
             self._next.set()
             self._next = asyncio.Event()
-        elif self._tap.is_open and now - self._looked_at > LINGER_S:
-            self._tap.close()
 
     def _snapshot(self, results: Sequence[Any], letters: Sequence[Any]) -> dict[str, Any]:
         vitals = self._vitals
@@ -178,11 +196,20 @@ class Console:
             "stages": vitals.stages_ms(),
             "dead_letters": vitals.dead_letters(),
             "counts": vitals.counts(),
+            "lag": vitals.lag(),
+            "partitions": _cut(vitals.partitions(), PARTITION_CHARS),
             "model": vitals.model(),
-            "not_ready": self._health.why_not_ready(),
+            "not_ready": self._not_ready(),
             "results": results,
             "letters": letters,
         }
+
+    def _not_ready(self) -> dict[str, Any] | None:
+        reason = self._health.why_not_ready()
+        if reason is None:
+            return None
+        since = self._now if self._not_ready_since is None else self._not_ready_since
+        return {"reason": reason, "for_s": int(self._now - since), "is_trouble": self._health.is_in_trouble()}
 
     def _hello(self) -> bytes:
         """All that there is to see; rendered once a second at most."""
@@ -200,7 +227,6 @@ class Console:
         if self._viewers >= VIEWERS:
             return web.Response(text=f"{VIEWERS} others are looking; close one of them\n", status=503)
         self._viewers += 1
-        self._tap.is_open = True
         try:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
             await response.prepare(request)
@@ -262,6 +288,10 @@ def _message(kind: str, data: Mapping[str, Any]) -> bytes:
 def _letter(record: Record, failure: Failure, now: float) -> list[Any]:
     place = f"{record.topic}-{record.partition} @ {record.offset}"
     return [round(now, 3), place, failure.stage, failure.reason, failure.message]
+
+
+def _size(record: Record) -> int:
+    return len(record.value or b"") + sum(len(value or b"") for _, value in record.headers)
 
 
 def _shown(value: object) -> str:

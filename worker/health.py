@@ -79,6 +79,10 @@ class Health:
         """For /livez. Kafka plays no part in it: a restart does not mend a broker."""
         return self._is_alive()
 
+    def is_in_trouble(self) -> bool:
+        """Whether something is wrong, beyond what merely has not begun, or is ending."""
+        return self._is_alive() is not None or any(trouble.told for trouble in self._troubles.values())
+
     def why_not_ready(self) -> str | None:
         """For /readyz. A trouble says more than what merely has not begun, or is ending."""
         dead = self._is_alive()

@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import signal
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker.backlog import tell_backlog
@@ -45,6 +45,16 @@ def worker_version() -> str:
         return version("sentiment-worker")
     except PackageNotFoundError:
         return "unknown"
+
+
+def runbook() -> str | None:
+    """What to do where the worker is not ready: an address, if the package's metadata have a URL named ``Runbook``."""
+    try:
+        urls = metadata("sentiment-worker").get_all("Project-URL", [])
+    except PackageNotFoundError:
+        return None
+    found = (url.removeprefix("Runbook, ") for url in urls if url.startswith("Runbook, "))
+    return next((f"{url}#sentimentworkernotready" for url in found), None)
 
 
 def run(settings: RunSettings) -> int:
@@ -87,7 +97,7 @@ async def _run(settings: RunSettings) -> int:
     tracing = _tracing(settings)
     guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
     tap = Tap(_decoder(settings), texts=settings.console_texts)
-    console = Console(metrics, health, tap, shown_settings(settings), version=worker_version())
+    console = Console(metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook())
     monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
     try:
         await monitor.start()

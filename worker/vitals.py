@@ -3,7 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class Sample(NamedTuple):
     """Seconds since 1970."""
     events_per_s: float
     lag_records: float | None
+    """None also while the lag of a partition is not known, as the next one."""
     lag_s: float | None
     p50_ms: float | None
     p95_ms: float | None
@@ -54,6 +56,9 @@ class Vitals:
         self._now = now
         self._totals = deque([self._read()], maxlen=WINDOW_S + 1)
         self._stages: deque[dict[str, tuple[float, float]]] = deque(maxlen=WINDOW_S + 1)
+        self._lags: list[tuple[str, int, float]] = []  # topic, partition, records
+        self._unknown = 0  # partitions whose lag is not known
+        self._unknown_since: int | None = None
         self.history: deque[Sample] = deque(maxlen=HISTORY_S)
 
     def sample(self) -> Sample:
@@ -65,13 +70,14 @@ class Vitals:
         results = float((new.labels - old.labels).sum())
         bounds = 1000 * self._metrics.end_to_end_seconds.read()[0]
         latencies = new.latencies - old.latencies
-        lags = _values(self._metrics.lag_records)
+        self._look_at_lags()
+        is_known = self._lags and not self._unknown
         negative, neutral, positive = ((new.labels - old.labels) / (new.at - old.at)).round(2).tolist()
         sample = Sample(
             int(self._now()),
             round((new.consumed - recent.consumed) / (new.at - recent.at), 1),
-            sum(lags) if lags else None,
-            _rounded(max(_values(self._metrics.lag_seconds), default=None)),
+            self._known_lag() if is_known else None,
+            _rounded(max(_values(self._metrics.lag_seconds), default=None)) if is_known else None,
             _rounded(quantile(bounds, latencies, 0.5)),
             _rounded(quantile(bounds, latencies, 0.95)),
             negative,
@@ -81,6 +87,30 @@ class Vitals:
         )
         self.history.append(sample)
         return sample
+
+    def _look_at_lags(self) -> None:
+        """A partition whose lag is not known has no series."""
+        samples = [sample for family in self._metrics.lag_records.collect() for sample in family.samples]
+        self._lags = [(s.labels["topic"], int(s.labels["partition"]), s.value) for s in samples]
+        self._unknown = max(0, int(_values(self._metrics.assigned_partitions)[0]) - len(self._lags))
+        if not self._unknown:
+            self._unknown_since = None
+        elif self._unknown_since is None:
+            self._unknown_since = int(self._now())
+
+    def _known_lag(self) -> float:
+        return sum(records for _, _, records in self._lags)
+
+    def lag(self) -> dict[str, float | None]:
+        """At the last sample: of how many partitions the lag is not known, since when, and the sum of the others."""
+        return {"unknown": self._unknown, "since": self._unknown_since, "known": self._known_lag()}
+
+    def partitions(self) -> str:
+        """This process's partitions by topic, such as ``texts 0–3, 5``; empty while the lag of one is not known."""
+        by_topic: dict[str, list[int]] = {}
+        for topic, partition, _ in sorted(self._lags) if not self._unknown else ():
+            by_topic.setdefault(topic, []).append(partition)
+        return "; ".join(f"{topic} {ranges(numbers)}" for topic, numbers in by_topic.items())
 
     def stages_ms(self) -> dict[str, float | None]:
         """Mean time of a micro-batch in each stage since some seconds ago, as far as this was called meanwhile."""
@@ -143,6 +173,12 @@ def quantile(bounds: NDArray[np.float64], counts: NDArray[np.int64], share: floa
     below = float(bounds[place - 1]) if place else 0.0
     before = float(cumulated[place] - counts[place])
     return below + (float(bounds[place]) - below) * (share * total - before) / float(counts[place])
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words: ``0–3, 5``."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _values(metric: Counter | Gauge) -> list[float]:

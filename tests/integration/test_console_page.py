@@ -1,12 +1,13 @@
 """The console in a real browser, fed by a real worker on a real Kafka."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.broker import free_port
+from tests.broker import Broker, free_port
 from tests.browser import Browser, chromium
 from tests.process import WorkerProcess, Workers
 from tests.topics import Kafka, Record, Topics
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.kafka
 
 DEADLINE_S = 180  # a worker and a browser start on a machine that may be busy
 TOKEN = "a-token-of-these-tests"
+DOT = "return getComputedStyle(document.querySelector('#flow .dead b'), '::before').content"
 MARKUP = "<img src=x onerror=alert(1)> <b>хорошо</b>"
 
 
@@ -59,7 +61,11 @@ def test_it_shows_what_was_sent(kafka: Kafka, topics: Topics, workers: Workers, 
     label = browser.text("#results tbody tr td:nth-child(2)")
     assert label in ("negative", "neutral", "positive")
     result = json.loads(kafka.read(topics.output)[0].value or b"")
-    assert f"{result['score']:+.2f}".replace("-", "−") in browser.texts("#results tbody tr td:nth-child(3)")
+    each = ", ".join(f"{name} {value:.2f}" for name, value in result["probabilities"].items())
+    score = f"{result['score']:+.2f}".replace("-", "−")
+    assert f"{score}; {each}" in browser.texts("#results tbody tr td:nth-child(3)"), "read out with the score"
+    titles = browser.run("return [...document.querySelectorAll('#results tbody td:nth-child(3)')].map(n => n.title)")
+    assert each in titles, "shown beside the pointer"
 
     shows(browser, "[data-chart=mix] .key", f"{label} 100 %")
     drawn = browser.run("return [...document.querySelectorAll('.plot path')].map(path => path.getAttribute('d') || '')")
@@ -69,8 +75,74 @@ def test_it_shows_what_was_sent(kafka: Kafka, topics: Topics, workers: Workers, 
     )
     assert settings["group_id"] == topics.group
     assert settings["sasl_password"] == "–"
-    assert browser.text("#model").endswith("cpu · float32")
+    assert "cpu" in browser.text("#model")
+    assert "float32" in browser.text("#model")
+    assert browser.text("#host") == socket.gethostname()
+    assert browser.text("#group") == topics.group
+    assert browser.text("#partitions") == f"2: {topics.input} 0–1"
+    assert browser.text("#up").endswith((" s)", " min)"))
+    assert browser.text("#version")
     assert not browser.complaints()
+
+
+def test_the_newest_are_there_when_the_page_is_loaded_again_and_fill_their_card(
+    kafka: Kafka, topics: Topics, workers: Workers, browser: Browser
+) -> None:
+    kafka.create_all(topics, 1)
+    worker = workers.start(topics).wait_until_assigned(1)
+    look(browser, worker)
+    assert browser.run(DOT) == "none", "without a dead letter nothing is red"
+    browser.open("about:blank")
+    kafka.send(topics.input, [*(event(number) for number in range(60)), *[Record(b"{broken")] * 60])
+    wait_for(lambda: worker.metrics.outcomes == 120, "all outcomes while nobody looks", DEADLINE_S)
+    look(browser, worker)
+    wait_for(lambda: len(browser.texts("#letters tbody tr")) == 50, "the last 50 dead letters")
+    assert browser.texts("#results tbody td:nth-child(4)") == [f"e{number}" for number in range(59, 9, -1)]
+    assert browser.text("#letters tbody td:nth-child(2) .place") == f"{topics.input}-0 @ 119"
+    assert browser.run(DOT) != "none"
+    gap = browser.run("""
+        const list = document.querySelector("#results").parentElement, card = list.parentElement;
+        return card.getBoundingClientRect().bottom - list.getBoundingClientRect().bottom;
+    """)
+    assert gap < 25, "no blank below the list but the card's own padding"
+    assert not browser.complaints()
+
+
+def test_what_is_not_known_is_grey_and_says_since_when(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers, browser: Browser
+) -> None:
+    kafka = Kafka(fragile_broker.bootstrap)
+    kafka.create_all(topics, 1)
+    worker = fragile_workers.start(topics).wait_until_assigned(1)
+    look(browser, worker)
+    kafka.send(topics.input, [event(1)])
+    shows(browser, "#results tbody", "e1")
+    shows(browser, "[data-chart=lag] .value", "0")
+    colour = "return getComputedStyle(document.querySelector('[data-chart=lag] .value')).color"
+    known = browser.run(colour)
+    fragile_broker.pause()
+    shows(browser, "[data-chart=lag] .value", "Not known since ")
+    assert browser.run(colour) != known
+    shows(browser, "[data-chart=latency] .value", "No result since ")
+    shows(browser, "#flow", "lag not known, 1 partition")
+    shows(browser, "#banner", "The worker has not been ready for ", "kafka: ")
+    fragile_broker.resume()
+    wait_for(lambda: browser.text("#status") == "ready", "the page to say ready", DEADLINE_S)
+    wait_for(lambda: "Not known" not in browser.text("[data-chart=lag] .value"), "the lag", DEADLINE_S)
+    assert browser.run(colour) == known
+    assert not shown(browser, "#banner")
+    assert not browser.complaints()
+
+
+def test_a_worker_that_says_nothing_is_told_with_since_when(topics: Topics, workers: Workers, browser: Browser) -> None:
+    worker = workers.start(topics).wait_for_status("/livez", 200)
+    browser.open(worker.url)
+    shows(browser, "#status", "not ready")
+    worker.pause()
+    shows(browser, "#banner", "The worker has not answered since ")
+    assert browser.text("#status") == "no answer"
+    worker.resume()
+    shows(browser, "#banner", "The worker has not been ready for ")
 
 
 def test_texts_are_shown_as_text_where_they_are_switched_on(
@@ -101,7 +173,7 @@ def test_it_goes_on_after_a_restart_of_the_worker(
     assert not browser.complaints()
 
     assert worker.terminate() == 0
-    shows(browser, "#status", "trying again")
+    shows(browser, "#banner", "The worker has not answered since ", "The page is trying again.")
     again = workers.start(topics, http_port=port)
     wait_for(lambda: browser.text("#status") == "ready", "the new worker", DEADLINE_S)
     kafka.send(topics.input, [event(2)])
@@ -115,7 +187,14 @@ def test_it_says_why_the_worker_is_not_ready(topics: Topics, workers: Workers, b
     """Topics that are not there; and in the beginning the model that still loads."""
     worker = workers.start(topics).wait_for_status("/livez", 200)
     browser.open(worker.url)
-    shows(browser, "#status", "not ready: ", topics.input)
+    shows(browser, "#why", "topics: ", topics.input)
+    assert shown(browser, "#banner")
+    assert browser.text("#status") == "not ready"
+    assert browser.text("#state").startswith("The worker has not been ready for ")
+    assert "docs/operating.md" in browser.text("#runbook") or browser.run(
+        "return !!document.querySelector('#runbook a')"
+    )
+    assert browser.run("return document.querySelector('#why').getAttribute('role')") == "alert"
     assert browser.run("return document.querySelector('#status').getAttribute('role')") == "status"
     assert not browser.complaints()
 
@@ -131,7 +210,16 @@ def test_it_fits_every_screen_in_light_and_dark(
     shows(browser, "#status", "not ready")
     browser.run("for (const each of document.querySelectorAll('details')) each.open = true")
     assert browser.run("return document.documentElement.scrollWidth") <= width, "nothing is beyond the right edge"
+    if width < 600:
+        for narrow in (width, 390):
+            browser.emulate(width=narrow, height=800, scheme=scheme, reduced_motion=True)
+            tops = "n => Math.round((n.getBoundingClientRect().top + n.getBoundingClientRect().bottom) / 10)"
+            rows = browser.run(f"return [...document.querySelectorAll('h1, #status, #pause')].map({tops})")
+            assert len(set(rows)) == 1, "name, state and button stand in one row"
+            keys = browser.run("return [...document.querySelectorAll('.who dt')].map(n => n.getClientRects()[0].left)")
+            assert len(set(keys)) == 1, "the lines of identity stand below each other"
     assert contrast(browser, "#status") >= 4.5
+    assert contrast(browser, "#runbook") >= 4.5
     assert contrast(browser, "h2") >= 4.5
     assert contrast(browser, ".axis span") >= 4.5
     background = browser.run("return getComputedStyle(document.body).backgroundColor")
@@ -171,6 +259,10 @@ def test_a_tab_that_nobody_sees_asks_for_nothing(topics: Topics, workers: Worker
     tell = "document.dispatchEvent(new Event('visibilitychange')); return stream === null"
     assert browser.run(hide + tell, True) is True
     assert browser.run(hide + tell, False) is False
+
+
+def shown(browser: Browser, selector: str) -> bool:
+    return bool(browser.run("return document.querySelector(arguments[0]).checkVisibility()", selector))
 
 
 def contrast(browser: Browser, selector: str) -> float:

@@ -5,7 +5,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import pytest
 from aiokafka import ConsumerRecord
 
 from worker import console as console_module
-from worker.console import PAGE, PER_SECOND, Console, Tap, content_security_policy, shown_settings
+from worker.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
 from worker.events import Decoder, Failure
 from worker.guard import Guard
 from worker.health import Health
@@ -23,6 +23,7 @@ from worker.monitor import Monitor
 from worker.sentiment import Sentiment
 from worker.settings import RunSettings, load
 
+RUNBOOK = "https://docs.example/operating.md#what-to-do"
 SECRET = "a-token-that-nobody-may-see"
 GOOD = Sentiment("positive", 0.75, (0.1, 0.2, 0.85))
 BAD = Failure("decode", "invalid_json", "the value is not JSON at character 0")
@@ -42,65 +43,73 @@ def outcome(number: int, *, value: bytes | None = None, failure: Failure | None 
 
 
 def tap(*, texts: bool = False) -> Tap:
-    tap = Tap(Decoder(), texts=texts)
-    tap.is_open = True
-    return tap
+    return Tap(Decoder(), texts=texts)
+
+
+def ids(rows: Iterable[list[Any]]) -> list[str]:
+    return [row[1] for row in rows]
 
 
 # What is taken from the pipeline.
 
 
-def test_nothing_is_taken_while_nobody_looks() -> None:
-    closed = Tap(Decoder(), texts=True)
-    closed([outcome(1)])
-    assert closed.take() == ([], [])
-
-
-def test_a_result_is_told_without_its_text() -> None:
-    open_tap = tap()
-    open_tap([outcome(1)])
-    ((_, id, label, score, latency_ms, text),), letters = open_tap.take()
+def test_a_result_is_told_with_its_probabilities_and_without_its_text() -> None:
+    taker = tap()
+    taker([outcome(1)])
+    ((_, id, label, score, probabilities, latency_ms, text),), letters = taker.take()
     assert (id, label, score, text) == ("e1", "positive", 0.75, None)
+    assert probabilities == [0.1, 0.2, 0.85]
     assert latency_ms > 0
     assert not letters
-    assert open_tap.take() == ([], []), "told once"
-    assert len(open_tap.results) == 1, "kept for the next page"
+    assert taker.take() == ([], []), "told once"
+    assert len(taker.results) == 1, "kept for the next page"
 
 
 def test_a_latency_that_cannot_be_right_is_not_told() -> None:
-    open_tap = tap()
+    taker = tap()
     told = outcome(1)
-    open_tap([told._replace(record=replace(told.record, timestamp=1_795_428_000))])  # in seconds
-    ((*_, latency_ms, _),), _ = open_tap.take()
+    taker([told._replace(record=replace(told.record, timestamp=1_795_428_000))])  # in seconds
+    ((*_, latency_ms, _),), _ = taker.take()
     assert latency_ms is None
 
 
 def test_texts_are_told_where_they_are_switched_on_and_cut() -> None:
-    open_tap = tap(texts=True)
-    open_tap([outcome(1), outcome(2, value=json.dumps({"id": "e2", "text": "я" * 1_000}).encode())])
-    results, _ = open_tap.take()
-    assert results[0][5] == "текст 1"
-    assert results[1][5] == "я" * 240 + "…"
+    taker = tap(texts=True)
+    taker([outcome(1), outcome(2, value=json.dumps({"id": "e2", "text": "я" * 1_000}).encode())])
+    results, _ = taker.take()
+    assert results[0][-1] == "текст 1"
+    assert results[1][-1] == "я" * 240 + "…"
 
 
 def test_a_dead_letter_is_told_with_its_place_and_reason() -> None:
-    open_tap = tap()
-    open_tap([outcome(7, value=b"{broken", failure=BAD)])
-    results, ((_, place, stage, reason, message),) = open_tap.take()
+    taker = tap()
+    taker([outcome(7, value=b"{broken", failure=BAD)])
+    results, ((_, place, stage, reason, message),) = taker.take()
     assert not results
     assert (place, stage, reason, message) == ("texts-3 @ 7", "decode", "invalid_json", BAD.message)
 
 
-def test_a_flood_is_a_few_a_second() -> None:
-    open_tap = tap()
+def test_the_last_of_each_are_kept_however_many_come_at_once() -> None:
+    taker = tap()
     for begin in range(0, 5_000, 100):
-        open_tap([outcome(number, failure=BAD if number % 2 else None) for number in range(begin, begin + 100)])
-    results, letters = open_tap.take()
-    assert len(results) == len(letters) == PER_SECOND
-    for _ in range(50):
-        open_tap([outcome(number) for number in range(100)])
-        open_tap.take()
-    assert len(open_tap.results) == console_module.KEPT
+        taker([outcome(number, failure=BAD if number % 2 else None) for number in range(begin, begin + 100)])
+    taker.take()
+    assert ids(taker.results) == [f"e{number}" for number in range(4_900, 5_000, 2)]
+    assert ids(taker.letters) == [f"texts-3 @ {number}" for number in range(4_901, 5_001, 2)]
+    taker([outcome(number, failure=BAD) for number in range(5_000, 5_100)])
+    taker.take()
+    assert len(taker.results) == len(taker.letters) == KEPT, "failures alone drive no result out"
+
+
+def test_few_bytes_of_records_are_held_until_they_are_read() -> None:
+    taker = tap()
+    large = json.dumps({"id": "large", "text": "x", "more": "y" * (console_module.HELD_BYTES // 3)}).encode()
+    taker([outcome(number, value=large) for number in range(40)])
+    assert sum(len(record.value or b"") for record, *_ in taker._fresh_results) <= console_module.HELD_BYTES
+    taker.take()
+    assert not taker._fresh_results
+    taker([outcome(1, value=large)])
+    assert ids(taker.take()[0]) == ["large"], "the newest is told whatever its size"
 
 
 # The page.
@@ -136,7 +145,9 @@ class Server:
     def __init__(self) -> None:
         self.metrics, self.health, self.tap = Metrics("test"), Health(), Tap(Decoder(), texts=False)
         settings = load(RunSettings, [], "test", {"WORKER_HTTP_TOKEN": SECRET})
-        self.console = Console(self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3")
+        self.console = Console(
+            self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
+        )
         guard = Guard(host="127.0.0.1", token=SECRET)
         self.monitor = Monitor(self.health, self.metrics, guard, port=0, parts=[self.console])
 
@@ -189,7 +200,9 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
     server.health.hold("model", "loading")
     async with client.get(server.url + "/events") as answer:
         kind, data = await message(answer)
-        assert (kind, data["version"], data["not_ready"]) == ("hello", "1.2.3", "model: loading")
+        assert (kind, data["version"], data["not_ready"]["reason"]) == ("hello", "1.2.3", "model: loading")
+        assert (data["host"], data["runbook"]) == (socket.gethostname(), RUNBOOK)
+        assert time.time() - 60 < data["started_at"] <= time.time()
         assert data["settings"]["output_topic"] == "sentiment"
         assert SECRET not in repr(data)
         server.tap([outcome(5), outcome(6, failure=BAD)])
@@ -201,6 +214,52 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
         assert [result[1] for result in data["results"]] == ["e5"], "there at once when the page is loaded again"
         assert data["letters"][0][3] == "invalid_json"
         assert data["history"], "the last minutes too"
+
+
+async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
+    server: Server, client: aiohttp.ClientSession
+) -> None:
+    server.tap([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
+    for second in range(60):
+        server.console._show(float(second))
+    async with client.get(server.url + "/events") as answer:
+        _, data = await message(answer)
+    assert ids(data["results"]) == [f"e{number}" for number in range(10, 60)]
+    assert ids(data["letters"]) == [f"texts-3 @ {number}" for number in range(70, 120)]
+
+
+async def test_why_and_for_how_long_the_worker_is_not_ready(server: Server) -> None:
+    def not_ready_at(second: float) -> Any:
+        server.console._show(second)
+        return server.console._snapshot([], [])["not_ready"]
+
+    assert not_ready_at(1) is None
+    server.health.hold("group", "not joined yet")
+    assert not_ready_at(2) == {"reason": "group: not joined yet", "for_s": 0, "is_trouble": False}
+    server.health.trouble("kafka", "no broker answers")
+    assert not_ready_at(62.5) == {"reason": "kafka: no broker answers", "for_s": 60, "is_trouble": True}
+    server.health.well("kafka")
+    server.health.well("group")
+    assert not_ready_at(63) is None
+    server.health.trouble("kafka", "no broker answers")
+    assert not_ready_at(64)["for_s"] == 0
+
+
+async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server: Server) -> None:
+    metrics = server.metrics
+    metrics.assigned_partitions.set(3)
+    for partition in (0, 1, 4):
+        metrics.lag("texts", partition, 10, 1)
+    server.console._show(1.0)
+    snapshot = server.console._snapshot([], [])
+    assert snapshot["partitions"] == "texts 0–1, 4"
+    assert snapshot["lag"] == {"unknown": 0, "since": None, "known": 30}
+    metrics.forget_partition("texts", 1)
+    server.console._show(2.0)
+    snapshot = server.console._snapshot([], [])
+    assert (snapshot["lag"]["unknown"], snapshot["lag"]["known"]) == (1, 20)
+    assert snapshot["lag"]["since"] == pytest.approx(time.time(), abs=30)
+    assert snapshot["sample"].lag_records is None, "a part of the lag is not shown as all of it"
 
 
 async def test_viewers_are_bounded(

@@ -74,6 +74,16 @@ def test_a_reason_is_a_reason_whatever_signs_it_has(health: Health, caplog: pyte
     assert told(caplog) == [("WARNING", "100 % of %s are gone")]
 
 
+def test_what_is_wrong_is_told_apart_from_what_begins_or_ends(health: Health) -> None:
+    health.hold("model", "loading")
+    assert not health.is_in_trouble()
+    health.trouble("kafka", "no broker answers")
+    assert health.is_in_trouble()
+    health.well("kafka")
+    assert not health.is_in_trouble()
+    assert Health(lambda: "inference hangs").is_in_trouble()
+
+
 def test_being_held_is_no_trouble_and_not_told(health: Health, caplog: pytest.LogCaptureFixture) -> None:
     health.hold("model", "loading")
     assert health.why_not_ready() == "model: loading"

@@ -63,6 +63,30 @@ def test_lag_is_the_sum_of_records_and_the_oldest_age(metrics: Metrics, clock: C
     assert vitals.sample()[2:4] == (15, 7.2)
 
 
+def test_lag_is_not_known_while_that_of_one_partition_is_not(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+    metrics.assigned_partitions.set(2)
+    metrics.lag("texts", 0, 10, 1.5)
+    clock.now += 1
+    assert vitals.sample()[2:4] == (None, None)
+    clock.now += 1
+    vitals.sample()
+    assert vitals.lag() == {"unknown": 1, "since": 1_001, "known": 10}
+    assert vitals.partitions() == ""
+    metrics.lag("texts", 1, 5, 7.25)
+    clock.now += 1
+    assert vitals.sample()[2:4] == (15, 7.2)
+    assert vitals.lag() == {"unknown": 0, "since": None, "known": 15}
+    assert vitals.partitions() == "texts 0–1"
+
+
+def test_partitions_are_told_by_topic_in_runs(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+    for topic, partition in (("b", 7), ("a", 10), ("a", 2), ("a", 3), ("a", 4), ("b", 0)):
+        metrics.lag(topic, partition, 0, 0)
+    clock.now += 1
+    vitals.sample()
+    assert vitals.partitions() == "a 2–4, 10; b 0, 7"
+
+
 def test_the_history_is_bounded(clock: Clock, vitals: Vitals) -> None:
     for _ in range(HISTORY_S + 50):
         clock.now += 1
