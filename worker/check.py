@@ -77,6 +77,8 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
     if settings.tracing == "otel":
         refuse_without_the_extra()
     yield Finding("settings", "ok", "they are valid, and fit together")
+    for doubt in settings.exposures():
+        yield Finding("security", "warn", doubt)
     yield _disk()
     yield _port(settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)

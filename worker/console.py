@@ -31,7 +31,7 @@ from worker.vitals import Vitals
 log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
-VIEWERS: Final = 100
+VIEWERS: Final = 100  # at once; one more takes the place of the one that has looked for longest
 PER_SECOND: Final = 8  # results shown, and dead letters: more could not be read
 PER_BATCH: Final = 4  # so that a second's results are not all of its first micro-batch
 KEPT: Final = 40
@@ -124,7 +124,7 @@ class Console:
             "version": version,
             "page": hashlib.sha256(self._page).hexdigest()[:12],
         }
-        self._viewers = 0
+        self._viewers: dict[asyncio.Transport, None] = {}  # oldest first
         self._second = b""
         self._everything: bytes | None = None
         self._next = asyncio.Event()
@@ -197,28 +197,29 @@ class Console:
         return web.Response(body=self._page, headers=headers)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        if self._viewers >= VIEWERS:
-            return web.Response(text=f"{VIEWERS} others are looking; close one of them\n", status=503)
-        self._viewers += 1
+        transport = request.transport
+        if transport is None:
+            return web.Response()  # it has gone
+        if len(self._viewers) >= VIEWERS:
+            oldest = next(iter(self._viewers))
+            del self._viewers[oldest]
+            oldest.abort()
+        self._viewers[transport] = None
         self._tap.is_open = True
         try:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
             await response.prepare(request)
-            await self._send(request, response)
+            await self._send(transport, response)
         except ConnectionError:
             pass  # it has gone
         except TimeoutError:
-            if request.transport:
-                request.transport.abort()
+            transport.abort()
         finally:
-            self._viewers -= 1
+            self._viewers.pop(transport, None)
         return response
 
-    async def _send(self, request: web.Request, response: web.StreamResponse) -> None:
+    async def _send(self, transport: asyncio.Transport, response: web.StreamResponse) -> None:
         """Everything, then second after second. Raises ConnectionError, TimeoutError where nothing is taken."""
-        transport = request.transport
-        if transport is None:
-            return
         transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, SOCKET_BYTES)
         coming = self._next
         await within(STUCK_S, response.write(self._hello()))
