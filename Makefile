@@ -79,10 +79,13 @@ image:
 image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
-# What is generated in deploy/: the dashboard, and the rules as the Prometheus operator wants them.
+# What is generated in deploy/: the dashboard, the alerts' links, and the rules as the Prometheus operator wants them.
+# RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none.
+RUNBOOK ?= https://git.example/sentiment-worker/blob/main/docs/operating.md
 RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
+	sed -i.old 's|runbook_url: [^#]*#|runbook_url: $(RUNBOOK)#|' deploy/prometheus/rules.yaml && rm deploy/prometheus/rules.yaml.old
 	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
 	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
 

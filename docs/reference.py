@@ -186,13 +186,13 @@ READING: Final[dict[str, dict[str, str]]] = {
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or are read once more. See the log.",
         "duplicates_possible_total": "That many results may be there twice. With exactly-once always 0.",
+        "http_refusals_total": "`wrong_token`: somebody guesses, or has an old one; the log says who. `host`: a name that is "
+        "not in `http_names`. `cross_site`: another site's page in somebody's browser. `no_token`: none was given; each "
+        "browser begins so.",
         "kafka_errors_total": "A few at a broker's restart are well. A steady rate is not; the log says why, once.",
     },
     "What is in use?": {
         "model_info": "Always 1; the labels are what it is for. Two values of `revision` in a group: a reload is half done.",
-        "http_refusals_total": "`wrong_token`: somebody guesses, or has an old one; the log says who. `host`: a name that is not "
-        "in `http_names`. `cross_site`: another site's page in somebody's browser. `no_token` a browser makes before it asks "
-        "for the token.",
         "http_changes_total": "Each has a line in the log that says who asked.",
         "model_reloads_total": "`failed` above 0: the old model goes on, and the log says why.",
         "inference_device_memory_bytes": "Of a GPU that several processes share, each shows its own.",
