@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -50,12 +51,14 @@ def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str)
         env={**os.environ, "WORKER_SASL_PASSWORD": "hunter2"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    said = ""
+    said, deadline = "", threading.Timer(60, started.kill)
+    deadline.start()
     assert started.stdout
     for line in started.stdout:
         said += line
         if "http_token_for=all" in line:
             break
+    deadline.cancel()
     started.kill()
     started.communicate(timeout=60)
     assert "whoever is on the way to the brokers reads the password and every record; use SASL_SSL" in said
