@@ -1,7 +1,8 @@
 # The worker as an image, made from the lock. Two targets:
 #   docker build --target cpu  --tag sentiment-worker:cpu .
 #   docker build --target cuda --tag sentiment-worker:cuda .
-# BASE is any image with a shell, Python 3.11 or newer with its venv module, and CA certificates.
+# BASE is any image with a shell, Python 3.11 or newer with its venv module, and CA certificates. A tag is whatever it is today:
+# pin it by --build-arg BASE=python:3.11-slim-bookworm@sha256:…, with the digest that your registry gives.
 # Docker's classic builder makes every stage above the target, hence the small one first.
 ARG BASE=python:3.11-slim-bookworm
 
@@ -19,15 +20,17 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY worker worker
 RUN uv build --wheel --require-hashes --build-constraints requirements/torch.txt && uv pip install --no-deps dist/*.whl
 
-# torch's CPU build has no lock of its own: the same version, from a channel with other hashes. Where that cannot be
-# reached the plain package does the same, and brings CUDA's libraries, for without them it cannot be imported.
+# torch's CPU build is the one package that no hash is checked of: the locked version, but from torch's own channel, whose
+# files have other hashes. With --build-arg TORCH=locked, or where that cannot be reached, the plain package is taken by its
+# hash. It does the same, and brings CUDA's libraries, for without them it cannot be imported.
 # triton is the compiler behind torch.compile, which the worker does not use.
 FROM tools AS packages-cpu
+ARG TORCH=cpu
 COPY requirements/onnx.txt requirements/torch.txt requirements/
 RUN uv pip install --require-hashes -r requirements/onnx.txt
 RUN echo triton >unused && version=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt) && \
-    { uv pip install --torch-backend=cpu --constraint requirements/torch.txt "torch==$version" || \
-      { echo "torch's CPU channel cannot be reached; taking the plain package" && \
+    { { [ "$TORCH" = cpu ] && uv pip install --torch-backend=cpu --constraint requirements/torch.txt "torch==$version"; } || \
+      { echo "taking torch's plain package: TORCH=$TORCH, or its CPU channel cannot be reached" && \
         uv pip install --require-hashes --excludes unused -r requirements/torch.txt; }; } && \
     rm -rf /opt/worker/lib/python3*/site-packages/torch/include && /opt/worker/bin/python -c 'import torch'
 

@@ -34,7 +34,7 @@ chaos: $(INSTALLED)
 
 # Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
 fuzz: $(INSTALLED)
-	$(UV) 'atheris>=3'
+	$(UV) --require-hashes -r requirements/fuzz.txt
 	mkdir -p .fuzz
 	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \
 	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
@@ -60,8 +60,9 @@ check: $(INSTALLED)
 
 # Known vulnerabilities of every locked package, by the advisories of PyPI; one that cannot be looked up is a failure too.
 audit: $(BIN)/uv
-	for lock in runtime torch dev bench uv; do \
-	  $(BIN)/uv tool run pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r requirements/$$lock.txt || exit 1; done
+	$(UV) --require-hashes -r requirements/audit.txt
+	for lock in requirements/*.txt; do \
+	  $(BIN)/pip-audit --strict --progress-spinner off --disable-pip --require-hashes -r $$lock || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -79,10 +80,13 @@ image:
 image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
-# What is generated in deploy/: the dashboard, and the rules as the Prometheus operator wants them.
+# What is generated in deploy/: the dashboard, the alerts' links, and the rules as the Prometheus operator wants them.
+# RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none.
+RUNBOOK ?= https://git.example/sentiment-worker/blob/main/docs/operating.md
 RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
+	sed -i.old 's|runbook_url: [^#]*#|runbook_url: $(RUNBOOK)#|' deploy/prometheus/rules.yaml && rm deploy/prometheus/rules.yaml.old
 	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
 	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
 

@@ -100,7 +100,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "inference_timeout_s",
     ),
     "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size", "max_unpacked_bytes"),
-    "HTTP and console": ("http_host", "http_port", "http_token", "http_token_for", "console_texts"),
+    "HTTP and console": ("http_host", "http_port", "http_names", "http_token", "http_token_for", "console_texts"),
     "Logs, traces and settings": ("log_level", "log_format", "tracing", "config"),
 }
 OTHERS: Final = "Others"
@@ -191,10 +191,14 @@ READING: Final[dict[str, dict[str, str]]] = {
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or are read once more. See the log.",
         "duplicates_possible_total": "That many results may be there twice. With exactly-once always 0.",
+        "http_refusals_total": "`wrong_token`: somebody guesses, or has an old one; the log says who. `host`: a name that is "
+        "not in `http_names`. `cross_site`: another site's page in somebody's browser. `no_token`: none was given; each "
+        "browser begins so.",
         "kafka_errors_total": "A few at a broker's restart are well. A steady rate is not; the log says why, once.",
     },
     "What is in use?": {
         "model_info": "Always 1; the labels are what it is for. Two values of `revision` in a group: a reload is half done.",
+        "http_changes_total": "Each has a line in the log that says who asked.",
         "model_reloads_total": "`failed` above 0: the old model goes on, and the log says why.",
         "inference_device_memory_bytes": "Of a GPU that several processes share, each shows its own.",
         "build_info": "Always 1; `version` is what it is for.",

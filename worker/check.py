@@ -101,6 +101,8 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
         wrong.append(_wrong("settings", error))
     for finding in wrong or [Finding("settings", "ok", "they are valid, and fit together")]:
         yield finding
+    for doubt in settings.exposures():
+        yield Finding("security", "warn", doubt)
     yield _disk()
     yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)

@@ -31,7 +31,7 @@ from worker.vitals import Vitals
 log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
-VIEWERS: Final = 100
+VIEWERS: Final = 100  # at once; one more takes the place of the one that has looked for longest
 KEPT: Final = 50  # newest results, and dead letters
 HELD_BYTES: Final = 2**20  # of records, for a second at most
 STUCK_S: Final = 30  # a client that takes nothing for so long is dropped
@@ -138,7 +138,7 @@ class Console:
             "runbook": runbook,
             "page": hashlib.sha256(self._page).hexdigest()[:12],
         }
-        self._viewers = 0
+        self._viewers: dict[asyncio.Transport, None] = {}  # oldest first
         self._second = b""
         self._everything: bytes | None = None
         self._next = asyncio.Event()
@@ -224,27 +224,28 @@ class Console:
         return web.Response(body=self._page, headers=headers)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        if self._viewers >= VIEWERS:
-            return web.Response(text=f"{VIEWERS} others are looking; close one of them\n", status=503)
-        self._viewers += 1
+        transport = request.transport
+        if transport is None:
+            return web.Response()  # it has gone
+        if len(self._viewers) >= VIEWERS:
+            oldest = next(iter(self._viewers))
+            del self._viewers[oldest]
+            oldest.abort()
+        self._viewers[transport] = None
         try:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
             await response.prepare(request)
-            await self._send(request, response)
+            await self._send(transport, response)
         except ConnectionError:
             pass  # it has gone
         except TimeoutError:
-            if request.transport:
-                request.transport.abort()
+            transport.abort()
         finally:
-            self._viewers -= 1
+            self._viewers.pop(transport, None)
         return response
 
-    async def _send(self, request: web.Request, response: web.StreamResponse) -> None:
+    async def _send(self, transport: asyncio.Transport, response: web.StreamResponse) -> None:
         """Everything, then second after second. Raises ConnectionError, TimeoutError where nothing is taken."""
-        transport = request.transport
-        if transport is None:
-            return
         transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, SOCKET_BYTES)
         coming = self._next
         await within(STUCK_S, response.write(self._hello()))

@@ -2,14 +2,17 @@
 
 import asyncio
 import hmac
-import ipaddress
 import logging
+import math
 from base64 import b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 
 from aiohttp import web, web_response
+
+from worker.metrics import Metrics, Refusal
+from worker.settings import ip_address
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,7 @@ HEADERS: Final = 64
 BODY_BYTES: Final = 16_384
 IDLE_S: Final = 10  # without a whole request: an idle connection, or one that sends a header's byte now and then
 BODY_S: Final = 5  # for the body to arrive
+TOLD_S: Final = 10  # a line for refusals of one kind at most so often: who guesses tokens should not fill the log
 PROBES: Final = ("/livez", "/readyz")
 READING: Final = ("GET", "HEAD")
 
@@ -29,6 +33,7 @@ READING: Final = ("GET", "HEAD")
 HEADERS_OF_ANSWERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -43,19 +48,28 @@ class Guard:
     exists only where a route for it was added, and always needs the token: without one it is refused. Browsers give the
     token as the password of HTTP's basic login, which counts for reading alone, since they send it unasked from other
     sites' pages too.
+
+    Whatever the address, only requests for localhost, an IP address, ``host`` or one of ``names`` are answered: a page
+    whose own name was turned to this address sends that name. A browser says of a request whether another site's page
+    made it; those are refused.
     """
 
-    def __init__(self, *, host: str, token: str | None = None, token_for: TokenFor = "changes") -> None:
+    def __init__(
+        self, *, host: str, names: Sequence[str] = (), token: str | None = None, token_for: TokenFor = "changes"
+    ) -> None:
         self._host = host
-        self._is_local = _is_loopback(host)
+        self._names = {name.lower() for name in ("localhost", host, *names)}
         self._token = token.encode() if token else None
         self._token_for = token_for
         self._open: dict[_Connection, asyncio.Transport] = {}
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
+        self._metrics: Metrics  # the application's
+        self._told: dict[Refusal, float] = {}  # when its last line was written
 
-    def application(self) -> web.Application:
-        """An application that asks this guard about each request; add routes to it."""
+    def application(self, metrics: Metrics) -> web.Application:
+        """An application that asks this guard about each request, and counts what is refused; add routes to it."""
+        self._metrics = metrics
         app = web.Application(middlewares=[self._check], client_max_size=BODY_BYTES)
         app.on_response_prepare.append(_add_headers)
         return app
@@ -93,10 +107,14 @@ class Guard:
 
     @web.middleware
     async def _check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._is_local and not self._is_meant(request.headers.get("Host")):
+        if not self._is_meant(request.headers.get("Host")):
+            self._refused(request, "host")
             raise web.HTTPMisdirectedRequest(
-                text="this address answers to localhost, to IP addresses, and to the name in http_host\n"
+                text="this answers to localhost, to IP addresses, and to the names in http_host and http_names\n"
             )
+        if request.headers.get("Sec-Fetch-Site") == "cross-site":
+            self._refused(request, "cross_site")
+            raise web.HTTPForbidden(text="another site's page asked for this: open it by its address instead\n")
         if request.method in READING:
             if self._token_for == "all" and request.path not in PROBES:
                 self._refuse_without_token(request, "Bearer", "Basic")
@@ -104,6 +122,8 @@ class Guard:
         if request.match_info.http_exception is not None:
             raise web.HTTPMethodNotAllowed(request.method, READING)
         self._refuse_without_token(request, "Bearer")
+        self._metrics.http_changes.inc()
+        log.info("accepted a request that changes something", extra=_who(request))
         await _body(request)
         return await handler(request)
 
@@ -112,14 +132,26 @@ class Guard:
         if host is None:
             return True
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        return name.strip("[]").lower() in ("localhost", self._host.lower()) or _address(name) is not None
+        return name.strip("[]").lower() in self._names or ip_address(name) is not None
+
+    def _refused(self, request: web.Request, why: Refusal) -> None:
+        """Counts it, and tells of it where none of this kind was told of just now."""
+        self._metrics.http_refusals.labels(why).inc()
+        now = asyncio.get_running_loop().time()
+        if now - self._told.get(why, -math.inf) >= TOLD_S:
+            self._told[why] = now
+            level = logging.DEBUG if why == "no_token" else logging.WARNING  # each browser begins without one
+            log.log(level, "refused a request", extra={"reason": why, **_who(request)})
 
     def _refuse_without_token(self, request: web.Request, *schemes: str) -> None:
+        why: Refusal = "wrong_token" if "Authorization" in request.headers else "no_token"
         if self._token is None:
+            self._refused(request, why)
             raise web.HTTPForbidden(text="this needs http_token, which is not set: see WORKER_HTTP_TOKEN_FILE\n")
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if scheme.title() in schemes and hmac.compare_digest(_token(scheme, given), self._token):
             return
+        self._refused(request, why)
         refusal = web.HTTPUnauthorized(text="this needs the token that http_token holds\n")
         for wanted in schemes:
             refusal.headers.add("WWW-Authenticate", f'{wanted} realm="sentiment-worker"')
@@ -192,13 +224,7 @@ def _token(scheme: str, given: str) -> bytes:
         return b""
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return None
-
-
-def _is_loopback(host: str) -> bool:
-    address = _address(host)
-    return address.is_loopback if address else host.lower() == "localhost"
+def _who(request: web.Request) -> dict[str, str | None]:
+    """Who asked for what; of the path only what is a route's, for any other may hold a secret."""
+    resource = request.match_info.route.resource
+    return {"peer": request.remote, "method": request.method, "path": resource.canonical if resource else None}

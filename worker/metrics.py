@@ -2,7 +2,7 @@
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from worker.sentiment import LABELS
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
+Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -144,6 +145,12 @@ class Metrics:
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge("model_info", "The loaded model", ["model", "revision", "device", "dtype"])
         self.reloads = counter("model_reloads_total", "Checkpoints loaded in the place of another", ["outcome"])
+        self.http_refusals = counter(
+            "http_refusals_total",
+            "HTTP requests refused: with no token or a wrong one, for another host's name, by another site's page",
+            ["reason"],
+        )
+        self.http_changes = counter("http_changes_total", "HTTP requests accepted that change something: reloads")
         gauge("build_info", "This build", ["version"]).labels(version).set(1)
         self._start_at_zero()
 
@@ -153,6 +160,8 @@ class Metrics:
             self.results_published.labels(label)
         for outcome in ("done", "failed"):
             self.reloads.labels(outcome)
+        for refusal in get_args(Refusal):
+            self.http_refusals.labels(refusal)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
         for operation in OPERATIONS:

@@ -26,7 +26,7 @@ class Monitor:
         self._guard = guard
         self._health = health
         self._metrics = metrics
-        app = self._app = guard.application()
+        app = self._app = guard.application(metrics)
         app.router.add_get("/metrics", self._answer_metrics)
         app.router.add_get("/livez", self._answer_livez)
         app.router.add_get("/readyz", self._answer_readyz)

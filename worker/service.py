@@ -24,7 +24,7 @@ from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
-from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, text_fields
+from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names, text_fields
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
@@ -95,7 +95,12 @@ async def _run(settings: RunSettings) -> int:
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
     tracing = _tracing(settings)
-    guard = Guard(host=settings.http_host, token=revealed(settings.http_token), token_for=settings.http_token_for)
+    guard = Guard(
+        host=settings.http_host,
+        names=split_names(settings.http_names or ""),
+        token=revealed(settings.http_token),
+        token_for=settings.http_token_for,
+    )
     tap = Tap(_decoder(settings), texts=settings.console_texts)
     console = Console(metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook())
     monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
@@ -110,6 +115,8 @@ async def _run(settings: RunSettings) -> int:
         "serving the console, /metrics, /livez and /readyz",
         extra={"address": f"http://{settings.http_host}:{monitor.port}"},
     )
+    for doubt in settings.exposures():
+        log.warning("%s", doubt)
     stop = _on_signals(reloader)
     try:
         return await _work(settings, metrics, inference, health, tap, stop, tracing)

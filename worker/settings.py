@@ -5,11 +5,12 @@ come from the environment alone, or from the file that ``WORKER_…_FILE`` names
 """
 
 import difflib
+import ipaddress
 import os
 import re
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar, get_args
@@ -50,6 +51,7 @@ PORT = re.compile(r"[0-9]{1,5}")
 PROTOCOL = re.compile(r"[A-Za-z_]+://")
 NEGATIVE = re.compile(r"-[.0-9]")  # numbers, in the place of flags
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
@@ -117,6 +119,25 @@ def _once(names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         if name in names[:place]:
             raise ValueError(f"it should name each one once, and {name} is there twice")
+
+
+def _host_names(value: str) -> str:
+    if not all(HOST_NAME.fullmatch(name) for name in split_names(_names(value))):
+        raise ValueError("it should be names of hosts without a port, separated by commas")
+    return value
+
+
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name. An IPv6 address may stand in brackets."""
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = ip_address(host)
+    return address.is_loopback if address else host.lower() == "localhost"
 
 
 def _servers(value: str) -> str:
@@ -253,6 +274,7 @@ Topic = Annotated[str, AfterValidator(_topic)]
 Topics = Annotated[str, AfterValidator(_topics)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 TextFields = Annotated[str, AfterValidator(_text_fields)]
+HostNames = Annotated[str, AfterValidator(_host_names)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 
@@ -501,6 +523,11 @@ class RunSettings(ModelSettings, EventSettings):
         "127.0.0.1", description="address for the console, /metrics, /livez, /readyz"
     )
     http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
+    http_names: HostNames | None = Field(
+        None,
+        description="names by which browsers and clients may ask for it, beside localhost and IP addresses: a service's, "
+        "an Ingress's or a proxy's, separated by commas",
+    )
     http_token: CliSuppress[Annotated[SecretStr, AfterValidator(_http_token)] | None] = None
     http_token_for: Literal["changes", "all"] = Field(
         "changes",
@@ -519,6 +546,22 @@ class RunSettings(ModelSettings, EventSettings):
     def topics(self) -> tuple[str, ...]:
         """The input topics that are named; none where there is a pattern."""
         return split_names(self.input_topics or "")
+
+    def exposures(self) -> Iterator[str]:
+        """A sentence for each thing that these settings leave open to others on the network."""
+        if self.security_protocol == "SASL_PLAINTEXT":
+            seen = "the password and every record" if self.sasl_mechanism == "PLAIN" else "every record"
+            yield (
+                "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
+                f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
+            )
+        is_open = self.http_token is None or (self.console_texts and self.http_token_for != "all")
+        if is_open and not _is_loopback(self.http_host):
+            seen = "results with their texts" if self.console_texts else "results"
+            yield (
+                f"http_host {self.http_host} answers other machines without a token: whoever reaches the port reads "
+                f"metrics, settings and {seen}; set http_token and http_token_for=all, or let only those in who may"
+            )
 
     def reads(self, topic: str) -> bool:
         """Whether a topic is one of the input's."""

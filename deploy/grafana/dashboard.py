@@ -60,6 +60,7 @@ BELOW_THE_LAST: Final = 'le!~"1[.]0|[+]Inf"'
 IN_TIME: Final = 'le="5.0"'
 MEAN_SCORE: Final = f"0.95 - 0.1 * {total(rate('score_bucket', BELOW_THE_LAST))} / {total(rate('score_count'))}"
 LATE: Final = f"1 - {total(rate('end_to_end_seconds_bucket', IN_TIME))} / {total(rate('end_to_end_seconds_count'))}"
+CHOSEN_START: Final = metric("ready").replace("sentiment_worker_ready", "process_start_time_seconds")
 DEAD_LETTER_SHARE: Final = f"{total(rate('dead_letters_total'))} / {total(rate('records_consumed_total'))}"
 
 
@@ -344,6 +345,21 @@ def what_goes_wrong() -> Sequence[timeseries.Panel]:
             },
             "Both should be 0 but for crashes.",
             third=True,
+        ),
+        chart(
+            "Restarts",
+            "short",
+            {"{{instance}}": f"changes({CHOSEN_START}[$__rate_interval])"},
+            "Of a process at the same address. Its log's last line and its exit code say why.",
+        ),
+        chart(
+            "HTTP requests refused, and changes accepted",
+            "short",
+            {
+                "{{reason}}": total(f"increase({metric('http_refusals_total')}[$__rate_interval])", "reason"),
+                "changes accepted": total(f"increase({metric('http_changes_total')}[$__rate_interval])"),
+            },
+            "The log says who asked.",
         ),
     )
 

@@ -1,6 +1,7 @@
 """The overlays: valid for the API, and what the worker needs of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,42 @@ def test_a_gpu_is_asked_for_and_used() -> None:
 def test_the_cache_is_where_the_image_writes() -> None:
     dockerfile = (DEPLOY.parent / "Dockerfile").read_text()
     for overlay in OVERLAYS:
-        (mount,) = container(overlay)["volumeMounts"]
+        (mount,) = [mount for mount in container(overlay)["volumeMounts"] if mount["name"] == "cache"]
         assert f"VOLUME {mount['mountPath']}\n" in dockerfile
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_secrets_are_files_that_the_settings_to_uncomment_name(overlay: str, tmp_path: Path) -> None:
+    assert not [variable for variable in container(overlay)["env"] if "secretKeyRef" in variable.get("valueFrom", {})]
+    (mount,) = [mount for mount in container(overlay)["volumeMounts"] if mount["name"] == "secrets"]
+    (volume,) = [volume for volume in pod(overlay)["volumes"] if volume["name"] == "secrets"]
+    assert mount["readOnly"]
+    for source in volume["projected"]["sources"]:
+        assert source["secret"]["optional"], "a cluster whose brokers want no login has none"
+        for item in source["secret"]["items"]:
+            (tmp_path / item["path"]).write_text("a-secret-of-nobody-here\n")
+    text = (DEPLOY / "kubernetes" / "base" / "settings.env").read_text()
+    shown = dict(re.findall(r"^# (WORKER_\w+)=(\S+)$", text, re.MULTILINE))
+    assert {"WORKER_SASL_PASSWORD_FILE", "WORKER_HTTP_TOKEN_FILE", "WORKER_HTTP_NAMES"} <= shown.keys()
+    here = {name: value.replace(mount["mountPath"], str(tmp_path)) for name, value in shown.items()}
+    used = load(RunSettings, (), "run", settings_of_the_pod(overlay) | here)
+    assert list(used.exposures()) == []
+    assert used.sasl_password
+    assert used.sasl_password.get_secret_value() == "a-secret-of-nobody-here"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_pod_may_reach_dns_and_the_brokers_and_nobody_else(overlay: str) -> None:
+    reached = {}
+    for rule in the("NetworkPolicy", overlay)["spec"]["egress"]:
+        for place in rule["to"]:
+            namespace = place["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+            reached[namespace] = [(port["port"], port.get("endPort", port["port"])) for port in rule["ports"]]
+    (broker,) = settings(overlay).bootstrap_servers.split(",")
+    host, port = broker.split(":")
+    ((lowest, highest),) = reached.pop(host.split(".")[1])
+    assert lowest <= int(port) <= highest
+    assert reached == {"kube-system": [(53, 53), (53, 53)]}
 
 
 def test_the_operators_rules_are_prometheus_rules() -> None:

@@ -33,6 +33,11 @@ def test_compose() -> None:
     assert float(worker["stop_grace_period"].removesuffix("s")) > settings.drain_timeout_s
 
 
+def test_compose_lets_no_service_take_the_machine() -> None:
+    for name, service in read(DEPLOY / "compose.yaml")["services"].items():
+        assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}, name
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kubernetes(overlay: str) -> None:
     (command, *flags) = container(overlay)["args"]

@@ -262,15 +262,18 @@ async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server
     assert snapshot["sample"].lag_records is None, "a part of the lag is not shown as all of it"
 
 
-async def test_viewers_are_bounded(
+async def test_one_viewer_too_many_takes_the_place_of_the_oldest(
     server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console_module, "VIEWERS", 2)
-    async with client.get(server.url + "/events"), client.get(server.url + "/events"):
-        async with client.get(server.url + "/events") as answer:
-            assert answer.status == 503
-        async with client.get(server.url + "/livez") as answer:
-            assert answer.status == 200
+    async with client.get(server.url + "/events") as oldest, client.get(server.url + "/events") as second:
+        assert (await message(oldest))[0] == (await message(second))[0] == "hello"
+        async with client.get(server.url + "/events") as newest:
+            assert (await message(newest))[0] == "hello"
+            with pytest.raises(aiohttp.ClientError):
+                await oldest.read()
+            assert (await message(second))[0] == (await message(newest))[0] == "second"
+            assert len(server.console._viewers) == 2
 
 
 async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +299,10 @@ async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nob
         async with client.get(server.url + "/events") as answer:
             await message(answer)
             async with asyncio.timeout(30):
-                while server.console._viewers < 2:
+                while len(server.console._viewers) < 2:
                     server.console._show(0.0)
                     await message(answer)
-                while server.console._viewers == 2:
+                while len(server.console._viewers) == 2:
                     server.console._show(0.0)
                     assert (await message(answer))[0] == "second", "who reads goes on"
             server.console._show(0.0)

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import gzip
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -64,11 +64,18 @@ class Client:
 class Server:
     """A monitor as the worker has it, with a route that changes something beside."""
 
-    def __init__(self, host: str = "127.0.0.1", token: str | None = None, token_for: TokenFor = "changes") -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+        token_for: TokenFor = "changes",
+        names: Sequence[str] = (),
+    ) -> None:
         health = Health()
-        guard = Guard(host=host, token=token, token_for=token_for)
+        guard = Guard(host=host, names=names, token=token, token_for=token_for)
         self.changes: list[bytes] = []
-        self._monitor = Monitor(health, Metrics("test"), guard, port=0)
+        self.metrics = Metrics("test")
+        self._monitor = Monitor(health, self.metrics, guard, port=0)
         self._monitor._app.router.add_post("/change", self._change)
         self._monitor._app.router.add_get("/much", self._much)
         self._clients: list[Client] = []
@@ -79,6 +86,10 @@ class Server:
 
     async def _much(self, _: web.Request) -> web.Response:
         return web.Response(body=bytes(1_000_000))
+
+    def refusals(self, reason: str) -> float:
+        (counter,) = self.metrics.http_refusals.labels(reason).collect()
+        return counter.samples[0].value
 
     async def start(self) -> "Server":
         await self._monitor.start()
@@ -182,6 +193,7 @@ async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: 
         assert answer.headers["Server"] == "sentiment-worker"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
     client = await server.connect()
     await client.send(b"<b>no HTTP at all\r\n\r\n")
@@ -271,12 +283,35 @@ async def test_this_machines_own_names_are_answered(server: Server, host: str) -
     assert (await server.ask("GET", "/metrics", {"Host": host})).status == 200
 
 
-async def test_an_address_for_others_has_any_name() -> None:
-    server = await Server(host="0.0.0.0").start()
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 421),
+        ("10.1.2.3:8080", 200),  # as Prometheus and the kubelet ask a pod
+        ("localhost:8080", 200),  # through a port that is forwarded
+        ("worker.example", 200),
+        ("Sentiment-Worker.prod.svc:8080", 200),
+        ("other.worker.example", 421),
+    ],
+)
+async def test_an_address_for_others_has_the_names_that_are_set(host: str, status: int) -> None:
+    server = await Server(host="0.0.0.0", names=["worker.example", "sentiment-worker.prod.svc"]).start()
     try:
-        assert (await server.ask("GET", "/metrics", {"Host": "worker.example"})).status == 200
+        assert (await server.ask("GET", "/metrics", {"Host": host})).status == status
+        assert server.refusals("host") == (status == 421)
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/change"])
+async def test_what_another_sites_page_asks_for_is_refused(guarded: Server, path: str) -> None:
+    method = "POST" if path == "/change" else "GET"
+    answer = await guarded.ask(method, path, {**BEARER, "Sec-Fetch-Site": "cross-site"})
+    assert answer.status == 403
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert guarded.refusals("cross_site") == 1
+    for site in ("same-origin", "same-site", "none"):
+        assert (await guarded.ask(method, path, {**BEARER, "Sec-Fetch-Site": site})).status == 200
 
 
 # --- Sizes ---
@@ -393,7 +428,29 @@ async def test_clients_that_do_not_read_keep_nobody_out(server: Server) -> None:
     assert (await server.ask("GET", "/readyz")).status == 200
 
 
-# --- What is logged ---
+# --- What is logged and counted ---
+
+
+async def test_wrong_tokens_are_counted_and_told_with_who_gave_them(
+    guarded: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        await guarded.ask("POST", "/change", {"Authorization": "Bearer a-wrong-token-of-somebody"})
+    await guarded.ask("POST", "/change")
+    assert (guarded.refusals("wrong_token"), guarded.refusals("no_token")) == (3, 1)
+    (told,) = [record for record in caplog.records if record.levelno >= logging.WARNING]  # not one for each guess
+    assert (vars(told)["reason"], vars(told)["peer"], vars(told)["path"]) == ("wrong_token", "127.0.0.1", "/change")
+    assert "a-wrong-token" not in caplog.text
+
+
+async def test_accepted_changes_are_counted_and_told_with_who_asked(
+    guarded: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await guarded.ask("POST", "/change", BEARER, b"x")
+    assert b"sentiment_worker_http_changes_total 1.0" in guarded.metrics.text()
+    (told,) = [record for record in caplog.records if record.name == "worker.guard"]
+    assert (vars(told)["peer"], vars(told)["method"], vars(told)["path"]) == ("127.0.0.1", "POST", "/change")
 
 
 async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.LogCaptureFixture) -> None:

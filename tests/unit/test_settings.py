@@ -85,7 +85,7 @@ TABLE = {
 }
 NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
-    "result_timestamp", "on_null_text",
+    "result_timestamp", "on_null_text", "http_names",
 }  # fmt: skip
 
 
@@ -355,6 +355,9 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("inference_timeout_s", "nan", "a finite number"),
     ("drain_timeout_s", "-5", "greater than 0"),
     ("drain_timeout_s", "inf", "a finite number"),
+    ("http_names", "worker.example:8080", "hosts without a port"),
+    ("http_names", "https://worker.example", "hosts without a port"),
+    ("http_names", "*", "hosts without a port"),
     ("http_port", "65536", "less than or equal to 65535"),
     ("http_port", "true", "a whole number, not true"),
     ("linger_ms", "false", "a number, not false"),
@@ -841,3 +844,38 @@ def test_moments_are_in_utc_or_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [moment_ms(ago) for ago in ("90s", "30m", "2h", "7d")] == [
         ten - seconds * 1000 for seconds in (90, 1_800, 7_200, 604_800)
     ]
+
+
+# --- What is left open ---
+
+TOKEN = {"WORKER_HTTP_TOKEN": "a-token-of-nobody-here"}
+LOGIN = {"WORKER_SASL_USERNAME": "worker", "WORKER_SASL_PASSWORD": "hunter2"}
+OPEN = ("--http-host=0.0.0.0",)
+PLAIN = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=PLAIN")
+SCRAM = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=SCRAM-SHA-512")
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "told"),
+    [
+        ((), {}, []),
+        (("--http-host=::1",), {}, []),
+        (("--http-host=localhost",), {}, []),
+        (OPEN, {}, ["without a token"]),
+        (("--http-host=worker.example",), {}, ["without a token"]),
+        (OPEN, TOKEN, []),
+        ((*OPEN, "--console-texts"), TOKEN, ["results with their texts"]),
+        ((*OPEN, "--console-texts", "--http-token-for=all"), TOKEN, []),
+        (PLAIN, LOGIN, ["reads the password and every record"]),
+        (SCRAM, LOGIN, ["reads every record"]),
+        (("--security-protocol=SASL_SSL", "--sasl-mechanism=PLAIN"), LOGIN, []),
+        ((*PLAIN, *OPEN), LOGIN, ["use SASL_SSL", "http_token_for=all"]),
+    ],
+)
+def test_what_is_left_open_to_others_is_told(
+    flags: tuple[str, ...], variables: dict[str, str], told: list[str]
+) -> None:
+    said = list(load(RunSettings, flags, "run", variables).exposures())
+    assert len(said) == len(told)
+    assert all(part in sentence for part, sentence in zip(told, said, strict=True))
+    assert "hunter2" not in repr(said)
