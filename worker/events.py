@@ -680,12 +680,13 @@ def _object(value: bytes) -> dict[str, Any] | Failure:
 
 def _unreadable(value: bytes, position: int) -> Failure:
     begin = _beginning(value)
-    is_json_behind = value[_FRAME:].lstrip().startswith((b"{", b"["))
+    # Of a frame in front of JSON the id may be no UTF-8; that a producer's letters have one reason should not hang on it.
+    is_framed = value.startswith(b"\0") and value[_FRAME:].lstrip().startswith((b"{", b"["))
+    skipped = _FRAME if is_framed else 0
     try:
-        if not (begin and is_json_behind):  # of a frame in front of JSON, too, the id may look like no UTF-8
-            value.decode()
+        value[skipped:].decode()
     except UnicodeDecodeError as error:
-        return _failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}{begin}")
+        return _failure("invalid_utf8", f"the value is not UTF-8 at byte {skipped + error.start}{begin}")
     return _failure("invalid_json", f"the value is not JSON at character {position}{begin}")
 
 
