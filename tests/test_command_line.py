@@ -174,16 +174,14 @@ def test_classify_goes_without_standard_streams(checkpoint: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["check", "--http-port", "0"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--http-port", "0"]])
 def test_a_reader_that_has_gone_ends_a_command_quietly(arguments: list[str]) -> None:
     done = call_into_a_closed_pipe(*arguments)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["check", "--http-port", "0", "--log-format", "console"], ["train", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--http-port", "0", "--log-format", "console"]])
 def test_a_full_disk_is_told_in_a_sentence(arguments: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
         done = run_into(full, *arguments)
