@@ -31,6 +31,7 @@ class CostlessModel:
     name = "costless@0"
     activation = "sigmoid"
     device = "cpu"
+    backend = "torch"
     dtype = "float32"
     max_batch_tokens = 1_000_000
     max_tokens = 512

@@ -9,8 +9,8 @@ from typing import Any, Final, get_origin
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from worker.metrics import IN_FORCE, Metrics
 from worker.metrics import PREFIX as METRIC
-from worker.metrics import Metrics
 from worker.settings import (
     PREFIX,
     SECRETS,
@@ -197,7 +197,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "kafka_errors_total": "A few at a broker's restart are well. A steady rate is not; the log says why, once.",
     },
     "What is in use?": {
-        "model_info": "Always 1; the labels are what it is for. Two values of `revision` in a group: a reload is half done.",
+        "model_info": "Always 1; the labels are what it is for, named as the settings, with what `auto` has chosen. "
+        "Two values of `revision` in a group: a reload is half done.",
         "http_changes_total": "Each has a line in the log that says who asked.",
         "model_reloads_total": "`failed` above 0: the old model goes on, and the log says why.",
         "inference_device_memory_bytes": "Of a GPU that several processes share, each shows its own.",
@@ -205,7 +206,7 @@ READING: Final[dict[str, dict[str, str]]] = {
     },
 }
 METRICS: Final = Metrics("version")
-FREE_LABELS: Final = ("topic", "partition", "model", "revision", "device", "dtype", "version")
+FREE_LABELS: Final = ("topic", "partition", "model", "revision", *IN_FORCE, "version")
 
 
 def built() -> dict[Path, str]:

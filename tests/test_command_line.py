@@ -1,13 +1,14 @@
 """The command line as a person meets it: a process, its exit code and what it prints."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -37,11 +38,37 @@ def call(
 
 
 def refused(*arguments: object, **variables: str) -> str:
-    """The one sentence of a process that does not begin."""
+    """The one sentence of a process that does not begin; of a command whose logs are JSON a line of the log."""
     done = call(*arguments, **variables)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert re.fullmatch(r"sentiment-worker: [^\n]+\n", done.stderr), done.stderr
-    return done.stderr.removeprefix("sentiment-worker: ").rstrip("\n")
+    (line,) = done.stderr.splitlines()
+    if not line.startswith("{"):
+        assert line.startswith("sentiment-worker: ")
+        return line.removeprefix("sentiment-worker: ")
+    said = json.loads(line)
+    assert (said["level"], said["exit_code"]) == ("ERROR", 2)
+    return str(said["message"])
+
+
+def shell(redirections: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """The command with redirections of a shell, such as ``2>&-``."""
+    command = ["sh", "-c", f'"$@" {redirections}', "sh", *MODULE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=150, check=False, env=environment() | variables)
+
+
+def call_into_a_closed_pipe(*arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """The reader of its standard output has gone before it writes."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as output:
+        return run_into(output, *arguments)
+
+
+def run_into(output: IO[bytes], *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*MODULE, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, timeout=150,
+        check=False, env=environment(),
+    )  # fmt: skip
 
 
 def results(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -71,7 +98,7 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
 
 def test_the_installed_command_is_the_module() -> None:
     command = (installed_command(),)
-    for arguments in (["--help"], ["--version"], ["nosuch"], ["run", "--linger-ms", "-1"]):
+    for arguments in (["--help"], ["--version"], ["nosuch"], ["run", "--linger-ms", "-1", "--log-format", "console"]):
         by_name, by_module = call(*arguments, program=command), call(*arguments)
         assert (by_name.returncode, by_name.stdout, by_name.stderr) == (
             by_module.returncode, by_module.stdout, by_module.stderr,
@@ -109,7 +136,98 @@ def test_a_commands_help_imports_no_torch(command: str) -> None:
     assert not imported(command, "--help") & {"torch", "transformers", "aiokafka"}
 
 
+# --- Terminals, pipes and disks ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_locale_cannot_show_is_replaced(command: str) -> None:
+    done = shell("", command, "--help", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(f"usage: sentiment-worker {command} ".encode())
+
+
+def test_help_is_shown_in_the_locale_c_too() -> None:
+    done = shell("", "run", "--help", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("redirections", "arguments", "code"),
+    [
+        ("2>&-", ["run", "--nope"], 2),
+        ("2>&-", ["nosuch"], 2),
+        (">&-", ["--help"], 0),
+        ("<&- >&- 2>&-", ["run", "--help"], 0),
+    ],
+)
+def test_a_closed_stream_takes_what_is_said_and_changes_no_exit_code(
+    redirections: str, arguments: list[str], code: int
+) -> None:
+    done = shell(redirections, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_classify_goes_without_standard_streams(checkpoint: Path) -> None:
+    done = shell("<&-", "classify", "--model", checkpoint, "-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = shell(">&-", "classify", "--model", checkpoint, "да")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--http-port", "0"]])
+def test_a_reader_that_has_gone_ends_a_command_quietly(arguments: list[str]) -> None:
+    done = call_into_a_closed_pipe(*arguments)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--http-port", "0", "--log-format", "console"]])
+def test_a_full_disk_is_told_in_a_sentence(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = run_into(full, *arguments)
+    assert done.returncode == 1
+    assert done.stderr == b"sentiment-worker: cannot read or write: No space left on device\n"
+
+
+def test_who_has_no_home_keeps_nothing() -> None:
+    code = (
+        "import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = lambda _: {}['nobody'];"
+        "from worker import cli; cli.COMMANDS['run'] = lambda _: print(check._disk()) or 0;"
+        "from worker import check; cli.main(['run'])"
+    )
+    done = call("-c", code, program=(sys.executable,), XDG_CACHE_HOME="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/dev/null/.cache cannot be written (Not a directory); set XDG_CACHE_HOME" in done.stdout
+
+
 # --- What is refused ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [
+        (["--log-format", "json"], {}),
+        (["--log-format=json"], {}),
+        ([], {"WORKER_LOG_FORMAT": "json"}),
+        ([], {}),
+    ],
+)
+def test_why_it_ends_is_a_line_of_the_log_where_logs_are_json(arguments: list[str], variables: dict[str, str]) -> None:
+    done = call("run", *arguments, "--linger-ms", "-1", **variables)
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert (done.returncode, line["level"], line["exit_code"]) == (2, "ERROR", 2)
+    assert line["message"].startswith("linger_ms = '-1' is wrong: ")
+
+
+def test_why_it_ends_is_a_plain_sentence_where_logs_are_not_json() -> None:
+    done = call("run", "--log-format", "console", "--linger-ms", "-1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("sentiment-worker: linger_ms = '-1' is wrong: ")
+
+
+def test_a_file_of_settings_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "worker.toml").write_text("linger_ms = -1\n", encoding="utf-8-sig")
+    assert refused("run", "--config", tmp_path / "worker.toml").startswith("linger_ms = -1 is wrong: ")
 
 
 @pytest.mark.parametrize("name", ["nosuch", "Run", "--linger-ms", ""])
@@ -251,6 +369,26 @@ def test_classify_reads_the_lines_of_a_file_and_of_standard_input_alike(
     check_result(from_file[4], "«плохо»", checkpoint, oracle)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_classify_reads_what_a_byte_order_mark_names(
+    encoding: str, checkpoint: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("Хорошо, но дорого\r\n«плохо»", encoding=encoding, newline="")
+    lines = results(call("classify", "--model", checkpoint, "--file", tmp_path / "texts.txt"))
+    assert len(lines) == 2
+    check_result(lines[0], "Хорошо, но дорого", checkpoint, oracle)
+    check_result(lines[1], "«плохо»", checkpoint, oracle)
+
+
+def test_classify_fails_where_no_text_could_be_scored(checkpoint: Path) -> None:
+    done = call("classify", "--model", checkpoint, "-", stdin=b"\xff\n \n", WORKER_LOG_FORMAT="console")
+    assert [json.loads(line)["reason"] for line in done.stdout.splitlines()] == ["invalid_utf8", "empty_text"]
+    assert (done.returncode, done.stderr) == (
+        1,
+        "sentiment-worker: no text could be scored; the reason of each is in its line of the output\n",
+    )
+
+
 def test_a_line_of_a_slow_pipe_is_answered_before_the_next_one_comes(checkpoint: Path) -> None:
     command = [*MODULE, "classify", "--model", str(checkpoint), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
@@ -299,7 +437,8 @@ def test_a_reader_that_has_seen_enough_hears_no_complaint(checkpoint: Path, tmp_
         assert process.stderr is not None
         assert json.loads(process.stdout.readline())["id"] == "1"
         process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 # --- Bench ---

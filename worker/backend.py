@@ -106,6 +106,11 @@ def choose_on_cuda(
     return Choice(forward, "float32")
 
 
+def backend_of(forward: Forward) -> str:
+    """What runs it, as in settings."""
+    return "onnx" if isinstance(forward, exported.ExportedNetwork) else "torch"
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 itself: else it is slower than float32."""
     return cpu_has("avx512_bf16", "amx_bf16", "bf16")

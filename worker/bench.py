@@ -272,7 +272,7 @@ def _texts(file: Path | None) -> list[str]:
         texts = list(read_reviews())
     else:
         try:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         except OSError as error:
             raise WrongSetting(f"file = {file} cannot be read: {error.strerror}") from None
         texts = [line for line in lines if line.strip()]

@@ -1,51 +1,62 @@
 """``sentiment-worker classify``: texts in, one JSON line each out, as in the result record. No Kafka."""
 
-import logging
-import os
+import codecs
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from worker.events import is_empty, iso_time, result_fields
 from worker.model import SentimentModel
-from worker.settings import ClassifySettings, WrongSetting
+from worker.settings import ClassifySettings, UsersMistake, WrongSetting
 
 TEXTS_AT_ONCE = 512
 BLOCK_BYTES = 1 << 17  # some 512 short texts
+# Byte order marks; that of UTF-16 is also the beginning of one of UTF-32, which is looked for first.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+# What is no character becomes half of a surrogate pair, which UTF-8 has no bytes for: its line alone is wrong.
+codecs.register_error("unpaired", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
-log = logging.getLogger(__name__)
+
+class NothingScored(UsersMistake):
+    """Not one of the texts could be scored."""
+
+    exit_code = 1
 
 
 def run(settings: ClassifySettings) -> int:
     """Scores the texts that the settings name; the n-th has the id n. Blocks; answers with the exit code.
 
     What the worker would make a dead letter of gets a line with the reason in place of a label. Raises WrongSetting,
-    ModelError.
+    ModelError; NothingScored where there are such lines alone; OSError of the output.
     """
     texts = _texts(settings)
     model = SentimentModel.load_as_set(settings)
-    try:
-        _write(model, texts)
-    except BrokenPipeError:  # the reader has enough, as in `classify … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        log.error("cannot write: %s", error.strerror)
-        return 1
+    read, scored = _write(model, texts)
+    if read and not scored:
+        raise NothingScored("no text could be scored; the reason of each is in its line of the output")
     return 0
 
 
-def _write(model: SentimentModel, batches: Iterable[list[str | None]]) -> None:
-    number = 0
+def _write(model: SentimentModel, batches: Iterable[list[str | None]]) -> tuple[int, int]:
+    """Answers with how many texts there were, and how many of them have a label."""
+    number = scored = 0
     for batch in batches:
-        for line in _lines(model, list(enumerate(batch, number + 1))):
-            sys.stdout.buffer.write(line + b"\n")
+        for fields in _answers(model, list(enumerate(batch, number + 1))):
+            scored += "label" in fields
+            sys.stdout.buffer.write(orjson.dumps(fields) + b"\n")
         sys.stdout.buffer.flush()
         number += len(batch)
+    return number, scored
 
 
 def _texts(settings: ClassifySettings) -> Iterator[list[str | None]]:
@@ -69,12 +80,31 @@ def _opened(path: Path) -> BinaryIO:
 
 def _line_batches(file: BinaryIO) -> Iterator[list[str | None]]:
     begun = b""
-    while block := file.read1(BLOCK_BYTES):  # type: ignore[attr-defined]
+    for block in _utf8(file):
         *lines, begun = (begun + block).split(b"\n")
         if lines:
             yield [_decoded(line) for line in lines]
     if begun:
         yield [_decoded(begun)]
+
+
+def _utf8(file: BinaryIO) -> Iterator[bytes]:
+    """The file in blocks, whatever is there; as UTF-8, if it begins with a byte order mark of UTF-16 or UTF-32."""
+    blocks: Iterator[bytes] = iter(lambda: file.read1(BLOCK_BYTES), b"")  # type: ignore[attr-defined]
+    begin = b""
+    while any(len(begin) < len(mark) and mark.startswith(begin) for mark in MARKS) and (block := next(blocks, b"")):
+        begin += block
+    mark = next(filter(begin.startswith, MARKS), b"")
+    encoding = MARKS.get(mark, "utf-8")
+    if encoding == "utf-8":
+        yield begin.removeprefix(mark)
+        yield from blocks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)("unpaired")
+    yield decoder.decode(begin.removeprefix(mark)).encode(errors="surrogatepass")
+    for block in blocks:
+        yield decoder.decode(block).encode(errors="surrogatepass")
+    yield decoder.decode(b"", final=True).encode(errors="surrogatepass")
 
 
 def _decoded(line: bytes) -> str | None:
@@ -85,18 +115,18 @@ def _decoded(line: bytes) -> str | None:
         return None
 
 
-def _lines(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[bytes]:
+def _answers(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[dict[str, Any]]:
     scored = iter(model.score([text for _, text in batch if text is not None and not is_empty(text)]))
     processed_at = iso_time(time.time() * 1000)
     for number, text in batch:
         if text is None:
-            yield orjson.dumps({"id": str(number), "reason": "invalid_utf8"})
+            yield {"id": str(number), "reason": "invalid_utf8"}
             continue
         if is_empty(text):
-            yield orjson.dumps({"id": str(number), "reason": "empty_text"})
+            yield {"id": str(number), "reason": "empty_text"}
             continue
         sentiment, truncated = next(scored)
         if sentiment is None:
-            yield orjson.dumps({"id": str(number), "reason": "inference_failed"})
+            yield {"id": str(number), "reason": "inference_failed"}
             continue
-        yield orjson.dumps(result_fields(str(number), sentiment, truncated, model.name, None, None, processed_at))
+        yield result_fields(str(number), sentiment, truncated, model.name, None, None, processed_at)

@@ -1,10 +1,13 @@
 """The command line: finds the command, reads its settings, hands over. Imports no more than the command needs."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from worker.settings import CorpusSettings, LogSettings
 
 Answer = TypeVar("Answer")
+Logging = TypeVar("Logging", bound="LogSettings")
+
+INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal that ends other programs then
 
 HELP = """usage: sentiment-worker COMMAND [options]
 
@@ -32,39 +38,96 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and ends the process: 0 done or drained, 1 failed while running, 2 wrong usage or settings."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command and ends the process: 0 done or drained, 1 failed while running, 2 wrong usage or settings.
+
+    130 after Ctrl-C, 141 where whoever reads the output has gone; run has answers of its own to both.
+    """
+    _fit_environment()
+    try:
+        code = _answer(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = READER_GONE
+    except OSError as error:
+        if error.strerror is None:  # not the system's
+            raise
+        code = 1
+        _explain(f"{error.filename or 'cannot read or write'}: {error.strerror}", code)
+    _end(code)
+
+
+def _fit_environment() -> None:
+    """Gives the process what commands and libraries count on, as far as it was started without.
+
+    Standard streams: the next file or socket would get the number of one that is closed, and native code aborts then.
+    What a terminal cannot show is replaced. Without HOME and an entry in passwd nothing can be kept at home.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = os.devnull  # no folder, and nobody can make one of it
+
+
+def _answer(arguments: list[str]) -> int:
+    """The exit code of one command, run to its end. Raises KeyboardInterrupt and OSError."""
     name = arguments.pop(0) if arguments else "--help"
     if name in ("-h", "--help"):
         print(HELP, end="")
-        sys.exit(0)
+        return 0
     if name == "--version":
         from worker.service import worker_version
 
         print(worker_version())
-        sys.exit(0)
+        return 0
     if name not in COMMANDS:
-        _refuse(f"{name!r} is no command; `sentiment-worker --help` lists them")
+        _explain(f"{name!r} is no command; `sentiment-worker --help` lists them", 2)
+        return 2
     from worker.settings import UsersMistake
 
     # for `train`, where torch's threads would wait for each other by spinning; a worker's pass on a CPU takes one thread
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = COMMANDS[name](arguments)
-    except KeyboardInterrupt:
-        code = 130
+        return COMMANDS[name](arguments)
     except UsersMistake as error:
-        _refuse(str(error), error.exit_code)
-    _end(code)
+        _explain(str(error), error.exit_code)
+        return error.exit_code
+    except SystemExit as end:  # argparse's after --help, rich's where the reader of its output has gone
+        return READER_GONE if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+
+
+def _configured(kind: type[Logging], argv: Sequence[str], command: str) -> Logging:
+    """A command's settings. Logs are as they say from here on, and so is what a WrongSetting, which it raises, says."""
+    from worker import logs
+    from worker.settings import load, unknown_variables
+
+    words = [*argv, ""]
+    formats = [value for word, value in pairwise(words) if word == "--log-format"]
+    formats += [word.partition("=")[2] for word in words if word.startswith("--log-format=")]
+    logs.configure("error", [os.environ.get("WORKER_LOG_FORMAT", ""), *formats][-1])
+    settings = load(kind, argv, f"sentiment-worker {command}")
+    logs.configure(settings.log_level, settings.log_format)
+    if command != "check":  # which prints them as lines of its own
+        for sentence in unknown_variables(kind):
+            logs.log.warning("%s", sentence)
+    return settings
 
 
 def _run(argv: Sequence[str]) -> int:
     # Until the service has handlers of its own: for a container's process 1 the system's default is to miss the signal.
     signal.signal(signal.SIGTERM, lambda *_: _end(0))
-    from worker.settings import RunSettings, load
+    from worker.settings import RunSettings
 
-    settings = load(RunSettings, argv, "sentiment-worker run")
-    _begin_logs(settings)
+    settings = _configured(RunSettings, argv, "run")
     from worker import service
 
     return service.run(settings)
@@ -72,10 +135,10 @@ def _run(argv: Sequence[str]) -> int:
 
 def _check(argv: Sequence[str]) -> int:
     from worker import logs
-    from worker.settings import RunSettings, WrongSetting, load, unknown_variables
+    from worker.settings import RunSettings, WrongSetting, unknown_variables
 
     try:
-        settings = load(RunSettings, argv, "sentiment-worker check")
+        settings = _configured(RunSettings, argv, "check")
     except WrongSetting as error:
         from worker import check
 
@@ -89,30 +152,27 @@ def _check(argv: Sequence[str]) -> int:
 
 
 def _classify(argv: Sequence[str]) -> int:
-    from worker.settings import ClassifySettings, load
+    from worker.settings import ClassifySettings
 
-    settings = load(ClassifySettings, argv, "sentiment-worker classify")
-    _begin_logs(settings)
+    settings = _configured(ClassifySettings, argv, "classify")
     from worker import classify
 
     return classify.run(settings)
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from worker.settings import BenchSettings, load
+    from worker.settings import BenchSettings
 
-    settings = load(BenchSettings, argv, "sentiment-worker bench")
-    _begin_logs(settings)
+    settings = _configured(BenchSettings, argv, "bench")
     from worker import bench
 
     return bench.run(settings)
 
 
 def _replay(argv: Sequence[str]) -> int:
-    from worker.settings import ReplaySettings, load
+    from worker.settings import ReplaySettings
 
-    settings = load(ReplaySettings, argv, "sentiment-worker replay")
-    _begin_logs(settings)
+    settings = _configured(ReplaySettings, argv, "replay")
     from worker import replay
 
     return replay.run(settings)
@@ -132,10 +192,9 @@ def _evaluate(argv: Sequence[str]) -> int:
     import rich
 
     from worker.corpus import read_source
-    from worker.settings import EvaluateSettings, load
+    from worker.settings import EvaluateSettings
 
-    settings = load(EvaluateSettings, argv, "sentiment-worker evaluate")
-    _begin_logs(settings)
+    settings = _configured(EvaluateSettings, argv, "evaluate")
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
     from worker.evaluation import evaluate
@@ -147,7 +206,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
     )
     if settings.format == "json":
-        print(orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2).decode())
+        report_json = orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2)
+        sys.stdout.buffer.write(report_json + b"\n")  # UTF-8, whatever the terminal's locale
     else:
         rich.print(report.table())
     return 0
@@ -181,16 +241,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _begin_logs(settings: "LogSettings") -> None:
-    """Has logs as they are set, and warns of variables that set nothing."""
-    from worker import logs
-    from worker.settings import unknown_variables
-
-    logs.configure(settings.log_level, settings.log_format)
-    for sentence in unknown_variables(type(settings)):
-        logs.log.warning("%s", sentence)
-
-
 def _sources(settings: "CorpusSettings") -> "list[Source]":
     from worker.corpus import parse_sources
 
@@ -209,9 +259,10 @@ def _or_refuse(work: Callable[[], Answer]) -> Answer:
         raise WrongSetting(str(error)) from error
 
 
-def _refuse(sentence: str, code: int = 2) -> NoReturn:
-    print(f"sentiment-worker: {sentence}", file=sys.stderr)
-    _end(code)
+def _explain(sentence: str, code: int) -> None:
+    from worker.logs import explain_exit
+
+    explain_exit(sentence, code)
 
 
 def _end(code: int) -> NoReturn:

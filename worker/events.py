@@ -3,6 +3,7 @@
 The formats are those of the README's section on records.
 """
 
+import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -662,6 +663,7 @@ def _failure(reason: Reason, message: str) -> Failure:
     return Failure("decode", reason, message)
 
 
+_FRAME: Final = 5  # bytes: a zero, and a schema's id in a schema registry
 _TOO_MUCH: Final = _failure("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
 
 
@@ -677,11 +679,27 @@ def _object(value: bytes) -> dict[str, Any] | Failure:
 
 
 def _unreadable(value: bytes, position: int) -> Failure:
+    begin = _beginning(value)
+    # Of a frame in front of JSON the id may be no UTF-8; that a producer's letters have one reason should not hang on it.
+    is_framed = value.startswith(b"\0") and value[_FRAME:].lstrip().startswith((b"{", b"["))
+    skipped = _FRAME if is_framed else 0
     try:
-        value.decode()
+        value[skipped:].decode()
     except UnicodeDecodeError as error:
-        return _failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}")
-    return _failure("invalid_json", f"the value is not JSON at character {position}")
+        return _failure("invalid_utf8", f"the value is not UTF-8 at byte {skipped + error.start}{begin}")
+    return _failure("invalid_json", f"the value is not JSON at character {position}{begin}")
+
+
+def _beginning(value: bytes) -> str:
+    """What a producer has put in front of a value, as the end of a sentence; nothing if it is nothing that is known."""
+    if value.startswith(codecs.BOM_UTF8):
+        return ": it begins with a byte order mark, which JSON has not"
+    if value.startswith(b"\0") and len(value) > _FRAME:
+        schema = int.from_bytes(value[1:_FRAME], "big")
+        return (
+            f": it begins with Confluent's framing, a zero byte and the id of a schema ({schema}), which JSON has not"
+        )
+    return ""
 
 
 def _id_from_record(record: Record) -> str:

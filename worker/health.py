@@ -20,12 +20,19 @@ class _Trouble:
 class Health:
     """The worker's troubles by the part that has them. Use it from the event loop; nothing blocks.
 
-    ``is_alive`` answers with why inference is dead, or None; it is asked at each probe.
+    ``is_alive`` answers with why inference is dead, or None; it is asked at each probe. ``when_ready`` is called the first
+    time that nothing keeps the worker from being ready any more.
     """
 
-    def __init__(self, is_alive: Callable[[], str | None] = lambda: None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        is_alive: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        when_ready: Callable[[], None] | None = None,
+    ) -> None:
         self._is_alive = is_alive
         self._clock = clock
+        self._when_ready = when_ready
         self._troubles: dict[str, _Trouble] = {}
 
     def hold(self, part: str, reason: str) -> None:
@@ -61,6 +68,9 @@ class Health:
         if known.told:
             seconds = self._clock() - known.since
             log.info("%s is well again", part, extra={"after_s": round(seconds, 1)})
+        if not self._troubles and self._when_ready:
+            self._when_ready()
+            self._when_ready = None
 
     def is_well(self, part: str) -> bool:
         return part not in self._troubles

@@ -1,11 +1,17 @@
-"""Structured logs: one line a message, as JSON or for a console, with what belongs to it as fields. Never a text."""
+"""Structured logs: one line a message, as JSON or for a console, with what belongs to it as fields.
 
+The worker's own lines never hold a text; what libraries say, which is told at debug alone, may.
+"""
+
+import contextlib
+import io
 import logging
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -41,7 +47,11 @@ class JsonFormatter(OrjsonFormatter):
     def __init__(self) -> None:
         names = {"levelname": "level", "name": "logger", "asctime": "time"}
         wanted = " ".join(f"%({name})s" for name in ("asctime", "levelname", "name", "message"))
-        super().__init__(wanted, datefmt="%Y-%m-%dT%H:%M:%S%z", rename_fields=names)
+        super().__init__(wanted, rename_fields=names)
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        """As RFC 3339 has it, in UTC, with milliseconds."""
+        return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
         try:
@@ -80,6 +90,8 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
+    if isinstance(stream, io.TextIOWrapper) and not use_console:
+        stream.reconfigure(encoding="utf-8")  # JSON has no other encoding, whatever the locale's is
     handler = logging.StreamHandler(stream)
     handler.setFormatter(ConsoleFormatter() if use_console else JsonFormatter())
     if level == "debug":
@@ -91,6 +103,15 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def explain_exit(sentence: str, code: int) -> None:
+    """Says why the process ends, last of all: on standard error, as a line of the log where logs are JSON. Never raises."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        log.error("%s", sentence, extra={"exit_code": code})
+        return
+    with contextlib.suppress(OSError):  # the reader has gone, or the disk is full
+        sys.stderr.write(f"sentiment-worker: {sentence}\n")
 
 
 def whereabouts(error: BaseException) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Every metric of the worker, by its name in the README's table. Cheap; safe from any thread; nothing here blocks."""
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -30,6 +30,7 @@ STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
+IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # as the settings of these names
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
@@ -143,7 +144,9 @@ class Metrics:
             "cache_hits_total", "Texts answered without the network: scored before, or in the same micro-batch"
         )
         self.ready = gauge("ready", "1 when /readyz says ready")
-        self.model_info = gauge("model_info", "The loaded model", ["model", "revision", "device", "dtype"])
+        self.model_info = gauge(
+            "model_info", "The loaded model, and what it runs with", ["model", "revision", *IN_FORCE]
+        )
         self.reloads = counter("model_reloads_total", "Checkpoints loaded in the place of another", ["outcome"])
         self.http_refusals = counter(
             "http_refusals_total",
@@ -183,10 +186,14 @@ class Metrics:
         self.last_success.set(now)
         self.device_memory.set(memory_bytes)
 
-    def tell_of_model(self, name: str, revision: str, device: str, dtype: str) -> None:
-        """The model in use from now on; the series of the one before goes."""
+    def tell_of_model(self, name: str, revision: str, in_force: Mapping[str, str]) -> None:
+        """The model in use from now on, with values for IN_FORCE; the series of the one before goes."""
         self.model_info.clear()
-        self.model_info.labels(name, revision, device, dtype).set(1)
+        self.model_info.labels(name, revision, *(in_force[label] for label in IN_FORCE)).set(1)
+
+    def partitions(self) -> int:
+        """How many are assigned to this process."""
+        return int(sum(sample.value for family in self.assigned_partitions.collect() for sample in family.samples))
 
     def consumed(self, topics: Iterable[str]) -> None:
         """The topics of records whose outcome has been acknowledged."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.backend import Choice, PaddedPasses, Run, choose, choose_on_cuda, name_of
+from worker.backend import Choice, PaddedPasses, Run, backend_of, choose, choose_on_cuda, name_of
 from worker.batching import TokenIds, cut_by_length
 from worker.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
 from worker.cuda import PASSES, passes_on
@@ -89,6 +89,7 @@ class SentimentModel:
         run: Run,
         device: torch.device,
         passes: int,
+        backend: str,
         dtype: str,
         columns: list[int],
         activation: Activation,
@@ -104,6 +105,7 @@ class SentimentModel:
         self.activation: Activation = activation
         self.max_batch_tokens = max_batch_tokens
         self.device = device
+        self.backend = backend
         self.dtype = dtype
         self.passes = passes
         self.widths = run.widths
@@ -198,6 +200,7 @@ class SentimentModel:
             run=run,
             device=where,
             passes=passes,
+            backend=backend_of(choice.forward),
             dtype=choice.dtype,
             columns=loaded.columns,
             activation=activation,

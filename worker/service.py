@@ -5,11 +5,20 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker.backlog import tell_backlog
-from worker.cluster import NO_LIMIT, Connection, refuse_compacted, wait_for_a_match, wait_until_usable, watch_topics
+from worker.cluster import (
+    NO_LIMIT,
+    Connection,
+    TopicLimits,
+    refuse_compacted,
+    wait_for_a_match,
+    wait_until_usable,
+    watch_topics,
+)
 from worker.console import Console, Tap, shown_settings
 from worker.descriptors import raise_limit
 from worker.events import Decoder, Encoder
@@ -85,7 +94,7 @@ async def _left() -> set[asyncio.Future[Any]]:
 async def _run(settings: RunSettings) -> int:
     metrics = Metrics(worker_version())
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
-    health = Health(inference.trouble)
+    health = Health(inference.trouble, when_ready=lambda: _tell_that_it_is_ready(settings, inference, metrics))
     health.hold("model", "loading")
     health.hold("group", "not joined yet")  # until the source says otherwise
     reloader = Reloader(
@@ -140,26 +149,26 @@ async def _work(
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            log.info("stopped before it had begun")
+            log.info("stopped before it had begun", extra={"exit_code": 0})
             _end_at_once(0)
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
     except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, DeadLetterFlood) as error:
-        log.error("%s", error)
+        log.error("%s", error, extra={"exit_code": 1})
         return 1
     except (InferenceLost, DrainTimeout) as error:
-        log.error("%s", error)
+        log.error("%s", error, extra={"exit_code": 1})
         await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
         _end_at_once(1)
     except UsersMistake:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
-        log.critical("failed for a reason that nobody foresaw", extra=whereabouts(error))
+        log.critical("failed for a reason that nobody foresaw", extra={**whereabouts(error), "exit_code": 1})
         return 1
     finally:
         stopping.cancel()
-    log.info("drained")
+    log.info("drained", extra={"exit_code": 0})
     return 0
 
 
@@ -168,29 +177,14 @@ async def _started(
 ) -> Pipeline:
     connection = Connection.as_set(settings)
     keep_blocks()
-    model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
-    gc.collect()
-    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
-    _tell_of_model(model, metrics)
-    health.well("model")
-    topics = settings.topics
-    if settings.input_pattern:
-        topics = await wait_for_a_match(connection, settings.input_pattern, health)
-    roles = {
-        "input_topics": topics,
-        "output_topic": [settings.output_topic],
-        "dead_letter_topic": [settings.dead_letter_topic],
-    }
-    found = await wait_until_usable(connection, roles, health)
-    refuse_compacted(found, settings.dead_letter_topic)
-    await tell_backlog(
-        connection,
-        topics,
-        group_id=settings.group_id,
-        auto_offset_reset=settings.auto_offset_reset,
-        isolation_level=settings.isolation_level,
-    )
-    outputs = {role: names for role, names in roles.items() if role != "input_topics"}
+    loading = asyncio.create_task(_load(settings, inference, metrics, health))
+    finding = asyncio.create_task(_found_topics(settings, connection, health))
+    try:
+        await asyncio.gather(loading, finding)  # what is missing is told while the model is loading
+    finally:
+        await cancelled([loading, finding])
+    topics, found = finding.result()
+    outputs = {"output_topic": [settings.output_topic], "dead_letter_topic": [settings.dead_letter_topic]}
     limits = {name: found[name] for names in outputs.values() for name in names}
     transactions, breath = None, inference.breath
     if settings.delivery == "exactly-once":
@@ -251,6 +245,38 @@ async def _started(
     )
 
 
+async def _load(settings: RunSettings, inference: Inference, metrics: Metrics, health: Health) -> None:
+    model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
+    gc.collect()
+    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
+    _tell_of_model(model, metrics)
+    health.well("model")
+
+
+async def _found_topics(
+    settings: RunSettings, connection: Connection, health: Health
+) -> tuple[Sequence[str], dict[str, TopicLimits]]:
+    """The input topics, and what each topic accepts, once all are there. Raises WrongSetting."""
+    topics = settings.topics
+    if settings.input_pattern:
+        topics = await wait_for_a_match(connection, settings.input_pattern, health)
+    roles = {
+        "input_topics": topics,
+        "output_topic": [settings.output_topic],
+        "dead_letter_topic": [settings.dead_letter_topic],
+    }
+    found = await wait_until_usable(connection, roles, health)
+    refuse_compacted(found, settings.dead_letter_topic)
+    await tell_backlog(
+        connection,
+        topics,
+        group_id=settings.group_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+    )
+    return topics, found
+
+
 def _tracing(settings: RunSettings) -> Tracing | None:
     if settings.tracing == "off":
         return None
@@ -286,20 +312,38 @@ def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
 
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    metrics.tell_of_model(name, revision, str(model.device), model.dtype)
-    log.info("model loaded", extra={"model": model.name, "device": str(model.device), "dtype": model.dtype})
+    metrics.tell_of_model(name, revision, in_force(model))
+    log.info("model loaded", extra={"model": model.name, **in_force(model)})
+
+
+def in_force(model: "SentimentModel") -> dict[str, str]:
+    """What a loaded model runs with, by the names of the settings, of which ``auto`` says nothing."""
+    return {
+        "device": str(model.device),
+        "backend": model.backend,
+        "dtype": model.dtype,
+        "cpu_threads": str(model.passes),
+        "max_batch_tokens": str(model.max_batch_tokens),
+    }
+
+
+def _tell_that_it_is_ready(settings: RunSettings, inference: Inference, metrics: Metrics) -> None:
+    model = cast("SentimentModel", inference.model)
+    extra = {"model": model.name, **in_force(model), "max_batch_texts": settings.max_batch_texts}
+    log.info("ready", extra={**extra, "partitions": metrics.partitions()})
 
 
 def _on_signals(reloader: Reloader) -> asyncio.Event:
     """An event that the first SIGTERM or SIGINT sets; the second one ends the process. SIGHUP reloads the model.
 
-    A terminal that is closed sends SIGHUP too; it drains then, as no process should outlive its terminal unasked.
+    One that is ignored from the start, as under nohup, stays ignored. A terminal that is closed sends SIGHUP too; the worker
+    drains then, as no process should outlive its terminal unasked.
     """
     stop = asyncio.Event()
 
     def stop_or_end() -> None:
         if stop.is_set():
-            log.error("a second signal: ending at once")
+            log.error("a second signal: ending at once", extra={"exit_code": 1})
             _end_at_once(1)
         stop.set()
 
@@ -315,7 +359,8 @@ def _on_signals(reloader: Reloader) -> asyncio.Event:
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
-    loop.add_signal_handler(signal.SIGHUP, reload_or_stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, reload_or_stop)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop_or_end)
     return stop

@@ -645,7 +645,7 @@ class ClassifySettings(ModelSettings):
         [],
         description="texts to score, those that begin with -- behind a -- of its own; - for the lines of standard input",
     )
-    file: Path | None = Field(None, description="score the lines of this file, UTF-8")
+    file: Path | None = Field(None, description="score the lines of this file: UTF-8, or UTF-16 with a byte order mark")
 
 
 class BenchSettings(CheckpointSettings):
@@ -866,7 +866,7 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise WrongSetting(f"config: {path} cannot be read ({error.strerror}); it should be a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -914,7 +914,7 @@ def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str
         if flaw := _flaw(path):
             raise WrongSetting(f"{variable}_FILE = {path!r} is wrong: {flaw}")
         try:
-            values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+            values[name] = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")
         except (OSError, UnicodeDecodeError):
             raise WrongSetting(f"{variable}_FILE: {path} cannot be read; it should be a file with the secret") from None
     return values

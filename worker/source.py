@@ -23,6 +23,7 @@ from aiokafka.errors import (
     GroupAuthorizationFailedError,
     GroupCoordinatorNotAvailableError,
     IllegalStateError,
+    InconsistentGroupProtocolError,
     InvalidSessionTimeoutError,
     KafkaConnectionError,
     KafkaError,
@@ -631,6 +632,11 @@ class Source:
                 f"group_instance_id {self._group_instance_id!r} is used by another process of this group, which has joined "
                 "later and goes on; each needs one of its own"
             ) from None
+        elif isinstance(error, InconsistentGroupProtocolError):
+            raise Rejoin(
+                f"group {self._group_id} has members that share out partitions in another way: another application uses "
+                "this group_id, and one of the two needs one of its own"
+            ) from error
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
         elif not (isinstance(error, NOT_THE_COORDINATOR) or self._is_coordinator_away or who in self._lost):

@@ -57,7 +57,7 @@ def test_a_dead_letter_topic_that_is_compacted_is_refused(kafka: Kafka, topics: 
     kafka.create(topics.dead_letters, 1, cleanup_policy="compact,delete")
     worker = workers.start(topics)
     assert worker.wait() == 2
-    (sentence,) = worker.lines("sentiment-worker: ")
+    (sentence,) = worker.warnings()
     assert f"dead_letter_topic: topic {topics.dead_letters} is compacted" in sentence
     assert "Traceback" not in worker.output
 

@@ -229,7 +229,7 @@ def test_a_command_with_such_a_checkpoint_ends_with_a_sentence(
     checkpoint: Path, tmp_path: Path, trace: Path, name: str
 ) -> None:
     folder = attacked(checkpoint, tmp_path / "evil", REFUSED[name], trace)
-    command = [sys.executable, "-m", "worker", "classify", "--model", str(folder), "да"]
+    command = [sys.executable, "-m", "worker", "classify", "--model", str(folder), "--log-format", "console", "да"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment(), cwd=folder, check=False, input=""
     )

@@ -259,6 +259,10 @@ def test_a_plain_text_is_the_text_itself_white_space_and_all() -> None:
 FAILURES: list[tuple[bytes, dict[str, Any], Reason]] = [
     (b"", {}, "invalid_json"),
     (b"{", {}, "invalid_json"),
+    (b'\xef\xbb\xbf{"text": "a"}', {}, "invalid_json"),
+    (b'\x00\x00\x00\x00\x07{"text": "a"}', {}, "invalid_json"),
+    (b'\x00\x00\x01\x86\xa1{"text": "a"}', {}, "invalid_json"),
+    (b"\x00\x00\x01\x86\xa1\x02\x04", {}, "invalid_utf8"),
     (b'{"text": "a",}', {}, "invalid_json"),
     (b'{"text": NaN}', {}, "invalid_json"),
     (rb'{"text": "\ud800"}', {}, "invalid_json"),
@@ -738,6 +742,31 @@ def test_a_dead_letter_that_the_worker_never_wrote_is_none(name: str, value: byt
     assert original(as_letter(letter)) is not None
     letter = letter._replace(headers=[(own, value if own == name else said) for own, said in letter.headers])
     assert original(as_letter(letter)) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (b'\xef\xbb\xbf{"text": "a"}', "it begins with a byte order mark"),
+        (
+            b'\x00\x00\x00\x00\x07{"text": "a"}',
+            "it begins with Confluent's framing, a zero byte and the id of a schema (7)",
+        ),
+        (b'\x00\x00\x01\x86\xa1 {"text": "a"}', "the id of a schema (100001)"),
+        (b"\x00\x00\x01\x86\xa1\x02\x04", "the id of a schema (100001)"),
+    ],
+)
+def test_what_a_producer_has_put_in_front_of_the_json_is_named(value: bytes, words: str) -> None:
+    for mode in ({}, {"output_mode": "enrich"}):
+        failure = decode(value, **mode)
+        assert isinstance(failure, Failure)
+        assert words in failure.message
+
+
+def test_framed_json_that_is_no_utf_8_is_told_where() -> None:
+    failure = decode(b'\x00\x00\x00\x00\xff{"text": "\xff"}')
+    assert failure == Failure("decode", "invalid_utf8", failure.message)
+    assert "at byte 15:" in failure.message
 
 
 @pytest.mark.parametrize(

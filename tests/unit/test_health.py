@@ -100,6 +100,21 @@ def test_a_trouble_of_what_was_held_is_told_and_so_is_its_end(health: Health, ca
     assert told(caplog) == [("WARNING", "no permission"), ("INFO", "group is well again")]
 
 
+def test_it_is_told_once_that_nothing_keeps_the_worker_from_being_ready() -> None:
+    told: list[str] = []
+    health = Health(when_ready=lambda: told.append("ready"))
+    health.hold("model", "loading")
+    health.hold("group", "not joined yet")
+    health.trouble("kafka", "away")
+    for part in ("model", "kafka"):
+        health.well(part)
+    assert not told
+    for _ in range(2):
+        health.well("group")
+        health.trouble("group", "rejoining")
+    assert told == ["ready"]
+
+
 def test_each_part_is_well_by_itself(health: Health) -> None:
     health.trouble("topics", "texts is missing")
     health.trouble("kafka", "refused")

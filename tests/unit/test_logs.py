@@ -48,6 +48,7 @@ def test_a_json_line_has_time_level_logger_message_and_the_fields() -> None:
     fields = {"partition": 3, "offset": 1201, "counts": {"ж": 1}, "seconds": 0.5, "why": None}
     logging.getLogger("worker.sink").warning("published %d «%s»", 7, "да", extra=fields)
     (line,) = json_lines(stream)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]), "RFC 3339"
     time = datetime.fromisoformat(line.pop("time"))
     assert time.tzinfo is not None
     assert abs(datetime.now(time.tzinfo) - time).total_seconds() < 60
@@ -69,6 +70,23 @@ def test_json_is_one_object_a_line_whatever_the_message() -> None:
     assert first["reason"] == "a\nb"
     assert "ValueError: first\nsecond" in second["exc_info"]
     assert (third["path"], third["nan"]) == ("/x", None)
+
+
+def test_json_is_utf_8_whatever_the_locale() -> None:
+    file = io.BytesIO()
+    logs.configure("info", "json", io.TextIOWrapper(file, encoding="latin-1", errors="backslashreplace"))
+    logging.getLogger("worker").info("«да» é")
+    assert json.loads(file.getvalue())["message"] == "«да» é"
+
+
+def test_why_the_process_ends_is_told_as_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = configured()
+    logs.explain_exit("it is wrong", 2)
+    (line,) = json_lines(stream)
+    assert (line["level"], line["message"], line["exit_code"]) == ("ERROR", "it is wrong", 2)
+    configured(log_format="console")
+    logs.explain_exit("it is wrong", 2)
+    assert capsys.readouterr().err == "sentiment-worker: it is wrong\n"
 
 
 def test_a_console_line_has_the_fields_behind_the_message() -> None:

@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from worker.events import Reason
-from worker.metrics import CONTENT_TYPE, PREFIX, QUEUES, STAGES, Metrics
+from worker.metrics import CONTENT_TYPE, IN_FORCE, PREFIX, QUEUES, STAGES, Metrics
 from worker.sentiment import LABELS
 
 NAMES = {  # name without prefix: type, labels
@@ -37,7 +37,7 @@ NAMES = {  # name without prefix: type, labels
     "cache_hits_total": ("counter", set()),
     "ready": ("gauge", set()),
     "model_reloads_total": ("counter", {"outcome"}),
-    "model_info": ("gauge", {"model", "revision", "device", "dtype"}),
+    "model_info": ("gauge", {"model", "revision", "device", "dtype", "backend", "cpu_threads", "max_batch_tokens"}),
     "build_info": ("gauge", {"version"}),
 }
 
@@ -71,7 +71,7 @@ def use_all(metrics: Metrics) -> None:
     metrics.records_consumed.labels("texts").inc()
     metrics.lag("texts", 0, 1, 2.0)
     metrics.kafka_errors.labels("commit").inc()
-    metrics.model_info.labels("m", "r", "cpu", "float32").set(1)
+    metrics.tell_of_model("m", "r", dict.fromkeys(IN_FORCE, "x"))
 
 
 def test_the_metrics_are_those_of_the_contract(metrics: Metrics) -> None:

@@ -1,6 +1,8 @@
 """The process, apart from what it does."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -64,3 +66,72 @@ def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str)
     assert "whoever is on the way to the brokers reads the password and every record; use SASL_SSL" in said
     assert "http_host 0.0.0.0 answers other machines without a token" in said
     assert "hunter2" not in said
+
+
+PLAIN = """
+import asyncio
+from worker import service
+from worker.cli import main
+
+async def work(*_):
+    return 0
+
+service._work = work
+main()
+"""
+
+
+def test_a_process_with_closed_streams_ends_well() -> None:
+    """The event loop would take their numbers, and libuv aborts where it is to close one of those."""
+    command = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", PLAIN, "run", "--http-port", "0"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+FAILING = """
+import sys
+from worker import service, source, settings
+from worker.cli import main
+
+error = {"Standstill": source.Standstill, "WrongSetting": settings.WrongSetting}[sys.argv.pop()]
+
+async def started(*_):
+    raise error("it is so")
+
+service._started = started
+main()
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("Standstill", 1), ("WrongSetting", 2)])
+def test_the_line_that_says_why_it_ends_has_the_exit_code(error: str, code: int) -> None:
+    command = [sys.executable, "-c", FAILING, "run", "--http-port", "0", "--log-format", "json", error]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    last = [json.loads(line) for line in done.stderr.splitlines()][-1]
+    assert (done.returncode, last["level"], last["message"]) == (code, "ERROR", "it is so")
+    assert last["exit_code"] == code
+
+
+HANGING_UP = """
+import asyncio, os, signal, sys
+from worker import service
+from worker.cli import main
+
+signal.signal(signal.SIGHUP, signal.Handlers[sys.argv.pop()])
+
+async def work(*_):
+    os.kill(os.getpid(), signal.SIGHUP)
+    await asyncio.sleep(0.2)
+    return 0
+
+service._work = work
+main()
+"""
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_hang_up_that_is_ignored_stays_ignored(before: signal.Handlers) -> None:
+    """As under nohup; otherwise it asks for a reload, which there is no model for here."""
+    command = [sys.executable, "-c", HANGING_UP, "run", "--http-port", "0", before.name]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("no reload" in done.stderr) is (before is signal.SIG_DFL)

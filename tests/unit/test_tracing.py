@@ -54,7 +54,7 @@ def test_what_is_switched_off_is_not_imported() -> None:
 def test_without_the_extra_it_says_what_to_install(command: str, missing: str) -> None:
     done = python(
         f"import sys; sys.modules['{missing}'] = None\n"
-        f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0'])"
+        f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0', '--log-format=console'])"
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (

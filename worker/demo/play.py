@@ -1,7 +1,6 @@
 """The demo from start to end: its parts put together, run in turn, and reckoned up."""
 
 import contextlib
-import io
 import random
 import shutil
 import subprocess
@@ -133,8 +132,6 @@ def _places(servers: str, port: int) -> Sequence[str]:
 
 def run(options: Options) -> int:
     """The command where the extra ``demo`` is installed: 0 where everything adds up and the worker drained, else 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter still sees the rest
     live = sys.stdout.isatty() and not options.plain
     console = Console(no_color=None if live else True, force_terminal=live)
     folder = Path(tempfile.mkdtemp(prefix="sentiment-worker-demo-"))
