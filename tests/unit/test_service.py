@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from worker.service import runbook
+
 STUBBORN = """
 import asyncio
 from worker import service, tasks
@@ -33,3 +35,9 @@ def test_the_process_ends_though_a_task_of_it_does_not() -> None:
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert "a task does not end although it is cancelled" in done.stderr
+
+
+def test_the_runbook_is_where_the_package_says() -> None:
+    urls = ["Source, https://code.example/worker", "Runbook, https://code.example/worker/docs/operating.md"]
+    assert runbook(urls) == "https://code.example/worker/docs/operating.md#sentimentworkernotready"
+    assert runbook(urls[:1]) is None
