@@ -56,12 +56,16 @@ def worker_version() -> str:
         return "unknown"
 
 
-def runbook() -> str | None:
-    """What to do where the worker is not ready: an address, if the package's metadata have a URL named ``Runbook``."""
+def project_urls() -> list[str]:
+    """The package's ``name, address`` lines, as pyproject.toml has them under ``project.urls``."""
     try:
-        urls = metadata("sentiment-worker").get_all("Project-URL", [])
+        return metadata("sentiment-worker").get_all("Project-URL", [])
     except PackageNotFoundError:
-        return None
+        return []
+
+
+def runbook(urls: list[str]) -> str | None:
+    """What to do where the worker is not ready: an address, if one of the project's URLs is named ``Runbook``."""
     found = (url.removeprefix("Runbook, ") for url in urls if url.startswith("Runbook, "))
     return next((f"{url}#sentimentworkernotready" for url in found), None)
 
@@ -111,7 +115,9 @@ async def _run(settings: RunSettings) -> int:
         token_for=settings.http_token_for,
     )
     tap = Tap(_decoder(settings), texts=settings.console_texts)
-    console = Console(metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook())
+    console = Console(
+        metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
+    )
     monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
     try:
         await monitor.start()
