@@ -37,6 +37,8 @@ NAMES = {  # name without prefix: type, labels
     "cache_hits_total": ("counter", set()),
     "ready": ("gauge", set()),
     "model_reloads_total": ("counter", {"outcome"}),
+    "http_refusals_total": ("counter", {"reason"}),
+    "http_changes_total": ("counter", set()),
     "model_info": ("gauge", {"model", "revision", "device", "dtype", "backend", "cpu_threads", "max_batch_tokens"}),
     "build_info": ("gauge", {"version"}),
 }

@@ -136,6 +136,8 @@ def test_a_hang_up_that_is_ignored_stays_ignored(before: signal.Handlers) -> Non
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert ("no reload" in done.stderr) is (before is signal.SIG_DFL)
+
+
 def test_the_runbook_is_where_the_package_says() -> None:
     urls = ["Source, https://code.example/worker", "Runbook, https://code.example/worker/docs/operating.md"]
     assert runbook(urls) == "https://code.example/worker/docs/operating.md#sentimentworkernotready"
