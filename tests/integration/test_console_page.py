@@ -117,7 +117,7 @@ def test_what_is_not_known_is_grey_and_says_since_when(
     look(browser, worker)
     kafka.send(topics.input, [event(1)])
     shows(browser, "#results tbody", "e1")
-    shows(browser, "[data-chart=lag] .value", "0")
+    wait_for(lambda: browser.text("[data-chart=lag] .value").strip() == "0", "a lag that is known", DEADLINE_S)
     colour = "return getComputedStyle(document.querySelector('[data-chart=lag] .value')).color"
     known = browser.run(colour)
     fragile_broker.pause()
