@@ -81,8 +81,9 @@ image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
 # What is generated in deploy/: the dashboard, the alerts' links, and the rules as the Prometheus operator wants them.
-# RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none.
-RUNBOOK ?= https://git.example/sentiment-worker/blob/main/docs/operating.md
+# RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none. Where
+# pyproject.toml names one, as Runbook in [project.urls], the console's banner links to it, too.
+RUNBOOK ?= $(or $(shell sed -n 's/^Runbook = "\(.*\)"/\1/p' pyproject.toml),https://git.example/sentiment-worker/blob/main/docs/operating.md)
 RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
