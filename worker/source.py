@@ -10,7 +10,7 @@ import logging
 import math
 import struct
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -47,7 +47,7 @@ from worker.consumer import Consumer
 from worker.descriptors import compared
 from worker.events import age_s
 from worker.health import Health
-from worker.identity import TopicIds, with_topic_id, without_topic_id
+from worker.identity import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
@@ -212,6 +212,8 @@ class Source:
         self._acknowledged = asyncio.Event()
         self._topic_ids = TopicIds()
         self._identifying = asyncio.Lock()
+        self._confirming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._confirmed: Counter[str] = Counter()  # by topic: times that the brokers agreed on the id that is known
         self._commit_lock = asyncio.Lock()
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
@@ -637,7 +639,7 @@ class Source:
             self._health.trouble("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp.topic)
+        await self._identify(assignment.tp)
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
@@ -651,13 +653,18 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        assignment.metadata = with_topic_id(self._topic_ids.of(assignment.tp.topic))
+        topic_id = self._topic_ids.of(assignment.tp.topic)
+        assignment.metadata = with_topic_id(topic_id)
         if self._transactions:
             await self._confirm_membership()
             await self._transactions.take_over(assignment)
         consumer = self._live_consumer()
         found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
-        committed = await self._of_this_topic(assignment.tp, found[assignment.tp])
+        commit = found[assignment.tp]
+        is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
+        if is_to_be_replaced:
+            await self._confirm(assignment.tp)
+        committed = self._of_this_topic(assignment.tp, commit)
         if self._transactions:
             self._transactions.found(assignment, committed)
         if committed is None:
@@ -667,15 +674,17 @@ class Source:
             offset = committed
         consumer.seek(assignment.tp, offset)
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if committed is None and (self._auto_offset_reset == "latest" or found[assignment.tp].offset >= 0):
-            assignment.committed = None  # where this process began holds, also if it dies before its first result
+        if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
+            # Where this process began, and in which topic, holds, also if it dies before its first result.
+            assignment.committed = None
             self._acknowledged.set()
 
-    async def _identify(self, topic: str, *, anew: bool = False) -> None:
+    async def _identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
         """Waits until it is certain which topic has this name; it is asked once for all that are read.
 
         Raises TopicRecreated, and what is in UNREACHABLE.
         """
+        topic = tp.topic
         if anew:
             self._topic_ids.ask_again([topic])
         while not self._topic_ids.is_certain(topic):
@@ -687,21 +696,42 @@ class Source:
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
                 if not self._topic_ids.is_certain(topic):
+                    self._tell_of_doubt(tp)
                     await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
-    async def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
+    async def _confirm(self, tp: TopicPartition) -> None:
+        """Waits until the brokers agree that the topic has the id that is known, for one alone may be behind them.
+
+        Raises as ``_identify``. Those who wait for one topic share what is asked after they have come.
+        """
+        topic, lock = tp.topic, self._confirming[tp.topic]
+        due = self._confirmed[topic] + (2 if lock.locked() else 1)
+        while self._confirmed[topic] < due:
+            async with lock:
+                if self._confirmed[topic] >= due:
+                    return
+                await asyncio.sleep(TOPIC_IDS_DOUBT_S)
+                agreed = await self._live_consumer().agreed_topic_id(topic)
+                if agreed is not None:
+                    self._topic_ids.note({topic: agreed})
+                if agreed is not None and self._topic_ids.is_certain(topic):
+                    self._confirmed[topic] += 1
+                else:
+                    self._tell_of_doubt(tp)
+
+    def _tell_of_doubt(self, tp: TopicPartition) -> None:
+        self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
+
+    def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
-        topic_id, _ = without_topic_id(committed.metadata)
-        if topic_id and topic_id != self._topic_ids.of(tp.topic):
-            await self._identify(tp.topic, anew=True)
-            if self._topic_ids.of(tp.topic) not in ("", topic_id):
-                self._metrics.offset_resets.inc()
-                log.warning(
-                    "the input topic was deleted and made again since this offset was committed: it counts as none"
-                    + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
-                    extra={"partition": _name(tp), "offset": committed.offset, "topic_id": topic_id},
-                )
-                return None
+        if not is_of(self._topic_ids.of(tp.topic), committed.metadata):
+            self._metrics.offset_resets.inc()
+            log.warning(
+                "the input topic was deleted and made again since this offset was committed: it counts as none"
+                + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
+                extra={"partition": _name(tp), "offset": committed.offset, "metadata": committed.metadata},
+            )
+            return None
         return committed.offset if committed.offset >= 0 else None
 
     async def _confirm_membership(self) -> None:
@@ -714,7 +744,7 @@ class Source:
         raise GroupCoordinatorNotAvailableError
 
     async def _reset(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp.topic, anew=True)
+        await self._identify(assignment.tp, anew=True)
         gone = assignment.delivered
         offset = await self._end_to_begin_at(assignment.tp)
         self._metrics.offset_resets.inc()

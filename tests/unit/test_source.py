@@ -49,8 +49,9 @@ class FakeConsumer:
     records_per_read: int = 10
     last_offset: int = 10**6
     committed_at: int | None = 0
-    committed_metadata: str = ""
+    committed_metadata: str = with_topic_id(ID)
     topic_id: str = ID
+    agreed: list[str | None] = field(default_factory=list)  # what all brokers say, answer by answer; then ``topic_id``
     commit_error: Exception | None = None
     timestamp: int | None = 0
     swallows_cancel: bool = False  # once, as asyncio.wait_for can
@@ -87,6 +88,9 @@ class FakeConsumer:
 
     async def topic_ids(self, topics: Any) -> dict[str, str]:
         return dict.fromkeys(topics, self.topic_id) if self.topic_id else {}
+
+    async def agreed_topic_id(self, topic: str) -> str | None:
+        return self.agreed.pop(0) if self.agreed else self.topic_id
 
     async def committed_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
@@ -178,7 +182,8 @@ async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
 
 
 @pytest.fixture
-async def consumer() -> AsyncIterator[FakeConsumer]:
+async def consumer(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeConsumer]:
+    monkeypatch.setattr(module, "TOPIC_IDS_DOUBT_S", 0.02)
     yield FakeConsumer()
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
@@ -781,10 +786,26 @@ async def test_an_offset_of_this_topic_or_without_an_id_is_where_to_begin(
     stage = await staged(consumer)
     await stage.assign(TP)
     stage.acknowledge(await stage.take())
-    await until(lambda: consumer.commits)
-    assert consumer.commits == [{TP: 40}]
+    await until(lambda: {TP: 40} in consumer.commits)
     assert consumer.commit_metadata == {with_topic_id(ID)}
     assert stage.metrics.offset_resets._value.get() == 0
+
+
+@pytest.mark.parametrize("metadata", ["", "of an older version"])
+async def test_an_offset_without_an_id_gets_one_at_once(consumer: FakeConsumer, metadata: str) -> None:
+    """A partition may be idle until its topic is made anew, and then the old offset would hold in the new one."""
+    consumer.committed_at, consumer.committed_metadata, consumer.last_offset = 30, metadata, 30
+    await (await staged(consumer)).assign(TP)
+    await until(lambda: consumer.commits)
+    assert (consumer.commits, consumer.commit_metadata) == ([{TP: 30}], {with_topic_id(ID)})
+
+
+async def test_an_offset_with_its_id_is_not_committed_again(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.last_offset = 30, 30
+    await (await staged(consumer)).assign(TP)
+    await until(lambda: TP in consumer.positions)
+    await asyncio.sleep(0.1)
+    assert consumer.commits == []
 
 
 @pytest.mark.parametrize(("reset", "offset"), [("earliest", 500), ("latest", 10**6)])
@@ -800,6 +821,55 @@ async def test_an_offset_of_another_topic_counts_as_none(
     assert stage.metrics.offset_resets._value.get() == 1
     assert ("skips" in caplog.text) == (reset == "latest")
     assert "deleted and made again" in caplog.text
+
+
+@pytest.mark.parametrize("reset", ["earliest", "latest"])
+async def test_a_broker_that_is_behind_the_others_makes_no_offset_count_as_none(
+    consumer: FakeConsumer, reset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It knows the topic that was there before, and says so as often as it is asked. The others do not agree."""
+    consumer.committed_at, consumer.committed_metadata = 30, with_topic_id(OTHER_ID)
+    consumer.agreed = [None] * 100
+    stage = await staged(consumer, auto_offset_reset=reset)
+    await stage.assign(TP)
+    reason = "read: the brokers do not agree on which topic has the name t"
+    await until(lambda: stage.health.why_not_ready() == reason)
+    await asyncio.sleep(0.1)
+    assert (consumer.positions, consumer.commits) == ({}, [])
+    consumer.agreed, consumer.topic_id = [], OTHER_ID  # it is no longer behind
+    with pytest.raises(TopicRecreated):
+        await asyncio.wait_for(stage.run, 5)
+    assert (consumer.positions, consumer.commits) == ({}, [])
+    assert "counts as none" not in caplog.text
+
+
+async def test_brokers_that_agree_again_end_the_doubt(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.committed_metadata = 30, with_topic_id(OTHER_ID)
+    consumer.agreed, consumer.last_offset = [None, OTHER_ID, None, ID], 500
+    stage = await staged(consumer)
+    await stage.assign(TP, OTHER)
+    await until(lambda: consumer.positions.keys() == {TP, OTHER})
+    assert stage.metrics.offset_resets._value.get() == 2
+    await until(lambda: stage.health.why_not_ready() is None)
+
+
+async def test_partitions_that_wait_for_one_topic_share_what_is_asked(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def counted(_: str) -> str:
+        nonlocal asked
+        asked += 1
+        return ID
+
+    monkeypatch.setattr(consumer, "agreed_topic_id", counted)
+    consumer.committed_metadata = with_topic_id(OTHER_ID)
+    stage = await staged(consumer)
+    tps = [TopicPartition("t", number) for number in range(50)]
+    await stage.assign(*tps)
+    await until(lambda: len(consumer.positions) == len(tps))
+    assert asked <= 2
 
 
 async def test_brokers_without_ids_change_nothing(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -856,20 +926,29 @@ async def test_a_topic_that_was_made_anew_before_a_rebalance_is_not_read_at_all(
     assert consumer.positions == {}
 
 
-async def test_nothing_is_read_while_the_topic_is_in_doubt(consumer: FakeConsumer) -> None:
+async def test_nothing_is_read_while_the_topic_is_in_doubt_which_is_told(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
     await stage.take()
-    consumer.topic_id = ""  # it cannot be asked
+
+    async def none(topics: Any) -> dict[str, str]:
+        return dict.fromkeys(topics, "")
+
+    monkeypatch.setattr(consumer, "topic_ids", none)  # neither one nor the other
     stage.source._topic_ids.note({"t": OTHER_ID})
+    reason = "read: the brokers do not agree on which topic has the name t"
+    await until(lambda: stage.health.why_not_ready() == reason)
     await asyncio.sleep(0.05)
     position = consumer.positions[TP]
     while len(stage.source._batcher):
         await stage.take()
     await asyncio.sleep(0.05)
     assert consumer.positions[TP] == position
-    consumer.topic_id = ID
+    monkeypatch.undo()
     await stage.take()
+    await until(lambda: stage.health.why_not_ready() is None)
 
 
 async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consumer: FakeConsumer) -> None:
