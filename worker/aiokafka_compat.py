@@ -323,6 +323,7 @@ async def _end_offsets_of(
 class CoordinatorAnswers:
     """When the coordinator of a consumer's group has last answered it, by ``clock``; make it once the consumer has started.
 
+    Who says that it is not the coordinator, or not yet, has not answered; nor has one from whom a request comes back failed.
     aiokafka keeps the time of the last good heartbeat to itself. Upstream would have to offer it.
     """
 
@@ -343,7 +344,7 @@ class CoordinatorAnswers:
             response = await self._send(request)
         finally:
             if is_join:
-                self.is_joining, self.at = False, self._clock()
+                self.is_joining = False
         code = getattr(
             response, "error_code", GroupCoordinatorNotAvailableError.errno
         )  # a commit's are its partitions'

@@ -21,6 +21,7 @@ from aiokafka.errors import (
     KafkaError,
     LeaderNotAvailableError,
     NodeNotReadyError,
+    RebalanceInProgressError,
     RequestTimedOutError,
 )
 from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
@@ -34,7 +35,7 @@ from worker.health import Health
 from worker.identity import TopicRecreated, with_topic_id
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
-from worker.source import Source, Standstill, UnreadableRecord
+from worker.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
 
 TP = TopicPartition("t", 0)
@@ -110,6 +111,8 @@ class FakeConsumer:
         return {tp: self.unknown.get(tp, end) for tp in tps}
 
     async def position(self, tp: TopicPartition) -> int:
+        if tp not in self.positions:
+            raise IllegalStateError("it would wait")
         return self.positions[tp]
 
     async def getmany(
@@ -566,6 +569,30 @@ async def test_a_reader_that_does_not_end_ends_the_session(
     is_over.set()
 
 
+async def test_no_partition_is_read_while_its_last_reader_does_not_end(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over, reads = asyncio.Event(), 0
+
+    async def endless(*_: object, **__: object) -> Any:
+        nonlocal reads
+        reads += 1
+        while not is_over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await is_over.wait()
+        return {}
+
+    monkeypatch.setattr(cancelled, "__defaults__", (0.05,))
+    monkeypatch.setattr(consumer, "getmany", endless)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: reads)
+    stage.source.restart(stage.source._assignments[TP])
+    await until(lambda: "a reader does not end" in (stage.health.why_not_ready() or ""))
+    assert reads == 1
+    is_over.set()
+
+
 async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
@@ -671,6 +698,46 @@ async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeCo
         seen = errors.get()
         await until(lambda seen=seen: errors.get() > seen)
     assert not stage.run.done()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("is_assigned", [False, True])
+async def test_joining_again_and_again_ends_where_it_never_comes_to_a_place_to_read_from(
+    consumer: FakeConsumer, is_assigned: bool
+) -> None:
+    """Whether the consumer fails before it is given a partition, or before it knows where to begin in it."""
+    consumer = Rejoined() if is_assigned else consumer
+    consumer.knows_committed.clear()
+    consumer.fetching.set_exception(KafkaError("broken"))
+    stage = await staged(consumer)
+    with pytest.raises(Standstill, match=r"nothing is read, .* joined again 3 times: the consumer's fetch task"):
+        await asyncio.wait_for(stage.run, 10)
+    assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
+
+
+async def test_what_is_not_known_for_a_moment_does_not_hide_a_standstill(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(_: TopicPartition) -> int:
+        raise KafkaError
+
+    consumer.records_per_read = 0
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: TP in consumer.positions)
+
+    async def joined_again(*, has_end: bool = True) -> None:
+        stage.source._placeless = 0
+        consumer.unknown = {} if has_end else {TP: LeaderNotAvailableError()}
+        await stage.source._look_for_standstill(Rejoin("why"))
+
+    for has_end in (True, True, False, True, False):
+        await joined_again(has_end=has_end)
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "position", unknown)
+        await joined_again()
+    with pytest.raises(Standstill, match="nothing of t-0 is read any more"):
+        await joined_again()
 
 
 async def test_what_the_consumers_own_tasks_end_by_is_told_by_kind_and_place(
@@ -1066,7 +1133,10 @@ async def test_a_partition_that_comes_back_has_not_been_silent_meanwhile(consume
     assert "joining" not in (stage.health.why_not_ready() or "")
 
 
-async def test_brokers_that_are_away_are_no_partitions_without_a_leader(consumer: FakeConsumer, clock: Clock) -> None:
+async def test_brokers_that_are_away_are_no_partitions_without_a_leader(
+    consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
     stage = await staged(consumer, clock=clock)
     await stage.assign(TP, OTHER)
     consumer.unknown = {TP: KafkaConnectionError(), OTHER: TimeoutError()}
@@ -1136,6 +1206,69 @@ async def test_a_coordinator_that_is_away_is_told_once_by_its_age(
     await coordinator.beat()
     await until(lambda: stage.health.why_not_ready() is None)
     assert told_of(caplog) == [reason, "coordinator is well again"]
+
+
+def join() -> JoinGroupRequest:
+    return JoinGroupRequest("g", 1, 1, "m", "", "consumer", [])
+
+
+@pytest.mark.parametrize("code", [None, GroupCoordinatorNotAvailableError.errno])
+async def test_a_join_that_fails_is_no_answer_of_the_coordinator(
+    consumer: FakeConsumer, clock: Clock, code: int | None
+) -> None:
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    coordinator.code = code
+    await stage.revoke(TP)
+    for _ in range(20):
+        clock.ahead += 1
+        with contextlib.suppress(NodeNotReadyError):
+            await coordinator._send_req(join())
+        await asyncio.sleep(0.02)
+    reason = "coordinator: the coordinator of group g has not answered for 9 s"
+    assert stage.health.why_not_ready() == reason
+
+
+async def test_joins_that_are_refused_at_once_are_a_rebalance_that_lasts(consumer: FakeConsumer, clock: Clock) -> None:
+    """Nobody looks in the moment in which one is under way."""
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    await stage.revoke(TP)
+    coordinator.code = RebalanceInProgressError.errno
+    for _ in range(10):
+        clock.ahead += 1
+        await coordinator._send_req(join())
+        await asyncio.sleep(0.02)
+    assert stage.health.why_not_ready() == "group: rejoining for more than 5 s: a member is gone or busy"
+
+
+async def test_a_batch_that_waits_long_to_be_unpacked_is_told(
+    consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    consumer.last_offset = 10
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    consumer.reading.clear()
+    stage.source._reader.waiting.add(TP)  # type: ignore[union-attr]
+    consumer.ends_at = 15
+    await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
+    for _ in range(55):
+        clock.ahead += 1
+        await asyncio.sleep(0.01)
+    assert stage.health.why_not_ready() is None
+    clock.ahead += 10
+    reason = "read: t-0 has waited 60 s for room to unpack a batch (max_unpacked_bytes)"
+    await until(lambda: stage.health.why_not_ready() == reason)
+    stage.source._reader.waiting.clear()  # type: ignore[union-attr]
+    consumer.last_offset = 15
+    consumer.reading.set()
+    await until(lambda: stage.health.why_not_ready() is None)
 
 
 async def test_a_coordinator_that_is_away_with_all_others_is_not_told_apart(
