@@ -135,6 +135,32 @@ async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str
     return {topic.name: topic.topic_id for topic in found if topic.error_code != UNKNOWN_TOPIC}
 
 
+async def agreed_topic_id(client: AIOKafkaClient, topic: str) -> str | None:
+    """A topic's id as all brokers say that know it, and two at least where there are more; None while they do not agree.
+
+    Empty where they have no ids. For what cannot be undone: one broker, cut off from its controller, may be far behind.
+    Raises a KafkaError when too few answer within METADATA_TIMEOUT_S.
+    """
+    nodes = [broker.nodeId for broker in client.cluster.brokers()]
+    answers = await asyncio.gather(*(_topic_id(client, node, topic) for node in nodes))
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < max(1, min(2, len(nodes))):
+        raise NodeNotReadyError
+    ids = set(known) - {""}
+    return None if len(ids) > 1 else next(iter(ids), "")
+
+
+async def _topic_id(client: AIOKafkaClient, node: int, topic: str) -> str | None:
+    """None where this broker does not answer, or does not know the topic."""
+    try:
+        found = await _described_by(client, node, [topic])
+    except NotImplementedError:
+        return ""
+    except (KafkaError, OSError, TimeoutError):
+        return None
+    return next((each.topic_id for each in found if each.error_code != UNKNOWN_TOPIC), None)
+
+
 async def topic_names(client: AIOKafkaClient) -> list[str]:
     """The names of all topics that this user may know of, but for Kafka's own. Raises as ``topic_ids``.
 
@@ -151,13 +177,17 @@ async def _described(client: AIOKafkaClient, topics: Collection[str] | None) -> 
     nodes = [broker.nodeId for broker in client.cluster.brokers()]
     for node in random.sample(nodes, len(nodes)):
         try:
-            answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), group=BESIDE))
+            return await _described_by(client, node, topics)
         except (KafkaError, OSError, TimeoutError):
             continue
-        if len(answer.body) > LARGE_ANSWER_BYTES:
-            return await asyncio.to_thread(parsed_topics, answer.body)
-        return parsed_topics(answer.body)
     raise NodeNotReadyError
+
+
+async def _described_by(client: AIOKafkaClient, node: int, topics: Collection[str] | None) -> list[Topic]:
+    answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), group=BESIDE))
+    if len(answer.body) > LARGE_ANSWER_BYTES:
+        return await asyncio.to_thread(parsed_topics, answer.body)
+    return parsed_topics(answer.body)
 
 
 def parsed_topics(body: bytes) -> list[Topic]:
@@ -293,6 +323,7 @@ async def _end_offsets_of(
 class CoordinatorAnswers:
     """When the coordinator of a consumer's group has last answered it, by ``clock``; make it once the consumer has started.
 
+    Who says that it is not the coordinator, or not yet, has not answered; nor has one from whom a request comes back failed.
     aiokafka keeps the time of the last good heartbeat to itself. Upstream would have to offer it.
     """
 
@@ -313,7 +344,7 @@ class CoordinatorAnswers:
             response = await self._send(request)
         finally:
             if is_join:
-                self.is_joining, self.at = False, self._clock()
+                self.is_joining = False
         code = getattr(
             response, "error_code", GroupCoordinatorNotAvailableError.errno
         )  # a commit's are its partitions'
