@@ -11,7 +11,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import aiokafka.producer.producer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -33,6 +35,7 @@ from aiokafka.errors import (
     kafka_errors,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
+from aiokafka.producer.sender import SendProduceReqHandler
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
@@ -51,6 +54,8 @@ from aiokafka.protocol.types import (
 from aiokafka.record.memory_records import MemoryRecords
 
 from worker.tasks import cancelled, within
+
+RETRY_S: Final = 0.1
 
 # Topics' ids, and the names of all topics. aiokafka's newest Metadata is v5, which has no ids, and it parses the answer on
 # the event loop, field by field: half a second for 60,000 partitions. Upstream would have to speak v10 (Kafka 2.8).
@@ -353,9 +358,6 @@ class CoordinatorAnswers:
         return response
 
 
-RETRY_S: Final = 0.1
-
-
 # Upstream would have to end the consumer, or to raise in ``getmany``, where a task of its own fails.
 
 
@@ -499,51 +501,50 @@ class StaticMember:
         return next((member for member, instance, *_ in members if instance == self._instance_id), "")
 
 
-def _spaced(update: Any) -> Any:
-    """A client asks for metadata in a loop for as long as a batch's partition has no leader: thousands of times a second.
-
-    Upstream would have to wait ``retry_backoff_ms`` between two requests, as Kafka's own client does.
-    """
-
-    async def spaced(client: AIOKafkaClient, cluster: Any, topics: Any) -> Any:
-        due_at = getattr(client, "_metadata_due_at", 0.0)
-        await asyncio.sleep(max(0.0, due_at - time.monotonic()))
-        client._metadata_due_at = time.monotonic() + client._retry_backoff
-        return await update(client, cluster, topics)
-
-    return spaced
-
-
-AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
-
-
 SILENT_BROKERS_S: Final = 60.0
 LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
 
 
 # Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
 
+
+@dataclass(slots=True)
+class _Client:
+    """What a client of aiokafka's has to remember besides."""
+
+    metadata_due_at: float = 0.0
+    heard_at: float = 0.0
+    locks: defaultdict[object, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+
+_clients: WeakKeyDictionary[AIOKafkaClient, _Client] = WeakKeyDictionary()
 _ask_known_brokers = AIOKafkaClient._metadata_update
 
 
 async def update_metadata(
     client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
 ) -> bool:
-    """Asks the brokers that a client knows for metadata, and where none has answered for so long ``bootstrap_servers``.
+    """Asks the brokers that a client knows for metadata, and ``bootstrap_servers`` where none of them answers.
 
-    aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
-    client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+    That is at once where all refuse connections, and after ``timeout_s`` without a word where they are silent. aiokafka asks
+    ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The client stays the
+    same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+
+    Two requests are ``retry_backoff_ms`` apart, as Kafka's own client has it: aiokafka asks thousands of times a second for
+    as long as a batch's partition has no leader.
     """
-    answers = [connection._last_action for connection in client._conns.values()]
-    client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
-    left_s = client.heard_at + timeout_s - time.monotonic()
+    known = _clients.setdefault(client, _Client())
+    await asyncio.sleep(max(0.0, known.metadata_due_at - time.monotonic()))
+    known.metadata_due_at = time.monotonic() + client._retry_backoff
+    known.heard_at = max([known.heard_at, *(connection._last_action for connection in client._conns.values())])
+    left_s = known.heard_at + timeout_s - time.monotonic()
     try:
         if await within(max(left_s, timeout_s * LEAST_SHARE), _ask_known_brokers(client, cluster, topics)):
             return True
     except TimeoutError:
         pass
     newcomer = copy.copy(client)  # the same settings, and nothing of what is known or connected
-    newcomer.cluster, newcomer._conns, newcomer.locks = ClusterMetadata(), {}, {}
+    newcomer.cluster, newcomer._conns = ClusterMetadata(), {}
     newcomer._sync_task = asyncio.current_task()  # or it would start one
     try:
         await newcomer.bootstrap()
@@ -577,10 +578,10 @@ async def connection_to(
     connection = client._conns.get((node, group))
     if connection is not None and connection.connected():
         return connection
-    locks = vars(client).setdefault("locks", {})
+    locks = _clients.setdefault(client, _Client()).locks
     while True:
         broker = client.cluster.broker_metadata(node)
-        async with locks.setdefault((node, group, broker), asyncio.Lock()):
+        async with locks[node, group, broker]:
             if broker == client.cluster.broker_metadata(node):
                 return await _connection_to(client, node, group=group, **options)
 
@@ -639,30 +640,53 @@ class PatientAccumulator(MessageAccumulator):  # type: ignore[misc]
 aiokafka.producer.producer.MessageAccumulator = PatientAccumulator
 
 
+NOT_WRITTEN: Final = (NodeNotReadyError, UnknownTopicOrPartitionError)  # not sent; or refused, or gone with its topic
+_in_doubt: WeakSet[BatchBuilder] = WeakSet()
+_can_retry = SendProduceReqHandler._can_retry
+
+
+def can_retry(handler: SendProduceReqHandler, error: KafkaError, batch: Any) -> bool:
+    """Notes the batches that may have been written by a try whose answer was lost, or said so."""
+    if error.retriable and not isinstance(error, NOT_WRITTEN):
+        _in_doubt.add(batch._builder)
+    may_be: bool = _can_retry(handler, error, batch)
+    return may_be
+
+
+SendProduceReqHandler._can_retry = can_retry
+
+
 def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
-    """Whether a batch that failed for good may be in its partition: it was sent, and no broker has refused it."""
+    """Whether a batch that failed for good may be in its partition: that it was refused tells of its last try alone."""
     is_refused = isinstance(error, BrokerResponseError) and not error.retriable
-    return batch._buffer is not None and not is_refused
+    return batch in _in_doubt or (batch._buffer is not None and not is_refused)
 
 
 # Partitions that are gone.
 
+LOOK_S: Final = 1.0
 
-def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
-    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
 
-    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
-    without an end.
+async def is_gone(producer: AIOKafkaProducer, tp: TopicPartition, unless: asyncio.Future[object]) -> bool | None:
+    """Whether a topic is known, and has no such partition any more, by a broker's answer that is asked for now.
+
+    None where none comes within a second, or ``unless`` is done before. Upstream would have to ask for metadata after an
+    AddPartitionsToTxn that names an unknown partition, which it repeats without an end.
     """
-    producer.client.force_metadata_update()
+    update = producer.client.force_metadata_update()
+    await asyncio.wait({unless, update}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    if unless.done() or not update.done() or not update.result():
+        return None
     partitions = producer.client.cluster.partitions_for_topic(tp.topic)
     return partitions is not None and tp.partition not in partitions
 
 
 def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
-    """Fails what waits for a partition that is gone, and with it what was written there.
+    """Fails what waits for a partition that is gone, but for batches that may have been written: brokers may be wrong.
 
-    Upstream would have to do so once its metadata say it, instead of after ``request_timeout_ms``.
+    Those wait for as long as aiokafka has it, which is ``request_timeout_ms``. Upstream would have to fail the others once
+    its metadata say it.
     """
-    for batch in producer._message_accumulator._batches.pop(tp, ()):
-        batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))
+    accumulator = producer._message_accumulator
+    while (waiting := accumulator._batches.get(tp)) and waiting[0]._builder not in _in_doubt:
+        accumulator._pop_batch(tp).failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))

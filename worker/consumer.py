@@ -7,7 +7,7 @@ for a group that has committed nothing: it would begin at ``auto_offset_reset``,
 
 import asyncio
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
@@ -21,9 +21,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import agreed_topic_id, background_tasks, end_offsets, topic_ids, topic_names
-
-RETRY_S: Final = 0.1
+from worker.aiokafka_compat import RETRY_S, agreed_topic_id, background_tasks, end_offsets, topic_ids, topic_names
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
