@@ -11,7 +11,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import aiokafka.producer.producer
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -33,6 +35,7 @@ from aiokafka.errors import (
     kafka_errors,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
+from aiokafka.producer.sender import SendProduceReqHandler
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
@@ -51,6 +54,8 @@ from aiokafka.protocol.types import (
 from aiokafka.record.memory_records import MemoryRecords
 
 from worker.tasks import cancelled, within
+
+RETRY_S: Final = 0.1
 
 # Topics' ids, and the names of all topics. aiokafka's newest Metadata is v5, which has no ids, and it parses the answer on
 # the event loop, field by field: half a second for 60,000 partitions. Upstream would have to speak v10 (Kafka 2.8).
@@ -135,6 +140,32 @@ async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str
     return {topic.name: topic.topic_id for topic in found if topic.error_code != UNKNOWN_TOPIC}
 
 
+async def agreed_topic_id(client: AIOKafkaClient, topic: str) -> str | None:
+    """A topic's id as all brokers say that know it, and two at least where there are more; None while they do not agree.
+
+    Empty where they have no ids. For what cannot be undone: one broker, cut off from its controller, may be far behind.
+    Raises a KafkaError when too few answer within METADATA_TIMEOUT_S.
+    """
+    nodes = [broker.nodeId for broker in client.cluster.brokers()]
+    answers = await asyncio.gather(*(_topic_id(client, node, topic) for node in nodes))
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < max(1, min(2, len(nodes))):
+        raise NodeNotReadyError
+    ids = set(known) - {""}
+    return None if len(ids) > 1 else next(iter(ids), "")
+
+
+async def _topic_id(client: AIOKafkaClient, node: int, topic: str) -> str | None:
+    """None where this broker does not answer, or does not know the topic."""
+    try:
+        found = await _described_by(client, node, [topic])
+    except NotImplementedError:
+        return ""
+    except (KafkaError, OSError, TimeoutError):
+        return None
+    return next((each.topic_id for each in found if each.error_code != UNKNOWN_TOPIC), None)
+
+
 async def topic_names(client: AIOKafkaClient) -> list[str]:
     """The names of all topics that this user may know of, but for Kafka's own. Raises as ``topic_ids``.
 
@@ -151,13 +182,17 @@ async def _described(client: AIOKafkaClient, topics: Collection[str] | None) -> 
     nodes = [broker.nodeId for broker in client.cluster.brokers()]
     for node in random.sample(nodes, len(nodes)):
         try:
-            answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), group=BESIDE))
+            return await _described_by(client, node, topics)
         except (KafkaError, OSError, TimeoutError):
             continue
-        if len(answer.body) > LARGE_ANSWER_BYTES:
-            return await asyncio.to_thread(parsed_topics, answer.body)
-        return parsed_topics(answer.body)
     raise NodeNotReadyError
+
+
+async def _described_by(client: AIOKafkaClient, node: int, topics: Collection[str] | None) -> list[Topic]:
+    answer = await within(METADATA_TIMEOUT_S, client.send(node, TopicsRequest(topics), group=BESIDE))
+    if len(answer.body) > LARGE_ANSWER_BYTES:
+        return await asyncio.to_thread(parsed_topics, answer.body)
+    return parsed_topics(answer.body)
 
 
 def parsed_topics(body: bytes) -> list[Topic]:
@@ -293,6 +328,7 @@ async def _end_offsets_of(
 class CoordinatorAnswers:
     """When the coordinator of a consumer's group has last answered it, by ``clock``; make it once the consumer has started.
 
+    Who says that it is not the coordinator, or not yet, has not answered; nor has one from whom a request comes back failed.
     aiokafka keeps the time of the last good heartbeat to itself. Upstream would have to offer it.
     """
 
@@ -313,16 +349,13 @@ class CoordinatorAnswers:
             response = await self._send(request)
         finally:
             if is_join:
-                self.is_joining, self.at = False, self._clock()
+                self.is_joining = False
         code = getattr(
             response, "error_code", GroupCoordinatorNotAvailableError.errno
         )  # a commit's are its partitions'
         if for_code(code) not in NOT_THE_COORDINATOR:
             self.has_answered, self.at = True, self._clock()
         return response
-
-
-RETRY_S: Final = 0.1
 
 
 # Upstream would have to end the consumer, or to raise in ``getmany``, where a task of its own fails.
@@ -468,51 +501,50 @@ class StaticMember:
         return next((member for member, instance, *_ in members if instance == self._instance_id), "")
 
 
-def _spaced(update: Any) -> Any:
-    """A client asks for metadata in a loop for as long as a batch's partition has no leader: thousands of times a second.
-
-    Upstream would have to wait ``retry_backoff_ms`` between two requests, as Kafka's own client does.
-    """
-
-    async def spaced(client: AIOKafkaClient, cluster: Any, topics: Any) -> Any:
-        due_at = getattr(client, "_metadata_due_at", 0.0)
-        await asyncio.sleep(max(0.0, due_at - time.monotonic()))
-        client._metadata_due_at = time.monotonic() + client._retry_backoff
-        return await update(client, cluster, topics)
-
-    return spaced
-
-
-AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
-
-
 SILENT_BROKERS_S: Final = 60.0
 LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
 
 
 # Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
 
+
+@dataclass(slots=True)
+class _Client:
+    """What a client of aiokafka's has to remember besides."""
+
+    metadata_due_at: float = 0.0
+    heard_at: float = 0.0
+    locks: defaultdict[object, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+
+_clients: WeakKeyDictionary[AIOKafkaClient, _Client] = WeakKeyDictionary()
 _ask_known_brokers = AIOKafkaClient._metadata_update
 
 
 async def update_metadata(
     client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
 ) -> bool:
-    """Asks the brokers that a client knows for metadata, and where none has answered for so long ``bootstrap_servers``.
+    """Asks the brokers that a client knows for metadata, and ``bootstrap_servers`` where none of them answers.
 
-    aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
-    client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+    That is at once where all refuse connections, and after ``timeout_s`` without a word where they are silent. aiokafka asks
+    ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The client stays the
+    same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+
+    Two requests are ``retry_backoff_ms`` apart, as Kafka's own client has it: aiokafka asks thousands of times a second for
+    as long as a batch's partition has no leader.
     """
-    answers = [connection._last_action for connection in client._conns.values()]
-    client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
-    left_s = client.heard_at + timeout_s - time.monotonic()
+    known = _clients.setdefault(client, _Client())
+    await asyncio.sleep(max(0.0, known.metadata_due_at - time.monotonic()))
+    known.metadata_due_at = time.monotonic() + client._retry_backoff
+    known.heard_at = max([known.heard_at, *(connection._last_action for connection in client._conns.values())])
+    left_s = known.heard_at + timeout_s - time.monotonic()
     try:
         if await within(max(left_s, timeout_s * LEAST_SHARE), _ask_known_brokers(client, cluster, topics)):
             return True
     except TimeoutError:
         pass
     newcomer = copy.copy(client)  # the same settings, and nothing of what is known or connected
-    newcomer.cluster, newcomer._conns, newcomer.locks = ClusterMetadata(), {}, {}
+    newcomer.cluster, newcomer._conns = ClusterMetadata(), {}
     newcomer._sync_task = asyncio.current_task()  # or it would start one
     try:
         await newcomer.bootstrap()
@@ -546,10 +578,10 @@ async def connection_to(
     connection = client._conns.get((node, group))
     if connection is not None and connection.connected():
         return connection
-    locks = vars(client).setdefault("locks", {})
+    locks = _clients.setdefault(client, _Client()).locks
     while True:
         broker = client.cluster.broker_metadata(node)
-        async with locks.setdefault((node, group, broker), asyncio.Lock()):
+        async with locks[node, group, broker]:
             if broker == client.cluster.broker_metadata(node):
                 return await _connection_to(client, node, group=group, **options)
 
@@ -608,30 +640,53 @@ class PatientAccumulator(MessageAccumulator):  # type: ignore[misc]
 aiokafka.producer.producer.MessageAccumulator = PatientAccumulator
 
 
+NOT_WRITTEN: Final = (NodeNotReadyError, UnknownTopicOrPartitionError)  # not sent; or refused, or gone with its topic
+_in_doubt: WeakSet[BatchBuilder] = WeakSet()
+_can_retry = SendProduceReqHandler._can_retry
+
+
+def can_retry(handler: SendProduceReqHandler, error: KafkaError, batch: Any) -> bool:
+    """Notes the batches that may have been written by a try whose answer was lost, or said so."""
+    if error.retriable and not isinstance(error, NOT_WRITTEN):
+        _in_doubt.add(batch._builder)
+    may_be: bool = _can_retry(handler, error, batch)
+    return may_be
+
+
+SendProduceReqHandler._can_retry = can_retry
+
+
 def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
-    """Whether a batch that failed for good may be in its partition: it was sent, and no broker has refused it."""
+    """Whether a batch that failed for good may be in its partition: that it was refused tells of its last try alone."""
     is_refused = isinstance(error, BrokerResponseError) and not error.retriable
-    return batch._buffer is not None and not is_refused
+    return batch in _in_doubt or (batch._buffer is not None and not is_refused)
 
 
 # Partitions that are gone.
 
+LOOK_S: Final = 1.0
 
-def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
-    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
 
-    Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
-    without an end.
+async def is_gone(producer: AIOKafkaProducer, tp: TopicPartition, unless: asyncio.Future[object]) -> bool | None:
+    """Whether a topic is known, and has no such partition any more, by a broker's answer that is asked for now.
+
+    None where none comes within a second, or ``unless`` is done before. Upstream would have to ask for metadata after an
+    AddPartitionsToTxn that names an unknown partition, which it repeats without an end.
     """
-    producer.client.force_metadata_update()
+    update = producer.client.force_metadata_update()
+    await asyncio.wait({unless, update}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    if unless.done() or not update.done() or not update.result():
+        return None
     partitions = producer.client.cluster.partitions_for_topic(tp.topic)
     return partitions is not None and tp.partition not in partitions
 
 
 def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
-    """Fails what waits for a partition that is gone, and with it what was written there.
+    """Fails what waits for a partition that is gone, but for batches that may have been written: brokers may be wrong.
 
-    Upstream would have to do so once its metadata say it, instead of after ``request_timeout_ms``.
+    Those wait for as long as aiokafka has it, which is ``request_timeout_ms``. Upstream would have to fail the others once
+    its metadata say it.
     """
-    for batch in producer._message_accumulator._batches.pop(tp, ()):
-        batch.failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))
+    accumulator = producer._message_accumulator
+    while (waiting := accumulator._batches.get(tp)) and waiting[0]._builder not in _in_doubt:
+        accumulator._pop_batch(tp).failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))

@@ -39,7 +39,7 @@ from worker.cluster import (
 from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
 from worker.guard import SERVER
-from worker.identity import without_topic_id
+from worker.identity import is_of, without_topic_id
 from worker.permissions import Permissions
 from worker.printable import printable
 from worker.settings import RunSettings, UsersMistake, WrongSetting
@@ -370,12 +370,14 @@ async def _retention(
 async def _unread_before(consumer: Consumer, tps: list[TopicPartition], moment: int, otherwise: str) -> int:
     """How many records before a moment, in ms, the group has not read: those before the first that is as new."""
     begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+    ids = await consumer.topic_ids({tp.topic for tp in tps})
     commits = await consumer.committed_offsets(tps)
     found = await consumer.offsets_for_times(dict.fromkeys(tps, moment))
     resets = begins if otherwise == "earliest" else ends
     unread = 0
     for tp in tps:
-        begin = commits[tp].offset if commits[tp].offset >= 0 else resets[tp]
+        counts = commits[tp].offset >= 0 and is_of(ids.get(tp.topic, ""), commits[tp].metadata)
+        begin = commits[tp].offset if counts else resets[tp]
         unread += max(0, (found[tp].offset if found.get(tp) else ends[tp]) - max(begin, begins[tp]))
     return unread
 

@@ -169,6 +169,11 @@ class TopicLimits:
     retention_ms: int = NO_LIMIT
     is_known: bool = False
 
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether timestamps have no more than one limit: old ones or future ones are all taken."""
+        return NO_LIMIT in (self.timestamp_before_max_ms, self.timestamp_after_max_ms)
+
     def excess_ms(self, timestamp: int) -> float:
         """How far beyond the limits a timestamp is by this machine's clock; below 0: within them."""
         now = time.time() * 1000
@@ -326,7 +331,7 @@ async def read_limits(connection: Connection, names: Iterable[str]) -> dict[str,
     try:
         async with asyncio.timeout(connection.request_timeout_s):
             await client.start()
-            return await topic_limits(client, list(names))
+            return await topic_limits(client, names)
     finally:
         await _close(client)
 

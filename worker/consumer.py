@@ -7,7 +7,7 @@ for a group that has committed nothing: it would begin at ``auto_offset_reset``,
 
 import asyncio
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
@@ -21,9 +21,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import background_tasks, end_offsets, topic_ids, topic_names
-
-RETRY_S: Final = 0.1
+from worker.aiokafka_compat import RETRY_S, agreed_topic_id, background_tasks, end_offsets, topic_ids, topic_names
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
@@ -32,6 +30,10 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     async def topic_ids(self, topics: Collection[str]) -> dict[str, str]:
         """As of ``aiokafka_compat.topic_ids``."""
         return await topic_ids(self._client, topics)
+
+    async def agreed_topic_id(self, topic: str) -> str | None:
+        """As of ``aiokafka_compat.agreed_topic_id``."""
+        return await agreed_topic_id(self._client, topic)
 
     async def topic_names(self) -> list[str]:
         """As of ``aiokafka_compat.topic_names``."""

@@ -2,7 +2,6 @@
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from worker.events import Reason
 
@@ -11,17 +10,8 @@ class DeadLetterFlood(Exception):
     """Too many of the newest records cannot be scored; the message names the commonest reason. Exit code 1."""
 
 
-@dataclass(slots=True, eq=False)
-class Look:
-    """A micro-batch: how many records it has, why how many of them fail, and how many are published by now."""
-
-    records: int
-    reasons: Counter[Reason]
-    published: int = 0
-
-
 class FloodGauge:
-    """Looks at each micro-batch before any of it is published; another one when all of it is, for what was refused.
+    """Looks at each micro-batch before any of it is published; another one at what has been published, for what was refused.
 
     The window is the newest micro-batches that together have at least ``window`` records; before there are so many, nothing
     is judged. ``limit`` is the share of dead letters, 0 to 1, at which it is a flood; 0: never.
@@ -35,7 +25,7 @@ class FloodGauge:
         self._reasons: Counter[Reason] = Counter()
 
     def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
-        """``records`` of a micro-batch, and how many of them fail for which reason. Raises DeadLetterFlood."""
+        """``records`` that were not looked at before, and how many of them fail for which reason. Raises DeadLetterFlood."""
         if not self._limit:
             return
         self._add(records, Counter(reasons))
@@ -59,6 +49,6 @@ class FloodGauge:
         (reason, times), *_ = self._reasons.most_common(1)
         return (
             f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
-            f"reaches dead_letter_limit = {self._limit:g}; the records from there on are neither published nor committed; "
+            f"reaches dead_letter_limit = {self._limit:g}; what is published is committed, and the rest is read again; "
             "mend their producer, this worker's settings or the output topic's, or raise the limit (0: none)"
         )

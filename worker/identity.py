@@ -25,6 +25,12 @@ def without_topic_id(metadata: str) -> tuple[str, str]:
     return (found[2], found[1] or "") if found else ("", metadata)
 
 
+def is_of(topic_id: str, metadata: str) -> bool:
+    """Whether an offset with this metadata is of this topic: it names no other, as far as both ids are known."""
+    named, _ = without_topic_id(metadata)
+    return not topic_id or named in ("", topic_id)
+
+
 class TopicIds:
     """The ids of the topics that this process reads, as they were when it first saw them; empty where brokers have none.
 

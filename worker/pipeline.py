@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, repeat
+from itertools import compress, groupby, repeat
 from operator import attrgetter
 from typing import Any, Final, cast
 
@@ -36,7 +36,7 @@ from worker.events import (
     rows,
     smaller_dead_letters,
 )
-from worker.flood import DeadLetterFlood, FloodGauge, Look
+from worker.flood import DeadLetterFlood, FloodGauge
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
@@ -119,7 +119,6 @@ class Outcome:
     parcel: Parcel | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
-    look: Look | None = None  # of its micro-batch
 
 
 @dataclass(slots=True)
@@ -182,6 +181,7 @@ class Pipeline:
         self._published_flood: DeadLetterFlood | None = None
         self._draining = asyncio.Event()
         self._seen: dict[Hashable, int] = {}  # by partition, the offset up to which the flood gauge has looked
+        self._counted: dict[Hashable, int] = {}  # the same of the gauge of what is published
         if transactions:
             transactions.serve(source, self._deliver, self._count)
 
@@ -191,8 +191,8 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, WrongSetting,
-        DeadLetterRefused, DeadLetterFlood.
+        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, TopicRecreated,
+        WrongSetting, DeadLetterRefused, DeadLetterFlood.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -311,19 +311,17 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not part.assignment.is_owned])
             if not batch.parts:
                 continue
-            look, new = Look(len(batch), batch.failures()), batch.beyond(self._seen)
-            self._flood.look_at(len(new), look.reasons if len(new) == len(batch) else new.failures())
+            failures, new = batch.failures(), batch.beyond(self._seen)
+            self._flood.look_at(len(new), failures if len(new) == len(batch) else new.failures())
             for part in batch.parts:
                 async for outcomes in self._outcomes(part, batch.job):
-                    for outcome in outcomes:
-                        outcome.look = look
                     if self._transactions:  # which count and acknowledge them once they are committed
                         await self._transactions.put(part.assignment, outcomes)
                     else:
                         part.outcomes += outcomes
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
-                self._tracing.processed(batch.trace, done, look.reasons.total())
+                self._tracing.processed(batch.trace, done, failures.total())
             if not self._transactions:
                 await stages.encoded.put(batch)
         if self._transactions:
@@ -511,17 +509,19 @@ class Pipeline:
         assert self._published_flood
         raise self._published_flood
 
-    def _look_at_published(self, outcomes: Sequence[Outcome]) -> None:
-        for look, published in Counter(map(attrgetter("look"), outcomes)).items():
-            if look is None:
-                continue
-            look.published += published
-            if look.published == look.records:
-                try:
-                    self._flood_of_published.look_at(look.records, look.reasons)
-                except DeadLetterFlood as flood:
-                    self._published_flood = flood
-                    self._flooded.set()
+    def _look_at_published(self, outcomes: Sequence[Outcome], is_refused: bool) -> None:
+        """Judges only where results are refused: the other failures were judged before they were published."""
+        new: list[Outcome] = []
+        for tp, run in groupby(outcomes, key=attrgetter("record.topic", "record.partition")):
+            some, counted = list(run), self._counted.get(tp, 0)
+            new += some[bisect_left(some, counted, key=attrgetter("record.offset")) :]
+            self._counted[tp] = max(counted, some[-1].record.offset + 1)
+        try:
+            self._flood_of_published.look_at(len(new), Counter(o.failure.reason for o in new if o.failure))
+        except DeadLetterFlood as flood:
+            if is_refused:
+                self._published_flood = flood
+                self._flooded.set()
 
     def _count(self, outcomes: Sequence[Outcome], now: float) -> None:
         """What has been acknowledged, and when, in s since 1970."""
@@ -540,12 +540,10 @@ class Pipeline:
             for outcome in others:
                 if outcome.failure and outcome.failure.stage == "publish":
                     refused[outcome.failure.reason] += 1
-                    if outcome.look:
-                        outcome.look.reasons[outcome.failure.reason] += 1
             self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
         self._refusals.note(refused)
-        self._look_at_published(outcomes)
+        self._look_at_published(outcomes, bool(refused))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 

@@ -25,24 +25,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from worker.aiokafka_compat import SILENT_BROKERS_S
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable, why_unreachable
 from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
-from worker.identity import with_topic_id, without_topic_id
+from worker.identity import is_of, with_topic_id, without_topic_id
 from worker.metrics import Metrics
 from worker.printable import printable
 from worker.replayed import Replayed, TooManySpans
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
 from worker.sink import Parcel, Sink
-from worker.source import LONGEST_POLL_INTERVAL_MS, UNREADABLE
+from worker.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
 
 CHUNK: Final = 500  # dead letters published and committed at once
 READ_TIMEOUT_MS: Final = 1_000
-SILENCE_S: Final = 60.0
+SILENCE_S: Final = 3 * SILENT_BROKERS_S  # so long may it take to find brokers that have come back elsewhere
 REQUESTS: Final = 2  # that may time out one after the other before brokers count as away
 NO_REASON: Final = "(no dead letter)"  # as this version knows them
 
@@ -211,7 +212,7 @@ class Replay:
     async def _begin(self) -> None:
         timeout_s = self._connection.request_timeout_s
         await within(timeout_s, self._consumer.start())
-        self._topic_id = (await self._consumer.topic_ids([self._topic])).get(self._topic, "")
+        self._topic_id = await within(timeout_s, self._agreed_id())
         partitions = await within(timeout_s, self._consumer._client._wait_on_metadata(self._topic))
         tps = [TopicPartition(self._topic, number) for number in sorted(partitions)]
         if self._is_dry:
@@ -252,11 +253,21 @@ class Replay:
 
     async def _states(self, tps: list[TopicPartition]) -> dict[TopicPartition, Replayed]:
         commits = await self._consumer.committed_offsets(tps)
+        if not all(is_of(self._topic_id, commit.metadata) for commit in commits.values()):
+            await asyncio.sleep(TOPIC_IDS_DOUBT_S)
+            self._topic_id = await self._agreed_id()
         return {tp: self._done(commits[tp]) for tp in tps}
 
+    async def _agreed_id(self) -> str:
+        """The topic's id, on which the brokers agree; by another one, all that was done would be done again."""
+        topic_id = await self._consumer.agreed_topic_id(self._topic)
+        if topic_id is None or topic_id != (self._topic_id or topic_id):
+            raise ReplayFailed(f"the brokers do not agree on which topic has the name {self._topic}; try again later")
+        return topic_id
+
     def _done(self, commit: OffsetAndMetadata) -> Replayed:
-        topic_id, state = without_topic_id(commit.metadata)
-        if topic_id and self._topic_id and topic_id != self._topic_id:
+        _, state = without_topic_id(commit.metadata)
+        if not is_of(self._topic_id, commit.metadata):
             log.warning("the topic %s was deleted and made again: all of it is replayed", self._topic)
             return Replayed(0)
         return Replayed.read(max(0, commit.offset), state)

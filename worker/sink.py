@@ -121,26 +121,27 @@ class TimestampCheck:
 
     A record's excess is by how many ms its timestamp is beyond the topic's limits. A record whose excess is larger than
     what the broker is known to take is in doubt, and is sent alone. Once the broker has refused one, none in doubt is sent
-    for a minute.
+    for a minute. Where this machine's clock is fast, so is what the broker refuses within the limits, and its like: it is in
+    doubt from then on, until the broker takes one.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._refuses_until = -math.inf
-        self.taken_ms = 0.0  # an excess up to which the broker is known to take records
+        self.taken_ms = 0.0  # an excess up to which the broker takes records, as far as is known
 
     def refuses(self) -> bool:
         """Whether what is in doubt need not be sent."""
         return self._clock() < self._refuses_until
 
-    def learn(self, excess_ms: float, *, is_refused: bool) -> None:
-        """What the broker has said of a record."""
+    def learn(self, excess_ms: float, *, is_refused: bool, is_one_sided: bool = True) -> None:
+        """What the broker has said of a record. With two limits a fast clock does not tell which one was meant."""
         if not is_refused:
             self.taken_ms = max(self.taken_ms, excess_ms + SLACK_MS if excess_ms > self.taken_ms else 0.0)
         elif excess_ms > self.taken_ms:
             self._refuses_until = self._clock() + TRUSTED_S
-        else:  # a clock was set meanwhile
-            self.taken_ms = 0.0
+        else:  # this machine's clock is fast, or was set meanwhile
+            self.taken_ms = min(0.0, excess_ms - SLACK_MS) if is_one_sided else 0.0
 
 
 class RefusalLog:
@@ -388,7 +389,7 @@ class Sink:
         is_refused = isinstance(error, InvalidTimestampError)
         if topic in self._limits and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
             excess_ms = max(self._excess_ms(topic, columns, place) for place in sent)
-            self._checks[topic].learn(excess_ms, is_refused=is_refused)
+            self._checks[topic].learn(excess_ms, is_refused=is_refused, is_one_sided=self._limits[topic].is_one_sided)
 
     def _fill(self, batch: BatchBuilder, columns: Columns, load: Load) -> Load:
         """Puts as much of a load into a batch as the topic takes at once; at least one record."""
@@ -427,10 +428,10 @@ class Sink:
         was_gone = False
         while not future.done():
             await asyncio.wait({future}, timeout=LOOK_S)
-            gone = not future.done() and is_gone(producer, tp)
+            gone = None if future.done() else await is_gone(producer, tp, future)
             if gone and was_gone:  # one broker may not know a new partition for a moment
                 give_up(producer, tp)
-            was_gone = gone
+            was_gone = was_gone if gone is None else gone
             if not future.done() and time.monotonic() - began >= STALLED_S:
                 self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()

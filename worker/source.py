@@ -10,7 +10,7 @@ import logging
 import math
 import struct
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -48,7 +48,7 @@ from worker.consumer import Consumer
 from worker.descriptors import compared
 from worker.events import age_s
 from worker.health import Health
-from worker.identity import TopicIds, with_topic_id, without_topic_id
+from worker.identity import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
@@ -131,6 +131,7 @@ class Assignment:
     careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
     heard_at: float = field(default_factory=time.monotonic)
     measured_at: float = field(default_factory=time.monotonic)  # when its end was known the last time
+    unpacks_since: float | None = None  # that it has been seen to wait for room to unpack a batch, or for that itself
     # of each read that is not acknowledged: the offset after it, and its first record's timestamp
     waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
 
@@ -211,8 +212,9 @@ class Source:
         self._room.set()
         self._settled = asyncio.Event()
         self._acknowledged = asyncio.Event()
-        self._topic_ids = TopicIds()
-        self._identifying = asyncio.Lock()
+        self._topic_ids, self._identifying = TopicIds(), asyncio.Lock()
+        self._confirming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._confirmed: Counter[str] = Counter()  # by topic: times that the brokers agreed on the id that is known
         self._commit_lock = asyncio.Lock()
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
@@ -226,9 +228,8 @@ class Source:
         self._is_coordinator_away = False
         self._lost: Mapping[TopicPartition, Exception] = {}  # partitions whose end is not known
         self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
-        self._fruitless: dict[
-            TopicPartition, int
-        ] = {}  # times in a row that this did not move a partition with records
+        self._fruitless: Counter[TopicPartition] = Counter()  # times in a row that this has not moved it, with records
+        self._placeless = 0  # sessions in a row in which no place to read from was found
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -352,24 +353,31 @@ class Source:
                 await self._stop_consumer(self._connection.request_timeout_s)
 
     async def _look_for_standstill(self, reason: Rejoin) -> None:
-        """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read."""
+        """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read.
+
+        Or has led to none at all. What is not known of a partition, as its end, changes nothing about it.
+        """
+        self._placeless += 1
+        if self._placeless > REJOINS:
+            raise Standstill(f"nothing is read, although the group was joined again {REJOINS} times: {reason}")
         assignments = list(self._assignments.values())
         found = await asyncio.gather(*map(self._position, assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
-        unmoved = [tp for tp in await self._behind(positions) if self._positions.get(tp) == positions[tp]]
+        for tp, is_behind in (await self._behind(positions)).items():
+            is_unmoved = is_behind and self._positions.get(tp) == positions[tp]
+            self._fruitless[tp] = self._fruitless[tp] + 1 if is_unmoved else 0
         self._positions |= positions
-        self._fruitless = {tp: self._fruitless.get(tp, 0) + 1 for tp in unmoved}
-        stuck = [tp for tp, times in self._fruitless.items() if times == REJOINS]
+        stuck = [tp for tp in positions if self._fruitless[tp] == REJOINS]
         if stuck:
             raise Standstill(
                 f"nothing of {_named(stuck)} is read any more, although there are records and the group was joined again "
                 f"{REJOINS} times: {reason}"
             )
 
-    async def _behind(self, positions: dict[TopicPartition, int]) -> list[TopicPartition]:
-        """The partitions that have records beyond these positions, as far as their ends are known."""
+    async def _behind(self, positions: dict[TopicPartition, int]) -> dict[TopicPartition, bool]:
+        """Whether partitions have records beyond these positions; without those whose end is not known."""
         ends = await self._live_consumer().ends(list(positions), LAG_TIMEOUT_S)
-        return [tp for tp, end in ends.items() if not isinstance(end, Exception) and end > positions[tp]]
+        return {tp: end > positions[tp] for tp, end in ends.items() if not isinstance(end, Exception)}
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
@@ -461,6 +469,8 @@ class Source:
         self._metrics.rebalances.inc()
         self._metrics.assigned_partitions.set(len(partitions))
         self._has_joined, self._rejoining_since = True, None
+        if not partitions:
+            self._placeless = 0
         if self._is_stopping or self._consumer is None:
             return
         self._topic_ids.ask_again(tp.topic for tp in partitions)
@@ -585,8 +595,8 @@ class Source:
 
     async def _read_forever(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
         backoff = Backoff()
-        if after is not None:
-            await cancelled([after])
+        if after is not None and await cancelled([after]):
+            raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
         while assignment.accepts and not self._is_stopping:
             try:
                 await self._find_place(assignment)
@@ -643,7 +653,7 @@ class Source:
             self._health.trouble("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp.topic)
+        await self._identify(assignment.tp)
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
@@ -657,13 +667,18 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        assignment.metadata = with_topic_id(self._topic_ids.of(assignment.tp.topic))
+        topic_id = self._topic_ids.of(assignment.tp.topic)
+        assignment.metadata = with_topic_id(topic_id)
         if self._transactions:
             await self._confirm_membership()
             await self._transactions.take_over(assignment)
         consumer = self._live_consumer()
         found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
-        committed = await self._of_this_topic(assignment.tp, found[assignment.tp])
+        commit = found[assignment.tp]
+        is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
+        if is_to_be_replaced:
+            await self._confirm(assignment.tp)
+        committed = self._of_this_topic(assignment.tp, commit)
         if self._transactions:
             self._transactions.found(assignment, committed)
         if committed is None:
@@ -672,16 +687,19 @@ class Source:
         else:
             offset = committed
         consumer.seek(assignment.tp, offset)
+        self._placeless = 0
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if committed is None and (self._auto_offset_reset == "latest" or found[assignment.tp].offset >= 0):
-            assignment.committed = None  # where this process began holds, also if it dies before its first result
+        if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
+            # Where this process began, and in which topic, holds, also if it dies before its first result.
+            assignment.committed = None
             self._acknowledged.set()
 
-    async def _identify(self, topic: str, *, anew: bool = False) -> None:
+    async def _identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
         """Waits until it is certain which topic has this name; it is asked once for all that are read.
 
         Raises TopicRecreated, and what is in UNREACHABLE.
         """
+        topic = tp.topic
         if anew:
             self._topic_ids.ask_again([topic])
         while not self._topic_ids.is_certain(topic):
@@ -693,21 +711,42 @@ class Source:
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
                 if not self._topic_ids.is_certain(topic):
+                    self._tell_of_doubt(tp)
                     await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
-    async def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
+    async def _confirm(self, tp: TopicPartition) -> None:
+        """Waits until the brokers agree that the topic has the id that is known, for one alone may be behind them.
+
+        Raises as ``_identify``. Those who wait for one topic share what is asked after they have come.
+        """
+        topic, lock = tp.topic, self._confirming[tp.topic]
+        due = self._confirmed[topic] + (2 if lock.locked() else 1)
+        while self._confirmed[topic] < due:
+            async with lock:
+                if self._confirmed[topic] >= due:
+                    return
+                await asyncio.sleep(TOPIC_IDS_DOUBT_S)
+                agreed = await self._live_consumer().agreed_topic_id(topic)
+                if agreed is not None:
+                    self._topic_ids.note({topic: agreed})
+                if agreed is not None and self._topic_ids.is_certain(topic):
+                    self._confirmed[topic] += 1
+                else:
+                    self._tell_of_doubt(tp)
+
+    def _tell_of_doubt(self, tp: TopicPartition) -> None:
+        self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
+
+    def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
-        topic_id, _ = without_topic_id(committed.metadata)
-        if topic_id and topic_id != self._topic_ids.of(tp.topic):
-            await self._identify(tp.topic, anew=True)
-            if self._topic_ids.of(tp.topic) not in ("", topic_id):
-                self._metrics.offset_resets.inc()
-                log.warning(
-                    "the input topic was deleted and made again since this offset was committed: it counts as none"
-                    + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
-                    extra={"partition": _name(tp), "offset": committed.offset, "topic_id": topic_id},
-                )
-                return None
+        if not is_of(self._topic_ids.of(tp.topic), committed.metadata):
+            self._metrics.offset_resets.inc()
+            log.warning(
+                "the input topic was deleted and made again since this offset was committed: it counts as none"
+                + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
+                extra={"partition": _name(tp), "offset": committed.offset, "metadata": committed.metadata},
+            )
+            return None
         return committed.offset if committed.offset >= 0 else None
 
     async def _confirm_membership(self) -> None:
@@ -720,7 +759,7 @@ class Source:
         raise GroupCoordinatorNotAvailableError
 
     async def _reset(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp.topic, anew=True)
+        await self._identify(assignment.tp, anew=True)
         gone = assignment.delivered
         offset = await self._end_to_begin_at(assignment.tp)
         self._metrics.offset_resets.inc()
@@ -933,7 +972,8 @@ class Source:
                 )
             since = self._rejoining_since
             is_rebalancing = answers.is_joining or self._revoking.locked()
-            if since is not None and is_rebalancing and not self._is_stopping and now - since > REJOINING_S:
+            is_known_why = not is_rebalancing and now - answers.at > REJOINING_S  # the coordinator, or Kafka, is away
+            if since is not None and not is_known_why and not self._is_stopping and now - since > REJOINING_S:
                 self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:
@@ -964,11 +1004,20 @@ class Source:
         if assignment.is_owned:
             self._metrics.lag(assignment.tp.topic, assignment.tp.partition, lag, age_s)
         now = self._clock()
-        waits_for_room = not self._room.is_set() or (self._reader and assignment.tp in self._reader.waiting)
-        if not lag or not assignment.is_idle() or waits_for_room:
+        unpacks_since = self._unpacks_since(assignment, now)
+        if unpacks_since is not None and now - unpacks_since > SILENCE_S:  # joining again would not make room
+            why = f"{_name(assignment.tp)} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
+            self._health.trouble("read", why, assignment.tp)
+        if not lag or not assignment.is_idle() or not self._room.is_set() or unpacks_since is not None:
             assignment.heard_at = now
         elif now - assignment.heard_at > SILENCE_S:
             raise Rejoin(f"{_name(assignment.tp)} has {lag} records and has sent none for {SILENCE_S:g} s")
+
+    def _unpacks_since(self, assignment: Assignment, now: float) -> float | None:
+        is_unpacking = self._reader is not None and assignment.tp in self._reader.waiting
+        since = now if assignment.unpacks_since is None else assignment.unpacks_since
+        assignment.unpacks_since = since if is_unpacking else None
+        return assignment.unpacks_since
 
     async def _position(self, assignment: Assignment) -> int | None:
         try:

@@ -48,7 +48,8 @@ class Feed(threading.Thread):
         super().__init__(daemon=True)
         config = {**sending_config(), "message.timeout.ms": 0, "enable.idempotence": True, "linger.ms": 5}
         quiet = {"bootstrap.servers": bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 500}
-        self._producer = Producer({**quiet, **config, "error_cb": lambda _: None})
+        self._config = {**quiet, **config, "error_cb": lambda _: None}
+        self._producer = Producer(self._config)
         self._topic = topic
         self._events = events
         self._rate = rate
@@ -82,6 +83,8 @@ class Feed(threading.Thread):
         """Nothing more until `allowed` is raised; returns when all that was offered is published."""
         self.allowed = 0
         wait_for(lambda: self._producer.flush(1) == 0, "the feed to be published", 60)
+        # librdkafka takes no leader of a topic made anew, whose epochs begin at 0 again, for newer than the one it knew.
+        self._producer = Producer(self._config)
 
     def trickle(self) -> None:
         """Some events more are allowed, for an act that needs load."""

@@ -9,7 +9,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.metadata import READABLE_ID, Client, answer, topic
-from worker.check import _members, _offsets
+from worker.check import _members, _offsets, _unread_before
 from worker.identity import with_topic_id
 
 
@@ -42,3 +42,21 @@ async def test_offsets_of_a_topic_that_was_made_anew_are_told(topic_id: str, is_
     found = [finding async for finding in _offsets("group", admin, ["texts"])]
     assert [finding.verdict for finding in found] == ["warn"] * is_told
     assert all("texts was deleted and made again" in finding.said for finding in found)
+
+
+@pytest.mark.parametrize(("named", "unread"), [("", 2), ("the topic", 2), ("the one before it", 10)])
+async def test_an_offset_of_another_topic_is_no_place_to_read_on_from(named: str, unread: int) -> None:
+    tp = TopicPartition("texts", 0)
+    ids = {"": "", "the topic": READABLE_ID, "the one before it": "of-a-topic-before-this"}
+
+    async def said(what: Any) -> Any:
+        return what
+
+    consumer: Any = SimpleNamespace(
+        beginning_offsets=lambda _: said({tp: 0}),
+        end_offsets=lambda _: said({tp: 20}),
+        topic_ids=lambda topics: said(dict.fromkeys(topics, READABLE_ID)),
+        committed_offsets=lambda _: said({tp: OffsetAndMetadata(8, with_topic_id(ids[named]))}),
+        offsets_for_times=lambda _: said({tp: SimpleNamespace(offset=10)}),
+    )
+    assert await _unread_before(consumer, [tp], 0, "earliest") == unread

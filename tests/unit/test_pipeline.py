@@ -12,7 +12,7 @@ from aiokafka import TopicPartition
 
 from worker import pipeline as module
 from worker.breath import Breath
-from worker.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason
+from worker.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
 from worker.flood import FloodGauge
 from worker.metrics import Metrics
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
@@ -214,28 +214,43 @@ class NotingGauge(FloodGauge):
         self.looked_at.append((records, dict(reasons)))
 
 
-async def test_records_that_are_read_again_count_once_towards_a_flood() -> None:
-    """Their micro-batches are cut elsewhere the second time."""
+def scored(offsets: range) -> MicroBatch:
+    """Where the records at even offsets cannot be decoded, and the others cannot be scored."""
+    records = [Record("t", 0, offset, 0, None, b"", ()) for offset in offsets]
+    decoded: list[Decoded] = [
+        Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
+    ]
+    job: Any = SimpleNamespace(answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets))
+    job.model = SimpleNamespace(name="m")
+    return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 
-    def batch(offsets: range) -> MicroBatch:
-        records = [Record("t", 0, offset, 0, None, b"", ()) for offset in offsets]
-        decoded: list[Decoded] = [
-            Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
-        ]
-        job: Any = SimpleNamespace(
-            answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets)
-        )
-        job.model = SimpleNamespace(name="m")
-        return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 
+@pytest.mark.parametrize("which", ["_flood", "_flood_of_published"])
+async def test_records_that_are_read_again_count_once_towards_a_flood(which: str) -> None:
+    """Their micro-batches are cut elsewhere the second time, and they may have been published without being committed."""
     pipeline, stages = piped(FakeSource(), FakeSink()), Stages(scored=asyncio.Queue(), encoded=asyncio.Queue())
-    gauge = pipeline._flood = NotingGauge()
+    gauge = NotingGauge()
+    setattr(pipeline, which, gauge)
     for offsets in (range(10), range(3, 14), range(4, 9)):
-        stages.scored.put_nowait(batch(offsets))
-    stages.scored.put_nowait(None)
-    await asyncio.wait_for(pipeline._encode(stages), 5)
+        stages.scored.put_nowait(scored(offsets))
+        stages.scored.put_nowait(None)
+        await asyncio.wait_for(pipeline._encode(stages), 5)
+        await asyncio.wait_for(pipeline._publish(stages), 5)
+        stages.encoded.get_nowait()  # None, which stays
     both = ("invalid_json", "inference_failed")
     assert gauge.looked_at == [(10, dict.fromkeys(both, 5)), (4, dict.fromkeys(both, 2)), (0, {})]
+
+
+@pytest.mark.parametrize("stage", ["decode", "publish"])
+async def test_what_was_judged_before_it_was_published_is_not_judged_again(stage: Stage) -> None:
+    """Here the records of the micro-batches that were looked at come in another order."""
+    pipeline = piped(FakeSource(), FakeSink())
+    pipeline._flood_of_published = FloodGauge(limit=0.5, window=10)
+    part = part_of(Assignment(TopicPartition("t", 0)), 10)
+    for outcome in part.outcomes:
+        outcome.failure = Failure(stage, "invalid_timestamp", "")
+    await published(pipeline, part)
+    assert pipeline._flooded.is_set() == (stage == "publish")
 
 
 async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
+from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
+from worker.aiokafka_compat import SILENT_BROKERS_S
 from worker.events import Original
-from worker.replay import Lane, Replay, ReplayFailed
+from worker.identity import with_topic_id
+from worker.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.replayed import Replayed
 from worker.settings import ReplaySettings, load
 
@@ -62,3 +65,41 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
     await replay.on_assigned(assigned)
     await asyncio.wait_for(going, 5)
     assert sought == [3]
+
+
+ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
+
+
+@pytest.mark.parametrize(
+    ("answers", "offset"),
+    [([ID], 7), ([OTHER_ID, OTHER_ID], 0), ([None], None), ([OTHER_ID, None], None), ([OTHER_ID, ID], None)],
+)
+async def test_what_was_done_is_done_again_only_where_the_brokers_agree_that_the_topic_is_another(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str | None], offset: int | None
+) -> None:
+    monkeypatch.setattr("worker.replay.TOPIC_IDS_DOUBT_S", 0)
+    replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
+    tp = TopicPartition("dead", 0)
+
+    async def agreed_topic_id(_: str) -> str | None:
+        return answers.pop(0)
+
+    async def committed_offsets(_: Any) -> dict[TopicPartition, OffsetAndMetadata]:
+        return {tp: OffsetAndMetadata(7, with_topic_id(ID))}
+
+    async def states() -> dict[TopicPartition, Replayed]:
+        replay._topic_id = await replay._agreed_id()
+        return await replay._states([tp])
+
+    monkeypatch.setattr(replay._consumer, "agreed_topic_id", agreed_topic_id)
+    monkeypatch.setattr(replay._consumer, "committed_offsets", committed_offsets)
+    if offset is None:
+        with pytest.raises(ReplayFailed, match="do not agree on which topic"):
+            await states()
+    else:
+        assert (await states())[tp].offset == offset
+    assert answers == []
+
+
+def test_it_outlasts_the_search_for_brokers_under_other_addresses() -> None:
+    assert SILENCE_S >= 2 * SILENT_BROKERS_S

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker import sink
+from worker.cluster import TopicLimits
 from worker.events import Outgoing
 from worker.sink import (
     SLACK_MS,
@@ -88,6 +89,24 @@ def test_a_clock_that_is_set_right_is_in_doubt_anew(check: TimestampCheck) -> No
     check.learn(2 * HOUR_MS, is_refused=False)
     check.learn(HOUR_MS, is_refused=True)
     assert (check.taken_ms, check.refuses()) == (0, False)
+
+
+def test_a_fast_clock_costs_a_refusal_or_two_a_minute(check: TimestampCheck, now: list[float]) -> None:
+    """What it finds within the limits is refused, and its like is in doubt; what is within by far goes on."""
+    check.learn(-HOUR_MS, is_refused=True)
+    assert -3 * HOUR_MS < check.taken_ms < -HOUR_MS
+    check.learn(-HOUR_MS - 5, is_refused=True)
+    assert check.refuses()
+    now[0] += TRUSTED_S
+    check.learn(-HOUR_MS, is_refused=False)
+    assert check.taken_ms > -HOUR_MS, "the clock was set"
+
+
+def test_with_two_limits_a_fast_clock_does_not_tell_which_one_it_was(check: TimestampCheck) -> None:
+    check.learn(-HOUR_MS, is_refused=True, is_one_sided=False)
+    assert check.taken_ms == 0
+    assert not TopicLimits(timestamp_before_max_ms=HOUR_MS).is_one_sided
+    assert TopicLimits().is_one_sided
 
 
 def test_refusals_are_logged_at_their_beginning_and_at_their_end(

@@ -21,6 +21,7 @@ from aiokafka.errors import (
     KafkaError,
     LeaderNotAvailableError,
     NodeNotReadyError,
+    RebalanceInProgressError,
     RequestTimedOutError,
 )
 from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
@@ -34,7 +35,7 @@ from worker.health import Health
 from worker.identity import TopicRecreated, with_topic_id
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
-from worker.source import Source, Standstill, UnreadableRecord
+from worker.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
 
 TP = TopicPartition("t", 0)
@@ -49,8 +50,9 @@ class FakeConsumer:
     records_per_read: int = 10
     last_offset: int = 10**6
     committed_at: int | None = 0
-    committed_metadata: str = ""
+    committed_metadata: str = with_topic_id(ID)
     topic_id: str = ID
+    agreed: list[str | None] = field(default_factory=list)  # what all brokers say, answer by answer; then ``topic_id``
     commit_error: Exception | None = None
     timestamp: int | None = 0
     swallows_cancel: bool = False  # once, as asyncio.wait_for can
@@ -88,6 +90,9 @@ class FakeConsumer:
     async def topic_ids(self, topics: Any) -> dict[str, str]:
         return dict.fromkeys(topics, self.topic_id) if self.topic_id else {}
 
+    async def agreed_topic_id(self, topic: str) -> str | None:
+        return self.agreed.pop(0) if self.agreed else self.topic_id
+
     async def committed_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
         if self.unplaceable:
@@ -106,6 +111,8 @@ class FakeConsumer:
         return {tp: self.unknown.get(tp, end) for tp in tps}
 
     async def position(self, tp: TopicPartition) -> int:
+        if tp not in self.positions:
+            raise IllegalStateError("it would wait")
         return self.positions[tp]
 
     async def getmany(
@@ -178,7 +185,8 @@ async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
 
 
 @pytest.fixture
-async def consumer() -> AsyncIterator[FakeConsumer]:
+async def consumer(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeConsumer]:
+    monkeypatch.setattr(module, "TOPIC_IDS_DOUBT_S", 0.02)
     yield FakeConsumer()
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
@@ -561,6 +569,30 @@ async def test_a_reader_that_does_not_end_ends_the_session(
     is_over.set()
 
 
+async def test_no_partition_is_read_while_its_last_reader_does_not_end(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over, reads = asyncio.Event(), 0
+
+    async def endless(*_: object, **__: object) -> Any:
+        nonlocal reads
+        reads += 1
+        while not is_over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await is_over.wait()
+        return {}
+
+    monkeypatch.setattr(cancelled, "__defaults__", (0.05,))
+    monkeypatch.setattr(consumer, "getmany", endless)
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: reads)
+    stage.source.restart(stage.source._assignments[TP])
+    await until(lambda: "a reader does not end" in (stage.health.why_not_ready() or ""))
+    assert reads == 1
+    is_over.set()
+
+
 async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
@@ -666,6 +698,46 @@ async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeCo
         seen = errors.get()
         await until(lambda seen=seen: errors.get() > seen)
     assert not stage.run.done()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("is_assigned", [False, True])
+async def test_joining_again_and_again_ends_where_it_never_comes_to_a_place_to_read_from(
+    consumer: FakeConsumer, is_assigned: bool
+) -> None:
+    """Whether the consumer fails before it is given a partition, or before it knows where to begin in it."""
+    consumer = Rejoined() if is_assigned else consumer
+    consumer.knows_committed.clear()
+    consumer.fetching.set_exception(KafkaError("broken"))
+    stage = await staged(consumer)
+    with pytest.raises(Standstill, match=r"nothing is read, .* joined again 3 times: the consumer's fetch task"):
+        await asyncio.wait_for(stage.run, 10)
+    assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
+
+
+async def test_what_is_not_known_for_a_moment_does_not_hide_a_standstill(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(_: TopicPartition) -> int:
+        raise KafkaError
+
+    consumer.records_per_read = 0
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    await until(lambda: TP in consumer.positions)
+
+    async def joined_again(*, has_end: bool = True) -> None:
+        stage.source._placeless = 0
+        consumer.unknown = {} if has_end else {TP: LeaderNotAvailableError()}
+        await stage.source._look_for_standstill(Rejoin("why"))
+
+    for has_end in (True, True, False, True, False):
+        await joined_again(has_end=has_end)
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "position", unknown)
+        await joined_again()
+    with pytest.raises(Standstill, match="nothing of t-0 is read any more"):
+        await joined_again()
 
 
 async def test_what_the_consumers_own_tasks_end_by_is_told_by_kind_and_place(
@@ -781,10 +853,26 @@ async def test_an_offset_of_this_topic_or_without_an_id_is_where_to_begin(
     stage = await staged(consumer)
     await stage.assign(TP)
     stage.acknowledge(await stage.take())
-    await until(lambda: consumer.commits)
-    assert consumer.commits == [{TP: 40}]
+    await until(lambda: {TP: 40} in consumer.commits)
     assert consumer.commit_metadata == {with_topic_id(ID)}
     assert stage.metrics.offset_resets._value.get() == 0
+
+
+@pytest.mark.parametrize("metadata", ["", "of an older version"])
+async def test_an_offset_without_an_id_gets_one_at_once(consumer: FakeConsumer, metadata: str) -> None:
+    """A partition may be idle until its topic is made anew, and then the old offset would hold in the new one."""
+    consumer.committed_at, consumer.committed_metadata, consumer.last_offset = 30, metadata, 30
+    await (await staged(consumer)).assign(TP)
+    await until(lambda: consumer.commits)
+    assert (consumer.commits, consumer.commit_metadata) == ([{TP: 30}], {with_topic_id(ID)})
+
+
+async def test_an_offset_with_its_id_is_not_committed_again(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.last_offset = 30, 30
+    await (await staged(consumer)).assign(TP)
+    await until(lambda: TP in consumer.positions)
+    await asyncio.sleep(0.1)
+    assert consumer.commits == []
 
 
 @pytest.mark.parametrize(("reset", "offset"), [("earliest", 500), ("latest", 10**6)])
@@ -800,6 +888,55 @@ async def test_an_offset_of_another_topic_counts_as_none(
     assert stage.metrics.offset_resets._value.get() == 1
     assert ("skips" in caplog.text) == (reset == "latest")
     assert "deleted and made again" in caplog.text
+
+
+@pytest.mark.parametrize("reset", ["earliest", "latest"])
+async def test_a_broker_that_is_behind_the_others_makes_no_offset_count_as_none(
+    consumer: FakeConsumer, reset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It knows the topic that was there before, and says so as often as it is asked. The others do not agree."""
+    consumer.committed_at, consumer.committed_metadata = 30, with_topic_id(OTHER_ID)
+    consumer.agreed = [None] * 100
+    stage = await staged(consumer, auto_offset_reset=reset)
+    await stage.assign(TP)
+    reason = "read: the brokers do not agree on which topic has the name t"
+    await until(lambda: stage.health.why_not_ready() == reason)
+    await asyncio.sleep(0.1)
+    assert (consumer.positions, consumer.commits) == ({}, [])
+    consumer.agreed, consumer.topic_id = [], OTHER_ID  # it is no longer behind
+    with pytest.raises(TopicRecreated):
+        await asyncio.wait_for(stage.run, 5)
+    assert (consumer.positions, consumer.commits) == ({}, [])
+    assert "counts as none" not in caplog.text
+
+
+async def test_brokers_that_agree_again_end_the_doubt(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.committed_metadata = 30, with_topic_id(OTHER_ID)
+    consumer.agreed, consumer.last_offset = [None, OTHER_ID, None, ID], 500
+    stage = await staged(consumer)
+    await stage.assign(TP, OTHER)
+    await until(lambda: consumer.positions.keys() == {TP, OTHER})
+    assert stage.metrics.offset_resets._value.get() == 2
+    await until(lambda: stage.health.why_not_ready() is None)
+
+
+async def test_partitions_that_wait_for_one_topic_share_what_is_asked(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def counted(_: str) -> str:
+        nonlocal asked
+        asked += 1
+        return ID
+
+    monkeypatch.setattr(consumer, "agreed_topic_id", counted)
+    consumer.committed_metadata = with_topic_id(OTHER_ID)
+    stage = await staged(consumer)
+    tps = [TopicPartition("t", number) for number in range(50)]
+    await stage.assign(*tps)
+    await until(lambda: len(consumer.positions) == len(tps))
+    assert asked <= 2
 
 
 async def test_brokers_without_ids_change_nothing(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -856,20 +993,29 @@ async def test_a_topic_that_was_made_anew_before_a_rebalance_is_not_read_at_all(
     assert consumer.positions == {}
 
 
-async def test_nothing_is_read_while_the_topic_is_in_doubt(consumer: FakeConsumer) -> None:
+async def test_nothing_is_read_while_the_topic_is_in_doubt_which_is_told(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
     await stage.take()
-    consumer.topic_id = ""  # it cannot be asked
+
+    async def none(topics: Any) -> dict[str, str]:
+        return dict.fromkeys(topics, "")
+
+    monkeypatch.setattr(consumer, "topic_ids", none)  # neither one nor the other
     stage.source._topic_ids.note({"t": OTHER_ID})
+    reason = "read: the brokers do not agree on which topic has the name t"
+    await until(lambda: stage.health.why_not_ready() == reason)
     await asyncio.sleep(0.05)
     position = consumer.positions[TP]
     while len(stage.source._batcher):
         await stage.take()
     await asyncio.sleep(0.05)
     assert consumer.positions[TP] == position
-    consumer.topic_id = ID
+    monkeypatch.undo()
     await stage.take()
+    await until(lambda: stage.health.why_not_ready() is None)
 
 
 async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consumer: FakeConsumer) -> None:
@@ -987,7 +1133,10 @@ async def test_a_partition_that_comes_back_has_not_been_silent_meanwhile(consume
     assert "joining" not in (stage.health.why_not_ready() or "")
 
 
-async def test_brokers_that_are_away_are_no_partitions_without_a_leader(consumer: FakeConsumer, clock: Clock) -> None:
+async def test_brokers_that_are_away_are_no_partitions_without_a_leader(
+    consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
     stage = await staged(consumer, clock=clock)
     await stage.assign(TP, OTHER)
     consumer.unknown = {TP: KafkaConnectionError(), OTHER: TimeoutError()}
@@ -1057,6 +1206,69 @@ async def test_a_coordinator_that_is_away_is_told_once_by_its_age(
     await coordinator.beat()
     await until(lambda: stage.health.why_not_ready() is None)
     assert told_of(caplog) == [reason, "coordinator is well again"]
+
+
+def join() -> JoinGroupRequest:
+    return JoinGroupRequest("g", 1, 1, "m", "", "consumer", [])
+
+
+@pytest.mark.parametrize("code", [None, GroupCoordinatorNotAvailableError.errno])
+async def test_a_join_that_fails_is_no_answer_of_the_coordinator(
+    consumer: FakeConsumer, clock: Clock, code: int | None
+) -> None:
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    coordinator.code = code
+    await stage.revoke(TP)
+    for _ in range(20):
+        clock.ahead += 1
+        with contextlib.suppress(NodeNotReadyError):
+            await coordinator._send_req(join())
+        await asyncio.sleep(0.02)
+    reason = "coordinator: the coordinator of group g has not answered for 9 s"
+    assert stage.health.why_not_ready() == reason
+
+
+async def test_joins_that_are_refused_at_once_are_a_rebalance_that_lasts(consumer: FakeConsumer, clock: Clock) -> None:
+    """Nobody looks in the moment in which one is under way."""
+    consumer._coordinator = coordinator = FakeCoordinator()
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    await coordinator.beat()
+    await stage.revoke(TP)
+    coordinator.code = RebalanceInProgressError.errno
+    for _ in range(10):
+        clock.ahead += 1
+        await coordinator._send_req(join())
+        await asyncio.sleep(0.02)
+    assert stage.health.why_not_ready() == "group: rejoining for more than 5 s: a member is gone or busy"
+
+
+async def test_a_batch_that_waits_long_to_be_unpacked_is_told(
+    consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    consumer.last_offset = 10
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    consumer.reading.clear()
+    stage.source._reader.waiting.add(TP)  # type: ignore[union-attr]
+    consumer.ends_at = 15
+    await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
+    for _ in range(55):
+        clock.ahead += 1
+        await asyncio.sleep(0.01)
+    assert stage.health.why_not_ready() is None
+    clock.ahead += 10
+    reason = "read: t-0 has waited 60 s for room to unpack a batch (max_unpacked_bytes)"
+    await until(lambda: stage.health.why_not_ready() == reason)
+    stage.source._reader.waiting.clear()  # type: ignore[union-attr]
+    consumer.last_offset = 15
+    consumer.reading.set()
+    await until(lambda: stage.health.why_not_ready() is None)
 
 
 async def test_a_coordinator_that_is_away_with_all_others_is_not_told_apart(

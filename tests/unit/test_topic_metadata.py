@@ -1,6 +1,7 @@
 """Topics' ids and names by a request of our own: its bytes, and what is read from answers."""
 
 import struct
+from typing import Any
 
 import pytest
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
@@ -8,7 +9,7 @@ from aiokafka.protocol.types import UnsignedVarInt32
 
 from tests.metadata import READABLE_ID, Client, answer, topic
 from worker import aiokafka_compat as module
-from worker.aiokafka_compat import Topic, TopicsRequest, parsed_topics, topic_ids, topic_names
+from worker.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
 
 
 def test_a_request_names_topics_and_creates_none() -> None:
@@ -77,3 +78,30 @@ async def test_names_are_those_of_topics_that_one_may_read(large: int, monkeypat
     client = Client(1, answer(topic("a"), topic("__b", is_internal=True), topic("c", code=29), topic("d")))
     assert await topic_names(client) == ["a", "d"]
     assert client.asked == [(0, None, {"group": module.BESIDE})]
+
+
+OTHER_ID = bytes(range(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("answers", "agreed"),
+    [
+        ([answer(topic("a"))] * 3, READABLE_ID),
+        ([answer(topic("a")), answer(topic("a", topic_id=OTHER_ID)), answer(topic("a"))], None),
+        ([answer(topic("a")), KafkaConnectionError(), answer(topic("a"))], READABLE_ID),
+        ([answer(topic("a")), answer(topic("a", code=3, topic_id=bytes(16))), answer(topic("a"))], READABLE_ID),
+        ([answer(topic("a")), answer(topic("a", topic_id=bytes(16))), NotImplementedError()], READABLE_ID),
+        ([answer(topic("a"))], READABLE_ID),
+        ([NotImplementedError()] * 3, ""),
+    ],
+)
+async def test_brokers_agree_on_an_id(answers: list[Any], agreed: str | None) -> None:
+    client = Client(len(answers), *answers)
+    assert await agreed_topic_id(client, "a") == agreed
+    assert [node for node, *_ in client.asked] == list(range(len(answers)))
+
+
+@pytest.mark.parametrize("answers", [[answer(topic("a")), KafkaConnectionError(), TimeoutError()], [TimeoutError()]])
+async def test_one_broker_of_several_agrees_with_nobody(answers: list[Any]) -> None:
+    with pytest.raises(NodeNotReadyError):
+        await agreed_topic_id(Client(len(answers), *answers), "a")

@@ -12,14 +12,17 @@ from aiokafka.errors import (
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
     NotLeaderForPartitionError,
+    RequestTimedOutError,
     TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
 from tests.unit.test_transactions import parcel
-from worker.aiokafka_compat import PatientAccumulator
+from worker import aiokafka_compat as module
+from worker.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.cluster import Connection
 from worker.health import Health
 from worker.metrics import Metrics
@@ -99,3 +102,61 @@ async def test_what_may_be_there_and_is_sent_again_counts(error: KafkaError, is_
         assert await sink._send_lane(producer, columns, ("t", 0), [[0, 1]]) == ([[0, 1]], error)  # type: ignore[arg-type]
         counted.append(shared["metrics"].duplicates_possible._value.get())
     assert counted == [in_doubt, in_doubt], "a transaction is aborted, and adds none"
+
+
+# Batches that were sent, and sent again.
+
+
+async def sent_again(error: KafkaError) -> tuple[Any, Any]:
+    """A producer and a batch of it, which waits for its second try after this answer to its first one."""
+    cluster, manager = ClusterMetadata(), TransactionManager(None, 60_000)
+    manager.set_pid_and_epoch(1, 0)
+    cluster._partitions = {"t": {0: PartitionMetadata("t", 0, 1, [], [], 0)}}
+    accumulator = PatientAccumulator(cluster, 1_000, 0, TTL_S, txn_manager=manager)
+    builder = accumulator.create_builder()
+    builder.append(timestamp=1, key=None, value=b"x")
+    await accumulator.add_batch(builder, TP, 1)
+    nodes, _ = accumulator.drain_by_nodes(set())
+    batch = nodes[1][TP]
+    batch.get_data_buffer()
+    assert can_retry(SimpleNamespace(_sender=SimpleNamespace(_txn_manager=manager)), error, batch)  # type: ignore[arg-type]
+    accumulator.reenqueue(batch)
+    return SimpleNamespace(_message_accumulator=accumulator), batch
+
+
+@pytest.mark.parametrize(
+    ("first", "is_in_doubt"), [(RequestTimedOutError(), True), (UnknownTopicOrPartitionError(), False)]
+)
+async def test_a_refusal_of_the_second_try_says_nothing_of_the_first(first: KafkaError, is_in_doubt: bool) -> None:
+    _, batch = await sent_again(first)
+    assert may_be_written(batch._builder, TopicAuthorizationFailedError("t")) is is_in_doubt
+
+
+@pytest.mark.parametrize(
+    ("first", "is_given_up"), [(RequestTimedOutError(), False), (UnknownTopicOrPartitionError(), True)]
+)
+async def test_a_batch_that_may_be_written_is_not_given_up(first: KafkaError, is_given_up: bool) -> None:
+    """aiokafka's own list of what is under way stays right, too."""
+    faults: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    producer, batch = await sent_again(first)
+    give_up(producer, TP)
+    await asyncio.sleep(0)
+    assert batch.future.done() is is_given_up
+    assert not faults
+    if is_given_up:
+        assert isinstance(batch.future.exception(), UnknownTopicOrPartitionError)
+
+
+@pytest.mark.parametrize(("answer", "gone"), [(True, True), (False, None), (None, None)])
+async def test_a_partition_is_gone_by_a_brokers_answer_alone(
+    answer: bool | None, gone: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by what was known before: where no broker answers, or the update hangs, there is no verdict."""
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    update, cluster = asyncio.get_running_loop().create_future(), ClusterMetadata()
+    cluster._partitions = {"t": {1: PartitionMetadata("t", 1, 1, [], [], 0)}}
+    if answer is not None:
+        update.set_result(answer)
+    producer: Any = SimpleNamespace(client=SimpleNamespace(cluster=cluster, force_metadata_update=lambda: update))
+    assert await is_gone(producer, TP, asyncio.get_running_loop().create_future()) is gone
