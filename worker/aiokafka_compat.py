@@ -1,6 +1,6 @@
-"""What aiokafka 0.14 lacks: requests of our own, and what is done to its private attributes.
+"""What aiokafka 0.14 lacks: requests of our own, and changes to its private attributes. Importing this applies them.
 
-Each item says why it is here, and what upstream would have to do for it to go.
+Each item says why it is needed, and what aiokafka would have to change for it to be removed.
 """
 
 import asyncio
@@ -52,20 +52,20 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from worker.tasks import cancelled, within
 
-# Topics' ids, and the names of all topics. aiokafka's newest Metadata is v5, which has no ids, and it parses the answer on
-# the event loop, field by field: half a second for 60,000 partitions. Upstream would have to speak v10 (Kafka 2.8).
+# Topics' ids, and the names of all topics. aiokafka's newest Metadata request is v5, which has no ids, and it parses the
+# answer on the event loop, field by field: half a second for 60,000 partitions. Upstream would have to use v10 (Kafka 2.8).
 
 METADATA_TIMEOUT_S: Final = 3.0  # of one broker; then the next one is asked
 LARGE_ANSWER_BYTES: Final = 100_000  # some milliseconds to parse
 UNKNOWN_TOPIC: Final = 3
-BESIDE: Final = "topics"  # a connection of its own, where it neither waits for a fetch nor holds one up
+BESIDE: Final = "topics"  # a connection of its own, so that it and fetches do not wait for each other
 _NO_ID: Final = bytes(16)
 _FIXED_BYTES: Final = 14  # of a partition: error code, number, leader, leader's epoch
 _TAGS: Final = ("tags", TaggedFields)
 
 
 class Unparsed:
-    """What is left of a message, as it is."""
+    """The rest of a message, as bytes."""
 
     @classmethod
     def encode(cls, value: bytes) -> bytes:
@@ -124,9 +124,9 @@ class Topic(NamedTuple):
 
 
 async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str, str]:
-    """The ids of these topics, as one broker knows them; without topics that it does not know, empty where it has no ids.
+    """The ids of these topics, as one broker knows them. Unknown topics are left out; ids are empty before Kafka 2.8.
 
-    Raises a KafkaError when no broker answers, each within METADATA_TIMEOUT_S.
+    Asks one broker after the other, METADATA_TIMEOUT_S each; raises a KafkaError when none answers.
     """
     try:
         found = await _described(client, topics)
@@ -136,7 +136,7 @@ async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str
 
 
 async def topic_names(client: AIOKafkaClient) -> list[str]:
-    """The names of all topics that this user may know of, but for Kafka's own. Raises as ``topic_ids``.
+    """The names of all topics that this user may describe, except Kafka's own. Raises as ``topic_ids``.
 
     There is no request for names alone, so brokers answer with every partition.
     """
@@ -161,7 +161,7 @@ async def _described(client: AIOKafkaClient, topics: Collection[str] | None) -> 
 
 
 def parsed_topics(body: bytes) -> list[Topic]:
-    """The topics of a Metadata answer, version 10, whose partitions are skipped: some microseconds each."""
+    """The topics of a Metadata answer, version 10. Partitions are skipped, at some microseconds each."""
     data = _Bytes(body)
     data.skip(4)  # throttle time
     for _ in range(data.length()):
@@ -189,7 +189,7 @@ def parsed_topics(body: bytes) -> list[Topic]:
 
 
 class _Bytes:
-    """Reads on in some bytes, where compact types are: a length is one more than what it says, and 0 for null."""
+    """A cursor over bytes with Kafka's compact types: a length is written plus one, and 0 means null."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -228,9 +228,9 @@ AFTER_LENGTH: Final = 12  # its offset and its length
 
 
 class FetchedBytes(MemoryRecords):  # type: ignore[misc]
-    """A partition's part of a fetch, which keeps its bytes at hand: aiokafka's compiled batches do not show theirs.
+    """A partition's part of a fetch, which keeps its bytes accessible: aiokafka's compiled batches hide theirs.
 
-    It could go if a batch had its size, and a bound on the headers of a record.
+    Upstream would have to tell a batch's size, and to bound the headers of a record.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -238,7 +238,7 @@ class FetchedBytes(MemoryRecords):  # type: ignore[misc]
         self.data = data
 
     def first_records(self) -> bytearray:
-        """The bytes of the first batch's records, as they are, packed or not."""
+        """The bytes of the first batch's records, still compressed if the batch is."""
         end = AFTER_LENGTH + int.from_bytes(self.data[8:AFTER_LENGTH], "big")
         return bytearray(self.data[BATCH_HEAD:end])
 
@@ -291,7 +291,7 @@ async def _end_offsets_of(
 
 
 class CoordinatorAnswers:
-    """When the coordinator of a consumer's group has last answered it, by ``clock``; make it once the consumer has started.
+    """When the group's coordinator last answered a consumer, by ``clock``. Create it once the consumer has started.
 
     aiokafka keeps the time of the last good heartbeat to itself. Upstream would have to offer it.
     """
@@ -299,7 +299,7 @@ class CoordinatorAnswers:
     def __init__(self, consumer: AIOKafkaConsumer, clock: Callable[[], float] = time.monotonic) -> None:
         self.at = clock()
         self.has_answered = False
-        self.is_joining = False  # in a request that the coordinator answers when every member has joined
+        self.is_joining = False  # waits for a request that the coordinator answers only when every member has joined
         self._clock = clock
         coordinator = consumer._coordinator
         if coordinator is not None:
@@ -329,7 +329,7 @@ RETRY_S: Final = 0.1
 
 
 def background_tasks(consumer: AIOKafkaConsumer) -> "dict[str, asyncio.Future[Any]]":
-    """By name, the tasks of a started consumer that last as long as it does; that one has failed aiokafka only logs."""
+    """By name, the tasks that a started consumer needs to the end. If one fails, aiokafka only logs it."""
     return {
         "fetch": consumer._fetcher.error_future,
         "coordination": consumer._coordinator._coordination_task,
@@ -406,19 +406,19 @@ class InstanceIdTaken(KafkaError):  # type: ignore[misc]
 
 
 class StaticMember:
-    """A ``group_instance_id`` through all of a process's consumers: who was replaced never replaces its successor.
+    """A ``group_instance_id`` for all of a process's consumers: a replaced process never replaces its successor.
 
-    Kafka gives the id to the member that joined with it last. The one before is told UNKNOWN_MEMBER_ID by heartbeats and
-    commits, which with aiokafka carry no instance id, and aiokafka joins again at once, as a newcomer. So before a join
-    that would be a newcomer's, this asks who holds the id. Error 82, the group's answer to other joins, needs no question.
+    Kafka gives the id to the member that joined with it last. The previous member then gets UNKNOWN_MEMBER_ID for
+    heartbeats and commits, which in aiokafka carry no instance id, and aiokafka at once joins again as a new member. So
+    before it joins without a member id, this asks who holds the instance id. A join with a member id gets error 82.
     """
 
     def __init__(self, instance_id: str) -> None:
         self._instance_id = instance_id
-        self._member_id = ""  # as which this process was last known to hold the id; "" for none, or while that is open
+        self._member_id = ""  # with which this process was last known to hold the id; "" if none, or not known
 
     def guard(self, consumer: AIOKafkaConsumer) -> None:
-        """Of a consumer that is started, and has subscribed to nothing yet. It then meets InstanceIdTaken in ``getmany``."""
+        """Guards a consumer that has started and not yet subscribed. Its ``getmany`` then raises InstanceIdTaken."""
         coordinator = consumer._coordinator
         rejoin = coordinator._do_rejoin_group
 
@@ -428,7 +428,7 @@ class StaticMember:
             try:
                 is_joined: bool = await rejoin(subscription)
             except KafkaError as error:
-                if FencedInstanceId.__name__ in str(error):  # aiokafka has made its name a text
+                if FencedInstanceId.__name__ in str(error):  # aiokafka has turned it into a message
                     raise InstanceIdTaken from error
                 raise
             finally:
@@ -438,21 +438,21 @@ class StaticMember:
         coordinator._do_rejoin_group = unless_replaced
 
     async def _may_join(self, coordinator: Any) -> bool:
-        """False: to be tried again. Raises InstanceIdTaken."""
+        """False: try again. Raises InstanceIdTaken, and KafkaErrors that are not retriable."""
         if coordinator.member_id:
-            return True  # as who it is: the group refuses it if another has taken its place
+            return True  # with its member id: the group refuses it if another has taken its place
         if self._member_id:
             try:
                 holder = await self._holder(coordinator)
             except KafkaError as error:
                 if not error.retriable:
                     raise
-                coordinator.coordinator_dead()  # it is looked up anew
+                coordinator.coordinator_dead()  # so that it is looked up again
                 await asyncio.sleep(RETRY_S)
                 return False
             if holder and holder != self._member_id:
                 raise InstanceIdTaken
-        # If the answer to this join is lost, it is this process that holds the id under a name that it does not know.
+        # If the answer to this join is lost, this process holds the instance id with a member id that it does not know.
         self._member_id = ""
         return True
 
@@ -460,7 +460,7 @@ class StaticMember:
         """The member id that has the instance id now; "" for none. Raises KafkaError."""
         try:
             response = await coordinator._send_req(DescribeGroup(coordinator.group_id))
-        except NotImplementedError:  # Kafka 2.3: it has static members, and does not tell who they are
+        except NotImplementedError:  # Kafka 2.3 has static members, and does not tell who they are
             return ""
         ((code, _, _, _, _, members, _),) = response.groups
         if (error := for_code(code)) is not NoError:
@@ -469,7 +469,7 @@ class StaticMember:
 
 
 def _spaced(update: Any) -> Any:
-    """A client asks for metadata in a loop for as long as a batch's partition has no leader: thousands of times a second.
+    """Spaces metadata requests: while a batch's partition has no leader, aiokafka sends thousands of them a second.
 
     Upstream would have to wait ``retry_backoff_ms`` between two requests, as Kafka's own client does.
     """
@@ -487,7 +487,7 @@ AIOKafkaClient._metadata_update = _spaced(AIOKafkaClient._metadata_update)
 
 
 SILENT_BROKERS_S: Final = 60.0
-LEAST_SHARE: Final = 1 / 6  # of it, for who has asked for nothing in so long
+LEAST_SHARE: Final = 1 / 6  # of it, that known brokers get at least: an idle client has heard from none for long
 
 
 # Brokers under other addresses. Upstream would have to bootstrap again, as the Java client does (KIP-899, KIP-1102).
@@ -498,10 +498,10 @@ _ask_known_brokers = AIOKafkaClient._metadata_update
 async def update_metadata(
     client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None, timeout_s: float = SILENT_BROKERS_S
 ) -> bool:
-    """Asks the brokers that a client knows for metadata, and where none has answered for so long ``bootstrap_servers``.
+    """Asks a client's known brokers for metadata, and ``bootstrap_servers`` if none has answered for ``timeout_s``.
 
-    aiokafka asks ``bootstrap_servers`` at the start alone, and waits for ever once all brokers have other addresses. The
-    client stays the same: a consumer its group's member, a producer with its sequence numbers. False: nobody answers.
+    aiokafka asks ``bootstrap_servers`` only at the start, and waits for ever once all brokers have other addresses. The
+    client stays the same: a consumer keeps its membership, a producer its sequence numbers. False: nobody answers.
     """
     answers = [connection._last_action for connection in client._conns.values()]
     client.heard_at = max([getattr(client, "heard_at", 0.0), *answers])
@@ -523,7 +523,7 @@ async def update_metadata(
     finally:
         _disconnect(newcomer._conns.values())
     moved = [connection for (node, _), connection in client._conns.items() if not _leads_to(node, connection, client)]
-    _disconnect(moved)  # what is asked there fails now, not when its time is up
+    _disconnect(moved)  # requests there fail now, not when they time out
     return True
 
 
@@ -538,10 +538,10 @@ _connection_to = AIOKafkaClient._get_conn
 async def connection_to(
     client: AIOKafkaClient, node: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any
 ) -> Any:
-    """A client's connection to a broker, made where there is none; None where that fails.
+    """A client's connection to a broker, which is opened if there is none; None if that fails.
 
-    One at a time for each broker and address. aiokafka has one lock for all: whoever waits for a broker that is silent holds
-    up the others, and those that wait behind it go to the old address. Upstream would have to have a lock for each, too.
+    It has one lock for each broker and address. aiokafka has one for all brokers: a caller that waits for a silent broker
+    holds up all others, and they then go to the old address. Upstream would need a lock for each, too.
     """
     connection = client._conns.get((node, group))
     if connection is not None and connection.connected():
@@ -559,11 +559,11 @@ AIOKafkaClient._get_conn = connection_to
 AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 
-# What a stop leaves behind. Upstream would have to close the inner client, and to cancel tasks, in a `finally`.
+# What an interrupted stop leaves behind. Upstream would have to close the inner client and cancel tasks in a `finally`.
 
 
 async def end_remains(client: Any) -> None:
-    """Ends the tasks and connections that are left of a producer, consumer or admin client whose stop was cut short."""
+    """Ends the remaining tasks and connections of a producer, consumer or admin client whose stop was cut short."""
     inner = getattr(client, "client", None) or client._client
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
     parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
@@ -578,7 +578,7 @@ def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
 
 
 def _disconnect(connections: Iterable[Any]) -> None:
-    """At once, also where what is still to be written finds nobody."""
+    """At once, without waiting for what is still to be written."""
     for connection in list(connections):
         connection.close()
         transport = connection._protocol and connection._protocol._transport
@@ -586,15 +586,15 @@ def _disconnect(connections: Iterable[Any]) -> None:
             transport.abort()
 
 
-# Batches that may have been written. Upstream: an idempotent producer never gives up a batch that it has sent.
+# Batches that may have been written. Upstream would never have to give up a batch that an idempotent producer has sent.
 
 
 class PatientAccumulator(MessageAccumulator):  # type: ignore[misc]
-    """Batches that wait, for as long as it takes, for their partition to have a leader.
+    """Keeps batches, for as long as it takes, until their partition has a leader.
 
-    aiokafka gives one up after ``request_timeout_ms``, though it may have been written before the leader went: sent again
-    with other sequence numbers, it would be there twice. That time now runs while the metadata do not know the partition
-    at all, and for a transaction, whose abort would wait, too.
+    aiokafka gives a batch up after ``request_timeout_ms``, though it may have been written before the leader went: sent
+    again with other sequence numbers, it would be there twice. With this, that time runs only while the metadata do not
+    have the partition at all, and in transactions, whose abort would wait, too.
     """
 
     def drain_by_nodes(self, *arguments: Any, **options: Any) -> Any:
@@ -618,7 +618,7 @@ def may_be_written(batch: BatchBuilder, error: BaseException) -> bool:
 
 
 def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
-    """Whether a topic is known, and has no such partition any more. Asks for metadata, so that it is known the next time.
+    """Whether a topic is known and no longer has this partition. Requests new metadata for the next call; does not wait.
 
     Upstream would have to ask for metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats
     without an end.
@@ -629,7 +629,7 @@ def is_gone(producer: AIOKafkaProducer, tp: TopicPartition) -> bool:
 
 
 def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
-    """Fails what waits for a partition that is gone, and with it what was written there.
+    """Fails the batches that wait for a partition that is gone, where no copy of them can be left.
 
     Upstream would have to do so once its metadata say it, instead of after ``request_timeout_ms``.
     """
