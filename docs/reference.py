@@ -40,11 +40,11 @@ echo 'max_batch_texts = 256' >worker.toml && sentiment-worker run --config worke
 
 A flag goes before a variable, a variable before the file. `WORKER_CONFIG` can name the file too. An unknown flag or key is
 an error; an unknown `WORKER_…` variable is a warning, for Kubernetes sets some of its own; either names the setting that is
-most like it. Names are as they stand here, in one case alone. A wrong value ends the start with exit code 2 and one sentence.
+most like it. Names are written as here, in this case. A wrong value ends the start with exit code 2 and a sentence.
 `run --help` shows flags, defaults and meanings in a terminal.
 
-A variable that is empty (`${X:-}` in a compose file) sets nothing, but an empty secret, or an empty file of one, is an error: it
-never means that there is none. An empty flag or key is an error too. No setting takes control characters, such as the carriage
+An empty variable (`${X:-}` in a compose file) sets nothing, but an empty secret, or an empty file for one, is an error. So is
+an empty flag or key. No setting takes control characters, such as the carriage
 return that a Windows text file leaves at the end of each line. A list (topics, brokers, reasons) names each thing once.
 
 The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
@@ -147,7 +147,7 @@ The dashboard in `deploy/grafana` shows each of them; [what each alert means](op
 READING: Final[dict[str, dict[str, str]]] = {
     "Is it working?": {
         "ready": "0: ask `/readyz` for the reason. The sum over all workers is how many take part.",
-        "assigned_partitions": "0 on a ready worker: it is one more than there are partitions, and idle. The sum has to be "
+        "assigned_partitions": "0 on a ready worker: it is a spare, for there are more workers than partitions. The sum has to be "
         "the number of input partitions.",
         "records_consumed_total": "`rate()` of it is the throughput. It is the sum of results, dead letters, tombstones and "
         "skipped records.",
@@ -158,10 +158,10 @@ READING: Final[dict[str, dict[str, str]]] = {
     "Does it keep up?": {
         "consumer_lag_records": "Refreshed each second; no series while the end is not known. Growing: more events arrive than are scored. One partition alone: a "
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
-        "consumer_lag_seconds": "What people feel of the lag, and what to alert on. 0 when nothing waits, and until the first "
-        "record that waits has been read. Timestamps more than a year old or in the future are passed over.",
-        "queue_depth": "What is slow: `tokenized` above 0 most of the time: the network; `scored`: publishing, for which up to "
-        "four micro-batches more wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
+        "consumer_lag_seconds": "How late results are, and so what to alert on. 0 when nothing waits, and until the first "
+        "record that waits has been read. Timestamps more than a year old or in the future are ignored.",
+        "queue_depth": "Which stage is slow. `tokenized` above 0 most of the time: the network; `scored`: publishing, before which up to "
+        "four more micro-batches wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
         "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
         "and the difference between the producer's clock and this one.",
         "implausible_timestamps_total": "Above 0: a producer writes seconds or microseconds for milliseconds, its clock or this one is wrong, "
@@ -173,36 +173,36 @@ READING: Final[dict[str, dict[str, str]]] = {
         "batch_texts": "Small at full load on a GPU: `max_batch_tokens` or `max_batch_texts` is too low. On a CPU passes are short: one "
         "ends where its padding would cost more than the next pass.",
         "batch_tokens": "On a GPU near `max_batch_tokens` at full load; far below it when there is little to do, and on a CPU. "
-        "Without what a GPU's passes are rounded up to.",
+        "The padding to which a GPU's passes are rounded up is not counted.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",
     },
     "What do people say?": {
-        "score": "A histogram without a sum, for one that goes down looks like a restart. The dashboard takes the mean from "
+        "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "
         "the buckets.",
     },
     "What goes wrong?": {
-        "dead_letters_total": "A decode reason is the producer's or `text_field`'s, `inference_failed` the model's, a "
-        "publish reason the output topic's limits.",
+        "dead_letters_total": "Stage `decode`: the producer or `text_field` is wrong; `infer`: the model fails; `publish`: "
+        "the output topic refuses the result.",
         "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
         "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing, or `on_null_text` "
         "is `skip`.",
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
-        "offset_resets_total": "Above 0: events were deleted before they were read, or are read once more. See the log.",
-        "duplicates_possible_total": "That many results may be there twice. With exactly-once always 0.",
+        "offset_resets_total": "Above 0: events were deleted before they were read, or an input topic was deleted and created again. See the log.",
+        "duplicates_possible_total": "That many results may be there twice, besides those of killed processes, which count nothing. With exactly-once always 0.",
         "http_refusals_total": "`wrong_token`: somebody guesses, or has an old one; the log says who. `host`: a name that is "
         "not in `http_names`. `cross_site`: another site's page in somebody's browser. `no_token`: none was given; each "
         "browser begins so.",
-        "kafka_errors_total": "A few at a broker's restart are well. A steady rate is not; the log says why, once.",
+        "kafka_errors_total": "A few at a broker's restart are normal. A steady rate is not; the log says why, once.",
     },
     "What is in use?": {
-        "model_info": "Always 1; the labels are what it is for, named as the settings, with what `auto` has chosen. "
+        "model_info": "Always 1; its labels are named as the settings, and say what `auto` has chosen. "
         "Two values of `revision` in a group: a reload is half done.",
         "http_changes_total": "Each has a line in the log that says who asked.",
         "model_reloads_total": "`failed` above 0: the old model goes on, and the log says why.",
         "inference_device_memory_bytes": "Of a GPU that several processes share, each shows its own.",
-        "build_info": "Always 1; `version` is what it is for.",
+        "build_info": "Always 1; the label `version` says which.",
     },
 }
 METRICS: Final = Metrics("version")

@@ -1,4 +1,4 @@
-"""From where a consumer group will begin to read, and how many records that is: a new group id begins all over again."""
+"""Where a consumer group will begin to read, and how many records it has to read: a new group id reads everything again."""
 
 import asyncio
 import logging
@@ -13,11 +13,11 @@ from worker.identity import without_topic_id
 
 log = logging.getLogger(__name__)
 
-TELL_S: Final = 3.0  # a start does not wait longer for what is only told
+TELL_S: Final = 3.0  # a start does not wait longer for what is only logged
 
 
 class Backlog(NamedTuple):
-    """Partitions with a committed offset and without, and the records from there, or from their beginning, to the ends."""
+    """Partitions with a committed offset (``known``) and without (``new``); their unread records: ``behind``, ``unread``."""
 
     group_id: str
     auto_offset_reset: str
@@ -28,7 +28,7 @@ class Backlog(NamedTuple):
 
     @property
     def is_all_over_again(self) -> bool:
-        """Whether there are records of which the group has committed nothing."""
+        """Whether partitions without a committed offset hold records."""
         return self.new > 0 and self.unread > 0
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Backlog(NamedTuple):
 async def backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> Backlog:
-    """Joins no group, and commits nothing. Raises what is in UNREACHABLE, after a request's timeout at the latest."""
+    """Asks the brokers; joins no group and commits nothing. Raises what is in UNREACHABLE, within one request timeout."""
     consumer = Consumer(
         **connection.options(), group_id=group_id, enable_auto_commit=False, isolation_level=isolation_level
     )
@@ -70,7 +70,7 @@ async def backlog(
 
 
 async def _committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]:
-    """Without what was committed of another topic that had this name before."""
+    """The committed offsets, without those of a deleted topic that had the same name."""
     ids = await consumer.topic_ids({tp.topic for tp in tps})
     found = {}
     for tp, commit in (await consumer.committed_offsets(tps)).items():
@@ -83,7 +83,7 @@ async def _committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dic
 async def tell_backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> None:
-    """Logs from where the group will begin, for at most TELL_S, so that a group id by mistake shows. Raises nothing."""
+    """Logs where the group will begin, within TELL_S, so that a wrong group id shows. Raises nothing."""
     try:
         async with asyncio.timeout(TELL_S):
             found = await backlog(

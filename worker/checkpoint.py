@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, whether they can be read, and what its results call it. Knows no torch.
+"""The files of a checkpoint: where they are, whether they can be read, and which name results give it. Needs no torch.
 
 Every function here that opens a file blocks.
 """
@@ -31,7 +31,7 @@ class ModelError(UsersMistake):
 
 
 class HubUnreachable(ModelError):
-    """The hub does not answer: that may be over at the next start."""
+    """The hub does not answer; the next start may succeed."""
 
     exit_code = 1
 
@@ -39,8 +39,8 @@ class HubUnreachable(ModelError):
 def folder_of(name: str, revision: str | None) -> Path | None:
     """The folder that a model's name means; None for a name on the hub.
 
-    Raises ModelError where the folder is not there, where it cannot be told which of the two is meant, and for a
-    ``revision`` of what is not from the hub.
+    Raises ModelError if the folder is missing, if the name could mean either, or if a ``revision`` is given for a model
+    that is not on the hub.
     """
     fault = revision_fault(name, revision)
     if fault:
@@ -63,15 +63,15 @@ def folder_of(name: str, revision: str | None) -> Path | None:
 
 
 def found_in(folder: Path) -> Find:
-    """Finds the files of a folder."""
+    """A ``Find`` over the files of a folder."""
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
 class Checkpoint:
-    """The files of one checkpoint, as far as they decide what is loaded. ``name`` is for sentences."""
+    """The files of one checkpoint that decide what is loaded. ``name`` is for error messages."""
 
     def __init__(self, name: str, find: Find) -> None:
-        """Raises ModelError where a file is not what it should be."""
+        """Reads and checks the files. Raises ModelError if one is missing or wrong."""
         self._name = name
         self._find = find
         self._config = self._object("config.json") or self._refuse(
@@ -80,17 +80,17 @@ class Checkpoint:
         self._refuse_wrong_config()
         self._refuse_wrong_tokenizer()
         self.weights = self._weights()
-        """Names of the files with the weights, an index among them."""
+        """Names of the files with the weights, including their index."""
 
     def identity(self, folder: Path) -> str:
-        """The first 12 hex digits of the SHA-256 of what ``sha256sum`` prints of the files that are read, by name."""
+        """The first 12 hex digits of the SHA-256 of what ``sha256sum`` prints for the files that are read, by name."""
         others = (file.name for file in folder.iterdir() if file.suffix in READ and file.is_file())
         names = {*self.weights, *(name for name in others if not name.startswith("."))}
         lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in sorted(names))
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:12]
 
     def _weights(self) -> list[str]:
-        """Those that transformers reads, all of them inside of the checkpoint's folder."""
+        """The files that transformers reads. Raises ModelError if one is outside the checkpoint's folder."""
         chosen = self._config.get("transformers_weights")
         first = chosen or next((name for name in WEIGHTS if self._find(name)), None)
         if first is None:
@@ -149,14 +149,14 @@ class Checkpoint:
             self._refuse(f"{field} in {file} is {_shown(value)}; it should be a whole number, 1 or more")
 
     def _refuse_outside(self, file: str, names: Iterable[Any]) -> None:
-        """By name alone: in the hub's cache all files are links to elsewhere."""
+        """Judges names, not where links lead: in the hub's cache all files are links to elsewhere."""
         for name in names if isinstance(names, Iterable) else [names]:
             path = PurePosixPath(name) if isinstance(name, str) else None
             if not path or path.is_absolute() or ".." in path.parts or not path.name:
                 self._refuse(f"{file} names {_shown(name)}, and only files of its own folder are read")
 
     def _object(self, name: str) -> dict[str, Any] | None:
-        """What is in a file of JSON, which should be an object; None where there is no such file."""
+        """The object in a JSON file; None if there is no such file. Raises ModelError if it is no object."""
         file = self._find(name)
         if file is None:
             return None

@@ -1,6 +1,6 @@
-"""Which topic an offset belongs to, by the topic's id: one that is deleted and made again keeps only its name. Pure.
+"""Which topic an offset belongs to: a topic that is deleted and created again has the same name and another id. Pure.
 
-A commit's metadata names the id. So an offset of the old topic is never taken for one of the new, whoever committed it.
+A commit's metadata names the id, so that an offset of the old topic is never taken for one of the new.
 """
 
 import re
@@ -15,12 +15,12 @@ class TopicRecreated(Exception):
 
 
 def with_topic_id(topic_id: str, metadata: str = "") -> str:
-    """A commit's metadata with the topic's id behind what else it says; as it is where the id is not known (empty)."""
+    """A commit's metadata with the topic's id appended; unchanged if the id is empty, that is, not known."""
     return ";".join(filter(None, (metadata, topic_id and f"topic_id={topic_id}")))
 
 
 def without_topic_id(metadata: str) -> tuple[str, str]:
-    """The topic's id of a commit's metadata, empty where it names none, and what else it says."""
+    """The topic's id in a commit's metadata, empty if it names none, and the rest of the metadata."""
     found = _NAMED.fullmatch(metadata)
     return (found[2], found[1] or "") if found else ("", metadata)
 
@@ -32,9 +32,10 @@ def is_of(topic_id: str, metadata: str) -> bool:
 
 
 class TopicIds:
-    """The ids of the topics that this process reads, as they were when it first saw them; empty where brokers have none.
+    """The ids of the topics that this process reads, as they were when it first saw them; empty if brokers have none.
 
-    A broker may be behind the others for a moment: a topic has another id when two answers in a row say the same one.
+    A broker may be behind the others for a moment, so a topic counts as created again only when two answers in a row have
+    the same new id.
     """
 
     def __init__(self) -> None:
@@ -46,15 +47,15 @@ class TopicIds:
         return self._ids.get(topic, "")
 
     def is_certain(self, topic: str) -> bool:
-        """The last answer was no other than the first, and nothing has happened since."""
+        """Whether the last answer confirmed the id, and ``ask_again`` was not called since."""
         return topic in self._certain
 
     def ask_again(self, topics: Iterable[str]) -> None:
-        """Something has happened to these topics: they are not certain."""
+        """These topics are no longer certain; the caller then asks a broker and notes its answer."""
         self._certain.difference_update(topics)
 
     def note(self, answer: Mapping[str, str]) -> None:
-        """Takes what a broker says: ids by topic, empty for none, without topics that it does not know.
+        """Takes a broker's answer: ids by topic, empty for none, without topics that it does not know.
 
         Raises TopicRecreated.
         """

@@ -1,4 +1,4 @@
-"""Every metric of the worker, by its name in the README's table. Cheap; safe from any thread; nothing here blocks."""
+"""Every metric of the worker. Cheap; safe from any thread; nothing here blocks."""
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ class Metrics:
         self.dead_letters = counter("dead_letters_total", "Dead letters acknowledged by Kafka", ["stage", "reason"])
         self.tombstones = counter("tombstones_total", "Nulls with a key, forwarded")
         self.records_skipped = counter(
-            "records_skipped_total", "Nulls without a key, and null texts that are skipped by on_null_text"
+            "records_skipped_total", "Nulls without a key, and null texts with on_null_text=skip"
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
         self.batch_texts = histogram("batch_texts", "Texts in one pass of the network", _COUNTS)
@@ -131,11 +131,11 @@ class Metrics:
         self.assigned_partitions = gauge("assigned_partitions", "Partitions assigned to this process")
         self.rebalances = counter("rebalances_total", "Assignments received from the group")
         self.offset_resets = counter(
-            "offset_resets_total", "Times the offset to resume from was gone, or of a topic that was made anew"
+            "offset_resets_total", "Times an offset to resume from was gone, or of a topic deleted since"
         )
         self.duplicates_possible = counter(
             "duplicates_possible_total",
-            "Records published or in doubt, but not committed when their partition was lost, or sent anew",
+            "Records perhaps published twice: uncommitted when their partition was lost, or sent again in doubt",
         )
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")

@@ -1,12 +1,12 @@
-"""What comes from a file, a broker or a record, made safe to print: no escape sequence, no line of its own."""
+"""Makes text from files, brokers or records safe to print: no escape sequences, no line breaks."""
 
 import json
 
 
 def printable(text: str) -> str:
-    r"""The text with each character that cannot be seen as JSON escapes it (``\n``, ``\u001b``); a space stays.
+    r"""The text with each unprintable character escaped as in JSON (``\n``, ``\u001b``); spaces stay.
 
-    A line of JSON stays valid, and means the same. Only text with such characters is copied.
+    A line of JSON stays valid and keeps its meaning. Text without such characters is returned as it is.
     """
     if text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""Kafka out: publishes results and dead letters, in order, and answers when every one is acknowledged or refused."""
+"""Kafka out: publishes results and dead letters in order, and answers when each is acknowledged or refused."""
 
 import asyncio
 import logging
@@ -34,13 +34,13 @@ from worker.tasks import cancelled, within
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 1_000_000
-ROUND: Final = 2_048  # records to publish at once: a round of requests costs what some dozens of them do
+ROUND: Final = 2_048  # records to publish at once: a round of requests costs as much as some dozens of records
 STALLED_S: Final = 10.0
-LOOK_S: Final = 1.0  # how often what is not acknowledged is asked for its partition
+LOOK_S: Final = 1.0  # how often an unacknowledged batch's partition is looked for
 LIMITS_AGE_S: Final = 30.0
-TRUSTED_S: Final = 60.0  # for so long after a refusal this machine's clock may judge without the broker
+TRUSTED_S: Final = 60.0  # for so long after a refusal this machine's clock decides without the broker
 QUIET_S: Final = 60.0  # after so long without a refusal it has ended
-SLACK_MS: Final = 60_000.0  # by which records of the same clock differ
+SLACK_MS: Final = 60_000.0  # by which timestamps of the same clock may differ
 LONGEST_VARINT: Final = 5  # bytes of a length
 RECORDS_PER_PRODUCER: Final = 2**30  # aiokafka's sequence numbers wrap wrongly at 2**31 records of one partition
 
@@ -49,15 +49,15 @@ REFUSALS: Final[dict[type[BaseException], Reason]] = {
     RecordListTooLargeError: "result_too_large",
     InvalidTimestampError: "invalid_timestamp",
 }
-# After these the topic's limits may be others than those that are known; Kafka's code 87, which aiokafka has no name for,
-# is what a compacted topic has for a record without a key.
+# After these errors the topic's limits may have changed. UnknownError is Kafka's code 87, which aiokafka does not know: a
+# compacted topic refuses a record without a key.
 TELLING: Final = {*REFUSALS, UnknownError}
 
 
 class Parcel(NamedTuple):
-    """A record on its way out. ``origin`` is the input partition, which places a record that has no key.
+    """A record to publish. ``origin`` is the input partition, which decides where a record without a key goes.
 
-    ``offset`` is the input record's, by which transactions know it again.
+    ``offset`` is the input record's, by which transactions recognise it.
     """
 
     topic: str
@@ -66,13 +66,13 @@ class Parcel(NamedTuple):
     offset: int = -1
 
 
-Lane = tuple[str, int]  # an output topic's partition: what is in one lane stays in order
+Lane = tuple[str, int]  # an output topic's partition, whose records stay in order
 Header = tuple[str, bytes | None]
-Load = list[int]  # parcels that go as one batch, by their place
+Load = list[int]  # parcels that go as one batch, by their index
 
 
 class Columns(NamedTuple):
-    """What N parcels hold, by columns: one pass over the records, instead of one for each question about them."""
+    """The fields of N parcels by columns, so that one pass over the records serves all checks."""
 
     topics: Sequence[str]
     origins: Sequence[int]
@@ -81,7 +81,7 @@ class Columns(NamedTuple):
     values: Sequence[bytes | None]
     headers: Sequence[list[Header]]
     most_bytes: int
-    in_doubt: set[int]  # those whose timestamp this machine's clock finds beyond the limits, which the broker may not
+    in_doubt: set[int]  # indexes of those whose timestamp is beyond the limits by this machine's clock
 
     @classmethod
     def of(cls, parcels: Sequence[Parcel]) -> "Columns":
@@ -92,7 +92,7 @@ class Columns(NamedTuple):
 
     @property
     def record(self) -> tuple[Sequence[Any], ...]:
-        """What a batch takes of a record, in its order."""
+        """The columns that a batch takes, in its order."""
         return self.timestamps, self.keys, self.values, self.headers
 
     def record_bytes(self, place: int) -> int:
@@ -100,7 +100,7 @@ class Columns(NamedTuple):
 
 
 def most_bytes(keys: Sequence[bytes | None], values: Sequence[bytes | None], headers: Sequence[list[Header]]) -> int:
-    """Upper bound of ``record_bytes`` for any of N records, at a tenth of the cost: most share their headers."""
+    """Upper bound of ``record_bytes`` for each of N records, at a tenth of the cost, for most share their headers."""
     shared = {id(some): some for some in headers}.values()
     rest = max(record_bytes(b"", b"", some) for some in shared)
     return rest + _longest(keys) + _longest(values) + 2 * LONGEST_VARINT
@@ -131,7 +131,7 @@ class TimestampCheck:
         self.taken_ms = 0.0  # an excess up to which the broker takes records, as far as is known
 
     def refuses(self) -> bool:
-        """Whether what is in doubt need not be sent."""
+        """Whether records in doubt are refused without being sent."""
         return self._clock() < self._refuses_until
 
     def learn(self, excess_ms: float, *, is_refused: bool, is_one_sided: bool = True) -> None:
@@ -154,7 +154,7 @@ class RefusalLog:
         self._last_at = 0.0
 
     def note(self, reasons: Mapping[Reason, int]) -> None:
-        """Why how many of the records that have just been published were refused."""
+        """Takes how many of the records just published were refused, by reason; none if all were taken."""
         for reason in reasons.keys() - self._refused.keys():
             log.warning("results are refused, and become dead letters", extra={"topic": self._topic, "reason": reason})
         self._refused.update(reasons)
@@ -170,11 +170,10 @@ class RefusalLog:
 class Sink:
     """An idempotent producer, acks=all. ``publish`` is for one caller at a time.
 
-    A timeout is no failure: a batch may still be on its way, so its own future is waited for, for as long as it takes. A
-    producer whose batch failed for good has lost count of its sequence numbers; it is replaced before anything is sent
-    again.
+    A timeout is no failure: the batch may still be on its way, so ``publish`` waits for it as long as it takes. When a
+    batch fails for good, the producer's sequence numbers are no longer right; it is replaced before anything is sent again.
 
-    ``limits`` are those of the topics that are published to, as far as they are known before.
+    ``limits`` are those of the topics that are published to, as far as they are known.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class Sink:
     ) -> None:
         self._connection = connection
         self._limits = limits
-        self._topics = set(limits)  # that are published to
+        self._topics = set(limits)  # all that are published to
         self._checks = defaultdict(TimestampCheck) if checks is None else checks  # by topic
         self._limits_at = time.monotonic()
         self._metrics = metrics
@@ -199,7 +198,7 @@ class Sink:
         self._records_per_producer = records_per_producer
         self._producer: AIOKafkaProducer | None = None
         self._records_sent = 0
-        self._who: Hashable = None  # of several sinks, for health
+        self._who: Hashable = None  # which of several sinks this is, for health
 
     async def start(self) -> None:
         """Connects; waits for as long as the brokers are away."""
@@ -241,7 +240,7 @@ class Sink:
     # Where records go.
 
     async def _refused_by_limits(self, columns: Columns) -> list[Reason | None]:
-        """What the topics are known to refuse is not sent, for a refusal costs the producer its sequence numbers."""
+        """Answers for what the topics are known to refuse, so that it is not sent: each refusal costs a producer."""
         answers: list[Reason | None] = [None] * len(columns.topics)
         places = unanswered(answers)
         refused = self._limited(columns, places)
@@ -258,7 +257,7 @@ class Sink:
         errors: set[type[BaseException]],
         answers: list[Reason | None],
     ) -> dict[Lane, list[Load]]:
-        """What to send again after these failures, and where; what the topics are now known to refuse is answered."""
+        """What to send again after these failures, and where; answers for what the topics are now known to refuse."""
         if errors & TELLING:
             await self._refresh_limits(1.0)
         places = sorted(place for loads in lanes.values() for load in loads for place in load)
@@ -270,7 +269,7 @@ class Sink:
         return {lane: list(filter(None, loads)) for lane, loads in kept.items() if any(loads)}
 
     def _limited(self, columns: Columns, places: Load) -> dict[int, Reason]:
-        """Those of the places that are known to be refused, and why; those that may be are noted as in doubt."""
+        """Which of the places are known to be refused, and why; notes those that may be as in doubt."""
         columns.in_doubt.clear()
         refused: dict[int, Reason] = {}
         for topic, some in _by_topic(columns.topics, places).items():
@@ -280,7 +279,7 @@ class Sink:
         return refused
 
     async def _refresh_limits(self, older_than_s: float) -> bool:
-        """Reads the topics' limits if those that are known are so old; whether it has tried."""
+        """Reads the topics' limits again if they are older than that; answers whether it tried."""
         if time.monotonic() - self._limits_at <= older_than_s:
             return False
         self._limits_at = time.monotonic()
@@ -291,7 +290,7 @@ class Sink:
         return True
 
     def _beyond(self, topic: str, limits: TopicLimits, columns: Columns, places: Load) -> Iterator[tuple[int, Reason]]:
-        """Those of the places whose records are beyond a topic's limits, and why."""
+        """Which of the places are beyond a topic's limits, and why."""
         if not limits.is_log_append_time:
             check = self._checks[topic]
             known = [timestamp for timestamp in columns.timestamps if timestamp is not None]
@@ -341,7 +340,7 @@ class Sink:
     async def _send(
         self, producer: AIOKafkaProducer, columns: Columns, lanes: Mapping[Lane, list[Load]]
     ) -> dict[Lane, tuple[list[Load], BaseException]]:
-        """Sends all lanes side by side; answers with the lanes that failed: what has to be sent again, and why."""
+        """Sends all lanes concurrently; answers for each that failed with what has to be sent again, and why."""
         sending = [
             asyncio.create_task(self._send_lane(producer, columns, lane, loads)) for lane, loads in lanes.items()
         ]
@@ -354,7 +353,7 @@ class Sink:
     async def _send_lane(
         self, producer: AIOKafkaProducer, columns: Columns, lane: Lane, loads: list[Load]
     ) -> tuple[list[Load], BaseException] | None:
-        """One batch after the other: none may overtake what has to be sent again of the one before."""
+        """Sends one batch after the other, so that none overtakes an earlier one that has to be sent again."""
         waiting = loads[::-1]
         try:
             while waiting:
@@ -376,7 +375,7 @@ class Sink:
         return None
 
     def _until_doubt(self, columns: Columns, topic: str, load: Load) -> Load:
-        """A load as far as nothing in it is in doubt; that record alone where it begins with one."""
+        """The part of a load before its first record in doubt, or that record alone if it comes first."""
         if columns.in_doubt:
             taken_ms = self._checks[topic].taken_ms
             for count, place in enumerate(load):
@@ -385,7 +384,7 @@ class Sink:
         return load
 
     def _learn(self, columns: Columns, topic: str, sent: Load, error: BaseException | None) -> None:
-        """What became of a batch tells how far this machine's clock is right about timestamps."""
+        """Learns from a batch's outcome how far this machine's clock is right about timestamps."""
         is_refused = isinstance(error, InvalidTimestampError)
         if topic in self._limits and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
             excess_ms = max(self._excess_ms(topic, columns, place) for place in sent)
@@ -412,7 +411,7 @@ class Sink:
         while True:
             try:
                 future: asyncio.Future[object] = await producer.send_batch(batch, lane[0], partition=lane[1])
-            except KafkaTimeoutError as error:  # the batch before is still waiting, and this one was not taken
+            except KafkaTimeoutError as error:  # the previous batch is still waiting, and this one was not accepted
                 self._tell("publishing is stalled", error)
             except AssertionError:  # aiokafka's word for it
                 raise UnknownTopicOrPartitionError(f"{lane[0]}-{lane[1]}") from None
@@ -423,7 +422,7 @@ class Sink:
     async def _outcome(
         self, producer: AIOKafkaProducer, lane: Lane, future: asyncio.Future[object]
     ) -> BaseException | None:
-        """Waits until a batch is acknowledged or has failed for good."""
+        """Waits until a batch is acknowledged (None) or has failed for good."""
         began, tp = time.monotonic(), TopicPartition(*lane)
         was_gone = False
         while not future.done():
@@ -437,13 +436,13 @@ class Sink:
         return future.exception()
 
     def _note_in_doubt(self, records: int) -> None:
-        """So many may be there, and are sent again by a producer that the brokers do not know."""
+        """Counts records that may have been written and are sent again by a new producer, which brokers cannot recognise."""
         self._metrics.duplicates_possible.inc(records)
 
     def _settle_failure(
         self, lane: Lane, loads: list[Load], error: BaseException, answers: list[Reason | None]
     ) -> list[Load]:
-        """What of a failed lane to send again. A batch that was refused is halved until the refused record is alone."""
+        """What of a failed lane to send again. A refused batch is halved until the refused record is alone."""
         reason = REFUSALS.get(type(error))
         first, rest = loads[0], loads[1:]
         if reason is None:
@@ -485,7 +484,7 @@ class Sink:
                 return producer
 
     async def _new_producer(self, **options: Any) -> AIOKafkaProducer:
-        """A producer that is connected; ``options`` as of aiokafka. Raises what is in UNREACHABLE."""
+        """A connected producer; ``options`` are aiokafka's. Raises what is in UNREACHABLE."""
         producer = AIOKafkaProducer(
             **self._connection.options(),
             acks="all",
@@ -510,7 +509,7 @@ class Sink:
 
 
 def _by_topic(topics: Sequence[str], places: Load) -> dict[str, Load]:
-    """Which of the places each of N parcels' topics has; none without one."""
+    """The places by topic; topics without a place are left out."""
     if places and topics.count(topics[0]) == len(topics):
         return {topics[0]: places}
     found: dict[str, Load] = defaultdict(list)
@@ -520,7 +519,7 @@ def _by_topic(topics: Sequence[str], places: Load) -> dict[str, Load]:
 
 
 def unanswered(answers: Sequence[Reason | None]) -> Load:
-    """The places of what is to be sent."""
+    """The places that have no answer yet, and so are to be sent."""
     return [place for place, answer in enumerate(answers) if answer is None]
 
 

@@ -1,7 +1,7 @@
 """Kafka in: assignment, reading with backpressure, commit, lag.
 
-The event loop owns everything here. A partition's records are tied to its ``Assignment``, from the moment the group gives
-it to this process until it takes it away: what is read under one assignment is never committed under another.
+The event loop owns everything here. An ``Assignment`` lasts from the moment the group assigns a partition to this process
+until it is revoked, and each record belongs to one: what is read under one assignment is never committed under another.
 """
 
 import asyncio
@@ -64,28 +64,28 @@ READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics, at most
 LONGEST_TOPICS_INTERVAL_S: Final = 300.0
-TOPICS_SHARE: Final = 200  # between two looks it is so many times as long as a look takes: all partitions are told
-TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often it is looked whether input topics are still the same ones
-TOPIC_IDS_DOUBT_S: Final = 1.0  # and while nothing is read, for one answer says that they are not
-SILENCE_S: Final = 60.0
-REJOINS: Final = 3  # in a row that do not move a partition, although it has records to read
+TOPICS_SHARE: Final = 200  # or so many times as long as the request took, if that is more: it lists all partitions
+TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often the ids of input topics are compared
+TOPIC_IDS_DOUBT_S: Final = 1.0  # and while one answer had another id, in which time nothing is read
+SILENCE_S: Final = 60.0  # without a record although a partition has some: the consumer is replaced
+REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
-SHARES: Final = 4  # of what is read ahead, for each read one
+SHARES: Final = 4  # one read takes at most this part of what is read ahead
 LEAVE_S: Final = 1.0
-LAG_TIMEOUT_S: Final = 3.0  # and so long may it be that a partition's end is not known, as while its leader moves
+LAG_TIMEOUT_S: Final = 3.0  # of a request; also how long a partition's end may be unknown, as while its leader moves
 GROUP_INTERVAL_S: Final = 1.0
-REJOINING_S: Final = 5.0  # a rebalance that lasts longer is told
+REJOINING_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
 COORDINATOR_S: Final = 3.0  # the coordinator is away when it has not answered for so long, and for so many
 MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
 REBALANCE_SHARE: Final = 0.4  # of a request's timeout: as long as the group waits for a member to join again
-HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until the member hears of it
-REVOKE_SHARE: Final = 0.65  # of the rebalance's time, to give up the partitions; the rest is for the join
+HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until a heartbeat tells the member of it
+REVOKE_SHARE: Final = 0.65  # of the rebalance's time, to finish and commit what is under way; the rest is for the join
 LISTED: Final = 5  # partitions that a sentence names
 MEMBERSHIP: Final = "membership"  # who has the trouble, where no partition does
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
 NO_PARTITION: Final = 2**31 - 1
-LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # health looks after the pipeline; Kafka's own idea of it would evict us
+LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # no limit: health watches the pipeline, and Kafka's limit would evict us
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
 UNREADABLE: Final = (
     CorruptRecordException,
@@ -99,23 +99,23 @@ UNREADABLE: Final = (
 
 
 class UnreadableRecord(Exception):
-    """A record cannot be read from Kafka; the message says where it is. Exit code 1."""
+    """A record cannot be read from Kafka; the message says which. Exit code 1."""
 
 
 class Rejoin(Exception):
-    """The consumer has to be made anew; the message says why."""
+    """The consumer has to be replaced and the group joined again; the message says why."""
 
 
 class Standstill(Exception):
-    """There are records and none is read, and joining the group again does not help; the message says why. Exit code 1."""
+    """There are records, none is read, and joining the group again did not help; the message says why. Exit code 1."""
 
 
 @dataclass(eq=False, slots=True)
 class Assignment:
-    """One partition, for as long as the group leaves it to this process.
+    """One partition, for as long as the group assigns it to this process.
 
-    ``accepts``: its records may set out; ``is_owned``: they may be published and committed. A revocation ends the first
-    at once and the second when what is under way has arrived, or the deadline has passed.
+    ``accepts``: its records may enter the network; ``is_owned``: they may be published and committed. A revocation ends
+    the first at once, and the second when everything under way is committed or the deadline has passed.
     """
 
     tp: TopicPartition
@@ -136,13 +136,13 @@ class Assignment:
     waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
 
     def reach(self, next_offset: int) -> None:
-        """What was read before ``next_offset`` is acknowledged."""
+        """Notes that everything before ``next_offset`` is acknowledged."""
         self.acknowledged = next_offset
         while self.waiting and self.waiting[0][0] <= next_offset:
             self.waiting.popleft()
 
     def is_idle(self) -> bool:
-        """Nothing read is still to be acknowledged."""
+        """Whether everything that was read is acknowledged."""
         return self.delivered is not None and self.acknowledged == self.delivered
 
 
@@ -152,10 +152,10 @@ Chunk = tuple[Assignment, list[Record]]
 class Source:
     """Reads the input topics as a member of the group, and commits what the pipeline says has been acknowledged.
 
-    ``run`` does the work; ``next_batch``, ``acknowledge`` and ``drop`` are for the pipeline. On a revocation the records
-    that have not set out are dropped, those under way are waited for and committed, within ``revoke_timeout_s``.
+    ``run`` does the work; the pipeline calls ``next_batch``, ``acknowledge`` and ``drop``. A revocation drops the records
+    that have not reached the network; the others are published and committed, within its deadline.
 
-    With ``transactions`` those commit instead: ``advance`` takes the place of ``acknowledge``.
+    With ``transactions``, these commit instead, and call ``advance`` in place of ``acknowledge``.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class Source:
         return None
 
     def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
-        """Everything of this partition before ``next_offset`` has been published; ``records`` of it just now."""
+        """Everything of this partition before ``next_offset`` has been published, the last ``records`` records just now."""
         assignment.under_way -= records
         if assignment.is_owned:
             assignment.reach(next_offset)
@@ -267,18 +267,18 @@ class Source:
         self._settled.set()
 
     def drop(self, assignment: Assignment, records: int) -> None:
-        """These records go no further: their partition is being taken away, or begins anew. They are read again."""
+        """These records are discarded, as their partition is revoked or begins again, and will be read again."""
         assignment.under_way -= records
         if self._is_stopping:
             self._read_again += records
         self._settled.set()
 
     def records_held(self) -> int:
-        """How many have been read, and are neither dropped nor on their way to be committed."""
+        """How many have been read and are neither dropped nor acknowledged."""
         return len(self._batcher) + sum(assignment.under_way for assignment in self._assignments.values())
 
     def stop_taking(self) -> None:
-        """No more batches: what has not set out is left to whoever reads the partition next."""
+        """Ends reading; ``next_batch`` then answers None. What no micro-batch has is left to the partition's next owner."""
         self._is_stopping = True
         for reader in self._readers.values():
             reader.cancel()
@@ -304,7 +304,7 @@ class Source:
     async def close(self, timeout_s: float) -> int:
         """Commits what has been acknowledged and leaves the group; ``run`` then ends. At most ``timeout_s``.
 
-        Answers with the records that were taken and could not be committed; whoever comes next reads them again.
+        Answers with the number of records that were taken and not committed; the next owner reads them again.
         """
         self.stop_taking()
         self._stopping.set()
@@ -383,10 +383,10 @@ class Source:
         consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
 
     async def _watch_topics(self, consumer: AIOKafkaConsumer, pattern: str) -> None:
-        """Takes up topics that match the pattern and have come later. One that goes stays subscribed, and may come back.
+        """Subscribes to new topics that match the pattern. A deleted one stays subscribed, and may come back.
 
-        aiokafka's own patterns give partitions up before the revocation is heard of, which then can commit nothing; and
-        they lose all topics once a partition's leader is not known. So a revocation of our own comes first.
+        aiokafka's own patterns give partitions up before the listener hears of it, which then can commit nothing, and
+        lose all topics when a partition's leader is not known. So this revokes all partitions itself and then subscribes.
         """
         took_s = 0.0
         while True:
@@ -406,7 +406,7 @@ class Source:
                 self._subscribe(consumer)
 
     async def _watch_topic_ids(self, consumer: AIOKafkaConsumer) -> None:
-        """Raises TopicRecreated. What is committed until then names the old topic, and so counts as none afterwards."""
+        """Raises TopicRecreated. Commits until then name the old topic's id, so the next start ignores them."""
         while True:
             await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
             topics = {tp.topic for tp in self._assignments}
@@ -491,9 +491,9 @@ class Source:
         reader.add_done_callback(self._reader_ended)
 
     def restart(self, assignment: Assignment) -> None:
-        """Begins a partition anew from its committed offset; what was read of it goes no further.
+        """Discards what was read of a partition, and begins again at its committed offset.
 
-        Nothing happens, but for that, if the partition is being taken away.
+        During a revocation or drain, it only discards.
         """
         if self._assignments.get(assignment.tp) is not assignment:
             return
@@ -529,8 +529,8 @@ class Source:
         started = time.monotonic()
         for assignment in assignments:
             assignment.accepts = False
-        # They end before anything else: one that lives on would take records of the next assignment.
-        # One that a session's end has cut short has taken them already.
+        # Readers end first: one that lives on would take records of the next assignment.
+        # A revocation that was cut short by a session's end has taken them from the dict already.
         readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
         if await cancelled([*readers, *self._retiring]):
             self._fail(Rejoin("a reader does not end"))
@@ -579,7 +579,7 @@ class Source:
             self._health.well("commit")
 
     def _repeat(self, records: int) -> None:
-        """These are published and not committed: whoever reads the partition next repeats them."""
+        """These records are published and not committed: the partition's next owner repeats them."""
         self._metrics.duplicates_possible.inc(records)
         if self._is_stopping:
             self._read_again += records
@@ -624,9 +624,9 @@ class Source:
             self._health.well(part, who)
 
     def _judge(self, error: BaseException, who: Hashable) -> None:
-        """What a failed call means: returns where it will do to try again, else raises Rejoin or WrongSetting.
+        """Decides on a failed call: returns if the caller should try again, else raises Rejoin or WrongSetting.
 
-        ``who`` has the trouble, a partition or MEMBERSHIP, until ``_well``. What is watched for itself is not told twice.
+        Health shows the trouble for ``who``, a partition or MEMBERSHIP, until ``_well``, except what a watcher shows.
         """
         if isinstance(error, GroupAuthorizationFailedError):
             self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)", who)
@@ -657,7 +657,7 @@ class Source:
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
-            await self._until_idle(assignment)  # what was read before the gap is published and committed before it
+            await self._until_idle(assignment)  # what was read before the gap is published and committed first
             await self._reset(assignment)
 
     async def _until_idle(self, assignment: Assignment) -> None:
@@ -750,7 +750,7 @@ class Source:
         return committed.offset if committed.offset >= 0 else None
 
     async def _confirm_membership(self) -> None:
-        """Who was thrown out of the group, and has not heard of it yet, must not fence the partition's new owner."""
+        """A member that was evicted and has not heard of it yet must not fence the partition's new owner."""
         coordinator = self._live_consumer()._coordinator
         if await within(self._connection.request_timeout_s, coordinator._do_heartbeat()):
             return
@@ -779,8 +779,8 @@ class Source:
         return offsets[tp]
 
     async def _read(self, assignment: Assignment) -> None:
-        # One partition at a time: over several, aiokafka moves one on, raises for the next and loses the first's records.
-        # Nothing may be awaited between read and what follows: the position has moved.
+        # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
+        # Nothing may be awaited between the read and what follows, for the position has moved.
         limit = (lambda: 1) if assignment.careful_reads else self._share
         try:
             records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
@@ -802,23 +802,23 @@ class Source:
         self._arrived.set()
 
     async def _until_room(self) -> None:
-        """Readers take turns: they are woken in the order in which they came, and whoever finds no room comes last.
+        """Waits for room. Readers take turns: they wake in the order in which they came; who finds no room queues again.
 
-        Also while there is room, for what is fetched already is read without waiting.
+        Yields even if there is room, for reading what is already fetched never waits.
         """
         await asyncio.sleep(0)
         while not self._room.is_set():
             await self._room.wait()
 
     def _share(self) -> int:
-        """Records for one read: small ones cost more for each record, and after a large one the other partitions wait."""
+        """How many records one read takes: small reads cost more per record, large ones make other partitions wait."""
         room = self._capacity - len(self._batcher)
         return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
-        """Back to the next undelivered record, for the position has moved; the second time it is known which one it is.
+        """Seeks back to the next undelivered record, to read one by one; raises UnreadableRecord the second time.
 
-        Raises IllegalStateError where the partition is no longer this process's: its next owner meets the record.
+        Raises IllegalStateError if the partition is no longer this process's: its next owner meets the record.
         """
         self._metrics.kafka_errors.labels("read").inc()
         self._live_consumer().seek(assignment.tp, assignment.delivered)
@@ -872,13 +872,13 @@ class Source:
                 self._acknowledged.set()
 
     async def _commit_before(self, deadline: float) -> None:
-        """A last commit, which may have to wait for one that hangs."""
+        """The last commit; it may first have to wait for one under way. Raises nothing at the deadline."""
         with contextlib.suppress(TimeoutError):
             timeout_s = max(0.1, deadline - time.monotonic())
             await within(timeout_s, self._commit(timeout_s))
 
     async def _commit(self, timeout_s: float) -> bool:
-        """Commits all that is acknowledged, newest offset alone; one commit at a time. False: to be tried again."""
+        """Commits the newest acknowledged offset of each partition; one commit at a time. False: try again."""
         async with self._commit_lock:
             due = [
                 (assignment, assignment.acknowledged, assignment.uncommitted)
@@ -888,7 +888,7 @@ class Source:
             if not due or self._consumer is None:
                 return True
             if self._transactions:
-                # Offsets that no record belongs to. By the partitions' producers too: one way for all keeps them in order.
+                # Offsets without records, by the partitions' producers too: one way for all offsets keeps them in order.
                 offsets_alone = self._transactions.commit((assignment, offset) for assignment, offset, _ in due)
                 try:
                     await within(timeout_s, offsets_alone)
@@ -931,7 +931,7 @@ class Source:
                     await self._measure(self._assignments[tp], end)
 
     def _tell_of_ends(self, errors: Mapping[TopicPartition, Exception], *, is_answered: bool) -> None:
-        """Tells whether the brokers answer, and which partitions cannot be read. Their lag goes, for it is not known."""
+        """Tells health whether the brokers answer and which partitions cannot be read; removes their lag."""
         now = self._clock()
         if errors:
             self._metrics.kafka_errors.labels("lag").inc()
@@ -945,7 +945,7 @@ class Source:
             self._away_at = now
             if now - self._answered_at > LAG_TIMEOUT_S:
                 self._health.trouble("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
-            return  # that says it all
+            return  # single partitions add nothing
         self._answered_at = now
         self._health.well("kafka", "lag")
         if errors and now - self._away_at <= LAG_TIMEOUT_S:
@@ -957,7 +957,7 @@ class Source:
             self._health.well("partitions")
 
     async def _watch_group(self, answers: CoordinatorAnswers) -> None:
-        """Tells that the group's coordinator is away, or that a rebalance, in which nobody reads, lasts long."""
+        """Tells health that the group's coordinator is away, or that a rebalance, in which nobody reads, takes long."""
         patience_s = max(COORDINATOR_S, MISSED_HEARTBEATS * self._heartbeat_ms / 1000)
         while True:
             await asyncio.sleep(GROUP_INTERVAL_S)
@@ -977,12 +977,12 @@ class Source:
                 self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:
-        """An input topic that is there: where one of a pattern was deleted, asking for it would look like an outage."""
+        """An input topic that exists: asking for a deleted one would look like an outage."""
         cluster = self._live_consumer()._client.cluster
         return next((name for name in self._topics if cluster.partitions_for_topic(name)), self._topics[0])
 
     async def _look_after_membership(self) -> None:
-        """Without a partition nobody reads, and aiokafka tells its troubles with the group to readers alone."""
+        """Asks aiokafka for group errors, which it raises only to readers: without a partition nobody reads."""
         nowhere = TopicPartition(self._topics[0], NO_PARTITION)
         try:
             await within(LAG_TIMEOUT_S, self._live_consumer().getmany(nowhere, timeout_ms=0))
@@ -1027,9 +1027,9 @@ class Source:
         return position
 
     def _skip_markers(self, assignment: Assignment, position: int | None) -> None:
-        """The ends of transactions take up offsets and hold no record: past them, they count as committed.
+        """Moves on past transaction markers, which have offsets and are not records.
 
-        Once nothing is accepted any more, a position may be past records that were read and left out.
+        Not during a revocation or drain: then the position may be past records that were read and discarded.
         """
         if not assignment.accepts or self._is_stopping:
             return
@@ -1039,7 +1039,7 @@ class Source:
 
     @staticmethod
     def _age_s(assignment: Assignment) -> float:
-        """By the first read whose timestamp can be right; 0 where there is none."""
+        """By the first unacknowledged read with a plausible timestamp; 0 if there is none."""
         now = time.time()
         return next((age for _, timestamp in assignment.waiting if (age := age_s(timestamp, now)) is not None), 0.0)
 
@@ -1071,7 +1071,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 async def _leave(consumer: AIOKafkaConsumer) -> None:
-    """Leaves the group on another connection than the join that is under way, which keeps its own until it ends."""
+    """Leaves the group on another connection, for the join under way blocks its own."""
     coordinator, client = consumer._coordinator, consumer._client
     if coordinator is None or coordinator.coordinator_id is None or coordinator._group_instance_id is not None:
         return
@@ -1081,7 +1081,7 @@ async def _leave(consumer: AIOKafkaConsumer) -> None:
 
 
 def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
-    """Raises Rejoin if one of the consumer's own tasks has ended, with kind and place of its error."""
+    """Raises Rejoin if one of the consumer's own tasks has ended, and names its error."""
     for name, task in tasks.items():
         if task.done():
             error = None if task.cancelled() else task.exception()
@@ -1098,7 +1098,7 @@ def _named(partitions: Iterable[TopicPartition]) -> str:
 
 
 def _why_lost(partitions: Mapping[TopicPartition, Exception]) -> str:
-    """The partitions by what is the matter with them, a few of each by name."""
+    """A sentence that groups the partitions by reason, and names a few of each."""
     by_reason: dict[str, list[TopicPartition]] = {}
     for tp, error in sorted(partitions.items()):
         has_no_leader = isinstance(error, LeaderNotAvailableError)

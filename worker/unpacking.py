@@ -1,4 +1,4 @@
-"""Compressed batches, unpacked up to a bound: 33 kB of zstd can become a gigabyte, and aiokafka takes it all."""
+"""Unpacks compressed batches within a bound: 33 kB of zstd can become a gigabyte, and aiokafka sets no limit."""
 
 import asyncio
 import struct
@@ -45,7 +45,7 @@ class NeedsMore(Exception):
 
 @dataclass(slots=True)
 class Room:
-    """What one batch may unpack to; ``held`` is what it took. It is known to need more than ``least``."""
+    """The bytes that one batch may unpack to (``most``). It is known to need more than ``least``, and took ``held``."""
 
     most: int
     least: int = 0
@@ -67,9 +67,9 @@ class Codec(Protocol):
 
 
 def unpack_gzip(packed: bytes, room: Room) -> bytearray:
-    """Raises UnpacksTooLarge, NeedsMore, and ValueError where the bytes are no such archive or have too many members.
+    """Raises UnpacksTooLarge, NeedsMore, and ValueError if the bytes are not gzip or have too many members.
 
-    zlib copies what is left of its input at each member's end, so it is given the input in small pieces.
+    zlib copies the rest of its input at each member's end, so it gets the input in small pieces.
     """
     unpacked, position = bytearray(), 0
     for _ in range(PARTS):
@@ -91,7 +91,7 @@ def unpack_gzip(packed: bytes, room: Room) -> bytearray:
 
 
 def unpack_snappy(packed: bytes, room: Room) -> bytearray:
-    """Raises UnpacksTooLarge, NeedsMore, and ValueError where the bytes are no such archive or have too many blocks."""
+    """Raises UnpacksTooLarge, NeedsMore, and ValueError if the bytes are not snappy or have too many blocks."""
     unpacked = bytearray()
     try:
         blocks = list(_xerial_blocks(packed)) if _detect_xerial_stream(packed) else [packed]
@@ -115,9 +115,9 @@ def _xerial_blocks(packed: bytes) -> Iterator[bytes]:
 
 
 def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
-    """Unpacks into a buffer that grows until all of it fits, or until there is no more room.
+    """Unpacks into a buffer that grows until all of it fits or the room is used up.
 
-    Raises UnpacksTooLarge or NeedsMore also where the bytes are no such archive: cramjam does not tell the two apart.
+    Raises UnpacksTooLarge or NeedsMore also if the bytes are damaged: cramjam does not tell the two apart.
     """
     size = max(room.least, USUAL_RATIO * len(packed) + 1_024)
     while True:
@@ -133,10 +133,10 @@ def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
 
 
 def refuse_many_headers(records: bytearray) -> None:
-    """Raises TooManyHeaders before a record of this batch is parsed, for aiokafka makes objects of all of its headers.
+    """Raises TooManyHeaders before aiokafka parses this batch, for it would create an object for each header.
 
-    Where a record ends is taken from its length. Only a record that is long enough for so many headers is looked into.
-    Raises ValueError where a length leads beyond the end.
+    Skips from record to record by their lengths, and looks only into those long enough for so many headers. Raises
+    ValueError if a length leads beyond the end.
     """
     position, end = 0, len(records)
     records += bytes(LONGEST_VARINT)  # aiokafka's compiled decode_varint does not look where the bytes end
@@ -164,13 +164,13 @@ def _headers(records: bytearray, position: int, end: int) -> int:
 
 
 def _refuse_in_large(records: bytearray) -> None:
-    """In smaller batches there are few enough to be counted once they are parsed."""
+    """Checks large batches only: headers of smaller ones are few enough to be counted after parsing."""
     if len(records) > AT_ONCE:
         refuse_many_headers(records)
 
 
 def refuse_endless(records: bytearray) -> None:
-    """Raises ValueError for old formats' records of which aiokafka would never see the end, or too many at once."""
+    """Raises ValueError for records in old formats that aiokafka would read without end, or that are too many at once."""
     position = 0
     for _ in range(LEGACY_RECORDS):
         (length,) = struct.unpack_from("!i", records, position + 8)
@@ -194,7 +194,7 @@ def _decoder(unpack: Unpack, check: Callable[[bytearray], None]) -> Callable[[by
 
 
 def bound_unpacking() -> None:
-    """From now on every consumer of this process unpacks so."""
+    """Makes every consumer of this process unpack within these bounds, by replacing aiokafka's codecs."""
     formats: tuple[tuple[Any, Callable[[bytearray], None]], ...] = (
         (default_records, _refuse_in_large),
         (compiled_default_records, _refuse_in_large),
@@ -209,7 +209,7 @@ def bound_unpacking() -> None:
 
 
 def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:
-    """The batch's records, unpacked; None if that takes more than there is room for. Raises what reading one raises."""
+    """The batch's records, unpacked; None if they need more room. Blocks. Raises what reading a record raises."""
     token = _room.set(room)
     try:
         records = chain(batch)
@@ -222,7 +222,7 @@ def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:
 
 
 class Share:
-    """Bytes of the budget, taken until it is dropped. Of the event loop's thread alone."""
+    """Bytes taken from the budget until this object is deleted. For the event loop's thread alone."""
 
     def __init__(self, budget: "Budget", size: int) -> None:
         self._budget = budget
@@ -230,7 +230,7 @@ class Share:
         budget.free -= size
 
     def keep(self, size: int) -> None:
-        """Gives back the rest."""
+        """Keeps ``size`` bytes and gives the rest back to the budget."""
         self._budget.free += self.size - size
         self.size = size
         self._budget.freed.set()
@@ -240,10 +240,10 @@ class Share:
 
 
 class Budget:
-    """How many bytes of unpacked batches this process holds at a time, beside records that are taken from them.
+    """Bounds the bytes of unpacked batches that this process holds, not counting records already taken from them.
 
-    Nobody waits without end: who waits for bytes holds none, not even those of an attempt that did not suffice; who holds
-    some waits for the pipeline alone, which needs none; and no batch needs more than all of them.
+    Nobody waits for ever: a reader that waits for bytes holds none, not even those of a failed attempt; a reader that holds
+    bytes waits only for the pipeline, which needs none; and no batch needs more than the whole budget.
     """
 
     def __init__(self, size: int) -> None:
@@ -252,7 +252,7 @@ class Budget:
         self._turn = asyncio.Lock()  # one at a time, in the order of asking, so that a large batch has its turn, too
 
     def unpacked_at_once(self, batch: Any) -> tuple[Iterator[Any], Share] | None:
-        """The records of a small batch, while nobody waits. None: ``unpacked`` has to be awaited. Raises as that does."""
+        """The records of a small batch, if nobody waits; None: await ``unpacked`` instead. Raises as that does."""
         if self.free < AT_ONCE or self._turn.locked():
             return None
         share, room = Share(self, AT_ONCE), Room(AT_ONCE)
@@ -281,7 +281,7 @@ class Budget:
         return Share(self, size)
 
     async def _on_thread(self, batch: Any, room: Room, share: Share) -> Iterator[Any] | None:
-        """Leaves in the share what the batch takes, or nothing. Not by its end alone: an exception would keep it alive."""
+        """Reduces the share to what the batch took, explicitly: an exception's traceback would keep the share alive."""
         work = asyncio.create_task(asyncio.to_thread(unpacked, batch, room))
         records = None
         try:
