@@ -1,6 +1,6 @@
-"""What aiokafka 0.14 lacks: requests of our own, and what is done to its private attributes.
+"""What aiokafka 0.14 lacks: requests of our own, and changes to its private attributes. Importing this applies them.
 
-Each item says why it is here, and what upstream would have to do for it to go.
+Each item says why it is needed, and what aiokafka would have to change for it to be removed.
 """
 
 import asyncio
@@ -63,14 +63,14 @@ RETRY_S: Final = 0.1
 METADATA_TIMEOUT_S: Final = 3.0  # of one broker; then the next one is asked
 LARGE_ANSWER_BYTES: Final = 100_000  # some milliseconds to parse
 UNKNOWN_TOPIC: Final = 3
-BESIDE: Final = "topics"  # a connection of its own, where it neither waits for a fetch nor holds one up
+BESIDE: Final = "topics"  # a connection of its own, so that it and fetches do not wait for each other
 _NO_ID: Final = bytes(16)
 _FIXED_BYTES: Final = 14  # of a partition: error code, number, leader, leader's epoch
 _TAGS: Final = ("tags", TaggedFields)
 
 
 class Unparsed:
-    """What is left of a message, as it is."""
+    """The rest of a message, as bytes."""
 
     @classmethod
     def encode(cls, value: bytes) -> bytes:
@@ -129,9 +129,9 @@ class Topic(NamedTuple):
 
 
 async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str, str]:
-    """The ids of these topics, as one broker knows them; without topics that it does not know, empty where it has no ids.
+    """The ids of these topics, as one broker knows them. Unknown topics are left out; ids are empty before Kafka 2.8.
 
-    Raises a KafkaError when no broker answers, each within METADATA_TIMEOUT_S.
+    Asks one broker after the other, METADATA_TIMEOUT_S each; raises a KafkaError when none answers.
     """
     try:
         found = await _described(client, topics)
@@ -167,7 +167,7 @@ async def _topic_id(client: AIOKafkaClient, node: int, topic: str) -> str | None
 
 
 async def topic_names(client: AIOKafkaClient) -> list[str]:
-    """The names of all topics that this user may know of, but for Kafka's own. Raises as ``topic_ids``.
+    """The names of all topics that this user may describe, except Kafka's own. Raises as ``topic_ids``.
 
     There is no request for names alone, so brokers answer with every partition.
     """
@@ -196,7 +196,7 @@ async def _described_by(client: AIOKafkaClient, node: int, topics: Collection[st
 
 
 def parsed_topics(body: bytes) -> list[Topic]:
-    """The topics of a Metadata answer, version 10, whose partitions are skipped: some microseconds each."""
+    """The topics of a Metadata answer, version 10. Partitions are skipped, at some microseconds each."""
     data = _Bytes(body)
     data.skip(4)  # throttle time
     for _ in range(data.length()):
@@ -224,7 +224,7 @@ def parsed_topics(body: bytes) -> list[Topic]:
 
 
 class _Bytes:
-    """Reads on in some bytes, where compact types are: a length is one more than what it says, and 0 for null."""
+    """A cursor over bytes with Kafka's compact types: a length is written plus one, and 0 means null."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -263,9 +263,9 @@ AFTER_LENGTH: Final = 12  # its offset and its length
 
 
 class FetchedBytes(MemoryRecords):  # type: ignore[misc]
-    """A partition's part of a fetch, which keeps its bytes at hand: aiokafka's compiled batches do not show theirs.
+    """A partition's part of a fetch, which keeps its bytes accessible: aiokafka's compiled batches hide theirs.
 
-    It could go if a batch had its size, and a bound on the headers of a record.
+    Upstream would have to tell a batch's size, and to bound the headers of a record.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -273,7 +273,7 @@ class FetchedBytes(MemoryRecords):  # type: ignore[misc]
         self.data = data
 
     def first_records(self) -> bytearray:
-        """The bytes of the first batch's records, as they are, packed or not."""
+        """The bytes of the first batch's records, still compressed if the batch is."""
         end = AFTER_LENGTH + int.from_bytes(self.data[8:AFTER_LENGTH], "big")
         return bytearray(self.data[BATCH_HEAD:end])
 
@@ -326,7 +326,7 @@ async def _end_offsets_of(
 
 
 class CoordinatorAnswers:
-    """When the coordinator of a consumer's group has last answered it, by ``clock``; make it once the consumer has started.
+    """When the group's coordinator last answered a consumer, by ``clock``. Create it once the consumer has started.
 
     Who says that it is not the coordinator, or not yet, has not answered; nor has one from whom a request comes back failed.
     aiokafka keeps the time of the last good heartbeat to itself. Upstream would have to offer it.
@@ -335,7 +335,7 @@ class CoordinatorAnswers:
     def __init__(self, consumer: AIOKafkaConsumer, clock: Callable[[], float] = time.monotonic) -> None:
         self.at = clock()
         self.has_answered = False
-        self.is_joining = False  # in a request that the coordinator answers when every member has joined
+        self.is_joining = False  # waits for a request that the coordinator answers only when every member has joined
         self._clock = clock
         coordinator = consumer._coordinator
         if coordinator is not None:
@@ -362,7 +362,7 @@ class CoordinatorAnswers:
 
 
 def background_tasks(consumer: AIOKafkaConsumer) -> "dict[str, asyncio.Future[Any]]":
-    """By name, the tasks of a started consumer that last as long as it does; that one has failed aiokafka only logs."""
+    """By name, the tasks that a started consumer needs to the end. If one fails, aiokafka only logs it."""
     return {
         "fetch": consumer._fetcher.error_future,
         "coordination": consumer._coordinator._coordination_task,
@@ -439,19 +439,19 @@ class InstanceIdTaken(KafkaError):  # type: ignore[misc]
 
 
 class StaticMember:
-    """A ``group_instance_id`` through all of a process's consumers: who was replaced never replaces its successor.
+    """A ``group_instance_id`` for all of a process's consumers: a replaced process never replaces its successor.
 
-    Kafka gives the id to the member that joined with it last. The one before is told UNKNOWN_MEMBER_ID by heartbeats and
-    commits, which with aiokafka carry no instance id, and aiokafka joins again at once, as a newcomer. So before a join
-    that would be a newcomer's, this asks who holds the id. Error 82, the group's answer to other joins, needs no question.
+    Kafka gives the id to the member that joined with it last. The previous member then gets UNKNOWN_MEMBER_ID for
+    heartbeats and commits, which in aiokafka carry no instance id, and aiokafka at once joins again as a new member. So
+    before it joins without a member id, this asks who holds the instance id. A join with a member id gets error 82.
     """
 
     def __init__(self, instance_id: str) -> None:
         self._instance_id = instance_id
-        self._member_id = ""  # as which this process was last known to hold the id; "" for none, or while that is open
+        self._member_id = ""  # with which this process was last known to hold the id; "" if none, or not known
 
     def guard(self, consumer: AIOKafkaConsumer) -> None:
-        """Of a consumer that is started, and has subscribed to nothing yet. It then meets InstanceIdTaken in ``getmany``."""
+        """Guards a consumer that has started and not yet subscribed. Its ``getmany`` then raises InstanceIdTaken."""
         coordinator = consumer._coordinator
         rejoin = coordinator._do_rejoin_group
 
@@ -461,7 +461,7 @@ class StaticMember:
             try:
                 is_joined: bool = await rejoin(subscription)
             except KafkaError as error:
-                if FencedInstanceId.__name__ in str(error):  # aiokafka has made its name a text
+                if FencedInstanceId.__name__ in str(error):  # aiokafka has turned it into a message
                     raise InstanceIdTaken from error
                 raise
             finally:
@@ -471,21 +471,21 @@ class StaticMember:
         coordinator._do_rejoin_group = unless_replaced
 
     async def _may_join(self, coordinator: Any) -> bool:
-        """False: to be tried again. Raises InstanceIdTaken."""
+        """False: try again. Raises InstanceIdTaken, and KafkaErrors that are not retriable."""
         if coordinator.member_id:
-            return True  # as who it is: the group refuses it if another has taken its place
+            return True  # with its member id: the group refuses it if another has taken its place
         if self._member_id:
             try:
                 holder = await self._holder(coordinator)
             except KafkaError as error:
                 if not error.retriable:
                     raise
-                coordinator.coordinator_dead()  # it is looked up anew
+                coordinator.coordinator_dead()  # so that it is looked up again
                 await asyncio.sleep(RETRY_S)
                 return False
             if holder and holder != self._member_id:
                 raise InstanceIdTaken
-        # If the answer to this join is lost, it is this process that holds the id under a name that it does not know.
+        # If the answer to this join is lost, this process holds the instance id with a member id that it does not know.
         self._member_id = ""
         return True
 
@@ -493,7 +493,7 @@ class StaticMember:
         """The member id that has the instance id now; "" for none. Raises KafkaError."""
         try:
             response = await coordinator._send_req(DescribeGroup(coordinator.group_id))
-        except NotImplementedError:  # Kafka 2.3: it has static members, and does not tell who they are
+        except NotImplementedError:  # Kafka 2.3 has static members, and does not tell who they are
             return ""
         ((code, _, _, _, _, members, _),) = response.groups
         if (error := for_code(code)) is not NoError:
@@ -555,7 +555,7 @@ async def update_metadata(
     finally:
         _disconnect(newcomer._conns.values())
     moved = [connection for (node, _), connection in client._conns.items() if not _leads_to(node, connection, client)]
-    _disconnect(moved)  # what is asked there fails now, not when its time is up
+    _disconnect(moved)  # requests there fail now, not when they time out
     return True
 
 
@@ -570,10 +570,10 @@ _connection_to = AIOKafkaClient._get_conn
 async def connection_to(
     client: AIOKafkaClient, node: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any
 ) -> Any:
-    """A client's connection to a broker, made where there is none; None where that fails.
+    """A client's connection to a broker, which is opened if there is none; None if that fails.
 
-    One at a time for each broker and address. aiokafka has one lock for all: whoever waits for a broker that is silent holds
-    up the others, and those that wait behind it go to the old address. Upstream would have to have a lock for each, too.
+    It has one lock for each broker and address. aiokafka has one for all brokers: a caller that waits for a silent broker
+    holds up all others, and they then go to the old address. Upstream would need a lock for each, too.
     """
     connection = client._conns.get((node, group))
     if connection is not None and connection.connected():
@@ -591,11 +591,11 @@ AIOKafkaClient._get_conn = connection_to
 AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 
-# What a stop leaves behind. Upstream would have to close the inner client, and to cancel tasks, in a `finally`.
+# What an interrupted stop leaves behind. Upstream would have to close the inner client and cancel tasks in a `finally`.
 
 
 async def end_remains(client: Any) -> None:
-    """Ends the tasks and connections that are left of a producer, consumer or admin client whose stop was cut short."""
+    """Ends the remaining tasks and connections of a producer, consumer or admin client whose stop was cut short."""
     inner = getattr(client, "client", None) or client._client
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
     parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
@@ -610,7 +610,7 @@ def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
 
 
 def _disconnect(connections: Iterable[Any]) -> None:
-    """At once, also where what is still to be written finds nobody."""
+    """At once, without waiting for what is still to be written."""
     for connection in list(connections):
         connection.close()
         transport = connection._protocol and connection._protocol._transport
@@ -618,15 +618,15 @@ def _disconnect(connections: Iterable[Any]) -> None:
             transport.abort()
 
 
-# Batches that may have been written. Upstream: an idempotent producer never gives up a batch that it has sent.
+# Batches that may have been written. Upstream would never have to give up a batch that an idempotent producer has sent.
 
 
 class PatientAccumulator(MessageAccumulator):  # type: ignore[misc]
-    """Batches that wait, for as long as it takes, for their partition to have a leader.
+    """Keeps batches, for as long as it takes, until their partition has a leader.
 
-    aiokafka gives one up after ``request_timeout_ms``, though it may have been written before the leader went: sent again
-    with other sequence numbers, it would be there twice. That time now runs while the metadata do not know the partition
-    at all, and for a transaction, whose abort would wait, too.
+    aiokafka gives a batch up after ``request_timeout_ms``, though it may have been written before the leader went: sent
+    again with other sequence numbers, it would be there twice. With this, that time runs only while the metadata do not
+    have the partition at all, and in transactions, whose abort would wait, too.
     """
 
     def drain_by_nodes(self, *arguments: Any, **options: Any) -> Any:
