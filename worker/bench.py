@@ -14,7 +14,7 @@ from typing import Final, Literal, NamedTuple
 import orjson
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from worker.backend import BackendError, has_bfloat16
 from worker.cuda import AGREEMENT
@@ -300,7 +300,9 @@ def _print(report: Report) -> None:
 
 def _speeds(report: Report) -> Table:
     budgets = sorted({budget for each in report.engines for budget in each.texts_per_s})
-    table = Table("texts/s by token budget", *map(str, budgets), "same labels")
+    table = Table(
+        Column("token budget", no_wrap=True), *map(str, budgets), "same labels", title="texts/s", title_justify="left"
+    )
     for each in report.engines:
         cells = [f"{each.texts_per_s[b]:,.0f}" if b in each.texts_per_s else "" for b in budgets]
         table.add_row(str(each.engine), *cells, f"{each.agreement:.2%}")

@@ -57,8 +57,9 @@ def test_without_the_extra_it_says_what_to_install(command: str, missing: str) -
         f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0', '--log-format=console'])"
     )
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
-        "sentiment-worker: tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'"
+    said = (done.stdout if command == "check" else done.stderr).strip()
+    assert said.splitlines()[0 if command == "check" else -1].endswith(
+        "tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'"
     )
 
 
