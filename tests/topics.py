@@ -84,6 +84,7 @@ class Kafka:
 
     bootstrap: str
     admin: AdminClient = field(init=False)
+    _replaced: list[AdminClient] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.admin = AdminClient(self._config())
@@ -145,19 +146,19 @@ class Kafka:
     def of_the_group(self, ask: Callable[[AdminClient], Any]) -> Any:
         """What the group's coordinator answers, once it has loaded.
 
-        Each try has a client of its own: one that knew a coordinator before its restart may wait for it for ever.
+        A client that knew a coordinator before its restart may wait for it for ever: another takes its place then.
         """
         answers: list[Any] = []
 
         def answered() -> bool:
-            admin = AdminClient(self._config())  # it has to live until it has answered
             try:
-                answers.append(ask(admin).result(10))
+                answers.append(ask(self.admin).result(10))
             except KafkaException as error:
                 if error.args[0].code() not in COORDINATOR_NOT_YET:
                     raise
             except TimeoutError:
-                return False
+                self._replaced.append(self.admin)  # not destroyed beside what it still waits for
+                self.admin = AdminClient(self._config())
             return bool(answers)
 
         wait_for(answered, "the group's coordinator", 60)
