@@ -71,7 +71,7 @@ class Server:
         token_for: TokenFor = "changes",
         names: Sequence[str] = (),
     ) -> None:
-        health = Health()
+        health = self.health = Health()
         guard = Guard(host=host, names=names, token=token, token_for=token_for)
         self.changes: list[bytes] = []
         self.metrics = Metrics("test")
