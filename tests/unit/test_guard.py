@@ -159,6 +159,14 @@ async def test_reading_is_answered(server: Server, path: str) -> None:
     assert int(head.headers["Content-Length"]) > 0
 
 
+async def test_a_brokers_words_reach_no_terminal_as_they_are() -> None:
+    server = await Server().start()
+    server.health.trouble("kafka", "\x1b[2Jno\nready")
+    answer = await server.ask("GET", "/readyz")
+    await server.stop()
+    assert (answer.status, answer.body) == (503, b"kafka: \\u001b[2Jno\\nready\n")
+
+
 @pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
 async def test_other_methods_are_not_allowed(guarded: Server, method: str, path: str) -> None:
