@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -223,6 +224,26 @@ def test_why_it_ends_is_a_plain_sentence_where_logs_are_not_json() -> None:
     done = call("run", "--log-format", "console", "--linger-ms", "-1")
     assert done.returncode == 2
     assert done.stderr.startswith("sentiment-worker: linger_ms = '-1' is wrong: ")
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["train", "--nope"], ["demo", "--nope"], ["run", "--nope"]])
+@pytest.mark.parametrize("chosen", ["", "json"])
+def test_every_command_says_on_a_terminal_why_it_ends_unless_json_is_asked_for(
+    arguments: list[str], chosen: str
+) -> None:
+    terminal, stderr = pty.openpty()
+    done = subprocess.run(
+        [*MODULE, *arguments],
+        stderr=stderr,
+        timeout=150,
+        check=False,
+        env=environment() | {"WORKER_LOG_FORMAT": chosen},
+    )
+    os.close(stderr)
+    with os.fdopen(terminal, "rb") as said:
+        line = said.readline().decode()
+    assert done.returncode == 2
+    assert line.startswith("{" if chosen else "sentiment-worker: ")
 
 
 def test_a_file_of_settings_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

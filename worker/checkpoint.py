@@ -19,7 +19,17 @@ WEIGHTS: Final = (  # in the order in which transformers looks for them
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 READ: Final = (".json", ".txt", ".model", ".codes", ".spm", ".tokenizer")  # what configurations and tokenizers end in
-COUNTS: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+COUNTS: Final = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+MOST: Final = {  # of what is built one by one, before any weight is looked at: more would take hours, or all memory
+    "num_labels": 100_000,
+    **dict.fromkeys(
+        (
+            "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+            "num_hidden_groups", "inner_group_num",
+        ),
+        1_000,
+    ),
+}  # fmt: skip
 LFS: Final = b"version https://git-lfs.github.com/spec/"
 
 Find = Callable[[str], Path | None]
@@ -108,8 +118,11 @@ class Checkpoint:
         return sorted({first, *shards.values()})
 
     def _refuse_wrong_config(self) -> None:
-        for field in COUNTS:
+        for field in (*COUNTS, *MOST):
             self._refuse_wrong_count("config.json", self._config, field)
+        for field, most in MOST.items():
+            if (self._config.get(field) or 0) > most:
+                self._refuse(f"{field} in config.json is {_shown(self._config[field])}; it should be {most:,} at most")
         if self._config.get("max_position_embeddings") != -1:  # which says that there is no maximum
             self._refuse_wrong_count("config.json", self._config, "max_position_embeddings")
         padding, rows = self._config.get("pad_token_id"), self._config.get("vocab_size")
@@ -139,9 +152,11 @@ class Checkpoint:
             return
         self._refuse_unreadable("tokenizer.json")
         try:
-            orjson.loads(file.read_bytes())
+            value = orjson.loads(file.read_bytes())
         except orjson.JSONDecodeError as error:
             self._refuse_broken("tokenizer.json", error.msg)
+        if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+            self._refuse("tokenizer.json should be an object with a model, as the tokenizers library saves it")
 
     def _refuse_wrong_count(self, file: str, config: dict[str, Any], field: str) -> None:
         value = config.get(field)

@@ -90,6 +90,7 @@ def _answer(arguments: list[str]) -> int:
         print(worker_version())
         return 0
     if name not in COMMANDS:
+        _log_as_asked(arguments)
         _explain(f"{name!r} is no command; `sentiment-worker --help` lists them", 2)
         return 2
     from worker.settings import UsersMistake
@@ -110,16 +111,24 @@ def _configured(kind: type[Logging], argv: Sequence[str], command: str) -> Loggi
     from worker import logs
     from worker.settings import load, unknown_variables
 
-    words = [*argv, ""]
-    formats = [value for word, value in pairwise(words) if word == "--log-format"]
-    formats += [word.partition("=")[2] for word in words if word.startswith("--log-format=")]
-    logs.configure("error", [os.environ.get("WORKER_LOG_FORMAT", ""), *formats][-1])
+    _log_as_asked(argv)
     settings = load(kind, argv, f"sentiment-worker {command}")
     logs.configure(settings.log_level, settings.log_format)
     if command != "check":  # which prints them as lines of its own
         for sentence in unknown_variables(kind):
             logs.log.warning("%s", sentence)
     return settings
+
+
+def _log_as_asked(argv: Sequence[str]) -> None:
+    """Sends logs where the flag or the variable says, before settings are read; what is neither format is as auto."""
+    from worker import logs
+
+    words = [*argv, ""]
+    formats = [value for word, value in pairwise(words) if word == "--log-format"]
+    formats += [word.partition("=")[2] for word in words if word.startswith("--log-format=")]
+    asked = [os.environ.get("WORKER_LOG_FORMAT", ""), *formats][-1]
+    logs.configure("warning", asked if asked in ("console", "json") else "auto")
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -181,6 +190,7 @@ def _replay(argv: Sequence[str]) -> int:
 def _demo(argv: Sequence[str]) -> int:
     from worker.settings import DemoSettings, load
 
+    _log_as_asked(argv)
     settings = load(DemoSettings, argv, "sentiment-worker demo")
     from worker import demo
 
@@ -218,6 +228,7 @@ def _train(argv: Sequence[str]) -> int:
 
     from worker.settings import TrainSettings, load
 
+    _log_as_asked(argv)
     settings = load(TrainSettings, argv, "sentiment-worker train")
     sources = _sources(settings)
     from worker.training import ProgressView, train

@@ -1,12 +1,13 @@
 """The Kafka cluster: how to connect to it, which topics it has, and what they accept."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
@@ -193,16 +194,27 @@ class Backoff:
 
 def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, password: str | None) -> ssl.SSLContext:
     """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
-    try:
-        context: ssl.SSLContext = create_ssl_context(
-            cafile=cafile,
-            certfile=certfile,
-            keyfile=keyfile,
-            password=password or "",  # with None OpenSSL would ask for it on the terminal
-        )
-    except (ssl.SSLError, OSError, ValueError) as error:
-        raise WrongSetting(f"ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from None
+    certificates = "it should be a PEM file of certificates (-----BEGIN CERTIFICATE-----)"
+    with _or_wrong("ssl_cafile", cafile, certificates):
+        context: ssl.SSLContext = create_ssl_context(cafile=cafile)
+    if certfile:
+        with _or_wrong("ssl_certfile", certfile, certificates):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certfile)
+        key = "it should be a PEM file with the key of ssl_certfile, and WORKER_SSL_KEY_PASSWORD that key's password, if any"
+        with _or_wrong("ssl_keyfile" if keyfile else "ssl_certfile", keyfile or certfile, key):
+            context.load_cert_chain(certfile, keyfile, password or "")  # with None OpenSSL would ask on the terminal
     return context
+
+
+@contextlib.contextmanager
+def _or_wrong(name: str, file: str | None, wanted: str) -> Iterator[None]:
+    """Raises WrongSetting where a file of TLS cannot be used; OpenSSL's own words name neither the file nor its fault."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        unreadable = not isinstance(error, ssl.SSLError) and isinstance(error, OSError)
+        why = f"cannot be read ({error.strerror})" if unreadable else "cannot be used"  # type: ignore[union-attr]
+        raise WrongSetting(f"{name} {file} {why}: {wanted}") from None
 
 
 async def wait_until_usable(

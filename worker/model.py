@@ -33,7 +33,7 @@ from worker.sentiment import (
     to_scores,
     to_sentiments,
 )
-from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake
+from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake, is_folder
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
 from worker.tuning import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 CHARS_PER_TOKEN = 8  # Russian words have about four a token: such a prefix nearly always fills the model's maximum
 WORD_TOKENS = 128  # more than one word can have: those before the last so many do not change with what follows
 NO_MAXIMUM = 2**31  # from there on a number of tokens says that there is no maximum, as transformers' 1e30 does
+MOST_LABELS, MOST_CHARS = 5, 300  # of a checkpoint's or a library's words, in a sentence
 DOUBTFUL = 0.5  # share of unknown tokens in the shipped reviews that is worth a warning
 SURROGATES = re.compile("[\ud800-\udfff]")  # halves of a character: no tokenizer takes them
 ReturnType = Literal["label", "score", "proba"]
@@ -350,6 +351,7 @@ class _Loaded(NamedTuple):
         tokenizer.model_max_length = int(tokenizer.model_max_length)  # 512.0 is fine
         network, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
+            config=config,  # else attention as config.json has it, perhaps the hub's code, would go before the argument
             revision=commit,
             trust_remote_code=False,
             dtype=dtype,
@@ -443,7 +445,9 @@ def _columns(name: str, config: Any) -> list[int]:
     """Which logit is negative, neutral, positive, by the checkpoint's own names."""
     names = {str(label).strip().lower(): int(index) for index, label in (config.id2label or {}).items()}
     if set(names) != set(LABELS):
-        listed = ", ".join(str(label) for label in (config.id2label or {}).values()) or "none"
+        labels = [str(label)[:MOST_CHARS] for label in (config.id2label or {}).values()]
+        more = f" and {len(labels) - MOST_LABELS:,} more" if len(labels) > MOST_LABELS else ""
+        listed = (", ".join(labels[:MOST_LABELS]) or "none") + more
         raise ModelError(
             f"model {name} cannot be loaded: its labels should be negative, neutral and positive, and this checkpoint has: "
             f"{listed}; if they mean these, rename them in its config.json (id2label)"
@@ -556,8 +560,9 @@ def _or_refused(name: str, what: str) -> Iterator[None]:
     except (UsersMistake, MemoryError):
         raise
     except Exception as error:
-        kind = HubUnreachable if _is_of_the_network(error) else ModelError
-        raise kind(f"model {name} cannot be {what}: {_reason(error)}") from error
+        is_local = is_folder(name) or name == "builtin"
+        kind = HubUnreachable if not is_local and _is_of_the_network(error) else ModelError
+        raise kind(f"model {name} cannot be {what}: {_reason(error)[:MOST_CHARS]}") from error
 
 
 def _is_of_the_network(error: BaseException | None) -> bool:

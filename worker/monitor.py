@@ -8,6 +8,7 @@ from aiohttp import web
 from worker.guard import Guard
 from worker.health import Health
 from worker.metrics import CONTENT_TYPE, Metrics
+from worker.printable import printable
 
 
 class Part(Protocol):
@@ -52,4 +53,4 @@ class Monitor:
 
 
 def _verdict(good: str, trouble: str | None) -> web.Response:
-    return web.Response(text=(trouble or good) + "\n", status=503 if trouble else 200)
+    return web.Response(text=(printable(trouble) if trouble else good) + "\n", status=503 if trouble else 200)

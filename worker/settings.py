@@ -869,7 +869,9 @@ def _file_values(kind: type[Settings], path: Path | None) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise WrongSetting(f"config: {path} cannot be read ({error.strerror}); it should be a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise WrongSetting(f"config: {path} is not in UTF-8, as TOML has to be; save it in that encoding") from None
+    except tomllib.TOMLDecodeError as error:
         raise WrongSetting(f"config: {path} is not valid TOML: {error}") from None
     if issubclass(kind, EventSettings):  # one file for the worker and its replays
         others = RunSettings.model_fields.keys() - kind.model_fields.keys() - set(SECRETS)

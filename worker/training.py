@@ -293,6 +293,7 @@ def _base_network(run: _Run, base: str) -> tuple[Any, Any]:
         source = str(folder_of(base, None) or base)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config._attn_implementation = None  # what config.json chooses may be code of the hub
         names = [str(config.id2label.get(number)).strip() for number in range(len(config.id2label))]
         for name, value in _labels().items():
             setattr(config, name, value)
@@ -305,7 +306,7 @@ def _base_network(run: _Run, base: str) -> tuple[Any, Any]:
             output_loading_info=True,
         )
     except Exception as error:  # noqa: BLE001 - transformers, safetensors and tokenizers raise what they like
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ValueError(f"--base {base} cannot be loaded as a sequence-classification checkpoint: {reason}") from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"--base {base} has no padding token; take a checkpoint of the BERT kind")

@@ -19,7 +19,7 @@ from tests.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
 from tests.process import environment
 from worker import tokenizing
 from worker.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
-from worker.model import SentimentModel
+from worker.model import SentimentModel, _or_refused
 from worker.tokenizing import normalized
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -219,6 +219,14 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "no width": (edit("config.json", hidden_size=0), "hidden_size in config.json is 0"),
     "no heads": (edit("config.json", num_attention_heads=-1), "num_attention_heads in config.json is -1"),
     "no layers": (edit("config.json", num_hidden_layers=0), "num_hidden_layers in config.json is 0"),
+    "endless layers": (
+        edit("config.json", num_hidden_layers=10**7),
+        "num_hidden_layers in config.json is 10000000; it should be 1,000 at most",
+    ),
+    "endless layers by another name": (edit("config.json", n_layers=10**7), "it should be 1,000 at most"),
+    "endless labels": (edit("config.json", id2label=None, num_labels=10**9), "it should be 100,000 at most"),
+    "a tokenizer that is a list": (written("tokenizer.json", "[]"), "tokenizer.json should be an object with a model"),
+    "a tokenizer without a model": (written("tokenizer.json", "{}"), "tokenizer.json should be an object with a model"),
     "odd rows": (edit("config.json", vocab_size=1.5), "vocab_size in config.json is 1.5"),
     "padding beyond": (edit("config.json", pad_token_id=10**9), "pad_token_id in config.json is 1000000000"),
     "labels in a list": (edit("config.json", id2label=list(LABELS)), "id2label in config.json"),
@@ -267,6 +275,23 @@ def test_a_maximum_without_room_for_a_token_is_refused(folder: Path) -> None:
     edit("tokenizer_config.json", model_max_length=2)(folder)
     with pytest.raises(ModelError, match="leaves room for 2 tokens, and the shortest text has 3"):
         load(folder)
+
+
+def test_labels_and_a_librarys_words_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit("config.json", id2label={str(number): f"label {number}" + "x" * 1_000 for number in range(20_000)})(folder)
+    with pytest.raises(ModelError, match="x and 19,995 more; if they mean these") as refusal:
+        load(folder)
+    assert len(str(refusal.value)) < 2_500
+    with pytest.raises(ModelError) as refusal, _or_refused("a/b", "loaded"):
+        raise ValueError("x" * 1_000_000)
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(("name", "code"), [("a/b", 1), ("./b", 2), ("builtin", 2)])
+def test_only_a_name_of_the_hub_can_be_away_for_a_while(name: str, code: int) -> None:
+    with pytest.raises(ModelError) as refusal, _or_refused(name, "loaded"):
+        raise TimeoutError("too slow")
+    assert refusal.value.exit_code == code
 
 
 def without_a_tokenizer(folder: Path) -> None:

@@ -190,7 +190,12 @@ def pickles_beside(folder: Path, trace: Path) -> None:
         (folder / name).write_bytes(pickle.dumps(Payload(trace)))
 
 
-UNTOUCHED: dict[str, Attack] = {"code beside": code_beside, "pickles beside": pickles_beside}
+UNTOUCHED: dict[str, Attack] = {
+    "code beside": code_beside,
+    "pickles beside": pickles_beside,
+    "attention of the hub": config(_attn_implementation="kernels-community/evil@main"),
+    "attention of the hub by its other name": config(attn_implementation="kernels-community/evil@main"),
+}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from aiokafka.conn import AIOKafkaConnection
@@ -9,7 +10,9 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 from uvloop import new_event_loop
 
+from tests.secure import Authority
 from worker import cluster
+from worker.settings import WrongSetting
 
 
 async def write_to_a_connection_that_was_reset() -> None:
@@ -62,3 +65,40 @@ async def test_an_admin_client_asks_for_its_topics_alone_while_a_broker_is_away(
     """At every try to connect to that broker; without topics of its own a client would ask for all of the cluster's."""
     client = cluster.admin_client(cluster.Connection(("nowhere:1",)), iter(["a", "b"]))
     assert client._client._topics == {"a", "b"}
+
+
+@pytest.fixture
+def pems(tmp_path: Path) -> dict[str, Path]:
+    certificate, key = Authority(tmp_path, "clients").issue_files("worker", password="right")
+    for name in ("bad", "other"):
+        (tmp_path / name).write_text("-----BEGIN NOTHING-----\n")
+    other = Authority(tmp_path, "others").issue_files("other")[1]
+    return {"cert": certificate, "key": key, "other": other, "bad": tmp_path / "bad", "missing": tmp_path / "missing"}
+
+
+@pytest.mark.parametrize(
+    ("ca", "cert", "key", "password", "words"),
+    [
+        ("bad", None, None, None, "ssl_cafile {} cannot be used: it should be a PEM file of certificates"),
+        ("missing", None, None, None, "ssl_cafile {} cannot be read (No such file or directory): it should be"),
+        ("cert", "bad", "key", "right", "ssl_certfile {} cannot be used: it should be a PEM file of certificates"),
+        ("cert", "cert", "bad", None, "ssl_keyfile {} cannot be used: it should be a PEM file with the key"),
+        ("cert", "cert", "other", None, "ssl_keyfile {} cannot be used: it should be a PEM file with the key"),
+        ("cert", "cert", "key", "wrong", "ssl_keyfile {} cannot be used: it should be a PEM file with the key"),
+        ("cert", "cert", "key", None, "WORKER_SSL_KEY_PASSWORD that key's password, if any"),
+        ("cert", "cert", None, None, "ssl_certfile {} cannot be used: it should be a PEM file with the key"),
+    ],
+)
+def test_a_file_of_tls_that_cannot_be_used_is_named(
+    pems: dict[str, Path], ca: str, cert: str | None, key: str | None, password: str | None, words: str
+) -> None:
+    files = [str(pems[name]) if name else None for name in (ca, cert, key)]
+    with pytest.raises(WrongSetting) as refusal:
+        cluster.tls_context(*files, password)
+    at_fault = {"ssl_cafile": files[0], "ssl_certfile": files[1]}.get(words.split(maxsplit=1)[0], files[2])
+    assert words.format(at_fault) in str(refusal.value)
+    assert "_ssl.c" not in str(refusal.value)
+
+
+def test_files_of_tls_that_fit_are_used(pems: dict[str, Path]) -> None:
+    assert cluster.tls_context(str(pems["cert"]), str(pems["cert"]), str(pems["key"]), "right").check_hostname

@@ -71,7 +71,7 @@ class Server:
         token_for: TokenFor = "changes",
         names: Sequence[str] = (),
     ) -> None:
-        health = Health()
+        health = self.health = Health()
         guard = Guard(host=host, names=names, token=token, token_for=token_for)
         self.changes: list[bytes] = []
         self.metrics = Metrics("test")
@@ -157,6 +157,14 @@ async def test_reading_is_answered(server: Server, path: str) -> None:
     assert get.status == head.status == 200
     assert get.body
     assert int(head.headers["Content-Length"]) > 0
+
+
+async def test_a_brokers_words_reach_no_terminal_as_they_are() -> None:
+    server = await Server().start()
+    server.health.trouble("kafka", "\x1b[2Jno\nready")
+    answer = await server.ask("GET", "/readyz")
+    await server.stop()
+    assert (answer.status, answer.body) == (503, b"kafka: \\u001b[2Jno\\nready\n")
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/"])

@@ -648,8 +648,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, toml: Callable[[str
     )
     assert "it should be a TOML file" in refusal("--config", str(tmp_path))
     assert "is not valid TOML" in refusal(*toml("linger_ms = "))
-    (tmp_path / "worker.toml").write_bytes(b"group_id = '\xff'")
-    assert "is not valid TOML" in refusal("--config", str(tmp_path / "worker.toml"))
+    for content in (b"group_id = '\xff'", "group_id = 'a'".encode("utf-16")):
+        (tmp_path / "worker.toml").write_bytes(content)
+        assert refusal("--config", str(tmp_path / "worker.toml")).endswith(
+            "is not in UTF-8, as TOML has to be; save it in that encoding"
+        )
 
 
 def test_right_settings_at_their_bounds_are_taken() -> None:

@@ -405,6 +405,17 @@ def test_weights_that_are_no_numbers_are_no_base(tmp_path: Path, base: Path) -> 
         train(*tiny(tmp_path / "out", base.parent / "obvious.csv", base=str(broken)), quiet)
 
 
+def test_a_base_chooses_no_attention_of_the_hub(tmp_path: Path, base: Path) -> None:
+    other = changed(base, tmp_path / "other", list(CLASSES), lambda _: None)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"_attn_implementation": "kernels-community/evil@main"}))
+    options, sources = tiny(
+        tmp_path / "tuned", base.parent / "obvious.csv", base=str(other), **QUICK | {"epochs": 1, "learning_rate": 1e-9}
+    )
+    train(options, sources, quiet)  # it would have asked for the package kernels, or loaded it
+    assert torch.allclose(head_of(options.output), head_of(base), atol=1e-4)
+
+
 def test_a_damaged_base_is_refused_with_a_sentence(tmp_path: Path, base: Path) -> None:
     shutil.copytree(base, tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
