@@ -555,12 +555,13 @@ class RunSettings(ModelSettings, EventSettings):
                 "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
                 f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
             )
-        is_open = self.http_token is None or (self.console_texts and self.http_token_for != "all")
-        if is_open and not _is_loopback(self.http_host):
+        if self.http_token_for != "all" and not _is_loopback(self.http_host):
             seen = "results with their texts" if self.console_texts else "results"
+            lets = " with http_token_for changes" if self.http_token else ""
+            wants = "http_token_for=all" if self.http_token else "http_token and http_token_for=all"
             yield (
-                f"http_host {self.http_host} answers other machines without a token: whoever reaches the port reads "
-                f"metrics, settings and {seen}; set http_token and http_token_for=all, or let only those in who may"
+                f"http_host {self.http_host} answers other machines without a token{lets}: whoever reaches the port reads "
+                f"metrics, settings and {seen}; set {wants}, or let only those in who may"
             )
 
     def reads(self, topic: str) -> bool:
