@@ -45,7 +45,8 @@ most like it. Names are as they stand here, in one case alone. A wrong value end
 
 A variable that is empty (`${X:-}` in a compose file) sets nothing, but an empty secret, or an empty file of one, is an error: it
 never means that there is none. An empty flag or key is an error too. No setting takes control characters, such as the carriage
-return that a Windows text file leaves at the end of each line. A list (topics, brokers, reasons) names each thing once.
+return that a Windows text file leaves at the end of each line; no name or path takes
+white space at its ends or invisible characters, for it would be another than it looks like. A list (topics, brokers, reasons) names each thing once.
 
 The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
 in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They

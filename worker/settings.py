@@ -673,7 +673,9 @@ class BenchSettings(CheckpointSettings):
     model_config = SettingsConfigDict(populate_by_name=True)
 
     log_level: LogLevel = Field("warning", description="least severe level logged")
-    file: Path | None = Field(None, description="texts to measure with, one a line, UTF-8; default: product reviews")
+    file: Path | None = Field(
+        None, description="texts, one a line, read as classify reads them; default: product reviews"
+    )
     seconds: float = Field(1, gt=0, le=600, description="of measuring for each figure, s")
     json_output: bool = Field(False, alias="json", description="print JSON")
 
