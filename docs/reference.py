@@ -45,7 +45,8 @@ most like it. Names are written as here, in this case. A wrong value ends the st
 
 An empty variable (`${X:-}` in a compose file) sets nothing, but an empty secret, or an empty file for one, is an error. So is
 an empty flag or key. No setting takes control characters, such as the carriage
-return that a Windows text file leaves at the end of each line. A list (topics, brokers, reasons) names each thing once.
+return that a Windows text file leaves at the end of each line, and no name or path takes white space at its ends or invisible
+characters. A list (topics, brokers, reasons) names each thing once.
 
 The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
 in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They

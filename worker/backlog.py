@@ -13,7 +13,8 @@ from worker.identity import without_topic_id
 
 log = logging.getLogger(__name__)
 
-TELL_S: Final = 3.0  # a start does not wait longer for what is only logged
+TELL_S: Final = 3.0  # a start does not ask longer for what is only told
+STOP_S: Final = 1.0
 
 
 class Backlog(NamedTuple):
@@ -46,7 +47,7 @@ class Backlog(NamedTuple):
 async def backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> Backlog:
-    """Asks the brokers; joins no group and commits nothing. Raises what is in UNREACHABLE, within one request timeout."""
+    """Joins no group, and commits nothing. Raises what is in UNREACHABLE, within a request's timeout and STOP_S."""
     consumer = Consumer(
         **connection.options(), group_id=group_id, enable_auto_commit=False, isolation_level=isolation_level
     )
@@ -62,7 +63,7 @@ async def backlog(
             committed = await _committed(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
     finally:
-        await stopped(consumer, "consumer", 5)
+        await stopped(consumer, "consumer", STOP_S)
     new = begins.keys() - committed.keys()
     behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
     unread = sum(ends[tp] - begins[tp] for tp in new)
@@ -83,7 +84,10 @@ async def _committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dic
 async def tell_backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> None:
-    """Logs where the group will begin, within TELL_S, so that a wrong group id shows. Raises nothing."""
+    """Logs from where the group will begin, so that a group id by mistake shows. Raises nothing.
+
+    Asks for at most TELL_S; closing the connections may take STOP_S more.
+    """
     try:
         async with asyncio.timeout(TELL_S):
             found = await backlog(

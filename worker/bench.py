@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from worker.backend import BackendError, has_bfloat16
+from worker.classify import file_lines
 from worker.cuda import AGREEMENT
 from worker.exported import is_installed
 from worker.inference import free_memory
@@ -271,11 +272,7 @@ def _texts(file: Path | None) -> list[str]:
     if file is None:
         texts = list(read_reviews())
     else:
-        try:
-            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        except OSError as error:
-            raise WrongSetting(f"file = {file} cannot be read: {error.strerror}") from None
-        texts = [line for line in lines if line.strip()]
+        texts = [line for batch in file_lines(file) for line in batch if line and line.strip()]
         if not texts:
             raise WrongSetting(f"file = {file} has no line with a text; it should have one text a line")
     return list(islice(cycle(texts), max(WINDOW, len(texts))))

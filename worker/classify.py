@@ -64,16 +64,17 @@ def _texts(settings: ClassifySettings) -> Iterator[list[str | None]]:
     if bool(settings.file) == bool(settings.texts) or (len(settings.texts) > 1 and "-" in settings.texts):
         raise WrongSetting("classify takes one of: texts as arguments, --file FILE, or - for standard input")
     if settings.file:
-        return _line_batches(_opened(settings.file))
+        return file_lines(settings.file)
     if settings.texts == ["-"]:
         return _line_batches(sys.stdin.buffer)
     words = [_decoded(text.encode(errors="surrogateescape")) for text in settings.texts]
     return (words[begin : begin + TEXTS_AT_ONCE] for begin in range(0, len(words), TEXTS_AT_ONCE))
 
 
-def _opened(path: Path) -> BinaryIO:
+def file_lines(path: Path) -> Iterator[list[str | None]]:
+    """A file's lines in batches, None for what is no UTF-8, or not what a byte order mark says. Raises WrongSetting."""
     try:
-        return path.open("rb")
+        return _line_batches(path.open("rb"))
     except OSError as error:
         raise WrongSetting(f"file = {path} cannot be read: {error.strerror}") from None
 

@@ -51,7 +51,7 @@ class Guard:
 
     Whatever the address, only requests for localhost, an IP address, ``host`` or one of ``names`` are answered: a page
     whose own name was turned to this address sends that name. A browser says of a request whether another site's page
-    made it; those are refused.
+    made it; those are refused, but for a link that opens the console, as a page of its own.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Guard:
             raise web.HTTPMisdirectedRequest(
                 text="this answers to localhost, to IP addresses, and to the names in http_host and http_names\n"
             )
-        if request.headers.get("Sec-Fetch-Site") == "cross-site":
+        if request.headers.get("Sec-Fetch-Site") == "cross-site" and not _is_link_to_console(request):
             self._refused(request, "cross_site")
             raise web.HTTPForbidden(text="another site's page asked for this: open it by its address instead\n")
         if request.method in READING:
@@ -196,6 +196,13 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._open.pop(self, None)
         self._inner.connection_lost(error)
+
+
+def _is_link_to_console(request: web.Request) -> bool:
+    """Whether a browser opens the console in a tab, in no frame: its page alone tells nothing, and changes nothing."""
+    return (request.method, request.path) == ("GET", "/") and [
+        request.headers.get(f"Sec-Fetch-{of}") for of in ("Mode", "Dest")
+    ] == ["navigate", "document"]
 
 
 async def _body(request: web.Request) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import time
 import tomllib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 HOST = re.compile(r"[^\s/\\@?#,]+")
 PORT = re.compile(r"[0-9]{1,5}")
 PROTOCOL = re.compile(r"[A-Za-z_]+://")
+FLAG = re.compile(r"--[A-Za-z_-]+")
 NEGATIVE = re.compile(r"-[.0-9]")  # numbers, in the place of flags
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
@@ -124,6 +126,7 @@ def _once(names: Sequence[str]) -> None:
 def _host_names(value: str) -> str:
     if not all(HOST_NAME.fullmatch(name) for name in split_names(_names(value))):
         raise ValueError("it should be names of hosts without a port, separated by commas")
+    _once(split_names(value.lower()))
     return value
 
 
@@ -293,8 +296,17 @@ def _flaw(value: object) -> str | None:
     return None
 
 
-def _takes_numbers(annotation: object) -> bool:
-    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+def _unseen(name: str) -> str | None:
+    """Which character at the ends of a name, or in it, does not show, so that the name is not what it looks like."""
+    if name != name.strip():
+        white = name[0] if name[0].isspace() else name[-1]
+        return f"it should not {'begin' if name[0].isspace() else 'end'} with white space, and this is {white!a}"
+    unseen = next(((at, each) for at, each in enumerate(name, 1) if unicodedata.category(each) == "Cf"), None)
+    return f"it should have no invisible characters, and character {unseen[0]} is {unseen[1]!a}" if unseen else None
+
+
+def _takes(annotation: object, *kinds: type) -> bool:
+    return annotation in kinds or any(_takes(each, *kinds) for each in get_args(annotation))
 
 
 class Settings(BaseSettings):
@@ -303,6 +315,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         extra="forbid",
+        allow_inf_nan=False,
         frozen=True,
         protected_namespaces=(),
         case_sensitive=True,  # else flags are taken in any case, and cut at a line end
@@ -318,12 +331,17 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses empty words and control characters in all settings; texts to score are none."""
-        name = str(info.field_name)
+        """Refuses empty words and control characters in all settings, and what does not show in names and paths.
+
+        Texts to score, patterns, the words of lists and secrets may have what does not show: they are of others' making.
+        """
+        name, annotation = str(info.field_name), cls.model_fields[str(info.field_name)].annotation
         flaw = None if name == "texts" else _flaw(value)
+        if not flaw and isinstance(value, str) and name != "input_pattern" and _takes(annotation, str, Path):
+            flaw = _unseen(value)
         if flaw:
             raise ValueError(flaw)
-        if isinstance(value, bool) and _takes_numbers(cls.model_fields[name].annotation):
+        if isinstance(value, bool) and _takes(annotation, int, float):
             return str(value).lower()  # pydantic takes true for 1
         return value
 
@@ -555,12 +573,13 @@ class RunSettings(ModelSettings, EventSettings):
                 "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
                 f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
             )
-        is_open = self.http_token is None or (self.console_texts and self.http_token_for != "all")
-        if is_open and not _is_loopback(self.http_host):
+        if self.http_token_for != "all" and not _is_loopback(self.http_host):
             seen = "results with their texts" if self.console_texts else "results"
+            lets = " with http_token_for changes" if self.http_token else ""
+            wants = "http_token_for=all" if self.http_token else "http_token and http_token_for=all"
             yield (
-                f"http_host {self.http_host} answers other machines without a token: whoever reaches the port reads "
-                f"metrics, settings and {seen}; set http_token and http_token_for=all, or let only those in who may"
+                f"http_host {self.http_host} answers other machines without a token{lets}: whoever reaches the port reads "
+                f"metrics, settings and {seen}; set {wants}, or let only those in who may"
             )
 
     def reads(self, topic: str) -> bool:
@@ -654,7 +673,9 @@ class BenchSettings(CheckpointSettings):
     model_config = SettingsConfigDict(populate_by_name=True)
 
     log_level: LogLevel = Field("warning", description="least severe level logged")
-    file: Path | None = Field(None, description="texts to measure with, one a line, UTF-8; default: product reviews")
+    file: Path | None = Field(
+        None, description="texts, one a line, read as classify reads them; default: product reviews"
+    )
     seconds: float = Field(1, gt=0, le=600, description="of measuring for each figure, s")
     json_output: bool = Field(False, alias="json", description="print JSON")
 
@@ -826,7 +847,10 @@ def _arguments(kind: type[Settings], argv: Sequence[str], prog: str) -> list[str
 
 
 def _no_flag(word: str, flags: Iterable[str], prog: str) -> str:
-    return f"{word} is no flag{_perhaps(word, flags, _flag)}; `{prog} --help` lists the flags"
+    """What is printed of the word is what can be a flag's name: any other may be a secret."""
+    name = FLAG.match(word)
+    what = f"{name[0]} is no flag" if name else "the command line has a word that is no flag"
+    return f"{what}{_perhaps(name[0] if name else word, flags, _flag)}; `{prog} --help` lists the flags"
 
 
 def _shield(word: str) -> str:
@@ -857,7 +881,7 @@ def _config_path(arguments: Sequence[str], environ: Mapping[str, str]) -> Path |
     path = given[-1] if given else environ.get(_variable("config")) or None
     if path is None:
         return None
-    if flaw := _flaw(path):
+    if flaw := _flaw(path) or _unseen(path):
         raise WrongSetting(f"config = {path!r} is wrong: {flaw}")
     return Path(path)
 
@@ -913,7 +937,7 @@ def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str
             continue
         if variable in environ:
             raise WrongSetting(f"{variable} and {variable}_FILE are both set; set one of them")
-        if flaw := _flaw(path):
+        if flaw := _flaw(path) or _unseen(path):
             raise WrongSetting(f"{variable}_FILE = {path!r} is wrong: {flaw}")
         try:
             values[name] = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")

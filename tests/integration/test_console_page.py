@@ -138,6 +138,9 @@ def test_a_worker_that_says_nothing_is_told_with_since_when(topics: Topics, work
     worker = workers.start(topics).wait_for_status("/livez", 200)
     browser.open(worker.url)
     shows(browser, "#status", "not ready")
+    wait = "second({ ...now, sample: null }); return retry"
+    assert browser.run(f"retry = 7; hello(about); {wait}") == 7, "a page that others drop again and again waits longer"
+    assert browser.run(f"since -= 2 * LIVED_MS; {wait}") == 0, "one that was fed for long begins anew"
     worker.pause()
     shows(browser, "#banner", "The worker has not answered since ")
     assert browser.text("#status") == "no answer"

@@ -1,5 +1,7 @@
 """What `bench` measures and recommends, with a model that answers at once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -130,3 +132,12 @@ def test_on_a_gpu_that_is_the_default_where_it_is_faster() -> None:
 
 def test_what_gives_other_labels_on_these_texts_is_not_recommended() -> None:
     assert speeds("cuda:0", (FLOAT32, 100.0, None, 1.0), (AUTO, 200.0, None, 0.97)).best.engine == FLOAT32
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_texts_is_read_as_its_byte_order_mark_says(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes("хорошо\r\n \r\nплохо".encode(encoding))
+    assert bench._texts(file)[:3] == ["хорошо", "плохо", "хорошо"]
+    file.write_bytes(b"\xff\n\xd0\xb4\xd0\xb0\n")
+    assert set(bench._texts(file)) == {"да"}, "what is no UTF-8 is left out"

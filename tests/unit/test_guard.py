@@ -322,6 +322,17 @@ async def test_what_another_sites_page_asks_for_is_refused(guarded: Server, path
         assert (await guarded.ask(method, path, {**BEARER, "Sec-Fetch-Site": site})).status == 200
 
 
+async def test_a_link_on_another_site_opens_the_console_alone(guarded: Server) -> None:
+    link = {**BEARER, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert (await guarded.ask("GET", "/", link)).status == 404  # let through, and no console is here
+    for path in (*PATHS, "/much", "/events"):
+        assert (await guarded.ask("GET", path, link)).status == 403
+    for method, path in (("HEAD", "/"), ("POST", "/"), ("POST", "/change")):
+        assert (await guarded.ask(method, path, link)).status == 403
+    for header, value in (("Mode", "no-cors"), ("Mode", "cors"), ("Dest", "iframe"), ("Dest", "object"), ("Dest", "")):
+        assert (await guarded.ask("GET", "/", {**link, f"Sec-Fetch-{header}": value})).status == 403
+
+
 # --- Sizes ---
 
 

@@ -310,13 +310,13 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("http_host", "x" * 64, "host's name or address"),
     ("cpu_threads", "99999999999", "less than or equal to 1024"),
     ("session_timeout_ms", "99999999999", "less than or equal to 2147483647"),
-    ("input_topics", " , ", "at least one"),
+    ("input_topics", ",", "at least one"),
     ("input_topics", "a,b c", "letters, digits, dots"),
     ("input_topics", "a, b,a", "name each one once, and a is there twice"),
     ("output_topic", "тексты", "letters, digits, dots"),
     ("output_topic", "..", "letters, digits, dots"),
     ("output_topic", "x" * 250, "1 to 249"),
-    ("dead_letter_topic", " ", "letters, digits, dots"),
+    ("dead_letter_topic", "a b", "letters, digits, dots"),
     ("auto_offset_reset", "none", "'earliest' or 'latest'"),
     ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
     ("delivery", "at-most-once", "'at-least-once'"),
@@ -344,7 +344,8 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("linger_ms", "soon", "a number"),
     ("transaction_ms", "-1", "greater than or equal to 0"),
     ("transaction_ms", "10001", "less than or equal to 10000"),
-    ("linger_ms", "nan", "it should be"),
+    ("linger_ms", "nan", "it should be a finite number"),
+    ("http_names", "a.example, b.example,A.example", "name each one once, and a.example is there twice"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),
     ("device", "tpu", "auto, cpu, cuda or cuda:N"),
     ("dtype", "int4", "'float32'"),
@@ -442,7 +443,7 @@ def test_settings_that_do_not_go_together_are_named(argv: list[str], parts: list
         (["--nosuch=1"], "--nosuch"),
         (["--linger_ms", "1"], "--linger_ms"),
         (["--linger", "1"], "--linger"),
-        (["stray"], "stray"),
+        (["stray"], "a word that is no flag"),
         (["--linger-ms"], "--linger-ms needs a value"),
     ],
 )
@@ -554,6 +555,30 @@ def test_control_characters_are_refused_in_every_text(control: str, toml: Callab
         load(EvaluateSettings, ["--source", f"a=b{control}c"], "evaluate")
 
 
+@pytest.mark.parametrize("name", ["group_id", "client_id", "model", "ssl_cafile", "config", "sasl_password_file"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("sentiment-worker ", r"it should not end with white space, and this is ' '"),
+        ("\xa0a", r"it should not begin with white space, and this is '\xa0'"),
+        ("a\ufeff", r"it should have no invisible characters, and character 2 is '\ufeff'"),
+        ("a\u202eb", r"it should have no invisible characters, and character 2 is '\u202e'"),
+    ],
+)
+def test_what_does_not_show_is_refused_in_every_name(name: str, value: str, words: str) -> None:
+    with pytest.raises(WrongSetting, match=re.escape(words)) as wrong:
+        load(RunSettings, [], "run", {f"WORKER_{name.upper()}": value})
+    assert str(wrong.value).isprintable()
+
+
+def test_what_does_not_show_may_be_in_patterns_texts_and_between_the_names_of_a_list() -> None:
+    variables = {"WORKER_INPUT_PATTERN": "texts|a\u200cb ", "WORKER_BOOTSTRAP_SERVERS": "a:1 , b:1"}
+    assert load(RunSettings, [], "run", variables).input_pattern == "texts|a\u200cb "
+    assert load(RunSettings, ["--input-topics", "a, b ,c"], "run").topics == ("a", "b", "c")
+    texts = [" хорошо\ufeff ", "\u202e"]
+    assert load(ClassifySettings, texts, "classify").texts == texts
+
+
 def test_a_secret_with_a_control_character_is_not_repeated() -> None:
     with pytest.raises(WrongSetting) as wrong:
         load(RunSettings, [], "run", {"WORKER_SASL_PASSWORD": f"{SECRET}\x00"})
@@ -582,6 +607,22 @@ def test_a_config_that_is_misspelt_is_not_ignored(written: str, toml: Callable[[
     _, path = toml("linger_ms = 1")
     for argv in ([f"{written}={path}"], [written, path]):
         assert refusal(*argv).startswith(f"{written} is no flag; perhaps --config is meant")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("hunter2", "the command line has a word that is no flag; `run --help`"),
+        ("-phunter2", "the command line has a word that is no flag; `run --help`"),
+        ("--http-token:hunter2", "http_token is a secret: set WORKER_HTTP_TOKEN or"),
+        ("--nosuch:hunter2", "--nosuch is no flag; `run --help`"),
+    ],
+)
+def test_a_word_that_is_no_flag_is_not_repeated(written: str, said: str) -> None:
+    with pytest.raises(WrongSetting) as wrong:
+        load(RunSettings, [written], "run")
+    assert said in str(wrong.value)
+    assert "hunter" not in str(wrong.value)
 
 
 @pytest.mark.parametrize("kind", [RunSettings, ClassifySettings, EvaluateSettings])
@@ -866,7 +907,8 @@ SCRAM = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=SCRAM-SHA-512")
         (("--http-host=localhost",), {}, []),
         (OPEN, {}, ["without a token"]),
         (("--http-host=worker.example",), {}, ["without a token"]),
-        (OPEN, TOKEN, []),
+        (OPEN, TOKEN, ["without a token with http_token_for changes"]),
+        ((*OPEN, "--http-token-for=all"), TOKEN, []),
         ((*OPEN, "--console-texts"), TOKEN, ["results with their texts"]),
         ((*OPEN, "--console-texts", "--http-token-for=all"), TOKEN, []),
         (PLAIN, LOGIN, ["reads the password and every record"]),
