@@ -22,6 +22,7 @@ from tests.chaos.driver import Fleet, Scene, scene
 from tests.waiting import wait_for
 
 FIRST_RESULTS = 50
+GROWTH_MB = 50  # of the largest worker, from the run's first fifth to its last: buffers fill, and nothing else may
 
 
 def main() -> int:
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "failures": failures,
         "audit": {**asdict(found), "repeated_share": found.repeated_share},
         "exits": stage.fleet.exits,
-        "memory_mb": memory_mb(stage.fleet),
+        "memory_mb": memory,
         "census": [asdict(census) for census in stage.before],
         "leaks": leaks,
         "acts": acts,
