@@ -89,6 +89,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     failures += (
         found.failures(options.delivery) + stage.fleet.surprises + [f"more than at the start: {leak}" for leak in leaks]
     )
+    memory = memory_mb(stage.fleet)
+    if memory["late"] > memory["early"] + GROWTH_MB:
+        failures.append(f"memory has grown from {memory['early']} to {memory['late']} MB")
     return {
         "seed": options.seed,
         "delivery": options.delivery,
