@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from tests.broker import Broker, Extras, free_port
@@ -73,7 +74,8 @@ def test_a_replay_ends_where_no_broker_can_be_used(topics: Topics, outside: str,
     refused = f"127.0.0.1:{free_port()}"
     done = replayed(topics, refused if kind == "refused" else outside)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("sentiment-worker: no broker could be used for 2 s: ")
+    last = orjson.loads(done.stderr.splitlines()[-1])
+    assert last["message"].startswith("no broker could be used for 2 s: ")
     assert (f"{refused} refuses connections" if kind == "refused" else ADVERTISED) in done.stderr.splitlines()[-1]
 
 

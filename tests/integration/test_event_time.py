@@ -13,6 +13,7 @@ from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Record, Topics
 from worker import check
 from worker.check import Finding
+from worker.cluster import Connection
 from worker.settings import RunSettings, load
 
 pytestmark = pytest.mark.kafka
@@ -39,13 +40,17 @@ def send_old(kafka: Kafka, topics: Topics) -> int:
 def test_check_warns_of_results_that_would_be_older_than_their_topic_keeps_them(kafka: Kafka, topics: Topics) -> None:
     def retention(*more: str) -> list[Finding]:
         async def findings() -> list[Finding]:
-            return [finding async for finding in check._kafka(settings) if finding.subject == "retention"]
+            return [
+                finding
+                async for finding in check._kafka(settings, Connection.as_set(settings))
+                if finding.subject == "retention"
+            ]
 
         settings = load(RunSettings, [*map(str, flags(kafka, topics)), *more], "check", {})
         return asyncio.run(findings())
 
     send_old(kafka, topics)
-    [(_, verdict, said)] = retention()
+    [(_, verdict, said, _)] = retention()
     assert verdict == "warn"
     assert f"up to 1000 records to be read are older than {topics.output} keeps its own (168 h)" in said
     assert retention("--result-timestamp", "now") == retention("--auto-offset-reset", "latest") == []
