@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.process import COSTLESS, Workers
+from tests.process import Workers
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Topics, numbered
 
@@ -17,23 +17,12 @@ pytestmark = [
 PARTITIONS = 40
 
 
-@pytest.fixture
-def worker_module() -> str:
-    return COSTLESS
-
-
 @pytest.mark.parametrize(("hard", "is_enough"), [(160, True), (120, False)])
 def test_a_producer_for_each_of_many_partitions(
     kafka: Kafka, topics: Topics, workers: Workers, hard: int, is_enough: bool
 ) -> None:
     kafka.create_all(topics, PARTITIONS)
-    soft, ours = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, ours))
-    try:
-        worker = workers.start(topics, delivery="exactly-once")
-        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (64, hard))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, ours))
+    worker = workers.start(topics, {"FILES": str(hard)}, module="tests.few_files", delivery="exactly-once")
     worker.wait_until_assigned(PARTITIONS)
     assert resource.prlimit(worker.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     kafka.send(topics.input, map(numbered, range(400)))
