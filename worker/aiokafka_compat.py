@@ -128,13 +128,37 @@ class Topic(NamedTuple):
     is_internal: bool
 
 
-async def topic_ids(client: AIOKafkaClient, topics: Collection[str]) -> dict[str, str]:
+def inner(client: Any) -> AIOKafkaClient:
+    """The client that an aiokafka consumer, producer or admin client sends its requests with; itself for such a one."""
+    return getattr(client, "client", None) or getattr(client, "_client", client)
+
+
+def use_topics(client: Any, topics: Iterable[str]) -> None:
+    """Has a client ask for the metadata of these topics alone. Call it before ``start``; never blocks.
+
+    Without topics of its own a client asks for those of the whole cluster. Upstream would have to take them as an option.
+    """
+    inner(client).set_topics(set(topics))
+
+
+def known_brokers(client: Any) -> int:
+    """How many brokers a started client knows. aiokafka's ``describe_cluster`` would ask for all partitions."""
+    return len(inner(client).cluster.brokers())
+
+
+async def partitions_of(client: Any, topic: str) -> set[int]:
+    """The partitions of a topic. Waits, without end, for a topic that is not there; bound it."""
+    partitions: set[int] = await inner(client)._wait_on_metadata(topic)
+    return partitions
+
+
+async def topic_ids(client: Any, topics: Collection[str]) -> dict[str, str]:
     """The ids of these topics, as one broker knows them. Unknown topics are left out; ids are empty before Kafka 2.8.
 
     Asks one broker after the other, METADATA_TIMEOUT_S each; raises a KafkaError when none answers.
     """
     try:
-        found = await _described(client, topics)
+        found = await _described(inner(client), topics)
     except NotImplementedError:  # brokers before 2.8
         return dict.fromkeys(topics, "")
     return {topic.name: topic.topic_id for topic in found if topic.error_code != UNKNOWN_TOPIC}
@@ -166,15 +190,15 @@ async def _topic_id(client: AIOKafkaClient, node: int, topic: str) -> str | None
     return next((each.topic_id for each in found if each.error_code != UNKNOWN_TOPIC), None)
 
 
-async def topic_names(client: AIOKafkaClient) -> list[str]:
+async def topic_names(client: Any) -> list[str]:
     """The names of all topics that this user may describe, except Kafka's own. Raises as ``topic_ids``.
 
     There is no request for names alone, so brokers answer with every partition.
     """
     try:
-        found = await _described(client, None)
+        found = await _described(inner(client), None)
     except NotImplementedError:
-        return list((await client.fetch_all_metadata()).topics())
+        return list((await inner(client).fetch_all_metadata()).topics())
     return [topic.name for topic in found if not topic.error_code and not topic.is_internal]
 
 
@@ -596,12 +620,12 @@ AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 async def end_remains(client: Any) -> None:
     """Ends the remaining tasks and connections of a producer, consumer or admin client whose stop was cut short."""
-    inner = getattr(client, "client", None) or client._client
+    within_it = inner(client)
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
-    parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
+    parts = [part for part in (within_it, *(getattr(client, name, None) for name in names)) if part is not None]
     await cancelled([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
-    _disconnect(inner._conns.values())
-    inner._conns.clear()
+    _disconnect(within_it._conns.values())
+    within_it._conns.clear()
 
 
 def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:

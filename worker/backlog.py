@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from aiokafka import TopicPartition
 
+from worker.aiokafka_compat import partitions_of, use_topics
 from worker.cluster import UNREACHABLE, Connection, stopped
 from worker.consumer import Consumer
 from worker.identity import without_topic_id
@@ -51,14 +52,14 @@ async def backlog(
     consumer = Consumer(
         **connection.options(), group_id=group_id, enable_auto_commit=False, isolation_level=isolation_level
     )
-    consumer._client.set_topics(topics)
+    use_topics(consumer, topics)
     try:
         async with asyncio.timeout(connection.request_timeout_s):
             await consumer.start()
             tps = [
                 TopicPartition(topic, number)
                 for topic in dict.fromkeys(topics)
-                for number in await consumer._client._wait_on_metadata(topic)
+                for number in await partitions_of(consumer, topic)
             ]
             committed = await _committed(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)

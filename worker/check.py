@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from worker.aiokafka_compat import topic_ids
+from worker.aiokafka_compat import known_brokers, topic_ids
 from worker.backlog import backlog
 from worker.cluster import (
     NO_LIMIT,
@@ -186,8 +186,7 @@ async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator
         return
     try:
         async with asyncio.timeout(4 * connection.request_timeout_s):
-            brokers = admin._client.cluster.brokers()  # describe_cluster asks for all partitions
-            yield Finding("brokers", "ok", f"{len(brokers)} at {', '.join(connection.bootstrap_servers)}")
+            yield Finding("brokers", "ok", f"{known_brokers(admin)} at {', '.join(connection.bootstrap_servers)}")
             async for finding in _topics(settings, connection, admin):
                 yield finding
     except UNREACHABLE as error:
@@ -303,7 +302,7 @@ async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> F
 
 async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]) -> AsyncIterator[Finding]:
     """A line where offsets were committed of topics that had these names before."""
-    ids, committed = await topic_ids(admin._client, topics), await admin.list_consumer_group_offsets(group)
+    ids, committed = await topic_ids(admin, topics), await admin.list_consumer_group_offsets(group)
     named = {(tp.topic, without_topic_id(each.metadata or "")[0]) for tp, each in committed.items()}
     others = [topic for topic, topic_id in sorted(named) if topic_id and ids.get(topic, "") not in ("", topic_id)]
     if others:

@@ -29,7 +29,7 @@ from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.admin import SaslHandShakeRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
-from worker.aiokafka_compat import end_remains, topic_names
+from worker.aiokafka_compat import end_remains, topic_names, use_topics
 from worker.handshake import Listener, listener_at, tls_sentence
 from worker.health import Health
 from worker.settings import ConnectionSettings, UsersMistake, WrongSetting, revealed, split_names, whole_name
@@ -332,7 +332,7 @@ def admin_client(connection: Connection, names: Iterable[str]) -> AIOKafkaAdminC
     """Not started. It asks for these topics alone when a broker is away, and not for all of the cluster's each time."""
     client = AIOKafkaAdminClient(**connection.options())
     if names := set(names):
-        client._client.set_topics(names)
+        use_topics(client, names)
     return client
 
 
@@ -386,7 +386,7 @@ async def missing_topics(client: AIOKafkaAdminClient, topics: Mapping[str, Itera
 
 async def matching_topics(client: AIOKafkaAdminClient, pattern: str) -> tuple[str, ...]:
     """The topics that match the setting ``input_pattern`` and that this user may know of, in order; Kafka's own never do."""
-    return matching(pattern, await topic_names(client._client))
+    return matching(pattern, await topic_names(client))
 
 
 def matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:

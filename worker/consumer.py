@@ -21,7 +21,15 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import RETRY_S, agreed_topic_id, background_tasks, end_offsets, topic_ids, topic_names
+from worker.aiokafka_compat import (
+    RETRY_S,
+    agreed_topic_id,
+    background_tasks,
+    end_offsets,
+    known_brokers,
+    topic_ids,
+    topic_names,
+)
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
@@ -29,7 +37,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
 
     async def topic_ids(self, topics: Collection[str]) -> dict[str, str]:
         """As of ``aiokafka_compat.topic_ids``."""
-        return await topic_ids(self._client, topics)
+        return await topic_ids(self, topics)
 
     async def agreed_topic_id(self, topic: str) -> str | None:
         """As of ``aiokafka_compat.agreed_topic_id``."""
@@ -37,7 +45,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
 
     async def topic_names(self) -> list[str]:
         """As of ``aiokafka_compat.topic_names``."""
-        return await topic_names(self._client)
+        return await topic_names(self)
 
     async def ends(
         self, partitions: Collection[TopicPartition], timeout_s: float
@@ -51,7 +59,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
 
     def brokers(self) -> int:
         """How many there are, as far as is known."""
-        return len(self._client.cluster.brokers())
+        return known_brokers(self)
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.aiokafka_compat import SILENT_BROKERS_S
+from worker.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable, why_unreachable
 from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
@@ -164,7 +164,7 @@ class Replay:
             isolation_level="read_committed",
             max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
         )
-        self._consumer._client.set_topics([self._topic])
+        use_topics(self._consumer, [self._topic])
         self._topic_id = ""  # of the dead letters; what a topic had done that was made anew is not taken for theirs
         self._lanes: dict[TopicPartition, Lane] = {}
         self._topics: set[str] = set()  # known to exist
@@ -213,7 +213,7 @@ class Replay:
         timeout_s = self._connection.request_timeout_s
         await within(timeout_s, self._consumer.start())
         self._topic_id = await within(timeout_s, self._agreed_id())
-        partitions = await within(timeout_s, self._consumer._client._wait_on_metadata(self._topic))
+        partitions = await within(timeout_s, partitions_of(self._consumer, self._topic))
         tps = [TopicPartition(self._topic, number) for number in sorted(partitions)]
         if self._is_dry:
             self._consumer.assign(tps)

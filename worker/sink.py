@@ -23,7 +23,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.aiokafka_compat import give_up, is_gone, may_be_written
+from worker.aiokafka_compat import give_up, is_gone, may_be_written, use_topics
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.events import Outgoing, Reason
 from worker.health import Health
@@ -494,7 +494,7 @@ class Sink:
             linger_ms=0,
             **options,
         )
-        producer.client.set_topics(self._topics)  # else it asks for all of the cluster's until it sends something
+        use_topics(producer, self._topics)  # else it asks for all of the cluster's until it sends something
         try:
             await within(self._connection.request_timeout_s, producer.start())
         except BaseException:

@@ -40,7 +40,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember
+from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember, use_topics
 from worker.batching import MicroBatcher
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
@@ -429,7 +429,7 @@ class Source:
                 max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
             )
-            consumer._client.set_topics(self._topics)  # else it asks for all of the cluster's until it has subscribed
+            use_topics(consumer, self._topics)  # else it asks for all of the cluster's until it has subscribed
             try:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:
