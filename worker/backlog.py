@@ -10,7 +10,7 @@ from aiokafka import TopicPartition
 from worker.aiokafka_compat import partitions_of, use_topics
 from worker.cluster import UNREACHABLE, Connection, stopped
 from worker.consumer import Consumer
-from worker.identity import without_topic_id
+from worker.identity import is_of
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ class Backlog(NamedTuple):
     behind: int
     new: int
     unread: int
+    recreated: tuple[str, ...] = ()
+    """Topics that were deleted and made again since the group committed there."""
 
     @property
     def is_all_over_again(self) -> bool:
@@ -35,6 +37,9 @@ class Backlog(NamedTuple):
 
     def __str__(self) -> str:
         parts = []
+        if self.recreated:
+            topics = ", ".join(self.recreated)
+            parts.append(f"has offsets that count as none, for {topics} was deleted and made again since")
         if self.known:
             parts.append(f"goes on from its committed offsets: {self.behind:,} records in {self.known} partitions")
         if self.new:
@@ -61,25 +66,27 @@ async def backlog(
                 for topic in dict.fromkeys(topics)
                 for number in await partitions_of(consumer, topic)
             ]
-            committed = await _committed(consumer, tps)
+            committed, recreated = await valid_offsets(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
     finally:
         await stopped(consumer, "consumer", STOP_S)
     new = begins.keys() - committed.keys()
     behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
     unread = sum(ends[tp] - begins[tp] for tp in new)
-    return Backlog(group_id, auto_offset_reset, len(committed), behind, len(new), unread)
+    return Backlog(group_id, auto_offset_reset, len(committed), behind, len(new), unread, recreated)
 
 
-async def _committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]:
-    """The committed offsets, without those of a deleted topic that had the same name."""
+async def valid_offsets(
+    consumer: Consumer, tps: Collection[TopicPartition]
+) -> tuple[dict[TopicPartition, int], tuple[str, ...]]:
+    """The group's committed offsets, without those of deleted topics; and the topics that have such a one's name.
+
+    Raises what is in UNREACHABLE; bound it, for it waits for the group's coordinator.
+    """
     ids = await consumer.topic_ids({tp.topic for tp in tps})
-    found = {}
-    for tp, commit in (await consumer.committed_offsets(tps)).items():
-        topic_id, _ = without_topic_id(commit.metadata)
-        if commit.offset >= 0 and (not topic_id or ids.get(tp.topic) in (None, "", topic_id)):
-            found[tp] = commit.offset
-    return found
+    commits = {tp: commit for tp, commit in (await consumer.committed_offsets(tps)).items() if commit.offset >= 0}
+    valid = {tp: commit.offset for tp, commit in commits.items() if is_of(ids.get(tp.topic, ""), commit.metadata)}
+    return valid, tuple(sorted({tp.topic for tp in commits.keys() - valid.keys()}))
 
 
 async def tell_backlog(

@@ -18,8 +18,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from worker.aiokafka_compat import known_brokers, topic_ids
-from worker.backlog import backlog
+from worker.aiokafka_compat import known_brokers
+from worker.backlog import backlog, valid_offsets
 from worker.cluster import (
     NO_LIMIT,
     UNREACHABLE,
@@ -39,7 +39,6 @@ from worker.cluster import (
 from worker.consumer import Consumer
 from worker.descriptors import compared, raise_limit
 from worker.guard import SERVER
-from worker.identity import is_of, without_topic_id
 from worker.permissions import Permissions
 from worker.printable import printable
 from worker.settings import RunSettings, UsersMistake, WrongSetting
@@ -237,8 +236,6 @@ async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafka
     yield await _members(settings.group_id, admin, partitions)
     async for finding in _retention(settings, connection, [described[name] for name in topics]):
         yield finding
-    async for finding in _offsets(settings.group_id, admin, roles["input_topics"]):
-        yield finding
     yield await _backlog(settings, connection, topics)
     async for finding in _permissions(settings, connection, roles):
         yield finding
@@ -300,16 +297,6 @@ async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> F
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
 
 
-async def _offsets(group: str, admin: AIOKafkaAdminClient, topics: Sequence[str]) -> AsyncIterator[Finding]:
-    """A line where offsets were committed of topics that had these names before."""
-    ids, committed = await topic_ids(admin, topics), await admin.list_consumer_group_offsets(group)
-    named = {(tp.topic, without_topic_id(each.metadata or "")[0]) for tp, each in committed.items()}
-    others = [topic for topic, topic_id in sorted(named) if topic_id and ids.get(topic, "") not in ("", topic_id)]
-    if others:
-        why = f"{', '.join(others)} was deleted and made again since: those offsets count as none"
-        yield Finding("offsets", "warn", f"group {group} has committed, and {why}; auto_offset_reset decides")
-
-
 async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:
     try:
         found = await backlog(
@@ -322,7 +309,7 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
         said = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
         return Finding("offsets", "warn", f"{said}; look at the permissions, or try again")
-    return Finding("offsets", "warn" if found.is_all_over_again else "ok", str(found))
+    return Finding("offsets", "warn" if found.is_all_over_again or found.recreated else "ok", str(found))
 
 
 async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:
@@ -369,14 +356,12 @@ async def _retention(
 async def _unread_before(consumer: Consumer, tps: list[TopicPartition], moment: int, otherwise: str) -> int:
     """How many records before a moment, in ms, the group has not read: those before the first that is as new."""
     begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
-    ids = await consumer.topic_ids({tp.topic for tp in tps})
-    commits = await consumer.committed_offsets(tps)
+    committed, _ = await valid_offsets(consumer, tps)
     found = await consumer.offsets_for_times(dict.fromkeys(tps, moment))
     resets = begins if otherwise == "earliest" else ends
     unread = 0
     for tp in tps:
-        counts = commits[tp].offset >= 0 and is_of(ids.get(tp.topic, ""), commits[tp].metadata)
-        begin = commits[tp].offset if counts else resets[tp]
+        begin = committed.get(tp, resets[tp])
         unread += max(0, (found[tp].offset if found.get(tp) else ends[tp]) - max(begin, begins[tp]))
     return unread
 

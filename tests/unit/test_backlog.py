@@ -1,8 +1,15 @@
 """What is said of where a group will begin."""
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
-from worker.backlog import Backlog
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
+
+from tests.metadata import READABLE_ID
+from worker.backlog import Backlog, valid_offsets
+from worker.identity import with_topic_id
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,28 @@ from worker.backlog import Backlog
             "partitions: it begins at the earliest, 0 records",
             False,
         ),
+        (
+            Backlog("g", "earliest", 0, 0, 2, 50, ("texts",)),
+            "has offsets that count as none, for texts was deleted and made again since; it has no committed offset: it "
+            "begins at the earliest, 50 records in 2 partitions",
+            True,
+        ),
     ],
 )
 def test_where_it_begins_is_one_sentence(found: Backlog, said: str, is_all_over_again: bool) -> None:
     assert (str(found), found.is_all_over_again) == (f"group g {said}", is_all_over_again)
+
+
+@pytest.mark.parametrize(("topic_id", "is_valid"), [("", True), (READABLE_ID, True), ("of-a-topic-before-this", False)])
+async def test_offsets_of_a_topic_that_was_made_anew_count_as_none(topic_id: str, is_valid: bool) -> None:
+    committed, none = TopicPartition("texts", 0), TopicPartition("texts", 1)
+
+    async def topic_ids(topics: set[str]) -> dict[str, str]:
+        return dict.fromkeys(topics, READABLE_ID)
+
+    async def committed_offsets(_: Any) -> dict[TopicPartition, OffsetAndMetadata]:
+        return {committed: OffsetAndMetadata(5, with_topic_id(topic_id)), none: OffsetAndMetadata(-1, "")}
+
+    consumer: Any = SimpleNamespace(topic_ids=topic_ids, committed_offsets=committed_offsets)
+    valid, recreated = await valid_offsets(consumer, [committed, none])
+    assert (valid, recreated) == (({committed: 5}, ()) if is_valid else ({}, ("texts",)))

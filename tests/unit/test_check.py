@@ -8,8 +8,8 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
-from tests.metadata import READABLE_ID, Client, answer, topic
-from worker.check import _members, _offsets, _unread_before
+from tests.metadata import READABLE_ID
+from worker.check import _members, _unread_before
 from worker.identity import with_topic_id
 
 
@@ -29,19 +29,6 @@ class NewCluster:
 async def test_the_first_group_of_a_new_cluster_is_waited_for() -> None:
     finding = await _members("group", NewCluster(), 12)  # type: ignore[arg-type]
     assert (finding.verdict, finding.subject) == ("ok", "workers")
-
-
-@pytest.mark.parametrize(("topic_id", "is_told"), [("", False), (READABLE_ID, False), ("of-a-topic-before-this", True)])
-async def test_offsets_of_a_topic_that_was_made_anew_are_told(topic_id: str, is_told: bool) -> None:
-    async def list_consumer_group_offsets(_: str) -> dict[TopicPartition, OffsetAndMetadata]:
-        metadata = with_topic_id(topic_id)
-        return {TopicPartition(name, 0): OffsetAndMetadata(5, metadata) for name in ("texts", "of another worker")}
-
-    client = Client(1, answer(topic("texts")))
-    admin: Any = SimpleNamespace(_client=client, list_consumer_group_offsets=list_consumer_group_offsets)
-    found = [finding async for finding in _offsets("group", admin, ["texts"])]
-    assert [finding.verdict for finding in found] == ["warn"] * is_told
-    assert all("texts was deleted and made again" in finding.said for finding in found)
 
 
 @pytest.mark.parametrize(("named", "unread"), [("", 2), ("the topic", 2), ("the one before it", 10)])
