@@ -11,6 +11,7 @@ from typing import Final
 from tests.broker import Broker, free_port
 from tests.chaos.cluster import Node, begin_all
 from tests.chaos.driver import PARTITIONS, SESSION_S, WORKERS, Scene, Slot, as_given, read
+from tests.chaos.questions import make_anew
 from tests.waiting import wait_for
 
 Act = Callable[[Scene, random.Random], str]
@@ -100,20 +101,23 @@ def begin(brokers: list[Broker]) -> None:
 
 def without_leader(scene: Scene, chance: random.Random) -> str:
     """The partitions of one broker have no leader; the others go on."""
-    seconds, node = chance.uniform(2, 10), scene.nodes[1]
-    node.kill()
-    time.sleep(seconds)
-    node.start()
-    return f"broker {node.number} is killed for {seconds:.1f} s: its partitions have no leader"
+    seconds = away(scene.nodes[1], scene.nodes[1].kill, chance)
+    return f"broker {scene.nodes[1].number} is killed for {seconds:.1f} s: its partitions have no leader"
 
 
 def coordinator_away(scene: Scene, chance: random.Random) -> str:
     """The group has no coordinator; the partitions of the other broker keep their leader."""
-    seconds, node = chance.uniform(2, 10), scene.nodes[0]
-    node.stop()
+    seconds = away(scene.nodes[0], scene.nodes[0].stop, chance)
+    return f"broker {scene.nodes[0].number}, which coordinates the group, is stopped for {seconds:.1f} s"
+
+
+def away(node: Node, end: Callable[[], None], chance: random.Random) -> float:
+    """Ends one broker, and starts it again after so many seconds."""
+    seconds = chance.uniform(2, 10)
+    end()
     time.sleep(seconds)
     node.start()
-    return f"broker {node.number}, which coordinates the group, is stopped for {seconds:.1f} s"
+    return seconds
 
 
 def other_addresses(scene: Scene, chance: random.Random) -> str:
@@ -142,8 +146,7 @@ def topic_made_anew(scene: Scene, _: random.Random) -> str:
     workers = [(slot, slot.worker) for slot in fleet.running()]
     for slot in fleet.slots:
         slot.may_fail = True
-    scene.kafka.delete(topics.input)
-    scene.kafka.create(topics.input, PARTITIONS)
+    make_anew(scene.kafka.bootstrap, topics.input, PARTITIONS)
     scene.feed.allowed = allowed
     for slot, worker in workers:
         wait_until(slot, lambda slot=slot, worker=worker: slot.worker is not worker, "end over it")  # type: ignore[misc]

@@ -20,6 +20,7 @@ from tests.chaos.census import Census, census_of
 from tests.chaos.cluster import Node, begin_all
 from tests.chaos.events import NUMBER, RESULT, TOMBSTONE, kind_of, record_of, score_of
 from tests.chaos.proxy import Proxy
+from tests.chaos.questions import UNANSWERED, count, unread
 from tests.process import Metrics, WorkerProcess
 from tests.topics import Kafka, Topics, sending_config
 from tests.waiting import wait_for
@@ -300,7 +301,16 @@ class Scene:
         return [broker for broker in self.brokers if isinstance(broker, Node)]
 
     def results(self) -> int:
-        return self.kafka.count(self.topics.output)
+        """How many offsets the output has given out, once the brokers answer."""
+        found: list[int] = []
+
+        def has_answered() -> bool:
+            with contextlib.suppress(*UNANSWERED):
+                found.append(count(self.kafka.bootstrap, self.topics.output))
+            return bool(found)
+
+        wait_for(has_answered, "the brokers to answer", 60, 0.5)
+        return found[0]
 
     def calm(self) -> None:
         """Nothing is disturbed any more, and three workers run."""
@@ -328,11 +338,11 @@ class Scene:
 
     def wait_until_done(self) -> None:
         """Until all that is in the input is committed."""
-        ends = self.kafka.ends(self.topics.input)
 
-        def left() -> int:
-            committed = self.kafka.committed(self.topics.group, self.topics.input)
-            return sum(ends.values()) - sum(committed.values())
+        def left() -> int | None:
+            with contextlib.suppress(*UNANSWERED):
+                return unread(self.kafka.bootstrap, self.topics.group, self.topics.input)
+            return None
 
         wait_for(lambda: left() == 0, "every event to be committed", BACK_S, 1, lambda: f"({left()} are left)")
 
@@ -452,11 +462,11 @@ def wait_for_results(kafka: Kafka, topics: Topics, more: int, seconds: float = 1
 
     def has_come() -> bool:
         try:
-            count = kafka.count(topics.output)
+            results = kafka.count(topics.output)
         except (KafkaException, TimeoutError):  # a leader is being found
             return False
-        first.append(count)
-        return count >= first[0] + more
+        first.append(results)
+        return results >= first[0] + more
 
     wait_for(has_come, f"{more} results more", seconds)
 
