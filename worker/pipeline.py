@@ -543,7 +543,8 @@ class Pipeline:
             self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
         self._refusals.note(refused)
-        self._look_at_published(outcomes, bool(refused))
+        if self._refusals.is_active:  # while nothing is refused all was judged before it was published
+            self._look_at_published(outcomes, bool(refused))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
 

@@ -153,6 +153,11 @@ class RefusalLog:
         self._refused: Counter[Reason] = Counter()
         self._last_at = 0.0
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a result was refused within the last minute."""
+        return bool(self._refused)
+
     def note(self, reasons: Mapping[Reason, int]) -> None:
         """Takes how many of the records just published were refused, by reason; none if all were taken."""
         for reason in reasons.keys() - self._refused.keys():

@@ -231,6 +231,7 @@ async def test_records_that_are_read_again_count_once_towards_a_flood(which: str
     pipeline, stages = piped(FakeSource(), FakeSink()), Stages(scored=asyncio.Queue(), encoded=asyncio.Queue())
     gauge = NotingGauge()
     setattr(pipeline, which, gauge)
+    pipeline._refusals.note({"invalid_timestamp": 1})  # from then on what is published is looked at, too
     for offsets in (range(10), range(3, 14), range(4, 9)):
         stages.scored.put_nowait(scored(offsets))
         stages.scored.put_nowait(None)
