@@ -30,7 +30,6 @@ from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachabl
 from worker.consumer import Consumer
 from worker.events import Decoder, Original, original, revived
 from worker.health import Health
-from worker.identity import is_of, with_topic_id, without_topic_id
 from worker.metrics import Metrics
 from worker.printable import printable
 from worker.replayed import Replayed, TooManySpans
@@ -38,6 +37,7 @@ from worker.settings import ReplaySettings, UsersMistake, moment_ms
 from worker.sink import Parcel, Sink
 from worker.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.tasks import cancelled, within
+from worker.topic_ids import is_of, with_topic_id, without_topic_id
 
 log = logging.getLogger(__name__)
 

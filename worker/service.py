@@ -25,7 +25,6 @@ from worker.events import Decoder, Encoder
 from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
-from worker.identity import TopicRecreated
 from worker.inference import Inference, InferenceLost
 from worker.logs import whereabouts
 from worker.memory import keep_blocks
@@ -37,6 +36,7 @@ from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, s
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
+from worker.topic_ids import TopicRecreated
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 

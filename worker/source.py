@@ -48,12 +48,12 @@ from worker.consumer import Consumer
 from worker.descriptors import compared
 from worker.events import age_s
 from worker.health import Health
-from worker.identity import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
 from worker.settings import WrongSetting
 from worker.tasks import cancelled, within
+from worker.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.transactions import Transactions
 from worker.unpacking import Budget
 
