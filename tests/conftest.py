@@ -20,6 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[used_brokers] = []
     # A run that is told to end is interrupted, so that brokers and workers end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Nor do tests depend on what ``nohup`` and a shell's ``&`` have children ignore: workers under test are sent both.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -101,9 +101,8 @@ def test_the_installed_command_is_the_module() -> None:
     command = (installed_command(),)
     for arguments in (["--help"], ["--version"], ["nosuch"], ["run", "--linger-ms", "-1", "--log-format", "console"]):
         by_name, by_module = call(*arguments, program=command), call(*arguments)
-        assert (by_name.returncode, by_name.stdout, by_name.stderr) == (
-            by_module.returncode, by_module.stdout, by_module.stderr,
-        )  # fmt: skip
+        assert (by_name.returncode, by_name.stdout) == (by_module.returncode, by_module.stdout)
+        assert re.sub(r'"time":"[^"]*"', "", by_name.stderr) == re.sub(r'"time":"[^"]*"', "", by_module.stderr)
 
 
 def test_version_is_the_packages() -> None:

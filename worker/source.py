@@ -347,6 +347,8 @@ class Source:
             await self._look_for_standstill(reason)
             raise
         finally:
+            if not self._fault.cancel():
+                self._fault.exception()  # taken, or asyncio says on stderr that nobody has
             await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
