@@ -5,6 +5,7 @@ import gc
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 from aiokafka import TopicPartition
