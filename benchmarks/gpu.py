@@ -223,8 +223,8 @@ async def overlapped(model: SentimentModel, windows: Sequence[list[str]]) -> Non
 
 def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str, float], dict[str, int]]:
     """Milliseconds for one window, each step alone and the passes together; and what is in it."""
-    from worker.batching import cut_by_length
-    from worker.sentiment import to_sentiments
+    from worker.core.batching import cut_by_length
+    from worker.core.sentiment import to_sentiments
 
     ids = model.tokenize(window).ids
     lengths = [len(each) for each in ids]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from worker.cli import COMMANDS
-from worker.events import Reason
+from worker.core.events import Reason
 from worker.metrics import PREFIX, Metrics
 from worker.settings import RunSettings
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from worker import exported
-from worker.batching import TokenIds, cut_by_length
+from worker.core.batching import TokenIds, cut_by_length
 from worker.cuda import AGREEMENT, expected_agreement
 from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.settings import UsersMistake

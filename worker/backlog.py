@@ -10,7 +10,7 @@ from aiokafka import TopicPartition
 from worker.aiokafka_compat import partitions_of, use_topics
 from worker.cluster import UNREACHABLE, Connection, stopped
 from worker.consumer import Consumer
-from worker.topic_ids import is_of
+from worker.core.topic_ids import is_of
 
 log = logging.getLogger(__name__)
 

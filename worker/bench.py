@@ -18,11 +18,11 @@ from rich.table import Column, Table
 
 from worker.backend import BackendError, has_bfloat16
 from worker.classify import file_lines
+from worker.core.printable import printable
 from worker.cuda import AGREEMENT
 from worker.exported import is_installed
 from worker.inference import free_memory
 from worker.model import SentimentModel, own_process
-from worker.printable import printable
 from worker.reviews import read_reviews
 from worker.settings import BenchSettings, WrongSetting
 from worker.tuning import PATIENCE_S, WORTH, candidate_budgets, fastest, least_that_is_as_fast

@@ -37,10 +37,10 @@ from worker.cluster import (
     why_unreachable,
 )
 from worker.consumer import Consumer
+from worker.core.printable import printable
 from worker.descriptors import compared, raise_limit
 from worker.guard import SERVER
 from worker.permissions import Permissions
-from worker.printable import printable
 from worker.settings import RunSettings, UsersMistake, WrongSetting
 from worker.tasks import within
 from worker.tracing import refuse_without_the_extra

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from worker.events import is_empty, iso_time, result_fields
+from worker.core.events import is_empty, iso_time, result_fields
 from worker.model import SentimentModel
 from worker.settings import ClassifySettings, UsersMistake, WrongSetting
 

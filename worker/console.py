@@ -20,10 +20,10 @@ import orjson
 from aiohttp import web
 from pydantic import SecretStr
 
-from worker.events import Decoder, Event, Failure, Record, age_s
+from worker.core.events import Decoder, Event, Failure, Record, age_s
+from worker.core.sentiment import Sentiment
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.sentiment import Sentiment
 from worker.settings import Settings
 from worker.tasks import cancelled, within
 from worker.vitals import Vitals

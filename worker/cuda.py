@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.batching import TokenIds
+from worker.core.batching import TokenIds
 from worker.network import Forward, LeanNetwork
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.batching import TokenIds, cut_by_length
 from worker.breath import Breath
+from worker.core.batching import TokenIds, cut_by_length
+from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
 from worker.metrics import Metrics
-from worker.sentiment import LABELS, Activation, Sentiment, to_sentiments
 from worker.threads import Thread, side_by_side
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from worker.events import CLOCK_SKEW_S, LONGEST_AGE_S, Reason, Stage
-from worker.sentiment import LABELS
+from worker.core.events import CLOCK_SKEW_S, LONGEST_AGE_S, Reason, Stage
+from worker.core.sentiment import LABELS
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")

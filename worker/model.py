@@ -17,12 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.backend import Choice, PaddedPasses, Run, backend_of, choose, choose_on_cuda, name_of
-from worker.batching import TokenIds, cut_by_length
 from worker.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
-from worker.cuda import PASSES, passes_on
-from worker.memory import keep_blocks
-from worker.reviews import read_reviews
-from worker.sentiment import (
+from worker.core.batching import TokenIds, cut_by_length
+from worker.core.sentiment import (
     LABELS,
     Activation,
     Floats,
@@ -33,6 +30,9 @@ from worker.sentiment import (
     to_scores,
     to_sentiments,
 )
+from worker.cuda import PASSES, passes_on
+from worker.memory import keep_blocks
+from worker.reviews import read_reviews
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake, is_folder
 from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors

@@ -5,10 +5,10 @@ from typing import Protocol
 
 from aiohttp import web
 
+from worker.core.printable import printable
 from worker.guard import Guard
 from worker.health import Health
 from worker.metrics import CONTENT_TYPE, Metrics
-from worker.printable import printable
 
 
 class Part(Protocol):

@@ -22,7 +22,8 @@ from typing import Any, Final, cast
 from worker import garbage
 from worker.breath import SLICE, Breath
 from worker.cluster import NO_LIMIT
-from worker.events import (
+from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
+from worker.core.events import (
     Decoded,
     Decoder,
     Encoder,
@@ -36,11 +37,10 @@ from worker.events import (
     rows,
     smaller_dead_letters,
 )
-from worker.flood import DeadLetterFlood, FloodGauge
+from worker.core.sentiment import Sentiment
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
-from worker.sentiment import Sentiment
 from worker.sink import ROUND, Parcel, RefusalLog, Sink
 from worker.source import Assignment, Chunk, Source
 from worker.tasks import cancelled

@@ -17,7 +17,7 @@ from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionReco
 from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 
 import worker.aiokafka_compat  # noqa: F401 - a fetch keeps its bytes
-from worker.events import Headers
+from worker.core.events import Headers
 from worker.unpacking import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
 
 

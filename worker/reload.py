@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from worker.core.printable import printable
 from worker.inference import Inference, Model, is_out_of_memory
 from worker.metrics import Metrics
-from worker.printable import printable
 from worker.settings import UsersMistake
 
 log = logging.getLogger(__name__)

@@ -28,16 +28,16 @@ from rich.table import Table
 from worker.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
 from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable, why_unreachable
 from worker.consumer import Consumer
-from worker.events import Decoder, Original, original, revived
+from worker.core.events import Decoder, Original, original, revived
+from worker.core.printable import printable
+from worker.core.replay_progress import Replayed, TooManySpans
+from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.printable import printable
-from worker.replayed import Replayed, TooManySpans
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
 from worker.sink import Parcel, Sink
 from worker.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.tasks import cancelled, within
-from worker.topic_ids import is_of, with_topic_id, without_topic_id
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from worker.cluster import (
     watch_topics,
 )
 from worker.console import Console, Tap, shown_settings
+from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
+from worker.core.events import Decoder, Encoder
+from worker.core.topic_ids import TopicRecreated
 from worker.descriptors import raise_limit
-from worker.events import Decoder, Encoder
-from worker.flood import DeadLetterFlood, FloodGauge
 from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
@@ -36,7 +37,6 @@ from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, s
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
-from worker.topic_ids import TopicRecreated
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 

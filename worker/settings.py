@@ -37,7 +37,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from worker.printable import printable
+from worker.core.printable import printable
 
 PREFIX = "WORKER_"
 DEFAULT_TEXT_FIELD = "text"
@@ -233,7 +233,7 @@ def _unshielded(words: list[str]) -> list[str]:
 
 
 def _reasons(words: list[str]) -> list[str]:
-    from worker.events import Reason  # noqa: PLC0415 - it brings numpy, and --help is quick
+    from worker.core.events import Reason  # noqa: PLC0415 - it brings numpy, and --help is quick
 
     reasons = _unshielded(words)
     if not set(reasons) <= set(get_args(Reason)):

@@ -25,10 +25,10 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from worker.aiokafka_compat import give_up, is_gone, may_be_written, use_topics
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
-from worker.events import Outgoing, Reason
+from worker.core.events import Outgoing, Reason
+from worker.core.partitioner import partitions_for
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.partitioner import partitions_for
 from worker.tasks import cancelled, within
 
 log = logging.getLogger(__name__)

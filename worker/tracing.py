@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.events import Headers, Record
+from worker.core.events import Headers, Record
 from worker.settings import WrongSetting
 from worker.tasks import within
 

@@ -27,7 +27,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
-from worker.events import Reason
+from worker.core.events import Reason
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["worker.events", "tests.payloads"]):
+with atheris.instrument_imports(include=["worker.core.events", "tests.payloads"]):
     from tests.payloads import RESULT, SKIPPED, TOMBSTONE, records, verdict
-    from worker.events import Decoder, Encoder, Event, Failure, Null
+    from worker.core.events import Decoder, Encoder, Event, Failure, Null
 
 import orjson
 
 from tests.topics import Record
-from worker.sentiment import Sentiment
+from worker.core.sentiment import Sentiment
 
 COMBINATIONS = (("json", "result"), ("json", "enrich"), ("text", "result"))
 LARGEST_SEED = 3_000  # bytes

@@ -24,7 +24,7 @@ from tests.waiting import wait_for
 from worker.aiokafka_compat import update_metadata
 from worker.cluster import Connection, stopped
 from worker.consumer import Consumer
-from worker.events import Outgoing
+from worker.core.events import Outgoing
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.sink import Parcel, Sink

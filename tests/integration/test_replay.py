@@ -20,7 +20,7 @@ from tests.process import COSTLESS, Workers, environment
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Record, Topics, repeated
 from tests.waiting import wait_for
-from worker.events import Reason
+from worker.core.events import Reason
 
 pytestmark = pytest.mark.kafka
 

@@ -9,7 +9,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from tests.metadata import READABLE_ID
 from worker.backlog import Backlog, valid_offsets
-from worker.topic_ids import with_topic_id
+from worker.core.topic_ids import with_topic_id
 
 
 @pytest.mark.parametrize(

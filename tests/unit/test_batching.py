@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from worker.batching import MicroBatcher, cut_by_length
+from worker.core.batching import MicroBatcher, cut_by_length
 
 SOURCES = ("a", "b", "c")
 LENGTHS = st.lists(st.integers(0, 600), max_size=80)

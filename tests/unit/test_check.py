@@ -10,7 +10,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from tests.metadata import READABLE_ID
 from worker.check import _members, _unread_before
-from worker.topic_ids import with_topic_id
+from worker.core.topic_ids import with_topic_id
 
 
 class NewCluster:

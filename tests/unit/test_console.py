@@ -15,12 +15,12 @@ from aiokafka import ConsumerRecord
 
 from worker import console as console_module
 from worker.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
-from worker.events import Decoder, Failure
+from worker.core.events import Decoder, Failure
+from worker.core.sentiment import Sentiment
 from worker.guard import Guard
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.monitor import Monitor
-from worker.sentiment import Sentiment
 from worker.settings import RunSettings, load
 
 RUNBOOK = "https://docs.example/operating.md#what-to-do"

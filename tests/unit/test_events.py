@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker import events
-from worker.events import (
+from worker.core import events
+from worker.core.events import (
     MOST_VALUES,
     Decoded,
     Decoder,
@@ -34,7 +34,7 @@ from worker.events import (
     smaller_dead_letters,
     tombstone,
 )
-from worker.sentiment import LABELS, Sentiment
+from worker.core.sentiment import LABELS, Sentiment
 
 CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
 MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"

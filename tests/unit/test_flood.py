@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.flood import DeadLetterFlood, FloodGauge
+from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 
 REASONS = ("invalid_json", "empty_text", "inference_failed")
 OUTCOMES = st.lists(st.sampled_from((None, None, *REASONS)), max_size=40)

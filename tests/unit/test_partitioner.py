@@ -6,7 +6,7 @@ from aiokafka.partitioner import murmur2 as murmur2_of_aiokafka
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.partitioner import LONGEST_TOGETHER, murmur2, partitions_for
+from worker.core.partitioner import LONGEST_TOGETHER, murmur2, partitions_for
 
 
 @given(

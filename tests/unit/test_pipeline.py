@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 
 from worker import pipeline as module
 from worker.breath import Breath
-from worker.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
-from worker.flood import FloodGauge
+from worker.core.dead_letter_limit import FloodGauge
+from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
 from worker.metrics import Metrics
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
 from worker.records import Record

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from worker.bench import FLOAT32, Measured, Report, _print
 from worker.check import Finding
+from worker.core.printable import printable
 from worker.evaluation import Report as Evaluation
 from worker.evaluation import confusion
-from worker.printable import printable
 from worker.replay import Tally
 from worker.settings import UsersMistake
 

@@ -10,11 +10,11 @@ from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
 from worker.aiokafka_compat import SILENT_BROKERS_S
-from worker.events import Original
+from worker.core.events import Original
+from worker.core.replay_progress import Replayed
+from worker.core.topic_ids import with_topic_id
 from worker.replay import SILENCE_S, Lane, Replay, ReplayFailed
-from worker.replayed import Replayed
 from worker.settings import ReplaySettings, load
-from worker.topic_ids import with_topic_id
 
 LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
 

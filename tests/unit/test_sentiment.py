@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from worker.sentiment import LABELS, to_probabilities, to_scores, to_sentiments
+from worker.core.sentiment import LABELS, to_probabilities, to_scores, to_sentiments
 
 CARD = (0.7870447, 0.4947824, 0.19755007)
 pytestmark = pytest.mark.filterwarnings("error")

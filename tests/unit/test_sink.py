@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker import sink
 from worker.cluster import TopicLimits
-from worker.events import Outgoing
+from worker.core.events import Outgoing
 from worker.sink import (
     SLACK_MS,
     TRUSTED_S,

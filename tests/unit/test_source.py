@@ -31,12 +31,12 @@ from worker import source as module
 from worker.breath import Breath
 from worker.cluster import Connection
 from worker.consumer import Consumer
+from worker.core.topic_ids import TopicRecreated, with_topic_id
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.settings import WrongSetting
 from worker.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.tasks import cancelled
-from worker.topic_ids import TopicRecreated, with_topic_id
 
 TP = TopicPartition("t", 0)
 ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.topic_ids import TopicIds, TopicRecreated, with_topic_id, without_topic_id
+from worker.core.topic_ids import TopicIds, TopicRecreated, with_topic_id, without_topic_id
 
 ID, OTHER_ID = "a-_0aaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
 

@@ -13,7 +13,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker import transactions as module
 from worker.breath import RECORDS, Breath
 from worker.cluster import Backoff, Connection
-from worker.events import Outgoing, Reason
+from worker.core.events import Outgoing, Reason
 from worker.health import Health
 from worker.metrics import Metrics
 from worker.sink import Parcel

@@ -17,9 +17,9 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 import orjson
 
-from worker import cloudevents
-from worker.cloudevents import mode as _cloud_event_mode
-from worker.sentiment import LABELS, Sentiment
+from worker.core import cloudevents
+from worker.core.cloudevents import mode as _cloud_event_mode
+from worker.core.sentiment import LABELS, Sentiment
 
 Stage = Literal["decode", "infer", "publish"]
 Reason = Literal[

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 
-from worker.events import Reason
+from worker.core.events import Reason
 
 
 class DeadLetterFlood(Exception):
