@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial, partialmethod
 from pathlib import Path
 
-from worker import garbage
 from worker.cli import main
 from worker.pipeline import Pipeline
+from worker.runtime import garbage_collection as garbage
 
 PROBE_S = 0.005
 JOINING_S = 1.0  # to connect and to join the group, which is no stage

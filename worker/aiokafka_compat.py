@@ -53,7 +53,7 @@ from aiokafka.protocol.types import (
 )
 from aiokafka.record.memory_records import MemoryRecords
 
-from worker.tasks import cancelled, within
+from worker.runtime.tasks import cancelled, within
 
 RETRY_S: Final = 0.1
 

@@ -38,11 +38,11 @@ from worker.cluster import (
 )
 from worker.consumer import Consumer
 from worker.core.printable import printable
-from worker.descriptors import compared, raise_limit
 from worker.guard import SERVER
 from worker.permissions import Permissions
+from worker.runtime.file_descriptors import compared, raise_limit
+from worker.runtime.tasks import within
 from worker.settings import RunSettings, UsersMistake, WrongSetting
-from worker.tasks import within
 from worker.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export

@@ -24,8 +24,8 @@ from worker.core.events import Decoder, Event, Failure, Record, age_s
 from worker.core.sentiment import Sentiment
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.runtime.tasks import cancelled, within
 from worker.settings import Settings
-from worker.tasks import cancelled, within
 from worker.vitals import Vitals
 
 log = logging.getLogger(__name__)

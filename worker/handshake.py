@@ -6,7 +6,7 @@ import ssl
 from enum import Enum
 from typing import Any, Final
 
-from worker.tasks import within
+from worker.runtime.tasks import within
 
 VERDICT_S: Final = 2.0  # for the first answer, and for what a broker has against the client's certificate
 CORRELATION: Final = bytes.fromhex("00737765")

@@ -18,11 +18,11 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.breath import Breath
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
 from worker.metrics import Metrics
-from worker.threads import Thread, side_by_side
+from worker.runtime.loop_budget import Breath
+from worker.runtime.threads import Thread, side_by_side
 
 log = logging.getLogger(__name__)
 

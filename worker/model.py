@@ -31,10 +31,10 @@ from worker.core.sentiment import (
     to_sentiments,
 )
 from worker.cuda import PASSES, passes_on
-from worker.memory import keep_blocks
 from worker.reviews import read_reviews
+from worker.runtime.memory import keep_blocks
+from worker.runtime.threads import side_by_side
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake, is_folder
-from worker.threads import side_by_side
 from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
 from worker.tuning import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
 

@@ -18,7 +18,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import AddPartitionsToTxnRequest
 
 from worker.cluster import Backoff, Connection
-from worker.tasks import within
+from worker.runtime.tasks import within
 
 NOT_AVAILABLE_YET: Final = 15  # of https://kafka.apache.org/protocol#protocol_error_codes
 TOPIC_REFUSED: Final = 29

@@ -19,8 +19,6 @@ from itertools import compress, groupby, repeat
 from operator import attrgetter
 from typing import Any, Final, cast
 
-from worker import garbage
-from worker.breath import SLICE, Breath
 from worker.cluster import NO_LIMIT
 from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import (
@@ -41,9 +39,11 @@ from worker.core.sentiment import Sentiment
 from worker.inference import Inference, Job
 from worker.metrics import Metrics
 from worker.records import Record
+from worker.runtime import garbage_collection as garbage
+from worker.runtime.loop_budget import SLICE, Breath
+from worker.runtime.tasks import cancelled
 from worker.sink import ROUND, Parcel, RefusalLog, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tasks import cancelled
 from worker.tracing import Batch, Tracing
 from worker.transactions import Transactions
 

@@ -23,20 +23,20 @@ from worker.console import Console, Tap, shown_settings
 from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
-from worker.descriptors import raise_limit
 from worker.guard import Guard
 from worker.health import Health
 from worker.inference import Inference, InferenceLost
 from worker.logs import whereabouts
-from worker.memory import keep_blocks
 from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
+from worker.runtime.file_descriptors import raise_limit
+from worker.runtime.memory import keep_blocks
+from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names, text_fields
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
-from worker.tasks import cancelled
 from worker.tracing import Tracing
 from worker.transactions import Transactions
 

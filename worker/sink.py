@@ -29,7 +29,7 @@ from worker.core.events import Outgoing, Reason
 from worker.core.partitioner import partitions_for
 from worker.health import Health
 from worker.metrics import Metrics
-from worker.tasks import cancelled, within
+from worker.runtime.tasks import cancelled, within
 
 log = logging.getLogger(__name__)
 

@@ -41,19 +41,19 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember, use_topics
-from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.consumer import Consumer
 from worker.core.batching import MicroBatcher
 from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
-from worker.descriptors import compared
 from worker.health import Health
 from worker.logs import whereabouts
 from worker.metrics import Metrics
 from worker.records import Reader, Record
+from worker.runtime.file_descriptors import compared
+from worker.runtime.loop_budget import Breath
+from worker.runtime.tasks import cancelled, within
 from worker.settings import WrongSetting
-from worker.tasks import cancelled, within
 from worker.transactions import Transactions
 from worker.unpacking import Budget
 

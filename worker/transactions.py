@@ -25,13 +25,13 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.breath import Breath
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
 from worker.core.events import Reason
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.runtime.loop_budget import Breath
+from worker.runtime.tasks import cancelled, within
 from worker.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
-from worker.tasks import cancelled, within
 
 if TYPE_CHECKING:
     from worker.pipeline import Outcome

@@ -27,8 +27,8 @@ from worker.consumer import Consumer
 from worker.core.events import Outgoing
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.runtime.tasks import cancelled, within
 from worker.sink import Parcel, Sink
-from worker.tasks import cancelled, within
 from worker.transactions import Lost, PartitionSink, Refusals
 
 pytestmark = pytest.mark.kafka

@@ -13,7 +13,7 @@ from tests.topics import Kafka, Load, Topics, numbered
 from tests.waiting import holds_for, wait_for
 from worker.cluster import UNREACHABLE
 from worker.consumer import Consumer
-from worker.tasks import within
+from worker.runtime.tasks import within
 
 pytestmark = pytest.mark.kafka
 

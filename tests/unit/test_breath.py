@@ -1,6 +1,6 @@
 import asyncio
 
-from worker.breath import RECORDS, SLICE, Breath
+from worker.runtime.loop_budget import RECORDS, SLICE, Breath
 
 
 class Loop:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from worker import descriptors
-from worker.descriptors import compared, needed, raise_limit
+from worker.runtime import file_descriptors as descriptors
+from worker.runtime.file_descriptors import compared, needed, raise_limit
 
 resource = pytest.importorskip("resource")
 

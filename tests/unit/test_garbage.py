@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from worker import garbage
+from worker.runtime import garbage_collection as garbage
 
 
 class Node:
@@ -38,7 +38,7 @@ def _python_as_it_was() -> Iterator[None]:
 async def searched(monkeypatch: pytest.MonkeyPatch, times: int, is_quiet: Callable[[], bool]) -> int:
     """How often it has looked whether it is quiet, and it was not."""
     nap = Nap(times + 1)
-    monkeypatch.setattr("worker.garbage.asyncio.sleep", nap)
+    monkeypatch.setattr("worker.runtime.garbage_collection.asyncio.sleep", nap)
     with pytest.raises(asyncio.CancelledError):
         await garbage.collect(is_quiet)
     return nap.looks
@@ -62,7 +62,7 @@ async def test_where_it_never_is_it_goes_at_last(monkeypatch: pytest.MonkeyPatch
 
 async def test_everything_is_looked_through_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     generations: list[int] = []
-    monkeypatch.setattr("worker.garbage.gc.collect", generations.append)
+    monkeypatch.setattr("worker.runtime.garbage_collection.gc.collect", generations.append)
     await searched(monkeypatch, 2 * garbage.FULL, lambda: True)
     assert generations == [*[1] * (garbage.FULL - 1), 2] * 2
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from worker import memory
+from worker.runtime import memory
 
 
 @pytest.fixture

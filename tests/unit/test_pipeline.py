@@ -11,12 +11,12 @@ import pytest
 from aiokafka import TopicPartition
 
 from worker import pipeline as module
-from worker.breath import Breath
 from worker.core.dead_letter_limit import FloodGauge
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
 from worker.metrics import Metrics
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
 from worker.records import Record
+from worker.runtime.loop_budget import Breath
 from worker.sink import Parcel
 from worker.source import Assignment
 

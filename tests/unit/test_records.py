@@ -22,7 +22,7 @@ from aiokafka.record.memory_records import MemoryRecords
 import worker.cluster  # noqa: F401 - sets the bound
 from worker import unpacking
 from worker.records import Fetched, Reader, Record
-from worker.tasks import cancelled
+from worker.runtime.tasks import cancelled
 from worker.unpacking import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
 
 TP = TopicPartition("texts", 3)

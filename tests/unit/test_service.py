@@ -14,7 +14,8 @@ from worker.service import runbook
 
 STUBBORN = """
 import asyncio
-from worker import service, tasks
+from worker import service
+from worker.runtime import tasks
 from worker.cli import main
 
 tasks.cancelled.__defaults__ = (0.1,)

@@ -28,15 +28,15 @@ from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker import source as module
-from worker.breath import Breath
 from worker.cluster import Connection
 from worker.consumer import Consumer
 from worker.core.topic_ids import TopicRecreated, with_topic_id
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.runtime.loop_budget import Breath
+from worker.runtime.tasks import cancelled
 from worker.settings import WrongSetting
 from worker.source import Rejoin, Source, Standstill, UnreadableRecord
-from worker.tasks import cancelled
 
 TP = TopicPartition("t", 0)
 ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from worker.tasks import cancelled, within
+from worker.runtime.tasks import cancelled, within
 
 
 async def test_within_answers_or_is_too_late() -> None:

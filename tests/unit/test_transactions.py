@@ -11,11 +11,11 @@ from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, Trans
 from aiokafka.structs import OffsetAndMetadata
 
 from worker import transactions as module
-from worker.breath import RECORDS, Breath
 from worker.cluster import Backoff, Connection
 from worker.core.events import Outgoing, Reason
 from worker.health import Health
 from worker.metrics import Metrics
+from worker.runtime.loop_budget import RECORDS, Breath
 from worker.sink import Parcel
 from worker.source import Assignment
 from worker.transactions import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
