@@ -40,8 +40,8 @@ from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
 from worker.exported import is_installed
 from worker.inference import Inference
-from worker.metrics import Metrics
 from worker.model import SentimentModel, own_process
+from worker.telemetry.metrics import Metrics
 
 LINGER_MS = 10
 BACKEND = "onnx" if is_installed() else "torch"  # what each measures at its own start differs by chance

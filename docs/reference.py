@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/metrics.md from worker/settings.py and worker/metrics.py: `make docs`."""
+"""Writes docs/settings.md and docs/metrics.md from worker/settings.py and worker/telemetry/metrics.py: `make docs`."""
 
 import contextlib
 import itertools
@@ -9,8 +9,6 @@ from typing import Any, Final, get_origin
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from worker.metrics import IN_FORCE, Metrics
-from worker.metrics import PREFIX as METRIC
 from worker.settings import (
     PREFIX,
     SECRETS,
@@ -23,6 +21,8 @@ from worker.settings import (
     Settings,
     TrainSettings,
 )
+from worker.telemetry.metrics import IN_FORCE, Metrics
+from worker.telemetry.metrics import PREFIX as METRIC
 
 FOLDER: Final = Path(__file__).parent
 NOTE: Final = "<!-- Written by `make docs` from {source}: change that, and what docs/reference.py says, not this. -->"
@@ -363,7 +363,7 @@ def _range(choice: dict[str, Any]) -> str:
 
 
 def metrics_page() -> str:
-    parts = [NOTE.format(source="worker/metrics.py"), METRICS_HEAD]
+    parts = [NOTE.format(source="worker/telemetry/metrics.py"), METRICS_HEAD]
     families = metric_rows()
     for title, names in sections(families).items():
         parts += [

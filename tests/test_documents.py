@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.deploy.manifests import alerts
-from worker.metrics import PREFIX, Metrics
 from worker.settings import RunSettings
+from worker.telemetry.metrics import PREFIX, Metrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

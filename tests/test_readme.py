@@ -9,8 +9,8 @@ import pytest
 
 from worker.cli import COMMANDS
 from worker.core.events import Reason
-from worker.metrics import PREFIX, Metrics
 from worker.settings import RunSettings
+from worker.telemetry.metrics import PREFIX, Metrics
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ from worker.permissions import Permissions
 from worker.runtime.file_descriptors import compared, raise_limit
 from worker.runtime.tasks import within
 from worker.settings import RunSettings, UsersMistake, WrongSetting
-from worker.tracing import refuse_without_the_extra
+from worker.telemetry.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
 ANSWER_S: Final = 2.0  # for whoever has the HTTP port

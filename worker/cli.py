@@ -108,8 +108,8 @@ def _answer(arguments: list[str]) -> int:
 
 def _configured(kind: type[Logging], argv: Sequence[str], command: str) -> Logging:
     """A command's settings. Logs are as they say from here on, and so is what a WrongSetting, which it raises, says."""
-    from worker import logs
     from worker.settings import load, unknown_variables
+    from worker.telemetry import logs
 
     _log_as_asked(argv)
     settings = load(kind, argv, f"sentiment-worker {command}")
@@ -122,7 +122,7 @@ def _configured(kind: type[Logging], argv: Sequence[str], command: str) -> Loggi
 
 def _log_as_asked(argv: Sequence[str]) -> None:
     """Sends logs where the flag or the variable says, before settings are read; what is neither format is as auto."""
-    from worker import logs
+    from worker.telemetry import logs
 
     words = [*argv, ""]
     formats = [value for word, value in pairwise(words) if word == "--log-format"]
@@ -143,8 +143,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(argv: Sequence[str]) -> int:
-    from worker import logs
     from worker.settings import RunSettings, WrongSetting, unknown_variables
+    from worker.telemetry import logs
 
     try:
         settings = _configured(RunSettings, argv, "check")
@@ -271,7 +271,7 @@ def _or_refuse(work: Callable[[], Answer]) -> Answer:
 
 
 def _explain(sentence: str, code: int) -> None:
-    from worker.logs import explain_exit
+    from worker.telemetry.logs import explain_exit
 
     explain_exit(sentence, code)
 

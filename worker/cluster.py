@@ -31,9 +31,9 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.aiokafka_compat import end_remains, topic_names, use_topics
 from worker.handshake import Listener, listener_at, tls_sentence
-from worker.health import Health
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ConnectionSettings, UsersMistake, WrongSetting, revealed, split_names, whole_name
+from worker.telemetry.health import Health
 from worker.unpacking import bound_unpacking
 
 log = logging.getLogger(__name__)

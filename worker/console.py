@@ -22,11 +22,11 @@ from pydantic import SecretStr
 
 from worker.core.events import Decoder, Event, Failure, Record, age_s
 from worker.core.sentiment import Sentiment
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.tasks import cancelled, within
 from worker.settings import Settings
-from worker.vitals import Vitals
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.statistics import Vitals
 
 log = logging.getLogger(__name__)
 

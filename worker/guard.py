@@ -11,8 +11,8 @@ from typing import Any, Final, Literal, cast
 
 from aiohttp import web, web_response
 
-from worker.metrics import Metrics, Refusal
 from worker.settings import ip_address
+from worker.telemetry.metrics import Metrics, Refusal
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
-from worker.metrics import Metrics
 from worker.runtime.loop_budget import Breath
 from worker.runtime.threads import Thread, side_by_side
+from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from aiohttp import web
 
 from worker.core.printable import printable
 from worker.guard import Guard
-from worker.health import Health
-from worker.metrics import CONTENT_TYPE, Metrics
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 
 
 class Part(Protocol):

@@ -37,14 +37,14 @@ from worker.core.events import (
 )
 from worker.core.sentiment import Sentiment
 from worker.inference import Inference, Job
-from worker.metrics import Metrics
 from worker.records import Record
 from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, Breath
 from worker.runtime.tasks import cancelled
 from worker.sink import ROUND, Parcel, RefusalLog, Sink
 from worker.source import Assignment, Chunk, Source
-from worker.tracing import Batch, Tracing
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.tracing import Batch, Tracing
 from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)

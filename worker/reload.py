@@ -9,8 +9,8 @@ from aiohttp import web
 
 from worker.core.printable import printable
 from worker.inference import Inference, Model, is_out_of_memory
-from worker.metrics import Metrics
 from worker.settings import UsersMistake
+from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

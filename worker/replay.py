@@ -32,12 +32,12 @@ from worker.core.events import Decoder, Original, original, revived
 from worker.core.printable import printable
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
 from worker.sink import Parcel, Sink
 from worker.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

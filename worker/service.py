@@ -24,10 +24,7 @@ from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.guard import Guard
-from worker.health import Health
 from worker.inference import Inference, InferenceLost
-from worker.logs import whereabouts
-from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
@@ -37,7 +34,10 @@ from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names, text_fields
 from worker.sink import Sink
 from worker.source import Source, Standstill, UnreadableRecord
-from worker.tracing import Tracing
+from worker.telemetry.health import Health
+from worker.telemetry.logs import whereabouts
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.tracing import Tracing
 from worker.transactions import Transactions
 
 if TYPE_CHECKING:

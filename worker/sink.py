@@ -27,9 +27,9 @@ from worker.aiokafka_compat import give_up, is_gone, may_be_written, use_topics
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.core.events import Outgoing, Reason
 from worker.core.partitioner import partitions_for
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.tasks import cancelled, within
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

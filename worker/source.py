@@ -46,14 +46,14 @@ from worker.consumer import Consumer
 from worker.core.batching import MicroBatcher
 from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
-from worker.health import Health
-from worker.logs import whereabouts
-from worker.metrics import Metrics
 from worker.records import Reader, Record
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled, within
 from worker.settings import WrongSetting
+from worker.telemetry.health import Health
+from worker.telemetry.logs import whereabouts
+from worker.telemetry.metrics import Metrics
 from worker.transactions import Transactions
 from worker.unpacking import Budget
 

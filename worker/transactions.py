@@ -27,11 +27,11 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
 from worker.core.events import Reason
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled, within
 from worker.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from worker.pipeline import Outcome

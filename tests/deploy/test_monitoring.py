@@ -18,7 +18,7 @@ from tests.deploy.manifests import (
     panels,
     read,
 )
-from worker.metrics import PREFIX, Metrics
+from worker.telemetry.metrics import PREFIX, Metrics
 
 FAMILIES = {family.name: family.type for family in Metrics("test")._registry.collect()}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}

@@ -25,10 +25,10 @@ from worker.aiokafka_compat import update_metadata
 from worker.cluster import Connection, stopped
 from worker.consumer import Consumer
 from worker.core.events import Outgoing
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.tasks import cancelled, within
 from worker.sink import Parcel, Sink
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 from worker.transactions import Lost, PartitionSink, Refusals
 
 pytestmark = pytest.mark.kafka

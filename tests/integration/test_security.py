@@ -20,9 +20,9 @@ from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafk
 from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
 from worker.cluster import Connection, tls_context, wait_until_usable
-from worker.health import Health
 from worker.permissions import Permissions
 from worker.settings import WrongSetting
+from worker.telemetry.health import Health
 
 pytestmark = pytest.mark.kafka
 

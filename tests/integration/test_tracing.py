@@ -10,7 +10,7 @@ from tests.process import Workers
 from tests.scenario import places
 from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import wait_for
-from worker.tracing import LINKS
+from worker.telemetry.tracing import LINKS
 
 pytestmark = pytest.mark.kafka
 COSTLESS = {"module": "benchmarks.costless", "cache_size": 0}

@@ -18,10 +18,10 @@ from worker.console import KEPT, PAGE, Console, Tap, content_security_policy, sh
 from worker.core.events import Decoder, Failure
 from worker.core.sentiment import Sentiment
 from worker.guard import Guard
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.monitor import Monitor
 from worker.settings import RunSettings, load
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 RUNBOOK = "https://docs.example/operating.md#what-to-do"
 SECRET = "a-token-that-nobody-may-see"

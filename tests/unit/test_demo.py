@@ -23,7 +23,7 @@ from worker.demo.errors import DemoError
 from worker.demo.ledger import Books, Ledger, Speed, discrepancies, summary
 from worker.demo.messages import BROKEN, Message, Review, endless, lap, reviews
 from worker.demo.views import LinesView, LiveView, bar
-from worker.metrics import Metrics
+from worker.telemetry.metrics import Metrics
 
 kafka = pytest.importorskip("confluent_kafka")
 

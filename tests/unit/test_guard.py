@@ -13,9 +13,9 @@ from aiohttp import web
 
 from worker import guard as guarding
 from worker.guard import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Guard, TokenFor
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.monitor import Monitor
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 TOKEN = "0123456789abcdef-secret"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

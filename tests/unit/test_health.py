@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from worker.health import Health
+from worker.telemetry.health import Health
 
 
 class Clock:
@@ -21,7 +21,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def health(clock: Clock, caplog: pytest.LogCaptureFixture) -> Health:
-    caplog.set_level(logging.DEBUG, "worker.health")
+    caplog.set_level(logging.DEBUG, "worker.telemetry.health")
     return Health(clock=clock)
 
 

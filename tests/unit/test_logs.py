@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiokafka.protocol.admin import SaslAuthenticateRequest_v1
 
-from worker import logs
+from worker.telemetry import logs
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from worker.core.events import Reason
 from worker.core.sentiment import LABELS
-from worker.metrics import CONTENT_TYPE, IN_FORCE, PREFIX, QUEUES, STAGES, Metrics
+from worker.telemetry.metrics import CONTENT_TYPE, IN_FORCE, PREFIX, QUEUES, STAGES, Metrics
 
 NAMES = {  # name without prefix: type, labels
     "records_consumed_total": ("counter", {"topic"}),

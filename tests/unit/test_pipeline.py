@@ -13,12 +13,12 @@ from aiokafka import TopicPartition
 from worker import pipeline as module
 from worker.core.dead_letter_limit import FloodGauge
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
-from worker.metrics import Metrics
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
 from worker.records import Record
 from worker.runtime.loop_budget import Breath
 from worker.sink import Parcel
 from worker.source import Assignment
+from worker.telemetry.metrics import Metrics
 
 
 class FakeSource:

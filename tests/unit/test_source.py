@@ -31,12 +31,12 @@ from worker import source as module
 from worker.cluster import Connection
 from worker.consumer import Consumer
 from worker.core.topic_ids import TopicRecreated, with_topic_id
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled
 from worker.settings import WrongSetting
 from worker.source import Rejoin, Source, Standstill, UnreadableRecord
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 TP = TopicPartition("t", 0)
 ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
@@ -1058,7 +1058,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """With watchers that look all the time."""
     monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.005)
     monkeypatch.setattr(module, "GROUP_INTERVAL_S", 0.005)
-    caplog.set_level(logging.INFO, "worker.health")
+    caplog.set_level(logging.INFO, "worker.telemetry.health")
     return Clock()
 
 
@@ -1087,7 +1087,7 @@ class FakeCoordinator:
 
 
 def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "worker.health"]
+    return [record.getMessage() for record in caplog.records if record.name == "worker.telemetry.health"]
 
 
 def lags(stage: Stage) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.process import environment
 from worker.settings import WrongSetting
-from worker.tracing import Tracing, trace_context
+from worker.telemetry.tracing import Tracing, trace_context
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

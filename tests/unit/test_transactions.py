@@ -13,11 +13,11 @@ from aiokafka.structs import OffsetAndMetadata
 from worker import transactions as module
 from worker.cluster import Backoff, Connection
 from worker.core.events import Outgoing, Reason
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.runtime.loop_budget import RECORDS, Breath
 from worker.sink import Parcel
 from worker.source import Assignment
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 from worker.transactions import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
 
 TP = TopicPartition("t", 0)

@@ -24,9 +24,9 @@ from tests.unit.test_transactions import parcel
 from worker import aiokafka_compat as module
 from worker.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.cluster import Connection
-from worker.health import Health
-from worker.metrics import Metrics
 from worker.sink import Columns, Sink
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 from worker.transactions import PartitionSink, Refusals
 
 TP = TopicPartition("t", 0)

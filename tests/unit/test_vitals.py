@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from worker.metrics import Metrics
-from worker.vitals import HISTORY_S, Vitals, quantile
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.statistics import HISTORY_S, Vitals, quantile
 
 
 class Clock:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge, Histogram
 
 from worker.core.sentiment import LABELS
-from worker.metrics import QUEUES, STAGES, Metrics
+from worker.telemetry.metrics import QUEUES, STAGES, Metrics
 
 HISTORY_S: Final = 300
 RATE_S: Final = 5  # what a rate is taken over: micro-batches come in lumps
