@@ -51,8 +51,8 @@ from benchmarks.common import (
 from tests.broker import Broker, start_broker
 from tests.process import WorkerProcess, environment
 from tests.topics import Kafka, Record, Topics
-from worker.model import SentimentModel, own_process
-from worker.tuning import least_that_is_as_fast
+from worker.model.autotune import least_that_is_as_fast
+from worker.model.sentiment_model import SentimentModel, own_process
 
 PARTITIONS = 4
 INTERVAL_S = 0.05

@@ -85,7 +85,7 @@ def hf(options: argparse.Namespace) -> Engine:
 
 def ours(options: argparse.Namespace) -> Engine:
     """This project's model on the whole batch: without the worker, but with all that it does for speed."""
-    from worker.model import SentimentModel, own_process
+    from worker.model.sentiment_model import SentimentModel, own_process
 
     own_process()
     model = SentimentModel.load(

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import WINDOW, machine, ratio, read_texts, write
 from tests.checkpoint import TOKENIZER
-from worker.checkpoint import BUILTIN
+from worker.model.checkpoint import BUILTIN
 
 Ids = Sequence[Sequence[int]]
 Encode = Callable[[list[str]], Any]

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 
-from worker.model import SentimentModel
+from worker.model.sentiment_model import SentimentModel
 
 CHARACTERS = 100_000
 ASKED_MS = 200

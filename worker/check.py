@@ -159,7 +159,7 @@ def _is_a_worker(host: str, port: int) -> bool:
 
 
 def _model(settings: RunSettings) -> Finding:
-    from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
+    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
 
     try:
         model = SentimentModel.load_as_set(settings)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from worker.core.events import is_empty, iso_time, result_fields
-from worker.model import SentimentModel
+from worker.model.sentiment_model import SentimentModel
 from worker.settings import ClassifySettings, UsersMistake, WrongSetting
 
 TEXTS_AT_ONCE = 512

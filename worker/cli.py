@@ -208,7 +208,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
     from worker.evaluation import evaluate
-    from worker.model import SentimentModel
+    from worker.model.sentiment_model import SentimentModel
 
     model = SentimentModel.load_as_set(settings)
     by = settings.rows_held_out_by(settings.model)

@@ -41,7 +41,7 @@ from worker.telemetry.tracing import Tracing
 from worker.transactions import Transactions
 
 if TYPE_CHECKING:
-    from worker.model import SentimentModel
+    from worker.model.sentiment_model import SentimentModel
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ def _decoder(settings: RunSettings) -> Decoder:
 
 
 def _loaded(settings: RunSettings) -> "SentimentModel":
-    from worker.model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
     return SentimentModel.load_as_set(settings)
 

@@ -36,7 +36,6 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from worker.checkpoint import folder_of
 from worker.corpus import (
     CLASSES,
     Counts,
@@ -49,6 +48,7 @@ from worker.corpus import (
     repetitions,
 )
 from worker.evaluation import Report, evaluate_examples
+from worker.model.checkpoint import folder_of
 from worker.settings import TrainSettings, UsersMistake
 
 __all__ = ["Diverged", "Interrupted", "Progress", "ProgressView", "Result", "train"]

@@ -11,12 +11,13 @@ import torch
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from tests.unit.test_network import NETWORKS, SIZES, bert, differences, longest
-from worker import backend, exported
-from worker.backend import BackendError, choose
-from worker.checkpoint import BUILTIN
-from worker.exported import ExportedNetwork, export
-from worker.model import SentimentModel
-from worker.network import LeanNetwork
+from worker.model import backends as backend
+from worker.model import onnx_export as exported
+from worker.model.backends import BackendError, choose
+from worker.model.bert import LeanNetwork
+from worker.model.checkpoint import BUILTIN
+from worker.model.onnx_export import ExportedNetwork, export
+from worker.model.sentiment_model import SentimentModel
 
 
 @pytest.fixture(scope="module", autouse=True)

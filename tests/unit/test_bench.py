@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from worker import bench
-from worker.backend import BackendError
 from worker.bench import FLOAT32, Engine, Measured, Report, Steps, measure
+from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
+from worker.model.backends import BackendError
 from worker.settings import BenchSettings
-from worker.tuning import CPU_BUDGETS, CUDA_BUDGETS
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 
 from tests.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
 from tests.process import environment
-from worker import tokenizing
-from worker.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
-from worker.model import SentimentModel, _or_refused
-from worker.tokenizing import normalized
+from worker.model import tokenizer as tokenizing
+from worker.model.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
+from worker.model.sentiment_model import SentimentModel, _or_refused
+from worker.model.tokenizer import normalized
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 Edit = Callable[[Path], None]

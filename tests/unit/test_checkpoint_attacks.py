@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.process import environment
-from worker.checkpoint import ModelError
-from worker.model import SentimentModel
+from worker.model.checkpoint import ModelError
+from worker.model.sentiment_model import SentimentModel
 
 Attack = Callable[[Path, Path], None]  # on a copy of a good checkpoint, with the file that must never be written
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.backend import choose_on_cuda
-from worker.cuda import AGREEMENT, Graphs, Passes, Replay, Shape, Shapes, expected_agreement, pack, unpacked
-from worker.model import SentimentModel
+from worker.model.backends import choose_on_cuda
+from worker.model.cuda import AGREEMENT, Graphs, Passes, Replay, Shape, Shapes, expected_agreement, pack, unpacked
+from worker.model.sentiment_model import SentimentModel
 
 TEXTS = st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=40), min_size=1, max_size=20)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -222,8 +222,8 @@ def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The builtin network, and the ids of reviews; what it sets for products stays as it was."""
     from transformers import AutoModelForSequenceClassification
 
-    from worker.checkpoint import BUILTIN
-    from worker.reviews import read_reviews
+    from worker.model.checkpoint import BUILTIN
+    from worker.model.reviews import read_reviews
 
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     network = AutoModelForSequenceClassification.from_pretrained(

@@ -16,7 +16,7 @@ from tests.waiting import wait_for
 from worker import inference as inference_module
 from worker.core.sentiment import LABELS, Activation, Label, Sentiment
 from worker.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
-from worker.model import Tokens
+from worker.model.sentiment_model import Tokens
 from worker.runtime.loop_budget import SLICE, Breath
 from worker.telemetry.metrics import Metrics
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from tests.checkpoint import LABELS, TOKENIZER, Oracle
-from worker.checkpoint import ModelError
-from worker.model import SentimentModel
+from worker.model.checkpoint import ModelError
+from worker.model.sentiment_model import SentimentModel
 from worker.settings import DEFAULT_MODEL
 
 CARD_TEXT = "Какая гадость эта ваша заливная рыба!"

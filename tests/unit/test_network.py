@@ -18,12 +18,9 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from worker import network as lean
-from worker.backend import PaddedPasses, choose
-from worker.checkpoint import BUILTIN
-from worker.exported import ApartLinear
-from worker.model import SentimentModel
-from worker.network import (
+from worker.model import bert as lean
+from worker.model.backends import PaddedPasses, choose
+from worker.model.bert import (
     TEXT_BY_TEXT,
     TOKEN_BY_TOKEN,
     Forward,
@@ -33,6 +30,9 @@ from worker.network import (
     is_alike,
     is_covered,
 )
+from worker.model.checkpoint import BUILTIN
+from worker.model.onnx_export import ApartLinear
+from worker.model.sentiment_model import SentimentModel
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,

@@ -20,9 +20,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.utils import logging as transformers_logging
 
 from tests.waiting import wait_for
-from worker import tokenizing
-from worker.checkpoint import BUILTIN
-from worker.model import SentimentModel
+from worker.model import tokenizer as tokenizing
+from worker.model.checkpoint import BUILTIN
+from worker.model.sentiment_model import SentimentModel
 
 TEXTS = [f"Хорошо, но дорого, {number}. " * (1 + number % 30) for number in range(200)]
 HALF = "Плохо \ud83d"  # of an emoji, as a text that was cut in UTF-16

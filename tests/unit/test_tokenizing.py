@@ -13,10 +13,10 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from tests.checkpoint import PANICKING, PANICS, TOKENIZER, as_composed
-from worker import tokenizing
-from worker.checkpoint import BUILTIN
-from worker.reviews import read_reviews
-from worker.tokenizing import (
+from worker.model import tokenizer as tokenizing
+from worker.model.checkpoint import BUILTIN
+from worker.model.reviews import read_reviews
+from worker.model.tokenizer import (
     BareTokenizer,
     TokenizerPanicked,
     WordPieceTokenizer,

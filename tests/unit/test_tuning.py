@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker import tuning
-from worker.tuning import available_cores, fastest, tune_budget, tune_pass_tokens, tune_threads
+from worker.model import autotune as tuning
+from worker.model.autotune import available_cores, fastest, tune_budget, tune_pass_tokens, tune_threads
 
 CPU = torch.device("cpu")
 

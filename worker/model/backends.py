@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker import exported
 from worker.core.batching import TokenIds, cut_by_length
-from worker.cuda import AGREEMENT, expected_agreement
-from worker.network import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
+from worker.model import onnx_export as exported
+from worker.model.autotune import cpu_has, fastest, one_thread
+from worker.model.bert import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
+from worker.model.cuda import AGREEMENT, expected_agreement
+from worker.model.tokenizer import Ids
 from worker.settings import UsersMistake
-from worker.tokenizing import Ids
-from worker.tuning import cpu_has, fastest, one_thread
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from worker.network import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
-from worker.tuning import cpu_has
+from worker.model.autotune import cpu_has
+from worker.model.bert import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(

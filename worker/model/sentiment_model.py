@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.backend import Choice, PaddedPasses, Run, backend_of, choose, choose_on_cuda, name_of
-from worker.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import (
     LABELS,
@@ -30,13 +28,15 @@ from worker.core.sentiment import (
     to_scores,
     to_sentiments,
 )
-from worker.cuda import PASSES, passes_on
-from worker.reviews import read_reviews
+from worker.model.autotune import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
+from worker.model.backends import Choice, PaddedPasses, Run, backend_of, choose, choose_on_cuda, name_of
+from worker.model.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
+from worker.model.cuda import PASSES, passes_on
+from worker.model.reviews import read_reviews
+from worker.model.tokenizer import Encode, Ids, choose_encode, normalizing, panics_as_errors
 from worker.runtime.memory import keep_blocks
 from worker.runtime.threads import side_by_side
 from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake, is_folder
-from worker.tokenizing import Encode, Ids, choose_encode, normalizing, panics_as_errors
-from worker.tuning import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.core.batching import TokenIds
-from worker.network import Forward, LeanNetwork
+from worker.model.bert import Forward, LeanNetwork
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from worker.network import Forward, seconds
+from worker.model.bert import Forward, seconds
 
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.reviews import read_reviews
+from worker.model.reviews import read_reviews
 
 log = logging.getLogger(__name__)
 
