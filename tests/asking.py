@@ -15,9 +15,10 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from benchmarks.costless import CostlessModel
-from worker import check, cluster, service
-from worker.aiokafka_compat import TopicsRequest
+from worker import check, service
 from worker.cli import main
+from worker.kafka import connection as cluster
+from worker.kafka.aiokafka_compat import TopicsRequest
 
 FAILURES = 3
 

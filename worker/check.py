@@ -18,9 +18,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from worker.aiokafka_compat import known_brokers
-from worker.backlog import backlog, valid_offsets
-from worker.cluster import (
+from worker.core.printable import printable
+from worker.guard import SERVER
+from worker.kafka.aiokafka_compat import known_brokers
+from worker.kafka.backlog import backlog, valid_offsets
+from worker.kafka.connection import (
     NO_LIMIT,
     UNREACHABLE,
     Backoff,
@@ -36,10 +38,8 @@ from worker.cluster import (
     topic_limits,
     why_unreachable,
 )
-from worker.consumer import Consumer
-from worker.core.printable import printable
-from worker.guard import SERVER
-from worker.permissions import Permissions
+from worker.kafka.consumer import Consumer
+from worker.kafka.permissions import Permissions
 from worker.runtime.file_descriptors import compared, raise_limit
 from worker.runtime.tasks import within
 from worker.settings import RunSettings, UsersMistake, WrongSetting

@@ -19,7 +19,6 @@ from itertools import compress, groupby, repeat
 from operator import attrgetter
 from typing import Any, Final, cast
 
-from worker.cluster import NO_LIMIT
 from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import (
     Decoded,
@@ -37,15 +36,16 @@ from worker.core.events import (
 )
 from worker.core.sentiment import Sentiment
 from worker.inference import Inference, Job
-from worker.records import Record
+from worker.kafka.connection import NO_LIMIT
+from worker.kafka.exactly_once import Transactions
+from worker.kafka.reader import Record
+from worker.kafka.sink import ROUND, Parcel, RefusalLog, Sink
+from worker.kafka.source import Assignment, Chunk, Source
 from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, Breath
 from worker.runtime.tasks import cancelled
-from worker.sink import ROUND, Parcel, RefusalLog, Sink
-from worker.source import Assignment, Chunk, Source
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Batch, Tracing
-from worker.transactions import Transactions
 
 log = logging.getLogger(__name__)
 

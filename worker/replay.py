@@ -25,17 +25,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
-from worker.cluster import UNREACHABLE, Backoff, Connection, stopped, unreachable, wait_until_usable, why_unreachable
-from worker.consumer import Consumer
 from worker.core.events import Decoder, Original, original, revived
 from worker.core.printable import printable
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
+from worker.kafka.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
+from worker.kafka.connection import (
+    UNREACHABLE,
+    Backoff,
+    Connection,
+    stopped,
+    unreachable,
+    wait_until_usable,
+    why_unreachable,
+)
+from worker.kafka.consumer import Consumer
+from worker.kafka.sink import Parcel, Sink
+from worker.kafka.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ReplaySettings, UsersMistake, moment_ms
-from worker.sink import Parcel, Sink
-from worker.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.backlog import tell_backlog
-from worker.cluster import (
+from worker.console import Console, Tap, shown_settings
+from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
+from worker.core.events import Decoder, Encoder
+from worker.core.topic_ids import TopicRecreated
+from worker.guard import Guard
+from worker.inference import Inference, InferenceLost
+from worker.kafka.backlog import tell_backlog
+from worker.kafka.connection import (
     NO_LIMIT,
     Connection,
     TopicLimits,
@@ -19,12 +25,9 @@ from worker.cluster import (
     wait_until_usable,
     watch_topics,
 )
-from worker.console import Console, Tap, shown_settings
-from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
-from worker.core.events import Decoder, Encoder
-from worker.core.topic_ids import TopicRecreated
-from worker.guard import Guard
-from worker.inference import Inference, InferenceLost
+from worker.kafka.exactly_once import Transactions
+from worker.kafka.sink import Sink
+from worker.kafka.source import Source, Standstill, UnreadableRecord
 from worker.monitor import Monitor
 from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
@@ -32,13 +35,10 @@ from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.memory import keep_blocks
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names, text_fields
-from worker.sink import Sink
-from worker.source import Source, Standstill, UnreadableRecord
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
-from worker.transactions import Transactions
 
 if TYPE_CHECKING:
     from worker.model.sentiment_model import SentimentModel

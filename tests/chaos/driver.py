@@ -24,7 +24,7 @@ from tests.chaos.questions import UNANSWERED, count, unread
 from tests.process import Metrics, WorkerProcess
 from tests.topics import Kafka, Topics, sending_config
 from tests.waiting import wait_for
-from worker.cluster import WATCH_S
+from worker.kafka.connection import WATCH_S
 
 PARTITIONS: Final = 6
 BROKERS: Final = 2  # where there is Java; the first is the controller, and coordinates the group

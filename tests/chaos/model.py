@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from benchmarks.costless import CostlessModel
 from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
-from worker import service, sink, source
+from worker import service
 from worker.cli import main
-from worker.consumer import Consumer
-from worker.records import Fetched
+from worker.kafka import sink, source
+from worker.kafka.consumer import Consumer
+from worker.kafka.reader import Fetched
 from worker.settings import RunSettings
 
 POISONED = -1

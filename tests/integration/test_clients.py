@@ -21,15 +21,15 @@ from tests.process import COSTLESS, Workers, environment, workers_in
 from tests.topics import Kafka, Topics, numbered
 from tests.two_nodes import two_nodes
 from tests.waiting import wait_for
-from worker.aiokafka_compat import update_metadata
-from worker.cluster import Connection, stopped
-from worker.consumer import Consumer
 from worker.core.events import Outgoing
+from worker.kafka.aiokafka_compat import update_metadata
+from worker.kafka.connection import Connection, stopped
+from worker.kafka.consumer import Consumer
+from worker.kafka.exactly_once import Lost, PartitionSink, Refusals
+from worker.kafka.sink import Parcel, Sink
 from worker.runtime.tasks import cancelled, within
-from worker.sink import Parcel, Sink
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
-from worker.transactions import Lost, PartitionSink, Refusals
 
 pytestmark = pytest.mark.kafka
 

@@ -13,7 +13,7 @@ from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Record, Topics
 from worker import check
 from worker.check import Finding
-from worker.cluster import Connection
+from worker.kafka.connection import Connection
 from worker.settings import RunSettings, load
 
 pytestmark = pytest.mark.kafka

@@ -15,7 +15,7 @@ from tests.process import COSTLESS, WorkerProcess, Workers
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Topics, numbered
 from tests.waiting import wait_for
-from worker.unpacking import HEADERS, PARTS
+from worker.kafka.decompression import HEADERS, PARTS
 
 pytestmark = pytest.mark.kafka
 

@@ -11,8 +11,8 @@ from tests.process import COSTLESS, Workers
 from tests.scenario import result_place, wait_until_committed
 from tests.topics import Kafka, Load, Topics, numbered
 from tests.waiting import holds_for, wait_for
-from worker.cluster import UNREACHABLE
-from worker.consumer import Consumer
+from worker.kafka.connection import UNREACHABLE
+from worker.kafka.consumer import Consumer
 from worker.runtime.tasks import within
 
 pytestmark = pytest.mark.kafka

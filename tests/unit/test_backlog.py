@@ -8,8 +8,8 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.metadata import READABLE_ID
-from worker.backlog import Backlog, valid_offsets
 from worker.core.topic_ids import with_topic_id
+from worker.kafka.backlog import Backlog, valid_offsets
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from uvloop import new_event_loop
 
 from tests.secure import Authority
-from worker import cluster
+from worker.kafka import connection as cluster
 from worker.settings import WrongSetting
 
 

@@ -15,8 +15,8 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.commit import OffsetFetchRequest_v1, OffsetFetchResponse_v1, OffsetFetchResponse_v3
 
-from worker import consumer as module
-from worker.consumer import Consumer
+from worker.kafka import consumer as module
+from worker.kafka.consumer import Consumer
 
 TP = TopicPartition("t", 3)
 

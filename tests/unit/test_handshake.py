@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from worker.cluster import Connection, why_unreachable
-from worker.handshake import Listener, listener_at
+from worker.kafka.broker_probe import Listener, listener_at
+from worker.kafka.connection import Connection, why_unreachable
 
 TLS = ssl.create_default_context()
 SOON_S = 0.5

@@ -46,13 +46,13 @@ def json_lines(stream: io.StringIO) -> list[dict[str, Any]]:
 def test_a_json_line_has_time_level_logger_message_and_the_fields() -> None:
     stream = configured()
     fields = {"partition": 3, "offset": 1201, "counts": {"ж": 1}, "seconds": 0.5, "why": None}
-    logging.getLogger("worker.sink").warning("published %d «%s»", 7, "да", extra=fields)
+    logging.getLogger("worker.kafka.sink").warning("published %d «%s»", 7, "да", extra=fields)
     (line,) = json_lines(stream)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]), "RFC 3339"
     time = datetime.fromisoformat(line.pop("time"))
     assert time.tzinfo is not None
     assert abs(datetime.now(time.tzinfo) - time).total_seconds() < 60
-    assert line == {"level": "WARNING", "logger": "worker.sink", "message": "published 7 «да»", **fields}
+    assert line == {"level": "WARNING", "logger": "worker.kafka.sink", "message": "published 7 «да»", **fields}
 
 
 def test_json_is_one_object_a_line_whatever_the_message() -> None:
@@ -91,8 +91,8 @@ def test_why_the_process_ends_is_told_as_the_log_is(capsys: pytest.CaptureFixtur
 
 def test_a_console_line_has_the_fields_behind_the_message() -> None:
     stream = configured(log_format="console")
-    logging.getLogger("worker.sink").warning("published %d", 7, extra={"partition": 3, "offset": 1201})
-    logging.getLogger("worker.sink").info("plain")
+    logging.getLogger("worker.kafka.sink").warning("published %d", 7, extra={"partition": 3, "offset": 1201})
+    logging.getLogger("worker.kafka.sink").info("plain")
     first, second = stream.getvalue().splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING published 7 partition=3 offset=1201", first)
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    plain", second)

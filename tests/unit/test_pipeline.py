@@ -13,11 +13,11 @@ from aiokafka import TopicPartition
 from worker import pipeline as module
 from worker.core.dead_letter_limit import FloodGauge
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.kafka.reader import Record
+from worker.kafka.sink import Parcel
+from worker.kafka.source import Assignment
 from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
-from worker.records import Record
 from worker.runtime.loop_budget import Breath
-from worker.sink import Parcel
-from worker.source import Assignment
 from worker.telemetry.metrics import Metrics
 
 

@@ -19,11 +19,11 @@ from aiokafka.errors import CorruptRecordException
 from aiokafka.record.default_records import DefaultRecordBatchBuilder, _DefaultRecordBatchBuilderPy
 from aiokafka.record.memory_records import MemoryRecords
 
-import worker.cluster  # noqa: F401 - sets the bound
-from worker import unpacking
-from worker.records import Fetched, Reader, Record
+import worker.kafka.connection  # noqa: F401 - sets the bound
+from worker.kafka import decompression as unpacking
+from worker.kafka.decompression import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
+from worker.kafka.reader import Fetched, Reader, Record
 from worker.runtime.tasks import cancelled
-from worker.unpacking import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
 
 TP = TopicPartition("texts", 3)
 COMMIT, ABORT = b"\0\0\0\1", b"\0\0\0\0"  # the keys of control records

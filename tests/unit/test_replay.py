@@ -9,10 +9,10 @@ from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
-from worker.aiokafka_compat import SILENT_BROKERS_S
 from worker.core.events import Original
 from worker.core.replay_progress import Replayed
 from worker.core.topic_ids import with_topic_id
+from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
 from worker.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.settings import ReplaySettings, load
 

@@ -91,7 +91,8 @@ def test_a_process_with_closed_streams_ends_well() -> None:
 
 FAILING = """
 import sys
-from worker import service, source, settings
+from worker import service, settings
+from worker.kafka import source
 from worker.cli import main
 
 error = {"Standstill": source.Standstill, "WrongSetting": settings.WrongSetting}[sys.argv.pop()]

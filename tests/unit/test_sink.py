@@ -8,10 +8,10 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import sink
-from worker.cluster import TopicLimits
 from worker.core.events import Outgoing
-from worker.sink import (
+from worker.kafka import sink
+from worker.kafka.connection import TopicLimits
+from worker.kafka.sink import (
     SLACK_MS,
     TRUSTED_S,
     Columns,

@@ -27,14 +27,14 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker import source as module
-from worker.cluster import Connection
-from worker.consumer import Consumer
 from worker.core.topic_ids import TopicRecreated, with_topic_id
+from worker.kafka import source as module
+from worker.kafka.connection import Connection
+from worker.kafka.consumer import Consumer
+from worker.kafka.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled
 from worker.settings import WrongSetting
-from worker.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -604,7 +604,7 @@ async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) ->
 async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_up(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("worker.kafka.source.TOPICS_INTERVAL_S", 0.0)
     begun = asyncio.Event()
 
     async def topic_names() -> list[str]:
@@ -627,7 +627,7 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
 async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they_take(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.source.TOPICS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("worker.kafka.source.TOPICS_INTERVAL_S", 0.0)
     looks = 0
 
     async def topic_names() -> list[str]:

@@ -8,8 +8,8 @@ from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.types import UnsignedVarInt32
 
 from tests.metadata import READABLE_ID, Client, answer, topic
-from worker import aiokafka_compat as module
-from worker.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
+from worker.kafka import aiokafka_compat as module
+from worker.kafka.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
 
 
 def test_a_request_names_topics_and_creates_none() -> None:

@@ -10,15 +10,15 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
 from aiokafka.structs import OffsetAndMetadata
 
-from worker import transactions as module
-from worker.cluster import Backoff, Connection
 from worker.core.events import Outgoing, Reason
+from worker.kafka import exactly_once as module
+from worker.kafka.connection import Backoff, Connection
+from worker.kafka.exactly_once import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
+from worker.kafka.sink import Parcel
+from worker.kafka.source import Assignment
 from worker.runtime.loop_budget import RECORDS, Breath
-from worker.sink import Parcel
-from worker.source import Assignment
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
-from worker.transactions import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
 
 TP = TopicPartition("t", 0)
 

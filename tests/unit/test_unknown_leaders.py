@@ -21,13 +21,13 @@ from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
 from tests.unit.test_transactions import parcel
-from worker import aiokafka_compat as module
-from worker.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
-from worker.cluster import Connection
-from worker.sink import Columns, Sink
+from worker.kafka import aiokafka_compat as module
+from worker.kafka.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
+from worker.kafka.connection import Connection
+from worker.kafka.exactly_once import PartitionSink, Refusals
+from worker.kafka.sink import Columns, Sink
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
-from worker.transactions import PartitionSink, Refusals
 
 TP = TopicPartition("t", 0)
 TTL_S = 30.0

@@ -20,11 +20,10 @@ from aiokafka.record.legacy_records import LegacyRecordBatch, LegacyRecordBatchB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import worker.cluster  # noqa: F401 - sets the bound
+import worker.kafka.connection  # noqa: F401 - sets the bound
 from tests import batches
-from worker import unpacking
-from worker.source import UNREADABLE
-from worker.unpacking import (
+from worker.kafka import decompression as unpacking
+from worker.kafka.decompression import (
     HEADERS,
     LEGACY_RECORDS,
     PARTS,
@@ -38,6 +37,7 @@ from worker.unpacking import (
     unpack_into,
     unpack_snappy,
 )
+from worker.kafka.source import UNREADABLE
 
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
 KINDS = [(DefaultRecordBatch, DefaultRecordBatchBuilder), (_DefaultRecordBatchPy, _DefaultRecordBatchBuilderPy)]

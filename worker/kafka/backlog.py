@@ -7,10 +7,10 @@ from typing import Final, NamedTuple
 
 from aiokafka import TopicPartition
 
-from worker.aiokafka_compat import partitions_of, use_topics
-from worker.cluster import UNREACHABLE, Connection, stopped
-from worker.consumer import Consumer
 from worker.core.topic_ids import is_of
+from worker.kafka.aiokafka_compat import partitions_of, use_topics
+from worker.kafka.connection import UNREACHABLE, Connection, stopped
+from worker.kafka.consumer import Consumer
 
 log = logging.getLogger(__name__)
 

@@ -25,17 +25,17 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.cluster import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
 from worker.core.events import Reason
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.kafka.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled, within
-from worker.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
+    from worker.kafka.source import Assignment
     from worker.pipeline import Outcome
-    from worker.source import Assignment
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 
-import worker.aiokafka_compat  # noqa: F401 - a fetch keeps its bytes
+import worker.kafka.aiokafka_compat  # noqa: F401 - a fetch keeps its bytes
 from worker.core.events import Headers
-from worker.unpacking import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
+from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
 
 
 class Record(NamedTuple):

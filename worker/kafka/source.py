@@ -40,13 +40,21 @@ from aiokafka.errors import (
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember, use_topics
-from worker.cluster import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
-from worker.consumer import Consumer
 from worker.core.batching import MicroBatcher
 from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
-from worker.records import Reader, Record
+from worker.kafka.aiokafka_compat import (
+    NOT_THE_COORDINATOR,
+    CoordinatorAnswers,
+    InstanceIdTaken,
+    StaticMember,
+    use_topics,
+)
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
+from worker.kafka.consumer import Consumer
+from worker.kafka.decompression import Budget
+from worker.kafka.exactly_once import Transactions
+from worker.kafka.reader import Reader, Record
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled, within
@@ -54,8 +62,6 @@ from worker.settings import WrongSetting
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
 from worker.telemetry.metrics import Metrics
-from worker.transactions import Transactions
-from worker.unpacking import Budget
 
 log = logging.getLogger(__name__)
 

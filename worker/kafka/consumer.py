@@ -21,7 +21,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.aiokafka_compat import (
+from worker.kafka.aiokafka_compat import (
     RETRY_S,
     agreed_topic_id,
     background_tasks,

@@ -29,12 +29,12 @@ from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.admin import SaslHandShakeRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
-from worker.aiokafka_compat import end_remains, topic_names, use_topics
-from worker.handshake import Listener, listener_at, tls_sentence
+from worker.kafka.aiokafka_compat import end_remains, topic_names, use_topics
+from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
+from worker.kafka.decompression import bound_unpacking
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ConnectionSettings, UsersMistake, WrongSetting, revealed, split_names, whole_name
 from worker.telemetry.health import Health
-from worker.unpacking import bound_unpacking
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
