@@ -15,7 +15,7 @@ from functools import partial, partialmethod
 from pathlib import Path
 
 from worker.cli import main
-from worker.pipeline import Pipeline
+from worker.pipeline.stages import Pipeline
 from worker.runtime import garbage_collection as garbage
 
 PROBE_S = 0.005

@@ -38,9 +38,9 @@ from tests.broker import Broker, start_broker
 from tests.process import workers_in
 from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
-from worker.inference import Inference
 from worker.model.onnx_export import is_installed
 from worker.model.sentiment_model import SentimentModel, own_process
+from worker.pipeline.inference import Inference
 from worker.telemetry.metrics import Metrics
 
 LINGER_MS = 10

@@ -18,13 +18,13 @@ from rich.table import Column, Table
 
 from worker.classify import file_lines
 from worker.core.printable import printable
-from worker.inference import free_memory
 from worker.model.autotune import PATIENCE_S, WORTH, candidate_budgets, fastest, least_that_is_as_fast
 from worker.model.backends import BackendError, has_bfloat16
 from worker.model.cuda import AGREEMENT
 from worker.model.onnx_export import is_installed
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel, own_process
+from worker.pipeline.inference import free_memory
 from worker.settings import BenchSettings, WrongSetting
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts

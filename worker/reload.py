@@ -8,7 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from worker.core.printable import printable
-from worker.inference import Inference, Model, is_out_of_memory
+from worker.pipeline.inference import Inference, Model, is_out_of_memory
 from worker.settings import UsersMistake
 from worker.telemetry.metrics import Metrics
 

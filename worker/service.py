@@ -14,7 +14,6 @@ from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.guard import Guard
-from worker.inference import Inference, InferenceLost
 from worker.kafka.backlog import tell_backlog
 from worker.kafka.connection import (
     NO_LIMIT,
@@ -29,7 +28,8 @@ from worker.kafka.exactly_once import Transactions
 from worker.kafka.sink import Sink
 from worker.kafka.source import Source, Standstill, UnreadableRecord
 from worker.monitor import Monitor
-from worker.pipeline import DeadLetterRefused, DrainTimeout, Pipeline
+from worker.pipeline.inference import Inference, InferenceLost
+from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.reload import Reloader
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.memory import keep_blocks

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.waiting import wait_for
-from worker import inference as inference_module
 from worker.core.sentiment import LABELS, Activation, Label, Sentiment
-from worker.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.model.sentiment_model import Tokens
+from worker.pipeline import inference as inference_module
+from worker.pipeline.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.runtime.loop_budget import SLICE, Breath
 from worker.telemetry.metrics import Metrics
 

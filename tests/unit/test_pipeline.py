@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 
-from worker import pipeline as module
 from worker.core.dead_letter_limit import FloodGauge
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
 from worker.kafka.reader import Record
 from worker.kafka.sink import Parcel
 from worker.kafka.source import Assignment
-from worker.pipeline import MicroBatch, Outcome, Part, Pipeline, Stages
+from worker.pipeline import stages as module
+from worker.pipeline.stages import MicroBatch, Outcome, Part, Pipeline, Stages
 from worker.runtime.loop_budget import Breath
 from worker.telemetry.metrics import Metrics
 

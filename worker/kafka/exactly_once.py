@@ -35,7 +35,7 @@ from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from worker.kafka.source import Assignment
-    from worker.pipeline import Outcome
+    from worker.pipeline.stages import Outcome
 
 log = logging.getLogger(__name__)
 
