@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.console import Console, Tap, shown_settings
 from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
-from worker.guard import Guard
+from worker.http.access import Guard
+from worker.http.console import Console, Tap, shown_settings
+from worker.http.reload import Reloader
+from worker.http.server import Monitor
 from worker.kafka.backlog import tell_backlog
 from worker.kafka.connection import (
     NO_LIMIT,
@@ -27,10 +29,8 @@ from worker.kafka.connection import (
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.sink import Sink
 from worker.kafka.source import Source, Standstill, UnreadableRecord
-from worker.monitor import Monitor
 from worker.pipeline.inference import Inference, InferenceLost
 from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
-from worker.reload import Reloader
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.memory import keep_blocks
 from worker.runtime.tasks import cancelled

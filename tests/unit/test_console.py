@@ -13,12 +13,12 @@ import aiohttp
 import pytest
 from aiokafka import ConsumerRecord
 
-from worker import console as console_module
-from worker.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
 from worker.core.events import Decoder, Failure
 from worker.core.sentiment import Sentiment
-from worker.guard import Guard
-from worker.monitor import Monitor
+from worker.http import console as console_module
+from worker.http.access import Guard
+from worker.http.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
+from worker.http.server import Monitor
 from worker.settings import RunSettings, load
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -11,9 +11,9 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from worker import guard as guarding
-from worker.guard import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Guard, TokenFor
-from worker.monitor import Monitor
+from worker.http import access as guarding
+from worker.http.access import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Guard, TokenFor
+from worker.http.server import Monitor
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -468,7 +468,7 @@ async def test_accepted_changes_are_counted_and_told_with_who_asked(
     caplog.set_level(logging.INFO)
     await guarded.ask("POST", "/change", BEARER, b"x")
     assert b"sentiment_worker_http_changes_total 1.0" in guarded.metrics.text()
-    (told,) = [record for record in caplog.records if record.name == "worker.guard"]
+    (told,) = [record for record in caplog.records if record.name == "worker.http.access"]
     assert (vars(told)["peer"], vars(told)["method"], vars(told)["path"]) == ("127.0.0.1", "POST", "/change")
 
 

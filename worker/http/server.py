@@ -6,7 +6,7 @@ from typing import Protocol
 from aiohttp import web
 
 from worker.core.printable import printable
-from worker.guard import Guard
+from worker.http.access import Guard
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 
