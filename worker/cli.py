@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from worker.corpus import Source
     from worker.settings import CorpusSettings, LogSettings
+    from worker.training.dataset import Source
 
 Answer = TypeVar("Answer")
 Logging = TypeVar("Logging", bound="LogSettings")
@@ -201,14 +201,14 @@ def _evaluate(argv: Sequence[str]) -> int:
     import orjson
     import rich
 
-    from worker.corpus import read_source
     from worker.settings import EvaluateSettings
+    from worker.training.dataset import read_source
 
     settings = _configured(EvaluateSettings, argv, "evaluate")
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
-    from worker.evaluation import evaluate
     from worker.model.sentiment_model import SentimentModel
+    from worker.training.evaluate import evaluate
 
     model = SentimentModel.load_as_set(settings)
     by = settings.rows_held_out_by(settings.model)
@@ -231,7 +231,7 @@ def _train(argv: Sequence[str]) -> int:
     _log_as_asked(argv)
     settings = load(TrainSettings, argv, "sentiment-worker train")
     sources = _sources(settings)
-    from worker.training import ProgressView, train
+    from worker.training.train import ProgressView, train
 
     with ProgressView() as view:
         result = _or_refuse(lambda: train(settings, sources, view))
@@ -253,7 +253,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _sources(settings: "CorpusSettings") -> "list[Source]":
-    from worker.corpus import parse_sources
+    from worker.training.dataset import parse_sources
 
     return _or_refuse(
         lambda: parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column)

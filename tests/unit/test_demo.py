@@ -18,12 +18,12 @@ from rich.console import Console
 from worker import demo
 from worker.core.events import Decoder, Event, Failure, Null
 from worker.core.sentiment import LABELS
-from worker.corpus import is_held_out
 from worker.demo.errors import DemoError
 from worker.demo.ledger import Books, Ledger, Speed, discrepancies, summary
 from worker.demo.messages import BROKEN, Message, Review, endless, lap, reviews
 from worker.demo.views import LinesView, LiveView, bar
 from worker.telemetry.metrics import Metrics
+from worker.training.dataset import is_held_out
 
 kafka = pytest.importorskip("confluent_kafka")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from worker.corpus import Source, is_held_out
-from worker.evaluation import Report, class_f1, confusion, evaluate, macro_f1
+from worker.training.dataset import Source, is_held_out
+from worker.training.evaluate import Report, class_f1, confusion, evaluate, macro_f1
 
 HAND_COUNTED = np.array([[3, 1, 0], [1, 2, 1], [0, 0, 2]])
 

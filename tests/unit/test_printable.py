@@ -9,10 +9,10 @@ from rich.console import Console
 from worker.bench import FLOAT32, Measured, Report, _print
 from worker.check import Finding
 from worker.core.printable import printable
-from worker.evaluation import Report as Evaluation
-from worker.evaluation import confusion
 from worker.replay import Tally
 from worker.settings import UsersMistake
+from worker.training.evaluate import Report as Evaluation
+from worker.training.evaluate import confusion
 
 HOSTILE = '\x1b]0;gone\x07\n{"level": "INFO"}\r\x9b31m\u202e\u2028\udcff'
 

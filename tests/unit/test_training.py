@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import worker
-from worker.corpus import (
+from worker.settings import EvaluateSettings, TrainSettings, WrongSetting, load
+from worker.training.dataset import (
     CLASSES,
     Example,
     Source,
@@ -31,9 +32,8 @@ from worker.corpus import (
     repetitions,
     sample_held_out,
 )
-from worker.evaluation import evaluate
-from worker.settings import EvaluateSettings, TrainSettings, WrongSetting, load
-from worker.training import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
+from worker.training.evaluate import evaluate
+from worker.training.train import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
 
 BUILTIN = Path(worker.__file__).parent / "builtin"
 WORDS = {

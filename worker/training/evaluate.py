@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker.core.printable import printable
-from worker.corpus import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
+from worker.training.dataset import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
 
 Matrix = NDArray[np.int64]
 """A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""

@@ -36,7 +36,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from worker.corpus import (
+from worker.model.checkpoint import folder_of
+from worker.settings import TrainSettings, UsersMistake
+from worker.training.dataset import (
     CLASSES,
     Counts,
     Example,
@@ -47,9 +49,7 @@ from worker.corpus import (
     read_source,
     repetitions,
 )
-from worker.evaluation import Report, evaluate_examples
-from worker.model.checkpoint import folder_of
-from worker.settings import TrainSettings, UsersMistake
+from worker.training.evaluate import Report, evaluate_examples
 
 __all__ = ["Diverged", "Interrupted", "Progress", "ProgressView", "Result", "train"]
 
