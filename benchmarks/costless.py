@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import probed
-from worker import service
 from worker.cli import main
+from worker.commands import run as service
 from worker.settings import RunSettings
 
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))

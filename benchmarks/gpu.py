@@ -47,8 +47,8 @@ from tests.broker import started as start_kafka
 from tests.process import WorkerProcess
 from tests.topics import Kafka, Topics
 from tests.waiting import wait_for
-from worker.demo.broker import ANSWER_S
-from worker.demo.broker import start as start_mock
+from worker.commands.demo.broker import ANSWER_S
+from worker.commands.demo.broker import start as start_mock
 from worker.model.bert import seconds
 from worker.model.cuda import CudaLane, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews

@@ -10,7 +10,7 @@ import sys
 
 from aiokafka import AIOKafkaProducer
 
-from worker.demo.messages import endless, reviews
+from worker.commands.demo.messages import endless, reviews
 
 TICK_S = 0.1
 LAP = 700

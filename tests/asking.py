@@ -15,8 +15,9 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from benchmarks.costless import CostlessModel
-from worker import check, service
 from worker.cli import main
+from worker.commands import check
+from worker.commands import run as service
 from worker.kafka import connection as cluster
 from worker.kafka.aiokafka_compat import TopicsRequest
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker import service
 from worker.cli import main
+from worker.commands import run as service
 from worker.settings import RunSettings
 
 SECRET_TEXT = "никому не показывать"

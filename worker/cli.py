@@ -85,7 +85,7 @@ def _answer(arguments: list[str]) -> int:
         print(HELP, end="")
         return 0
     if name == "--version":
-        from worker.service import worker_version
+        from worker.commands.run import worker_version
 
         print(worker_version())
         return 0
@@ -137,7 +137,7 @@ def _run(argv: Sequence[str]) -> int:
     from worker.settings import RunSettings
 
     settings = _configured(RunSettings, argv, "run")
-    from worker import service
+    from worker.commands import run as service
 
     return service.run(settings)
 
@@ -149,13 +149,13 @@ def _check(argv: Sequence[str]) -> int:
     try:
         settings = _configured(RunSettings, argv, "check")
     except WrongSetting as error:
-        from worker import check
+        from worker.commands import check
 
         return check.refused(error)
     logs.configure("error", settings.log_format)
     for sentence in unknown_variables(RunSettings):
         print(f"warn  settings     {sentence}")
-    from worker import check
+    from worker.commands import check
 
     return check.run(settings)
 
@@ -164,7 +164,7 @@ def _classify(argv: Sequence[str]) -> int:
     from worker.settings import ClassifySettings
 
     settings = _configured(ClassifySettings, argv, "classify")
-    from worker import classify
+    from worker.commands import classify
 
     return classify.run(settings)
 
@@ -173,7 +173,7 @@ def _bench(argv: Sequence[str]) -> int:
     from worker.settings import BenchSettings
 
     settings = _configured(BenchSettings, argv, "bench")
-    from worker import bench
+    from worker.commands import bench
 
     return bench.run(settings)
 
@@ -182,7 +182,7 @@ def _replay(argv: Sequence[str]) -> int:
     from worker.settings import ReplaySettings
 
     settings = _configured(ReplaySettings, argv, "replay")
-    from worker import replay
+    from worker.commands import replay
 
     return replay.run(settings)
 
@@ -192,7 +192,7 @@ def _demo(argv: Sequence[str]) -> int:
 
     _log_as_asked(argv)
     settings = load(DemoSettings, argv, "sentiment-worker demo")
-    from worker import demo
+    from worker.commands import demo
 
     return demo.run(settings)
 

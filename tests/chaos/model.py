@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.costless import CostlessModel
 from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
-from worker import service
 from worker.cli import main
+from worker.commands import run as service
 from worker.kafka import sink, source
 from worker.kafka.consumer import Consumer
 from worker.kafka.reader import Fetched

@@ -11,8 +11,8 @@ from tests.integration.test_check import flags
 from tests.process import COSTLESS, Workers
 from tests.scenario import wait_until_committed
 from tests.topics import Kafka, Record, Topics
-from worker import check
-from worker.check import Finding
+from worker.commands import check
+from worker.commands.check import Finding
 from worker.kafka.connection import Connection
 from worker.settings import RunSettings, load
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker import bench
-from worker.bench import FLOAT32, Engine, Measured, Report, Steps, measure
+from worker.commands import bench
+from worker.commands.bench import FLOAT32, Engine, Measured, Report, Steps, measure
 from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
 from worker.model.backends import BackendError
 from worker.settings import BenchSettings

@@ -9,7 +9,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.metadata import READABLE_ID
-from worker.check import _members, _unread_before
+from worker.commands.check import _members, _unread_before
 from worker.core.topic_ids import with_topic_id
 
 

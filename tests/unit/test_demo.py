@@ -15,19 +15,19 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from worker import demo
+from worker.commands import demo
+from worker.commands.demo.errors import DemoError
+from worker.commands.demo.ledger import Books, Ledger, Speed, discrepancies, summary
+from worker.commands.demo.messages import BROKEN, Message, Review, endless, lap, reviews
+from worker.commands.demo.views import LinesView, LiveView, bar
 from worker.core.events import Decoder, Event, Failure, Null
 from worker.core.sentiment import LABELS
-from worker.demo.errors import DemoError
-from worker.demo.ledger import Books, Ledger, Speed, discrepancies, summary
-from worker.demo.messages import BROKEN, Message, Review, endless, lap, reviews
-from worker.demo.views import LinesView, LiveView, bar
 from worker.telemetry.metrics import Metrics
 from worker.training.dataset import is_held_out
 
 kafka = pytest.importorskip("confluent_kafka")
 
-from worker.demo import broker, play, processes  # noqa: E402  (they need confluent_kafka)
+from worker.commands.demo import broker, play, processes  # noqa: E402  (they need confluent_kafka)
 
 REVIEWS = [Review(f"Отзыв номер {n}", LABELS[n % 3]) for n in range(7)]
 
@@ -268,7 +268,7 @@ def test_the_first_signal_asks_and_the_second_ends():
 
 def test_the_broker_has_its_topics_and_ends_with_whoever_started_it():
     with subprocess.Popen(
-        [sys.executable, "-m", "worker.demo.broker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "worker.commands.demo.broker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         address = process.stdout.readline().strip()
         topics = kafka.Consumer({"bootstrap.servers": address, "group.id": "test"}).list_topics(timeout=10).topics

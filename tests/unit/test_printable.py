@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from worker.bench import FLOAT32, Measured, Report, _print
-from worker.check import Finding
+from worker.commands.bench import FLOAT32, Measured, Report, _print
+from worker.commands.check import Finding
+from worker.commands.replay import Tally
 from worker.core.printable import printable
-from worker.replay import Tally
 from worker.settings import UsersMistake
 from worker.training.evaluate import Report as Evaluation
 from worker.training.evaluate import confusion

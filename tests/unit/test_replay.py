@@ -9,11 +9,11 @@ from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
+from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.core.events import Original
 from worker.core.replay_progress import Replayed
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
-from worker.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.settings import ReplaySettings, load
 
 LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
@@ -26,7 +26,7 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
         waiting.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("worker.replay.wait_until_usable", for_ever)
+    monkeypatch.setattr("worker.commands.replay.wait_until_usable", for_ever)
     replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
     sending = asyncio.create_task(replay._send([LETTER]))
     await asyncio.wait_for(waiting.wait(), 5)
@@ -77,7 +77,7 @@ ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
 async def test_what_was_done_is_done_again_only_where_the_brokers_agree_that_the_topic_is_another(
     monkeypatch: pytest.MonkeyPatch, answers: list[str | None], offset: int | None
 ) -> None:
-    monkeypatch.setattr("worker.replay.TOPIC_IDS_DOUBT_S", 0)
+    monkeypatch.setattr("worker.commands.replay.TOPIC_IDS_DOUBT_S", 0)
     replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
     tp = TopicPartition("dead", 0)
 

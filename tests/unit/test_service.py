@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from tests.broker import free_port
-from worker.service import runbook
+from worker.commands.run import runbook
 
 STUBBORN = """
 import asyncio
-from worker import service
+from worker.commands import run as service
 from worker.runtime import tasks
 from worker.cli import main
 
@@ -72,7 +72,7 @@ def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str)
 
 PLAIN = """
 import asyncio
-from worker import service
+from worker.commands import run as service
 from worker.cli import main
 
 async def work(*_):
@@ -91,7 +91,8 @@ def test_a_process_with_closed_streams_ends_well() -> None:
 
 FAILING = """
 import sys
-from worker import service, settings
+from worker import settings
+from worker.commands import run as service
 from worker.kafka import source
 from worker.cli import main
 
@@ -116,7 +117,7 @@ def test_the_line_that_says_why_it_ends_has_the_exit_code(error: str, code: int)
 
 HANGING_UP = """
 import asyncio, os, signal, sys
-from worker import service
+from worker.commands import run as service
 from worker.cli import main
 
 signal.signal(signal.SIGHUP, signal.Handlers[sys.argv.pop()])

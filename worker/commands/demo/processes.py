@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from worker.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
-from worker.demo.errors import DemoError
+from worker.commands.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
+from worker.commands.demo.errors import DemoError
 
 READY_S = 120
 DRAIN_S = 30
@@ -54,7 +54,10 @@ class Stop:
 @contextlib.contextmanager
 def broker_process(log: Path) -> Iterator[str]:
     """The embedded broker's address; the broker has ended when this has. DemoError when it does not start."""
-    with log.open("wb") as errors, _process([sys.executable, "-m", "worker.demo.broker"], errors, os.environ) as broker:
+    with (
+        log.open("wb") as errors,
+        _process([sys.executable, "-m", "worker.commands.demo.broker"], errors, os.environ) as broker,
+    ):
         assert broker.stdout is not None
         address = broker.stdout.readline().decode().strip()
         if not address:

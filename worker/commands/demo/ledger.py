@@ -6,8 +6,8 @@ from typing import NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from worker.commands.demo.messages import Message, Review
 from worker.core.sentiment import LABELS
-from worker.demo.messages import Message, Review
 
 METRIC_PREFIX = "sentiment_worker_"
 RECENT = 12

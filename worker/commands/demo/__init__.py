@@ -34,6 +34,6 @@ def run(options: Options) -> int:
     except ImportError:
         sys.stderr.write("The demo's broker is not installed; it comes with: pip install 'sentiment-worker[demo]'\n")
         return 2
-    from worker.demo import play
+    from worker.commands.demo import play
 
     return play.run(options)

@@ -13,12 +13,12 @@ from pathlib import Path
 import confluent_kafka as kafka
 from rich.console import Console
 
-from worker.demo import Options
-from worker.demo.broker import TOPICS
-from worker.demo.errors import DemoError
-from worker.demo.ledger import Books, Ledger, discrepancies, summary
-from worker.demo.messages import Message, endless, lap, reviews
-from worker.demo.processes import (
+from worker.commands.demo import Options
+from worker.commands.demo.broker import TOPICS
+from worker.commands.demo.errors import DemoError
+from worker.commands.demo.ledger import Books, Ledger, discrepancies, summary
+from worker.commands.demo.messages import Message, endless, lap, reviews
+from worker.commands.demo.processes import (
     Stop,
     broker_process,
     check_alive,
@@ -30,8 +30,8 @@ from worker.demo.processes import (
     worker_command,
     worker_process,
 )
-from worker.demo.traffic import Traffic
-from worker.demo.views import LinesView, LiveView, View, say, waiting
+from worker.commands.demo.traffic import Traffic
+from worker.commands.demo.views import LinesView, LiveView, View, say, waiting
 
 SETTLE_S = 20
 MOST_IN_FLIGHT = 2_000  # the mock keeps the last 5 MB of a partition, read or not

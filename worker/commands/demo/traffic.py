@@ -6,11 +6,11 @@ from typing import Any
 
 import confluent_kafka as kafka
 
+from worker.commands.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
+from worker.commands.demo.errors import DemoError
+from worker.commands.demo.ledger import Ledger
+from worker.commands.demo.messages import Message
 from worker.core.events import ID_HEADER
-from worker.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
-from worker.demo.errors import DemoError
-from worker.demo.ledger import Ledger
-from worker.demo.messages import Message
 
 
 class Traffic:

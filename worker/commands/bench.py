@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from worker.classify import file_lines
+from worker.commands.classify import file_lines
 from worker.core.printable import printable
 from worker.model.autotune import PATIENCE_S, WORTH, candidate_budgets, fastest, least_that_is_as_fast
 from worker.model.backends import BackendError, has_bfloat16

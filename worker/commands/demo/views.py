@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from worker.commands.demo.ledger import RECENT, Ledger, Speed, label_counts, latencies, reason_counts
 from worker.core.sentiment import LABELS
-from worker.demo.ledger import RECENT, Ledger, Speed, label_counts, latencies, reason_counts
 
 FRAME_S = 0.2
 LINE_S = 2.0
