@@ -93,13 +93,13 @@ def _answer(arguments: list[str]) -> int:
         _log_as_asked(arguments)
         _explain(f"{name!r} is no command; `sentiment-worker --help` lists them", 2)
         return 2
-    from worker.settings import UsersMistake
+    from worker.errors import UserError
 
     # for `train`, where torch's threads would wait for each other by spinning; a worker's pass on a CPU takes one thread
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return COMMANDS[name](arguments)
-    except UsersMistake as error:
+    except UserError as error:
         _explain(str(error), error.exit_code)
         return error.exit_code
     except SystemExit as end:  # argparse's after --help, rich's where the reader of its output has gone
@@ -143,7 +143,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(argv: Sequence[str]) -> int:
-    from worker.settings import RunSettings, WrongSetting, unknown_variables
+    from worker.errors import WrongSetting
+    from worker.settings import RunSettings, unknown_variables
     from worker.telemetry import logs
 
     try:
@@ -262,7 +263,7 @@ def _sources(settings: "CorpusSettings") -> "list[Source]":
 
 def _or_refuse(work: Callable[[], Answer]) -> Answer:
     """The data commands say what is wrong with their input by a ValueError of one sentence."""
-    from worker.settings import WrongSetting
+    from worker.errors import WrongSetting
 
     try:
         return work()

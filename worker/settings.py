@@ -37,7 +37,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from worker.core.printable import printable
+from worker.errors import WrongSetting
+from worker.printable import printable
 
 PREFIX = "WORKER_"
 DEFAULT_TEXT_FIELD = "text"
@@ -56,24 +57,6 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
-
-
-class UsersMistake(Exception):
-    """Something that the user can put right; the message is one sentence that says what."""
-
-    exit_code = 2
-
-    def __str__(self) -> str:
-        """One line, whatever file or broker the words are from."""
-        return printable(super().__str__())
-
-
-class WrongSetting(UsersMistake):
-    """A setting, a flag or a file of settings is wrong; ``sentences`` has what else is, too."""
-
-    def __init__(self, sentence: str, *others: str) -> None:
-        super().__init__(sentence)
-        self.sentences = (sentence, *others)
 
 
 def is_folder(model: str) -> bool:

@@ -19,9 +19,9 @@ from tests.scenario import wait_until_committed
 from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.topics import Kafka, Record, Topics, numbered
 from tests.waiting import holds_for, wait_for
+from worker.errors import WrongSetting
 from worker.kafka.connection import Connection, tls_context, wait_until_usable
 from worker.kafka.permissions import Permissions
-from worker.settings import WrongSetting
 from worker.telemetry.health import Health
 
 pytestmark = pytest.mark.kafka

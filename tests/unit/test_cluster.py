@@ -11,8 +11,8 @@ from aiokafka.protocol.metadata import MetadataRequest
 from uvloop import new_event_loop
 
 from tests.secure import Authority
+from worker.errors import WrongSetting
 from worker.kafka import connection as cluster
-from worker.settings import WrongSetting
 
 
 async def write_to_a_connection_that_was_reset() -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from worker.commands.bench import FLOAT32, Measured, Report, _print
 from worker.commands.check import Finding
 from worker.commands.replay import Tally
-from worker.core.printable import printable
-from worker.settings import UsersMistake
+from worker.errors import UserError
+from worker.printable import printable
 from worker.training.evaluate import Report as Evaluation
 from worker.training.evaluate import confusion
 
@@ -35,7 +35,7 @@ def test_a_line_of_json_means_the_same_afterwards() -> None:
 
 
 def test_a_mistake_and_a_finding_are_one_line() -> None:
-    assert str(UsersMistake(f"labels: {HOSTILE}")) == f"labels: {printable(HOSTILE)}"
+    assert str(UserError(f"labels: {HOSTILE}")) == f"labels: {printable(HOSTILE)}"
     assert str(Finding("model", "fail", HOSTILE)) == f"fail  model        {printable(HOSTILE)}"
 
 

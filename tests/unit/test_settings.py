@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from worker.errors import WrongSetting
 from worker.settings import (
     SECRETS,
     ClassifySettings,
@@ -17,7 +18,6 @@ from worker.settings import (
     EvaluateSettings,
     ReplaySettings,
     RunSettings,
-    WrongSetting,
     load,
     moment_ms,
     split_names,

@@ -28,13 +28,13 @@ from aiokafka.protocol.group import HeartbeatRequest, JoinGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.topic_ids import TopicRecreated, with_topic_id
+from worker.errors import WrongSetting
 from worker.kafka import source as module
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.source import Rejoin, Source, Standstill, UnreadableRecord
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled
-from worker.settings import WrongSetting
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.process import environment
-from worker.settings import WrongSetting
+from worker.errors import WrongSetting
 from worker.telemetry.tracing import Tracing, trace_context
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import worker
-from worker.settings import EvaluateSettings, TrainSettings, WrongSetting, load
+from worker.errors import WrongSetting
+from worker.settings import EvaluateSettings, TrainSettings, load
 from worker.training.dataset import (
     CLASSES,
     Example,

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from worker.commands.classify import file_lines
-from worker.core.printable import printable
+from worker.errors import WrongSetting
 from worker.model.autotune import PATIENCE_S, WORTH, candidate_budgets, fastest, least_that_is_as_fast
 from worker.model.backends import BackendError, has_bfloat16
 from worker.model.cuda import AGREEMENT
@@ -25,7 +25,8 @@ from worker.model.onnx_export import is_installed
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel, own_process
 from worker.pipeline.inference import free_memory
-from worker.settings import BenchSettings, WrongSetting
+from worker.printable import printable
+from worker.settings import BenchSettings
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
 BATCHES: Final = (1, 8, 32, 128, 512)
@@ -113,7 +114,7 @@ class Report:
 
 
 def run(settings: BenchSettings) -> int:
-    """Measures and prints. Blocks for a minute or so, on a GPU for some; answers with the exit code. Raises UsersMistake."""
+    """Measures and prints. Blocks for a minute or so, on a GPU for some; answers with the exit code. Raises UserError."""
     texts = _texts(settings.file)
     with Steps(settings.json_output) as steps:
         report = measure(settings, texts, steps)

@@ -18,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from worker.core.printable import printable
+from worker.errors import UserError, WrongSetting
 from worker.http.access import SERVER
 from worker.kafka.aiokafka_compat import known_brokers
 from worker.kafka.backlog import backlog, valid_offsets
@@ -40,9 +40,10 @@ from worker.kafka.connection import (
 )
 from worker.kafka.consumer import Consumer
 from worker.kafka.permissions import Permissions
+from worker.printable import printable
 from worker.runtime.file_descriptors import compared, raise_limit
 from worker.runtime.tasks import within
-from worker.settings import RunSettings, UsersMistake, WrongSetting
+from worker.settings import RunSettings
 from worker.telemetry.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
@@ -163,7 +164,7 @@ def _model(settings: RunSettings) -> Finding:
 
     try:
         model = SentimentModel.load_as_set(settings)
-    except UsersMistake as error:  # brokers and topics are worth a look all the same
+    except UserError as error:  # brokers and topics are worth a look all the same
         return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:

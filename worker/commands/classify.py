@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 import orjson
 
 from worker.core.events import is_empty, iso_time, result_fields
+from worker.errors import UserError, WrongSetting
 from worker.model.sentiment_model import SentimentModel
-from worker.settings import ClassifySettings, UsersMistake, WrongSetting
+from worker.settings import ClassifySettings
 
 TEXTS_AT_ONCE = 512
 BLOCK_BYTES = 1 << 17  # some 512 short texts
@@ -27,7 +28,7 @@ MARKS = {
 codecs.register_error("unpaired", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
 
-class NothingScored(UsersMistake):
+class NothingScored(UserError):
     """Not one of the texts could be scored."""
 
     exit_code = 1

@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from worker.core.events import Decoder, Original, original, revived
-from worker.core.printable import printable
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
+from worker.errors import UserError
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
 from worker.kafka.connection import (
     UNREACHABLE,
@@ -42,8 +42,9 @@ from worker.kafka.connection import (
 from worker.kafka.consumer import Consumer
 from worker.kafka.sink import Parcel, Sink
 from worker.kafka.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
+from worker.printable import printable
 from worker.runtime.tasks import cancelled, within
-from worker.settings import ReplaySettings, UsersMistake, moment_ms
+from worker.settings import ReplaySettings, moment_ms
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -56,7 +57,7 @@ REQUESTS: Final = 2  # that may time out one after the other before brokers coun
 NO_REASON: Final = "(no dead letter)"  # as this version knows them
 
 
-class ReplayFailed(UsersMistake):
+class ReplayFailed(UserError):
     """The replay cannot go on; what it has done is committed."""
 
     exit_code = 1
@@ -100,7 +101,7 @@ class Lane:
 
 
 def run(settings: ReplaySettings) -> int:
-    """Replays, prints what has become of how many, and answers with the exit code. Blocks. Raises UsersMistake."""
+    """Replays, prints what has become of how many, and answers with the exit code. Blocks. Raises UserError."""
     with _progress() as progress:
         tally = asyncio.run(_replayed(settings, progress))
     console = Console()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
+from worker.errors import UserError, WrongSetting
 from worker.http.access import Guard
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
@@ -34,7 +35,7 @@ from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.memory import keep_blocks
 from worker.runtime.tasks import cancelled
-from worker.settings import RunSettings, UsersMistake, WrongSetting, revealed, split_names, text_fields
+from worker.settings import RunSettings, revealed, split_names, text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
 from worker.telemetry.metrics import Metrics
@@ -73,7 +74,7 @@ def runbook(urls: list[str]) -> str | None:
 def run(settings: RunSettings) -> int:
     """Runs the worker until SIGTERM or SIGINT, or until something breaks. Blocks; answers with the exit code.
 
-    Raises UsersMistake. A second signal, a hung inference and a drain that takes too long end the process
+    Raises UserError. A second signal, a hung inference and a drain that takes too long end the process
     at once, with exit code 1.
     """
     raise_limit()
@@ -167,7 +168,7 @@ async def _work(
         log.error("%s", error, extra={"exit_code": 1})
         await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
         _end_at_once(1)
-    except UsersMistake:
+    except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
         log.critical("failed for a reason that nobody foresaw", extra={**whereabouts(error), "exit_code": 1})

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from worker.core.printable import printable
+from worker.errors import UserError
 from worker.pipeline.inference import Inference, Model, is_out_of_memory
-from worker.settings import UsersMistake
+from worker.printable import printable
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Reloader:
 
 def _reason(error: Exception) -> str:
     """One line. Loading knows no record, so that no library's words can hold a text of one."""
-    if isinstance(error, UsersMistake):
+    if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):
         return "there is not enough memory for a second model beside the one in use"

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from aiohttp import web
 
-from worker.core.printable import printable
 from worker.http.access import Guard
+from worker.printable import printable
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 

@@ -29,11 +29,12 @@ from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.admin import SaslHandShakeRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
+from worker.errors import UserError, WrongSetting
 from worker.kafka.aiokafka_compat import end_remains, topic_names, use_topics
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
 from worker.kafka.decompression import bound_unpacking
 from worker.runtime.tasks import cancelled, within
-from worker.settings import ConnectionSettings, UsersMistake, WrongSetting, revealed, split_names, whole_name
+from worker.settings import ConnectionSettings, revealed, split_names, whole_name
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ _ADVICE: Final = {
 _TOPIC_TROUBLES = {3: "does not exist", 17: "has a name that Kafka does not allow", 29: "may not be read about (ACL)"}
 
 
-class BrokersAway(UsersMistake):
+class BrokersAway(UserError):
     """No broker can be used, for longer than a command waits; the message says why."""
 
     exit_code = 1

@@ -43,6 +43,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.core.batching import MicroBatcher
 from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
+from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat import (
     NOT_THE_COORDINATOR,
     CoordinatorAnswers,
@@ -58,7 +59,6 @@ from worker.kafka.reader import Reader, Record
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import Breath
 from worker.runtime.tasks import cancelled, within
-from worker.settings import WrongSetting
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
 from worker.telemetry.metrics import Metrics

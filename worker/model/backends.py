@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
+from worker.errors import UserError
 from worker.model import onnx_export as exported
 from worker.model.autotune import cpu_has, fastest, one_thread
 from worker.model.bert import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
 from worker.model.cuda import AGREEMENT, expected_agreement
 from worker.model.tokenizer import Ids
-from worker.settings import UsersMistake
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
     exact: Forward | None = None
 
 
-class BackendError(UsersMistake):
+class BackendError(UserError):
     """The backend that is asked for cannot run this network."""
 
 

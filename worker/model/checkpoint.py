@@ -12,7 +12,8 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
-from worker.settings import UsersMistake, is_folder, revision_fault
+from worker.errors import UserError
+from worker.settings import is_folder, revision_fault
 
 BUILTIN: Final = Path(__file__).parent / "builtin"
 WEIGHTS: Final = (  # in the order in which transformers looks for them
@@ -36,7 +37,7 @@ Find = Callable[[str], Path | None]
 """A file of a checkpoint by its name; None where the checkpoint has none. Blocks: it may be downloaded."""
 
 
-class ModelError(UsersMistake):
+class ModelError(UserError):
     """A checkpoint cannot be used."""
 
 

@@ -28,6 +28,7 @@ from worker.core.sentiment import (
     to_scores,
     to_sentiments,
 )
+from worker.errors import UserError
 from worker.model.autotune import PATIENCE_S, one_thread, tune_budget, tune_pass_tokens, tune_threads, use_one_thread
 from worker.model.backends import Choice, PaddedPasses, Run, backend_of, choose, choose_on_cuda, name_of
 from worker.model.checkpoint import Checkpoint, Find, HubUnreachable, ModelError, folder_of, found_in
@@ -36,7 +37,7 @@ from worker.model.reviews import read_reviews
 from worker.model.tokenizer import Encode, Ids, choose_encode, normalizing, panics_as_errors
 from worker.runtime.memory import keep_blocks
 from worker.runtime.threads import side_by_side
-from worker.settings import DEFAULT_MODEL, ModelSettings, UsersMistake, is_folder
+from worker.settings import DEFAULT_MODEL, ModelSettings, is_folder
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -557,7 +558,7 @@ def _or_refused(name: str, what: str) -> Iterator[None]:
     try:
         with panics_as_errors():
             yield
-    except (UsersMistake, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         is_local = is_folder(name) or name == "builtin"

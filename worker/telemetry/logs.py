@@ -17,7 +17,7 @@ from typing import Any, Final, TextIO
 
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from worker.core.printable import printable
+from worker.printable import printable
 
 LIBRARIES = (
     "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",

@@ -15,8 +15,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.core.events import Headers, Record
+from worker.errors import WrongSetting
 from worker.runtime.tasks import within
-from worker.settings import WrongSetting
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from worker.core.printable import printable
+from worker.printable import printable
 from worker.training.dataset import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
 
 Matrix = NDArray[np.int64]

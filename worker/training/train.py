@@ -36,8 +36,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from worker.errors import UserError
 from worker.model.checkpoint import folder_of
-from worker.settings import TrainSettings, UsersMistake
+from worker.settings import TrainSettings
 from worker.training.dataset import (
     CLASSES,
     Counts,
@@ -64,13 +65,13 @@ Show = Callable[["Progress"], None]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-class Diverged(UsersMistake):
+class Diverged(UserError):
     """The loss or a weight became no finite number. Exit code 1."""
 
     exit_code = 1
 
 
-class Interrupted(UsersMistake):
+class Interrupted(UserError):
     """Ctrl-C, and what there is to keep is not measured; the message says what that is. Exit code 130."""
 
     exit_code = 130

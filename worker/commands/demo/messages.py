@@ -44,7 +44,7 @@ BROKEN: Sequence[tuple[str, bytes | None]] = (
 
 def reviews() -> list[Review]:
     """The reviews that ship with the package, which its model was never trained on. Reads a file."""
-    path = importlib.resources.files("worker.model.builtin") / "demo.csv"
+    path = importlib.resources.files("worker.model") / "builtin" / "demo.csv"
     rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
     return [Review(row["text"], row["label"]) for row in rows]
 
