@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from tests.broker import Broker
-from tests.checkpoint import TOKENIZER
-from tests.topics import Record
+from tests.support.broker import Broker
+from tests.support.checkpoint import TOKENIZER
+from tests.support.topics import Record
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).parent.parent / "worker"

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.common import Process, machine, read_texts, write
 from benchmarks.end_to_end import Case, Start, compare, records, worker
-from tests.broker import start_broker
-from tests.process import WorkerProcess
-from tests.topics import Topics
+from tests.support.broker import start_broker
+from tests.support.process import WorkerProcess
+from tests.support.topics import Topics
 
 CLIENTS = 100
 SLOW_BYTES = 16  # a second
@@ -30,7 +30,7 @@ REQUEST = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 def main() -> None:
     options = parsed_options()
-    costless = worker("benchmarks.costless")
+    costless = worker("tests.support.costless_model")
     contestants = {
         "nobody looks": costless,
         f"{CLIENTS} slow clients": watched(costless),

@@ -23,15 +23,15 @@ from typing import Any
 
 from benchmarks.common import RESULTS, alive, event, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.load import percentiles, publish_to_result_ms, resident_bytes
-from tests.broker import Broker, start_broker
-from tests.process import WorkerProcess, workers_in
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
+from tests.support.broker import Broker, start_broker
+from tests.support.process import WorkerProcess, workers_in
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 
 DELIVERIES = ("at-least-once", "exactly-once")
 PARTS = ("model", "costless", "latency", "partitions")
 PARTITIONS = (1, 6, 24, 96)
-COSTLESS = "benchmarks.costless"
+COSTLESS = "tests.support.costless_model"
 CARD: dict[str, object] = {"backend": "torch", "max_batch_tokens": 1_024, "cpu_threads": 2}  # no time lost in tuning
 LIGHT_RATE = 20
 STEADY_RATE = 200

@@ -48,9 +48,9 @@ from benchmarks.common import (
     read_texts,
     write,
 )
-from tests.broker import Broker, start_broker
-from tests.process import WorkerProcess, environment
-from tests.topics import Kafka, Record, Topics
+from tests.support.broker import Broker, start_broker
+from tests.support.process import WorkerProcess, environment
+from tests.support.topics import Kafka, Record, Topics
 from worker.model.autotune import least_that_is_as_fast
 from worker.model.sentiment_model import SentimentModel, own_process
 
@@ -157,7 +157,7 @@ def best_batch(checkpoint: Path, texts: Sequence[str], engine: dict[str, Any]) -
 
 def plumbing_case(texts: Sequence[str], events: int) -> Case:
     contestants = {
-        "worker": worker("benchmarks.costless", PLUMBING_WINDOW),
+        "worker": worker("tests.support.costless_model", PLUMBING_WINDOW),
         "faststream": peer("faststream", "costless", PLUMBING_BATCH),
         "quix": peer("quix", "costless", PLUMBING_BATCH),
     }

@@ -42,11 +42,11 @@ from numpy.typing import NDArray
 from benchmarks.common import alive, event, machine, make_checkpoint, read_texts, write
 from benchmarks.engine import compared, flops_per_text
 from benchmarks.load import percentiles, publish_to_result_ms
-from tests.broker import KINDS, VERSION, Broker, UnavailableError, allowed_kinds
-from tests.broker import started as start_kafka
-from tests.process import WorkerProcess
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
+from tests.support.broker import KINDS, VERSION, Broker, UnavailableError, allowed_kinds
+from tests.support.broker import started as start_kafka
+from tests.support.process import WorkerProcess
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 from worker.commands.demo.broker import ANSWER_S
 from worker.commands.demo.broker import start as start_mock
 from worker.model.bert import seconds
@@ -357,7 +357,7 @@ def broker(mock: bool) -> Iterator[Server]:
 def kafka_at_hand() -> Broker | str:
     """A running Kafka, of the first kind for which nothing must be fetched; the reasons where there is none."""
     reasons = []
-    with patch("tests.broker.fetch_jars", side_effect=UnavailableError("Kafka's jars are not in the cache")):
+    with patch("tests.support.broker.fetch_jars", side_effect=UnavailableError("Kafka's jars are not in the cache")):
         for kind in allowed_kinds(controllable=False):
             try:
                 if kind == "docker":

@@ -25,16 +25,16 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from benchmarks.common import alive, event, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.worker import published, worker_speed
-from tests.broker import Broker, start_broker
-from tests.process import WorkerProcess, workers_in
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
+from tests.support.broker import Broker, start_broker
+from tests.support.process import WorkerProcess, workers_in
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 
 SHARES = (0.1, 0.5, 0.8)
 TOO_MUCH = 1.5  # times what the worker does on a backlog
 PASS_SECONDS = 0.05
 SCALING_ROUNDS = 3
-COSTLESS = "benchmarks.costless"
+COSTLESS = "tests.support.costless_model"
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.common import machine, make_checkpoint, read_texts, write
 from benchmarks.end_to_end import PLUMBING_WINDOW, Start, measured, records, worker
-from tests.broker import start_broker
-from tests.topics import Record
+from tests.support.broker import start_broker
+from tests.support.topics import Record
 
 CACHE_SIZE = 65_536  # the default
 FIGURES = ("most_ms", "p99_ms", "most_by_itself_ms", "events_per_s")
@@ -75,7 +75,10 @@ def plumbing(sent: Sequence[Record], lag_file: Path) -> list[Case]:
     def costless(more: dict[str, str] | None = None, **settings: object) -> Start:
         variables = {"LAG_FILE": str(lag_file), **(more or {})}
         return worker(
-            "benchmarks.costless", PLUMBING_WINDOW, variables=variables, **{"cache_size": CACHE_SIZE, **settings}
+            "tests.support.costless_model",
+            PLUMBING_WINDOW,
+            variables=variables,
+            **{"cache_size": CACHE_SIZE, **settings},
         )
 
     return [

@@ -1,4 +1,4 @@
-"""The worker with a probe on its event loop: `python -m benchmarks.probed run …`; benchmarks.costless takes it too.
+"""The worker with a probe on its event loop: `python -m benchmarks.probed run …`; tests.support.costless_model takes it too.
 
 With `LAG_FILE` the probe asks to be called every 5 ms, and adds a line to that file at the end, in ms: how late it was at
 worst, for 99 of 100 calls, and at worst by what its own thread computed at most (the rest is other threads and programs).

@@ -23,7 +23,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.common import WINDOW, machine, ratio, read_texts, write
-from tests.checkpoint import TOKENIZER
+from tests.support.checkpoint import TOKENIZER
 from worker.model.checkpoint import BUILTIN
 
 Ids = Sequence[Sequence[int]]

@@ -34,10 +34,10 @@ from transformers import (
 )
 
 from benchmarks.common import WINDOW, alive, event, machine, make_checkpoint, ratio, read_texts, write
-from tests.broker import Broker, start_broker
-from tests.process import workers_in
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
+from tests.support.broker import Broker, start_broker
+from tests.support.process import workers_in
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 from worker.model.onnx_export import is_installed
 from worker.model.sentiment_model import SentimentModel, own_process
 from worker.pipeline.inference import Inference
@@ -61,7 +61,7 @@ def main() -> None:
                 "backlog": backlog(broker, checkpoint, folder, texts, options.events, options.rounds),
                 "light_load": light_load(broker, checkpoint, folder, texts, options.seconds),
                 "light_load_costless": light_load(
-                    broker, checkpoint, folder, texts, options.seconds, module="benchmarks.costless"
+                    broker, checkpoint, folder, texts, options.seconds, module="tests.support.costless_model"
                 ),
                 "help_s": help_seconds(),
             }

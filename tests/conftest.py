@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.broker import Broker, Extras, NotOursError, UnavailableError, start_broker
-from tests.checkpoint import Oracle, make_checkpoint
-from tests.process import Workers, workers_in
-from tests.topics import Kafka, Topics
+from tests.support.broker import Broker, Extras, NotOursError, UnavailableError, start_broker
+from tests.support.checkpoint import Oracle, make_checkpoint
+from tests.support.process import Workers, workers_in
+from tests.support.topics import Kafka, Topics
 
 used_brokers = pytest.StashKey[list[str]]()
 

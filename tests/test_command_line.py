@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pytest
 
-from tests.checkpoint import POISON, Oracle
-from tests.process import environment
+from tests.support.checkpoint import POISON, Oracle
+from tests.support.process import environment
 
 MODULE = (sys.executable, "-m", "worker")
 COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
@@ -193,7 +193,7 @@ def test_who_has_no_home_keeps_nothing() -> None:
     code = (
         "import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = lambda _: {}['nobody'];"
         "from worker import cli; cli.COMMANDS['run'] = lambda _: print(check._disk()) or 0;"
-        "from worker import check; cli.main(['run'])"
+        "from worker.commands import check; cli.main(['run'])"
     )
     done = call("-c", code, program=(sys.executable,), XDG_CACHE_HOME="")
     assert (done.returncode, done.stderr) == (0, "")

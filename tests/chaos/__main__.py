@@ -19,7 +19,7 @@ from confluent_kafka import KafkaException
 
 from tests.chaos.acts import ACTS, OF_SEVERAL_BROKERS, plan
 from tests.chaos.driver import Fleet, Scene, scene
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 FIRST_RESULTS = 50
 GROWTH_MB = 50  # of the largest worker, from the run's first fifth to its last: buffers fill, and nothing else may

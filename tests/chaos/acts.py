@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tests.broker import Broker, free_port
 from tests.chaos.cluster import Node, begin_all
 from tests.chaos.driver import PARTITIONS, SESSION_S, WORKERS, Scene, Slot, as_given, read
 from tests.chaos.questions import make_anew
-from tests.waiting import wait_for
+from tests.support.broker import Broker, free_port
+from tests.support.waiting import wait_for
 
 Act = Callable[[Scene, random.Random], str]
 UNWRITABLE: Final = "/proc/nowhere"  # for root too

@@ -13,8 +13,8 @@ from typing import Final
 import orjson
 from aiokafka.client import AIOKafkaClient
 
-from tests.process import WorkerProcess
-from tests.waiting import wait_for
+from tests.support.process import WorkerProcess
+from tests.support.waiting import wait_for
 
 ASK: Final = signal.SIGUSR1
 SPARE_SOCKETS: Final = 2  # connections are made when they are needed, and not all have been at the start

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from tests.broker import Extras, JavaBroker, free_port
+from tests.support.broker import Extras, JavaBroker, free_port
 
 NODES = (1, 2, 3)
 

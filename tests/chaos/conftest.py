@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker
 from tests.chaos.driver import Feed
-from tests.process import Workers, workers_in
-from tests.topics import Kafka, Topics
+from tests.support.broker import Broker
+from tests.support.process import Workers, workers_in
+from tests.support.topics import Kafka, Topics
 
 IS_LONG = os.environ.get("CHAOS_LONG") == "1"
 BeginFeed = Callable[[Kafka, Topics, int, float], Feed]

@@ -14,16 +14,16 @@ from typing import Any, Final
 import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from tests.broker import Broker, Extras, allowed_kinds, free_port, start_broker
 from tests.chaos.auditor import Audit, Given, Seen, audit
 from tests.chaos.census import Census, census_of
 from tests.chaos.cluster import Node, begin_all
 from tests.chaos.events import NUMBER, RESULT, TOMBSTONE, kind_of, record_of, score_of
 from tests.chaos.proxy import Proxy
 from tests.chaos.questions import UNANSWERED, count, unread
-from tests.process import Metrics, WorkerProcess
-from tests.topics import Kafka, Topics, sending_config
-from tests.waiting import wait_for
+from tests.support.broker import Broker, Extras, allowed_kinds, free_port, start_broker
+from tests.support.process import Metrics, WorkerProcess
+from tests.support.topics import Kafka, Topics, sending_config
+from tests.support.waiting import wait_for
 from worker.kafka.connection import WATCH_S
 
 PARTITIONS: Final = 6

@@ -6,7 +6,7 @@ Every record has its number in a header, which results, dead letters and tombsto
 import math
 from typing import Final
 
-from tests.topics import Record
+from tests.support.topics import Record
 
 KEYS: Final = 600
 NUMBER: Final = "number"

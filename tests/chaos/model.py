@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.costless import CostlessModel
 from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
+from tests.support.costless_model import CostlessModel
 from worker.cli import main
 from worker.commands import run as service
 from worker.kafka import sink, source

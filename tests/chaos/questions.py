@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 TIMEOUT_S: Final = 20.0
 UNANSWERED: Final = (KafkaError, OSError, TimeoutError)

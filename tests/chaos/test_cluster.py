@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from confluent_kafka.admin import NewTopic
 
-from tests.broker import UnavailableError
 from tests.chaos.cluster import Node, cluster
 from tests.chaos.conftest import BeginFeed
 from tests.chaos.driver import MODEL, audited, wait_for_results
-from tests.process import workers_in
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics
+from tests.support.broker import UnavailableError
+from tests.support.process import workers_in
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 

@@ -6,10 +6,10 @@ import pytest
 
 from tests.chaos.conftest import IS_LONG, BeginFeed
 from tests.chaos.driver import MODEL, audited
-from tests.process import Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
+from tests.support.process import Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(1800)]
 

@@ -7,10 +7,10 @@ from confluent_kafka import Producer
 
 from tests.chaos.conftest import IS_LONG, BeginFeed
 from tests.chaos.driver import MODEL, audited
-from tests.process import WorkerProcess, Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.process import WorkerProcess, Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.broker import Broker
 from tests.chaos.conftest import IS_LONG, BeginFeed
 from tests.chaos.driver import MODEL, audited, resident_bytes, wait_for_results
-from tests.process import Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics
-from tests.waiting import holds_for, wait_for
+from tests.support.broker import Broker
+from tests.support.process import Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.broker import free_port
 from tests.chaos.proxy import Proxy
+from tests.support.broker import free_port
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

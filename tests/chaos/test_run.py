@@ -7,8 +7,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.broker import NotOursError, UnavailableError, allowed_kinds
-from tests.process import environment
+from tests.support.broker import NotOursError, UnavailableError, allowed_kinds
+from tests.support.process import environment
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 

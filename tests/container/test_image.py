@@ -10,11 +10,11 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.broker import free_port
-from tests.process import Metrics
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.broker import free_port
+from tests.support.process import Metrics
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 
 IMAGE = os.environ.get("TEST_IMAGE", "")
 EVENTS = 300

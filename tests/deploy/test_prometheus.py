@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import free_port
 from tests.deploy.manifests import RULES, expressions_of_panels, expressions_of_rules
-from tests.process import WorkerProcess, Workers
-from tests.topics import Kafka, Load, Topics
-from tests.waiting import wait_for
+from tests.support.broker import free_port
+from tests.support.process import WorkerProcess, Workers
+from tests.support.topics import Kafka, Load, Topics
+from tests.support.waiting import wait_for
 
 pytestmark = [
     pytest.mark.kafka,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["worker.core.events", "tests.payloads"]):
-    from tests.payloads import RESULT, SKIPPED, TOMBSTONE, records, verdict
+with atheris.instrument_imports(include=["worker.core.events", "tests.support.payloads"]):
+    from tests.support.payloads import RESULT, SKIPPED, TOMBSTONE, records, verdict
     from worker.core.events import Decoder, Encoder, Event, Failure, Null
 
 import orjson
 
-from tests.topics import Record
+from tests.support.topics import Record
 from worker.core.sentiment import Sentiment
 
 COMBINATIONS = (("json", "result"), ("json", "enrich"), ("text", "result"))

@@ -7,12 +7,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.broker import Broker, Extras, free_port
 from tests.conftest import broker_or_reason
-from tests.process import COSTLESS, Workers, workers_in
+from tests.support.broker import Broker, Extras, free_port
+from tests.support.process import COSTLESS, Workers, workers_in
+from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 from tests.test_command_line import call
-from tests.topics import Kafka, Topics
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 

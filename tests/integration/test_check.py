@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import free_port
-from tests.process import COSTLESS, Workers
-from tests.scenario import wait_until_committed
+from tests.support.broker import free_port
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import wait_for
 from tests.test_command_line import MODULE, call
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 

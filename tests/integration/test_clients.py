@@ -13,14 +13,14 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.structs import BrokerMetadata
 from confluent_kafka.admin import NewTopic
 
-from tests.broker import Broker, Extras, UnavailableError, free_port
 from tests.chaos.proxy import Proxy
 from tests.conftest import broker_or_reason
 from tests.integration.test_replay import command, dead_letter, trace
-from tests.process import COSTLESS, Workers, environment, workers_in
-from tests.topics import Kafka, Topics, numbered
-from tests.two_nodes import two_nodes
-from tests.waiting import wait_for
+from tests.support.broker import Broker, Extras, UnavailableError, free_port
+from tests.support.process import COSTLESS, Workers, environment, workers_in
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.two_brokers import two_nodes
+from tests.support.waiting import wait_for
 from worker.core.events import Outgoing
 from worker.kafka.aiokafka_compat import update_metadata
 from worker.kafka.connection import Connection, stopped

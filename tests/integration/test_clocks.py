@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from tests.process import COSTLESS, Workers
-from tests.scenario import letter_place, result_place, wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import letter_place, result_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 BOTH = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
@@ -45,7 +45,7 @@ def test_this_machines_clock_costs_no_record(
     kafka.create(topics.dead_letters)
     sent = kafka.send(topics.input, map(numbered, range(3_000)))
     worker = workers.start(
-        topics, {"CLOCK_S": str(clock_s)}, module="tests.wrong_clock", delivery=delivery, max_batch_texts=200
+        topics, {"CLOCK_S": str(clock_s)}, module="tests.support.wrong_clock", delivery=delivery, max_batch_texts=200
     )
     wait_until_committed(kafka, topics)
     wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.integration.test_check import flags, lines_of
-from tests.process import COSTLESS, Workers
-from tests.scenario import letter_place, result_place, wait_until_committed
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import letter_place, result_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 from tests.test_command_line import call
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 BOTH = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])

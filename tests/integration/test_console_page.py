@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker, free_port
-from tests.browser import Browser, chromium
-from tests.process import WorkerProcess, Workers
-from tests.topics import Kafka, Record, Topics
-from tests.waiting import wait_for
+from tests.support.broker import Broker, free_port
+from tests.support.browser import Browser, chromium
+from tests.support.process import WorkerProcess, Workers
+from tests.support.topics import Kafka, Record, Topics
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 

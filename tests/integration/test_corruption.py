@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.broker import Broker
-from tests.process import COSTLESS, Workers
-from tests.scenario import result_place, wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
+from tests.support.broker import Broker
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import result_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
 
 pytestmark = pytest.mark.kafka
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.process import COSTLESS, Workers
-from tests.scenario import places, result_place, wait_until_committed
-from tests.topics import Kafka, Load, Record, Topics, numbered, repeated
-from tests.waiting import holds_for, wait_for
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import places, result_place, wait_until_committed
+from tests.support.topics import Kafka, Load, Record, Topics, numbered, repeated
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
 

@@ -8,9 +8,9 @@ import orjson
 import pytest
 
 from tests.integration.test_check import flags
-from tests.process import COSTLESS, Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Record, Topics
 from worker.commands import check
 from worker.commands.check import Finding
 from worker.kafka.connection import Connection

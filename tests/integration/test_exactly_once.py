@@ -10,11 +10,11 @@ import orjson
 import pytest
 from confluent_kafka import Producer
 
-from tests.broker import Broker
-from tests.process import COSTLESS, WorkerProcess, Workers
-from tests.scenario import letter_place, result_place, wait_until_committed
-from tests.topics import Kafka, Load, Record, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.broker import Broker
+from tests.support.process import COSTLESS, WorkerProcess, Workers
+from tests.support.scenario import letter_place, result_place, wait_until_committed
+from tests.support.topics import Kafka, Load, Record, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
 

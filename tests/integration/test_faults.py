@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.driver import MODEL as CHAOTIC
-from tests.checkpoint import PANICKING, PANICS, with_pattern
-from tests.faulty import SECRET_TEXT
-from tests.process import WorkerProcess, Workers
-from tests.scenario import result_place, wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.checkpoint import PANICKING, PANICS, with_pattern
+from tests.support.faulty_model import SECRET_TEXT
+from tests.support.process import WorkerProcess, Workers
+from tests.support.scenario import result_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -29,7 +29,7 @@ def broken(kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, monke
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setenv("FAULT_FILE", str(fault_file))
         kafka.create_all(topics)
-        worker = workers.start(topics, module="tests.faulty", inference_timeout_s=3, max_batch_texts=20)
+        worker = workers.start(topics, module="tests.support.faulty_model", inference_timeout_s=3, max_batch_texts=20)
         worker.wait_until_ready()
         kafka.send(topics.input, map(numbered, range(100)))
         wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 100, "100 commits")

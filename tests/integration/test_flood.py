@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.process import COSTLESS, Workers
-from tests.scenario import letter_place, wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered, repeated
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import letter_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered, repeated
 
 pytestmark = pytest.mark.kafka
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import cramjam
 import pytest
 
-from tests.batches import GZIP, ZSTD, batch, record, send
-from tests.process import COSTLESS, WorkerProcess, Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.batches import GZIP, ZSTD, batch, record, send
+from tests.support.process import COSTLESS, WorkerProcess, Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import wait_for
 from worker.kafka.decompression import HEADERS, PARTS
 
 pytestmark = pytest.mark.kafka

@@ -13,11 +13,11 @@ import orjson
 import pytest
 import torch
 
-from tests.checkpoint import Oracle
-from tests.payloads import RESULT, SKIPPED, TOMBSTONE, Verdict, records, verdict
-from tests.process import Workers
-from tests.scenario import Case, Story, TopicSizes, letter_place, play
-from tests.topics import Kafka, Record
+from tests.support.checkpoint import Oracle
+from tests.support.payloads import RESULT, SKIPPED, TOMBSTONE, Verdict, records, verdict
+from tests.support.process import Workers
+from tests.support.scenario import Case, Story, TopicSizes, letter_place, play
+from tests.support.topics import Kafka, Record
 
 pytestmark = pytest.mark.kafka
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.process import Workers, environment
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.process import Workers, environment
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 
 
 @pytest.fixture
 def worker_module() -> str:
-    return "tests.asking"
+    return "tests.support.recorded_requests"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_commands_ask_for_the_topics_that_they_use(kafka: Kafka, topics: Topics,
         flags |= {"input-topics": topics.input, "output-topic": topics.output, "model": "builtin", "http-port": "0"}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.asking", command, *arguments],
+        [sys.executable, "-m", "tests.support.recorded_requests", command, *arguments],
         env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

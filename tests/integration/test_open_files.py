@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from tests.process import Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics, numbered
+from tests.support.process import Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics, numbered
 
 pytestmark = [
     pytest.mark.kafka,
@@ -22,7 +22,7 @@ def test_a_producer_for_each_of_many_partitions(
     kafka: Kafka, topics: Topics, workers: Workers, hard: int, is_enough: bool
 ) -> None:
     kafka.create_all(topics, PARTITIONS)
-    worker = workers.start(topics, {"FILES": str(hard)}, module="tests.few_files", delivery="exactly-once")
+    worker = workers.start(topics, {"FILES": str(hard)}, module="tests.support.few_files", delivery="exactly-once")
     worker.wait_until_assigned(PARTITIONS)
     assert resource.prlimit(worker.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     kafka.send(topics.input, map(numbered, range(400)))

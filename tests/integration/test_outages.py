@@ -6,11 +6,11 @@ import contextlib
 import pytest
 from aiokafka import TopicPartition
 
-from tests.broker import Broker
-from tests.process import COSTLESS, Workers
-from tests.scenario import result_place, wait_until_committed
-from tests.topics import Kafka, Load, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.broker import Broker
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import result_place, wait_until_committed
+from tests.support.topics import Kafka, Load, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 from worker.kafka.connection import UNREACHABLE
 from worker.kafka.consumer import Consumer
 from worker.runtime.tasks import within

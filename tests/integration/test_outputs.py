@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from tests.process import COSTLESS, Workers
-from tests.scenario import result_place, wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import result_place, wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
 BOTH = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from confluent_kafka.admin import NewTopic
 
-from tests.broker import Extras, JavaBroker, UnavailableError, free_port
-from tests.process import COSTLESS, WorkerProcess, Workers, workers_in
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.broker import Extras, JavaBroker, UnavailableError, free_port
+from tests.support.process import COSTLESS, WorkerProcess, Workers, workers_in
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 

@@ -14,11 +14,11 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.broker import Broker
-from tests.checkpoint import POISON, Oracle
-from tests.process import Workers, workers_in
-from tests.scenario import SKIPPED, TOMBSTONE, Case, Story, TopicSizes, play
-from tests.topics import CODECS, Kafka, Record, codecs_of
+from tests.support.broker import Broker
+from tests.support.checkpoint import POISON, Oracle
+from tests.support.process import Workers, workers_in
+from tests.support.scenario import SKIPPED, TOMBSTONE, Case, Story, TopicSizes, play
+from tests.support.topics import CODECS, Kafka, Record, codecs_of
 
 pytestmark = pytest.mark.kafka
 

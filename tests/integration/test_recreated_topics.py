@@ -3,9 +3,9 @@
 import orjson
 import pytest
 
-from tests.process import COSTLESS, WorkerProcess, Workers
-from tests.topics import Kafka, Record, Topics
-from tests.waiting import wait_for
+from tests.support.process import COSTLESS, WorkerProcess, Workers
+from tests.support.topics import Kafka, Record, Topics
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 DELIVERIES = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])

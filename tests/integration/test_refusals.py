@@ -5,8 +5,8 @@ import time
 import orjson
 import pytest
 
-from tests.process import COSTLESS, Metrics, Workers
-from tests.scenario import (
+from tests.support.process import COSTLESS, Metrics, Workers
+from tests.support.scenario import (
     TOMBSTONE,
     Case,
     Story,
@@ -18,7 +18,7 @@ from tests.scenario import (
     result_place,
     wait_until_committed,
 )
-from tests.topics import Kafka, Record
+from tests.support.topics import Kafka, Record
 
 pytestmark = pytest.mark.kafka
 

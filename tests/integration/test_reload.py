@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker
-from tests.checkpoint import make_checkpoint
-from tests.process import WorkerProcess, Workers, workers_in
-from tests.topics import Kafka, Load, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.broker import Broker
+from tests.support.checkpoint import make_checkpoint
+from tests.support.process import WorkerProcess, Workers, workers_in
+from tests.support.topics import Kafka, Load, Topics, numbered
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 

@@ -16,10 +16,10 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as PartitionToCommit
 from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 
-from tests.process import COSTLESS, Workers, environment
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Record, Topics, repeated
-from tests.waiting import wait_for
+from tests.support.process import COSTLESS, Workers, environment
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Record, Topics, repeated
+from tests.support.waiting import wait_for
 from worker.core.events import Reason
 
 pytestmark = pytest.mark.kafka

@@ -14,11 +14,11 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
-from tests.process import COSTLESS, WorkerProcess, Workers, environment, workers_in
-from tests.scenario import wait_until_committed
-from tests.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, workers_in
+from tests.support.scenario import wait_until_committed
+from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 from worker.errors import WrongSetting
 from worker.kafka.connection import Connection, tls_context, wait_until_usable
 from worker.kafka.permissions import Permissions

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.process import COSTLESS, Workers
-from tests.scenario import wait_until_committed
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.process import COSTLESS, Workers
+from tests.support.scenario import wait_until_committed
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 

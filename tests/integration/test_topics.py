@@ -3,14 +3,14 @@
 import orjson
 import pytest
 
-from tests.process import Workers
-from tests.scenario import letter_place, places, result_place, worked
+from tests.support.process import Workers
+from tests.support.scenario import letter_place, places, result_place, worked
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 from tests.test_command_line import call
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
-COSTLESS = {"module": "benchmarks.costless", "cache_size": 0}  # a model that is there at once
+COSTLESS = {"module": "tests.support.costless_model", "cache_size": 0}  # a model that is there at once
 
 
 def create_outputs(kafka: Kafka, topics: Topics) -> None:

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from tests.broker import free_port
-from tests.collector import Collector, running_collector
-from tests.process import Workers
-from tests.scenario import places
-from tests.topics import Kafka, Record, Topics, numbered
-from tests.waiting import wait_for
+from tests.support.broker import free_port
+from tests.support.collector import Collector, running_collector
+from tests.support.process import Workers
+from tests.support.scenario import places
+from tests.support.topics import Kafka, Record, Topics, numbered
+from tests.support.waiting import wait_for
 from worker.telemetry.tracing import LINKS
 
 pytestmark = pytest.mark.kafka
-COSTLESS = {"module": "benchmarks.costless", "cache_size": 0}
+COSTLESS = {"module": "tests.support.costless_model", "cache_size": 0}
 
 
 def traced(number: int) -> Record:

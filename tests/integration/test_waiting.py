@@ -9,9 +9,9 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
-from tests.process import COSTLESS, Workers
-from tests.topics import Kafka, Topics, numbered
-from tests.waiting import holds_for, wait_for
+from tests.support.process import COSTLESS, Workers
+from tests.support.topics import Kafka, Topics, numbered
+from tests.support.waiting import holds_for, wait_for
 
 pytestmark = pytest.mark.kafka
 

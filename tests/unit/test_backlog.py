@@ -7,7 +7,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-from tests.metadata import READABLE_ID
+from tests.support.metadata import READABLE_ID
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.backlog import Backlog, valid_offsets
 

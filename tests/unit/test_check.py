@@ -8,7 +8,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
-from tests.metadata import READABLE_ID
+from tests.support.metadata import READABLE_ID
 from worker.commands.check import _members, _unread_before
 from worker.core.topic_ids import with_topic_id
 

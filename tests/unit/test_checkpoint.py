@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from tests.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
-from tests.process import environment
+from tests.support.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
+from tests.support.process import environment
 from worker.model import tokenizer as tokenizing
 from worker.model.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
 from worker.model.sentiment_model import SentimentModel, _or_refused

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.process import environment
+from tests.support.process import environment
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
 

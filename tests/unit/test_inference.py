@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 from worker.core.sentiment import LABELS, Activation, Label, Sentiment
 from worker.model.sentiment_model import Tokens
 from worker.pipeline import inference as inference_module

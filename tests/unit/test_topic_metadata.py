@@ -7,7 +7,7 @@ import pytest
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.types import UnsignedVarInt32
 
-from tests.metadata import READABLE_ID, Client, answer, topic
+from tests.support.metadata import READABLE_ID, Client, answer, topic
 from worker.kafka import aiokafka_compat as module
 from worker.kafka.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.process import environment
+from tests.support.process import environment
 from worker.errors import WrongSetting
 from worker.telemetry.tracing import Tracing, trace_context
 
@@ -44,7 +44,7 @@ def test_no_context() -> None:
 
 def test_what_is_switched_off_is_not_imported() -> None:
     done = python(
-        "import sys, worker.service; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+        "import sys, worker.commands.run; print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -83,7 +83,7 @@ def test_a_header_that_cannot_be_read_is_refused_without_its_words(name: str, he
 def test_opentelemetry_prints_no_header_at_any_level() -> None:
     """Its own check is stricter than ours, and it quotes what it refuses."""
     done = python(
-        "from worker import logs; logs.configure('debug', 'json')\n"
+        "from worker.telemetry import logs; logs.configure('debug', 'json')\n"
         "from opentelemetry.util.re import parse_env_headers\n"
         "assert not parse_env_headers('a b=secret-token', liberal=True)"
     )

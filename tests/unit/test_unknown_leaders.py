@@ -20,7 +20,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
-from tests.unit.test_transactions import parcel
+from tests.unit.test_exactly_once import parcel
 from worker.kafka import aiokafka_compat as module
 from worker.kafka.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.kafka.connection import Connection

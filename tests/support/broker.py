@@ -26,9 +26,9 @@ from typing import Any, TextIO
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
-POM = Path(__file__).parent / "kafka" / "pom.xml"
+POM = Path(__file__).parents[1] / "kafka" / "pom.xml"
 VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
 HEAP = "-Xms128m -Xmx512m -XX:TieredStopAtLevel=1"
 START_SECONDS = 90

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 torch.set_num_threads(1)  # beside other processes torch's threads wait for each other, far longer than they compute
 
-TOKENIZER = Path(__file__).parent / "fixtures" / "rubert-tiny-sentiment-balanced"
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "rubert-tiny-sentiment-balanced"
 LABELS = ("negative", "neutral", "positive")
 PANICKING = r"(x+x+)+y\1"  # a regular expression on which the tokenizer's library panics at
 PANICS = "x" * 40

@@ -14,12 +14,12 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.broker import free_port
-from tests.topics import Topics
-from tests.waiting import wait_for
+from tests.support.broker import free_port
+from tests.support.topics import Topics
+from tests.support.waiting import wait_for
 
 PREFIX = "sentiment_worker_"
-COSTLESS = "benchmarks.costless"
+COSTLESS = "tests.support.costless_model"
 READY_SECONDS = 180
 
 
@@ -219,5 +219,5 @@ def workers_in(bootstrap: str, checkpoint: Path, folder: Path, module: str = "wo
 def environment() -> dict[str, str]:
     """This process's, without settings for workers, and with no way to the hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}

@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from tests.process import Metrics, Workers
-from tests.topics import Kafka, Record, Topics
-from tests.waiting import wait_for
+from tests.support.process import Metrics, Workers
+from tests.support.topics import Kafka, Record, Topics
+from tests.support.waiting import wait_for
 
 RESULT, TOMBSTONE, SKIPPED = "result", "tombstone", "skipped"
 Place = tuple[str, int, int]

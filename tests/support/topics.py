@@ -33,7 +33,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 Headers = Sequence[tuple[str, bytes | None]]
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")

@@ -22,7 +22,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from tests.checkpoint import LABELS, TOKENIZER, Oracle
+from tests.support.checkpoint import LABELS, TOKENIZER, Oracle
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
 from worker.settings import DEFAULT_MODEL

@@ -1,4 +1,4 @@
-"""The command line, and a note of whose metadata it asks brokers for: `python -m tests.asking run …`, for tests.
+"""The command line, and a note of whose metadata it asks brokers for: `python -m tests.support.recorded_requests run …`.
 
 `ASKED` is a file that gets a line for each request: its class and its topics, null for all. The first requests for a
 producer's id fail, as they do while its coordinator is away. The model costs nothing.
@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
-from benchmarks.costless import CostlessModel
+from tests.support.costless_model import CostlessModel
 from worker.cli import main
 from worker.commands import check
 from worker.commands import run as service

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from tests.broker import Extras, JavaBroker, free_port
+from tests.support.broker import Extras, JavaBroker, free_port
 
 
 class Node(JavaBroker):

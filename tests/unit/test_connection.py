@@ -10,7 +10,7 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 from uvloop import new_event_loop
 
-from tests.secure import Authority
+from tests.support.secure import Authority
 from worker.errors import WrongSetting
 from worker.kafka import connection as cluster
 

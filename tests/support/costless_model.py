@@ -1,4 +1,4 @@
-"""The worker with a model that costs nothing: `python -m benchmarks.costless run …`. What is left is the plumbing.
+"""The worker with a model that costs nothing: `python -m tests.support.costless_model run …`. What is left is the plumbing.
 
 With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
 With `PROFILE` the event loop is profiled into the file of that name. What benchmarks.probed takes holds too.

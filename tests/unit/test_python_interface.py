@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 from worker.model import tokenizer as tokenizing
 from worker.model.checkpoint import BUILTIN
 from worker.model.sentiment_model import SentimentModel

@@ -1,4 +1,4 @@
-"""The worker, with a model that breaks once a file appears: `python -m tests.faulty run …`, for tests.
+"""The worker, with a model that breaks once a file appears: `python -m tests.support.faulty_model run …`, for tests.
 
 `FAULT` is what happens then: `hang` (the network never answers), `lost` (every pass fails, as on a device that is gone),
 `nan` (every logit is no number), `bug` (an error that nobody foresaw, with a text in its words). `FAULT_FILE` is the file.

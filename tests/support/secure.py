@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from tests.broker import Broker, Extras, free_port
+from tests.support.broker import Broker, Extras, free_port
 
 HOST: Final = "127.0.0.1"
 USER: Final = "worker-of-tests"

@@ -36,7 +36,7 @@ from worker.training.dataset import (
 from worker.training.evaluate import evaluate
 from worker.training.train import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
 
-BUILTIN = Path(worker.__file__).parent / "builtin"
+BUILTIN = Path(worker.__file__).parent / "model" / "builtin"
 WORDS = {
     "negative": ["плохо", "ужас", "брак"],
     "neutral": ["средне", "сойдёт", "пойдёт"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-from tests.unit.test_network import NETWORKS, SIZES, bert, differences, longest
+from tests.unit.test_bert import NETWORKS, SIZES, bert, differences, longest
 from worker.model import backends as backend
 from worker.model import onnx_export as exported
 from worker.model.backends import BackendError, choose

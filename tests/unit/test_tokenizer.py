@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from tests.checkpoint import PANICKING, PANICS, TOKENIZER, as_composed
+from tests.support.checkpoint import PANICKING, PANICS, TOKENIZER, as_composed
 from worker.model import tokenizer as tokenizing
 from worker.model.checkpoint import BUILTIN
 from worker.model.reviews import read_reviews

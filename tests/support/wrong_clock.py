@@ -1,4 +1,4 @@
-"""The worker of benchmarks.costless on a machine whose clock is wrong: `python -m tests.wrong_clock run …`, for tests.
+"""The worker with a model that costs nothing, where the clock is wrong: `python -m tests.support.wrong_clock run …`.
 
 `CLOCK_S` is by how many seconds it is ahead; negative: behind.
 """
@@ -12,4 +12,4 @@ AHEAD_S = float(os.environ["CLOCK_S"])
 
 if __name__ == "__main__":
     time.time = lambda: TRUE_TIME() + AHEAD_S
-    runpy.run_module("benchmarks.costless", run_name="__main__")
+    runpy.run_module("tests.support.costless_model", run_name="__main__")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tests.topics import Headers, Record
+from tests.support.topics import Headers, Record
 
 MAX_TEXT_CHARS: Final = 100_000
 MOST_VALUES = 100_000  # commas and opening brackets

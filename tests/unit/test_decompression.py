@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worker.kafka.connection  # noqa: F401 - sets the bound
-from tests import batches
+from tests.support import batches
 from worker.kafka import decompression as unpacking
 from worker.kafka.decompression import (
     HEADERS,

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tests.broker import free_port
+from tests.support.broker import free_port
 from worker.commands.run import runbook
 
 STUBBORN = """
