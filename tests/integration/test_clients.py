@@ -26,7 +26,7 @@ from worker.kafka.aiokafka_compat import update_metadata
 from worker.kafka.connection import Connection, stopped
 from worker.kafka.consumer import Consumer
 from worker.kafka.exactly_once import Lost, PartitionSink, Refusals
-from worker.kafka.sink import Parcel, Sink
+from worker.kafka.sink import ProducerRecord, Sink
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -180,8 +180,8 @@ async def test_a_silent_broker_holds_up_neither_the_others_nor_itself_at_another
 # A partition without a leader.
 
 
-def parcels(topic: str, *numbers: int) -> list[Parcel]:
-    return [Parcel(topic, Outgoing(b"key", b"%d" % number, [], None), 0, number) for number in numbers]
+def producer_records(topic: str, *numbers: int) -> list[ProducerRecord]:
+    return [ProducerRecord(topic, Outgoing(b"key", b"%d" % number, [], None), 0, number) for number in numbers]
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -198,18 +198,18 @@ async def test_a_batch_whose_leader_goes_is_written_once(topics: Topics) -> None
             connection = Connection((first.bootstrap,), request_timeout_ms=1_000)
             sink = Sink(connection, limits={}, metrics=metrics, health=Health())
             await sink.start()
-            await sink.publish(parcels(topics.output, 0))
+            await sink.publish(producer_records(topics.output, 0))
             producer = sink._producer
             assert producer is not None
             second.pause()
-            publishing = asyncio.create_task(sink.publish(parcels(topics.output, 1)))
+            publishing = asyncio.create_task(sink.publish(producer_records(topics.output, 1)))
             tp = TopicPartition(topics.output, 0)
             await until(lambda: producer._metadata.leader_for_partition(tp) == -1, "a partition without a leader")
             await asyncio.wait({publishing}, timeout=2 * connection.request_timeout_s)
             assert not publishing.done()
             second.resume()
             await publishing
-            await sink.publish(parcels(topics.output, 2))
+            await sink.publish(producer_records(topics.output, 2))
             assert sink._producer is producer
             await sink.close(5)
             assert [record.value for record in kafka.read(topics.output)] == [b"0", b"1", b"2"]
@@ -232,7 +232,7 @@ Opened = Callable[[Connection, str], Awaitable[Callable[[], Awaitable[None]]]]
 
 async def opened_producer(connection: Connection, topic: str) -> Callable[[], Awaitable[None]]:
     sink = Sink(connection, limits={}, metrics=Metrics(""), health=Health())
-    await sink.publish(parcels(topic, 0))
+    await sink.publish(producer_records(topic, 0))
     assert sink._producer is not None
     producer = sink._producer
 
@@ -251,7 +251,7 @@ async def opened_transaction(connection: Connection, topic: str) -> Callable[[],
         connection, tp=tp, transactional_id=topic, refusals=Refusals(), limits={}, metrics=Metrics(""), health=Health()
     )
     await sink.open()
-    await sink.publish(parcels(topic, 0))
+    await sink.publish(producer_records(topic, 0))
 
     async def close() -> None:
         with pytest.raises(Lost):

@@ -283,7 +283,7 @@ async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatc
     monkeypatch.setattr(server.console, "_snapshot", snapshot)
     for second in range(3):
         server.console._show(float(second))
-    assert len(server.console._vitals.history) >= 3, "the history is kept all the same"
+    assert len(server.console._statistics.history) >= 3, "the history is kept all the same"
 
 
 async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nobody_up(

@@ -14,9 +14,9 @@ from worker.core.events import Outgoing, Reason
 from worker.kafka import exactly_once as module
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.exactly_once import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
-from worker.kafka.sink import Parcel
+from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
-from worker.runtime.loop_budget import RECORDS, Breath
+from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -52,44 +52,44 @@ def test_the_interval_stretches_with_the_partitions(partitions: int, commit_s: f
 # Refusals.
 
 
-def parcel(offset: int, topic: str = "out", value: bytes | None = b"{}", headers: int = 1) -> Parcel:
-    return Parcel(topic, Outgoing(b"key", value, [("h", b"")] * headers, None), 0, offset)
+def producer_record(offset: int, topic: str = "out", value: bytes | None = b"{}", headers: int = 1) -> ProducerRecord:
+    return ProducerRecord(topic, Outgoing(b"key", value, [("h", b"")] * headers, None), 0, offset)
 
 
 def test_a_record_that_was_refused_alone_is_known_again() -> None:
     refusals = Refusals()
-    refusals.note([parcel(7)], "result_too_large")
-    assert [refusals.reason(parcel(offset)) for offset in (6, 7, 8)] == [None, "result_too_large", None]
+    refusals.note([producer_record(7)], "result_too_large")
+    assert [refusals.reason(producer_record(offset)) for offset in (6, 7, 8)] == [None, "result_too_large", None]
 
 
 def test_its_dead_letter_is_another_record_and_so_is_a_smaller_one() -> None:
     refusals = Refusals()
-    refusals.note([parcel(7)], "result_too_large")
-    refusals.note([parcel(7, "dead", b"{}", 9)], "result_too_large")
-    assert refusals.reason(parcel(7, "dead", b"{}", 9)) == "result_too_large"
-    assert refusals.reason(parcel(7, "dead", b"", 10)) is None
-    assert refusals.reason(parcel(7, "dead", b"", 9)) is None
+    refusals.note([producer_record(7)], "result_too_large")
+    refusals.note([producer_record(7, "dead", b"{}", 9)], "result_too_large")
+    assert refusals.reason(producer_record(7, "dead", b"{}", 9)) == "result_too_large"
+    assert refusals.reason(producer_record(7, "dead", b"", 10)) is None
+    assert refusals.reason(producer_record(7, "dead", b"", 9)) is None
 
 
 def test_of_several_that_were_refused_together_each_goes_alone() -> None:
     refusals = Refusals()
-    parcels = [parcel(offset) for offset in range(6)]
-    assert refusals.apart(parcels, [0, 1, 2, 3, 4, 5]) == [[0, 1, 2, 3, 4, 5]]
-    refusals.note(parcels[2:4], "result_too_large")
-    assert [refusals.reason(one) for one in parcels] == [None] * 6
-    assert refusals.apart(parcels, [0, 1, 2, 3, 4, 5]) == [[0, 1], [2], [3], [4, 5]]
-    assert refusals.apart(parcels, [3, 4]) == [[3], [4]]
+    producer_records = [producer_record(offset) for offset in range(6)]
+    assert refusals.apart(producer_records, [0, 1, 2, 3, 4, 5]) == [[0, 1, 2, 3, 4, 5]]
+    refusals.note(producer_records[2:4], "result_too_large")
+    assert [refusals.reason(one) for one in producer_records] == [None] * 6
+    assert refusals.apart(producer_records, [0, 1, 2, 3, 4, 5]) == [[0, 1], [2], [3], [4, 5]]
+    assert refusals.apart(producer_records, [3, 4]) == [[3], [4]]
 
 
 def test_what_is_committed_is_forgotten() -> None:
     refusals = Refusals()
-    refusals.note([parcel(1)], "result_too_large")
-    refusals.note([parcel(8)], "invalid_timestamp")
-    refusals.note([parcel(2), parcel(9)], "result_too_large")
+    refusals.note([producer_record(1)], "result_too_large")
+    refusals.note([producer_record(8)], "invalid_timestamp")
+    refusals.note([producer_record(2), producer_record(9)], "result_too_large")
     refusals.forget_before(5)
-    assert refusals.reason(parcel(1)) is None
-    assert refusals.reason(parcel(8)) == "invalid_timestamp"
-    assert refusals.apart([parcel(2), parcel(3), parcel(9)], [0, 1, 2]) == [[0, 1], [2]]
+    assert refusals.reason(producer_record(1)) is None
+    assert refusals.reason(producer_record(8)) == "invalid_timestamp"
+    assert refusals.apart([producer_record(2), producer_record(3), producer_record(9)], [0, 1, 2]) == [[0, 1], [2]]
 
 
 # Transactions.
@@ -109,12 +109,12 @@ class FakeSink:
         if errors := self.world.open_errors:
             raise errors.pop(0)
 
-    async def publish(self, parcels: Sequence[int]) -> list[Reason | None]:
+    async def publish(self, producer_records: Sequence[int]) -> list[Reason | None]:
         await asyncio.sleep(0)
         if errors := self.world.publish_errors:
             raise errors.pop(0)
-        self.published.extend(parcels)
-        return [None] * len(parcels)
+        self.published.extend(producer_records)
+        return [None] * len(producer_records)
 
     async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:
         await self.world.commit_may_end.wait()
@@ -150,7 +150,7 @@ class World:
             Connection(("nowhere:1",)),
             group_id="g",
             limits={},
-            breath=Breath(),
+            turn_budget=TurnBudget(),
             metrics=self.metrics,
             health=self.health,
             interval_s=30,

@@ -17,7 +17,7 @@ from worker.core.sentiment import LABELS, Activation, Label, Sentiment
 from worker.model.sentiment_model import Tokens
 from worker.pipeline import inference as inference_module
 from worker.pipeline.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
-from worker.runtime.loop_budget import SLICE, Breath
+from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.telemetry.metrics import Metrics
 
 Fault = Callable[[Sequence[Sequence[int]]], None]
@@ -380,13 +380,13 @@ async def test_a_job_that_is_looked_up_during_a_reload_has_one_model(model: Mode
     texts = [str(number) for number in range(2 * SLICE)]
     old = await answers(inference, texts)
 
-    class Reloading(Breath):
+    class Reloading(TurnBudget):
         async def before(self, _: int) -> None:
-            inference.breath = Breath()
+            inference.turn_budget = TurnBudget()
             await inference.reload(lambda: Recorded("fake@2"))
             await answers(inference, texts)  # the new model's are in its cache
 
-    inference.breath = Reloading()
+    inference.turn_budget = Reloading()
     job = await answers(inference, texts)
     assert (job.model.name, job.answers) == ("fake@1", old.answers)
     assert (await answers(inference, texts)).answers != old.answers

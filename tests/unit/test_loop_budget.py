@@ -1,6 +1,6 @@
 import asyncio
 
-from worker.runtime.loop_budget import RECORDS, SLICE, Breath
+from worker.runtime.loop_budget import RECORDS, SLICE, TurnBudget
 
 
 class Loop:
@@ -15,17 +15,17 @@ class Loop:
             await asyncio.sleep(0)
 
 
-async def handle(breath: Breath, loop: Loop, pieces: int, records: int) -> None:
+async def handle(turn_budget: TurnBudget, loop: Loop, pieces: int, records: int) -> None:
     for _ in range(pieces):
-        await breath.before(records)
+        await turn_budget.before(records)
         loop.turns[-1] += records
 
 
 async def handled_by(stages: int, records: int, pieces: int = 50) -> Loop:
-    breath, loop = Breath(), Loop()
+    turn_budget, loop = TurnBudget(), Loop()
     watching = asyncio.create_task(loop.watch())
     await asyncio.sleep(0)
-    await asyncio.gather(*(handle(breath, loop, pieces, records) for _ in range(stages)))
+    await asyncio.gather(*(handle(turn_budget, loop, pieces, records) for _ in range(stages)))
     watching.cancel()
     assert sum(loop.turns) == stages * pieces * records
     return loop
@@ -43,8 +43,8 @@ async def test_what_is_more_than_a_turns_work_has_a_turn_for_itself() -> None:
 
 
 async def test_little_does_not_wait() -> None:
-    breath = Breath()
-    waiting = breath.before(RECORDS - 1)
+    turn_budget = TurnBudget()
+    waiting = turn_budget.before(RECORDS - 1)
     try:
         waiting.send(None)
     except StopIteration:
@@ -53,26 +53,26 @@ async def test_little_does_not_wait() -> None:
 
 
 async def test_what_was_handled_unasked_counts_too() -> None:
-    breath, loop = Breath(), Loop()
+    turn_budget, loop = TurnBudget(), Loop()
     watching = asyncio.create_task(loop.watch())
     await asyncio.sleep(0)
-    breath.after(RECORDS)
+    turn_budget.after(RECORDS)
     loop.turns[-1] += RECORDS
-    await handle(breath, loop, 1, 1)
+    await handle(turn_budget, loop, 1, 1)
     watching.cancel()
     assert [turn for turn in loop.turns if turn] == [RECORDS, 1]
 
 
 async def test_who_waits_goes_on_in_the_order_of_asking() -> None:
-    breath = Breath()
+    turn_budget = TurnBudget()
     order: list[int] = []
 
     async def begin() -> None:
-        breath.after(RECORDS)
+        turn_budget.after(RECORDS)
 
     async def ask(number: int) -> None:
         for _ in range(3):
-            await breath.before(RECORDS)
+            await turn_budget.before(RECORDS)
             order.append(number)
 
     await asyncio.gather(begin(), *map(ask, range(4)))
@@ -80,8 +80,8 @@ async def test_who_waits_goes_on_in_the_order_of_asking() -> None:
 
 
 async def test_who_is_cancelled_while_waiting_leaves_the_turn_to_the_next() -> None:
-    breath = Breath()
-    asking = [asyncio.create_task(breath.before(RECORDS)) for _ in range(4)]
+    turn_budget = TurnBudget()
+    asking = [asyncio.create_task(turn_budget.before(RECORDS)) for _ in range(4)]
     await asyncio.sleep(0)  # the first has its turn
     for gone in asking[1:3]:
         gone.cancel()
@@ -90,15 +90,15 @@ async def test_who_is_cancelled_while_waiting_leaves_the_turn_to_the_next() -> N
 
 
 async def test_many_are_handled_by_slices_in_their_order() -> None:
-    breath, loop = Breath(), Loop()
+    turn_budget, loop = TurnBudget(), Loop()
     watching = asyncio.create_task(loop.watch())
     await asyncio.sleep(0)
     items = list(range(5 * SLICE + 1))
     handled: list[int] = []
-    async for some in breath.slices(items):
+    async for some in turn_budget.slices(items):
         handled += some
         loop.turns[-1] += len(some)
     watching.cancel()
     assert handled == items
     assert max(loop.turns) <= RECORDS
-    assert [some async for some in breath.slices([])] == []
+    assert [some async for some in turn_budget.slices([])] == []

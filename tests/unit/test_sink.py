@@ -15,7 +15,7 @@ from worker.kafka.sink import (
     SLACK_MS,
     TRUSTED_S,
     Columns,
-    Parcel,
+    ProducerRecord,
     RefusalLog,
     Sink,
     TimestampCheck,
@@ -39,8 +39,10 @@ def test_a_batch_says_how_many_it_took(bound: int, monkeypatch: pytest.MonkeyPat
     """Also where the bound was wrong: what does not fit is left for the next batch."""
     monkeypatch.setattr(sink, "most_bytes", lambda *_: bound)
     batch = BatchBuilder(1_000, 0)
-    parcels = [Parcel("results", Outgoing(b"key", bytes(90), [], 1), 0, offset) for offset in range(50)]
-    taken = Sink._fill(SimpleNamespace(_limits={}), batch, Columns.of(parcels), list(range(50)))  # type: ignore[arg-type]
+    producer_records = [
+        ProducerRecord("results", Outgoing(b"key", bytes(90), [], 1), 0, offset) for offset in range(50)
+    ]
+    taken = Sink._fill(SimpleNamespace(_limits={}), batch, Columns.of(producer_records), list(range(50)))  # type: ignore[arg-type]
     assert taken == list(range(len(taken)))
     assert 0 < len(taken) < 50
     assert batch.record_count() == len(taken)

@@ -33,7 +33,7 @@ from worker.kafka import source as module
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.source import Rejoin, Source, Standstill, UnreadableRecord
-from worker.runtime.loop_budget import Breath
+from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -172,8 +172,10 @@ class Stage:
 
 async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
     metrics, health = Metrics("test"), Health()
-    connection, breath = Connection(("x:1",)), Breath()
-    source = Source(connection, topics=["t"], group_id="g", breath=breath, metrics=metrics, health=health, **settings)
+    connection, turn_budget = Connection(("x:1",)), TurnBudget()
+    source = Source(
+        connection, topics=["t"], group_id="g", turn_budget=turn_budget, metrics=metrics, health=health, **settings
+    )
 
     async def started() -> FakeConsumer:
         return consumer
@@ -835,7 +837,12 @@ async def test_it_reads_with_the_consumer_that_knows_what_is_committed(monkeypat
 
     monkeypatch.setattr(Consumer, "start", start)
     source = Source(
-        Connection(("x:1",)), topics=["t"], group_id="g", breath=Breath(), metrics=Metrics("test"), health=Health()
+        Connection(("x:1",)),
+        topics=["t"],
+        group_id="g",
+        turn_budget=TurnBudget(),
+        metrics=Metrics("test"),
+        health=Health(),
     )
     consumer = await source._started_consumer()
     await consumer.stop()
@@ -1321,7 +1328,7 @@ def test_what_a_rebalance_takes_fits_into_its_time(request_timeout_ms: int, sess
         connection,
         topics=["t"],
         group_id="g",
-        breath=Breath(),
+        turn_budget=TurnBudget(),
         metrics=Metrics("test"),
         health=Health(),
         session_timeout_ms=session_timeout_ms,

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 
-from worker.core.dead_letter_limit import FloodGauge
+from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
 from worker.kafka.reader import Record
-from worker.kafka.sink import Parcel
+from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
 from worker.pipeline import stages as module
 from worker.pipeline.stages import MicroBatch, Outcome, Part, Pipeline, Stages
-from worker.runtime.loop_budget import Breath
+from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.metrics import Metrics
 
 
@@ -56,16 +56,16 @@ class FakeSink:
         self.published: list[tuple[int, int]] = []  # partition and offset
         self.after_first: Callable[[], None] = lambda: None
 
-    async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
-        self.published += [(parcel.origin, parcel.offset) for parcel in parcels]
+    async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
+        self.published += [(producer_record.origin, producer_record.offset) for producer_record in producer_records]
         await asyncio.sleep(0)
         self.after_first()
-        return [None] * len(parcels)
+        return [None] * len(producer_records)
 
     async def close(self, _: float) -> None: ...
 
 
-class FakeBreath(Breath):
+class FakeTurnBudget(TurnBudget):
     """Notes what it is asked for, and has something happen meanwhile."""
 
     def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -100,8 +100,8 @@ def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | N
         inference=FakeInference(),  # type: ignore[arg-type]
         encoder=Encoder(output_mode="result"),
         sink=sink,  # type: ignore[arg-type]
-        flood=FloodGauge(limit=0, window=1),
-        breath=Breath(),
+        flood=DeadLetterLimit(limit=0, window=1),
+        turn_budget=TurnBudget(),
         metrics=Metrics("test"),
         output_topic="out",
         dead_letter_topic="dead",
@@ -114,7 +114,7 @@ def part_of(assignment: Assignment, count: int) -> Part:
     tp = assignment.tp
     records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
     outcomes = [
-        Outcome(record, Parcel("out", Outgoing(b"k", b"v", [], 0), record.partition, record.offset))
+        Outcome(record, ProducerRecord("out", Outgoing(b"k", b"v", [], 0), record.partition, record.offset))
         for record in records
     ]
     return Part(assignment, records, [], 0, outcomes)
@@ -140,7 +140,7 @@ async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its next owner has them already, perhaps; the others' go on."""
-    monkeypatch.setattr(module, "ROUND", 4)
+    monkeypatch.setattr(module, "RECORDS_PER_PUBLISH", 4)
     source, sink = FakeSource(), FakeSink()
     going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
     sink.after_first = lambda: setattr(going, "is_owned", False)
@@ -153,7 +153,7 @@ async def test_a_partition_that_goes_before_anything_is_published_is_dropped() -
     source, sink = FakeSource(), FakeSink()
     going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
     pipeline = piped(source, sink)
-    pipeline._breath = FakeBreath(lambda: setattr(going, "is_owned", False))
+    pipeline._turn_budget = FakeTurnBudget(lambda: setattr(going, "is_owned", False))
     await published(pipeline, part_of(going, 10), part_of(staying, 3))
     assert sink.published == [(1, offset) for offset in range(3)]
     assert (source.acknowledged, source.dropped) == ([(staying, 3)], [going])
@@ -182,30 +182,32 @@ async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is
 
 async def test_every_stage_asks_before_it_handles_records() -> None:
     pipeline = piped(FakeSource(), FakeSink())
-    breath = pipeline._breath = FakeBreath()
+    turn_budget = pipeline._turn_budget = FakeTurnBudget()
     part = part_of(Assignment(TopicPartition("t", 0)), 1_000)
     await pipeline._decoded([(part.assignment, part.records)])
-    assert breath.asked == [512, 488]
-    breath.asked.clear()
+    assert turn_budget.asked == [512, 488]
+    turn_budget.asked.clear()
     await published(pipeline, part)
-    assert breath.asked == [1_000, 1_000], "to publish, and to count"
+    assert turn_budget.asked == [1_000, 1_000], "to publish, and to count"
 
 
 async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None:
     class Refusing(FakeSink):
-        async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
-            await super().publish(parcels)
-            return ["result_too_large" if parcel.topic == "out" else None for parcel in parcels]
+        async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
+            await super().publish(producer_records)
+            return [
+                "result_too_large" if producer_record.topic == "out" else None for producer_record in producer_records
+            ]
 
     sink = Refusing()
     pipeline = piped(FakeSource(), sink)
-    breath = pipeline._breath = FakeBreath()
+    turn_budget = pipeline._turn_budget = FakeTurnBudget()
     await published(pipeline, part_of(Assignment(TopicPartition("t", 0)), 1_000))
-    assert breath.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
+    assert turn_budget.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
     assert sink.published == [(0, offset) for offset in range(1_000)] * 2
 
 
-class NotingGauge(FloodGauge):
+class NotingGauge(DeadLetterLimit):
     def __init__(self) -> None:
         super().__init__(limit=0.5, window=10_000)
         self.looked_at: list[tuple[int, dict[Reason, int]]] = []
@@ -246,7 +248,7 @@ async def test_records_that_are_read_again_count_once_towards_a_flood(which: str
 async def test_what_was_judged_before_it_was_published_is_not_judged_again(stage: Stage) -> None:
     """Here the records of the micro-batches that were looked at come in another order."""
     pipeline = piped(FakeSource(), FakeSink())
-    pipeline._flood_of_published = FloodGauge(limit=0.5, window=10)
+    pipeline._flood_of_published = DeadLetterLimit(limit=0.5, window=10)
     part = part_of(Assignment(TopicPartition("t", 0)), 10)
     for outcome in part.outcomes:
         outcome.failure = Failure(stage, "invalid_timestamp", "")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.statistics import HISTORY_S, Vitals, quantile
+from worker.telemetry.statistics import HISTORY_S, RollingStatistics, quantile
 
 
 class Clock:
@@ -26,16 +26,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def vitals(metrics: Metrics, clock: Clock) -> Vitals:
-    return Vitals(metrics, clock=clock, now=clock)
+def statistics(metrics: Metrics, clock: Clock) -> RollingStatistics:
+    return RollingStatistics(metrics, clock=clock, now=clock)
 
 
-def test_a_steady_stream_is_its_rate(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+def test_a_steady_stream_is_its_rate(metrics: Metrics, clock: Clock, statistics: RollingStatistics) -> None:
     for _ in range(30):
         clock.now += 1
         metrics.consumed(["texts"] * 40)
         metrics.published(["negative"] * 10 + ["positive"] * 30, [-0.5] * 10 + [0.9] * 30, [0.02] * 40)
-        sample = vitals.sample()
+        sample = statistics.sample()
     assert sample.events_per_s == 40
     assert (sample.negative, sample.neutral, sample.positive) == (10, 0, 30)
     assert sample.score == pytest.approx(0.55)
@@ -45,70 +45,74 @@ def test_a_steady_stream_is_its_rate(metrics: Metrics, clock: Clock, vitals: Vit
     assert sample.at == 1_030
 
 
-def test_what_was_long_ago_is_forgotten(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+def test_what_was_long_ago_is_forgotten(metrics: Metrics, clock: Clock, statistics: RollingStatistics) -> None:
     metrics.consumed(["texts"])
     metrics.published(["neutral"], [0.0], [5.0])
     for _ in range(20):
         clock.now += 1
-        sample = vitals.sample()
+        sample = statistics.sample()
     assert (sample.events_per_s, sample.neutral, sample.score, sample.p50_ms) == (0, 0, None, None)
 
 
-def test_lag_is_the_sum_of_records_and_the_oldest_age(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+def test_lag_is_the_sum_of_records_and_the_oldest_age(
+    metrics: Metrics, clock: Clock, statistics: RollingStatistics
+) -> None:
     clock.now += 1
-    assert vitals.sample()[2:4] == (None, None), "no partition, no lag"
+    assert statistics.sample()[2:4] == (None, None), "no partition, no lag"
     metrics.lag("texts", 0, 10, 1.5)
     metrics.lag("texts", 1, 5, 7.25)
     clock.now += 1
-    assert vitals.sample()[2:4] == (15, 7.2)
+    assert statistics.sample()[2:4] == (15, 7.2)
 
 
-def test_lag_is_not_known_while_that_of_one_partition_is_not(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+def test_lag_is_not_known_while_that_of_one_partition_is_not(
+    metrics: Metrics, clock: Clock, statistics: RollingStatistics
+) -> None:
     metrics.assigned_partitions.set(2)
     metrics.lag("texts", 0, 10, 1.5)
     clock.now += 1
-    assert vitals.sample()[2:4] == (None, None)
+    assert statistics.sample()[2:4] == (None, None)
     clock.now += 1
-    vitals.sample()
-    assert vitals.lag() == {"unknown": 1, "since": 1_001, "known": 10}
-    assert vitals.partitions() == ""
+    statistics.sample()
+    assert statistics.lag() == {"unknown": 1, "since": 1_001, "known": 10}
+    assert statistics.partitions() == ""
     metrics.lag("texts", 1, 5, 7.25)
     clock.now += 1
-    assert vitals.sample()[2:4] == (15, 7.2)
-    assert vitals.lag() == {"unknown": 0, "since": None, "known": 15}
-    assert vitals.partitions() == "texts 0–1"
+    assert statistics.sample()[2:4] == (15, 7.2)
+    assert statistics.lag() == {"unknown": 0, "since": None, "known": 15}
+    assert statistics.partitions() == "texts 0–1"
 
 
-def test_partitions_are_told_by_topic_in_runs(metrics: Metrics, clock: Clock, vitals: Vitals) -> None:
+def test_partitions_are_told_by_topic_in_runs(metrics: Metrics, clock: Clock, statistics: RollingStatistics) -> None:
     for topic, partition in (("b", 7), ("a", 10), ("a", 2), ("a", 3), ("a", 4), ("b", 0)):
         metrics.lag(topic, partition, 0, 0)
     clock.now += 1
-    vitals.sample()
-    assert vitals.partitions() == "a 2–4, 10; b 0, 7"
+    statistics.sample()
+    assert statistics.partitions() == "a 2–4, 10; b 0, 7"
 
 
-def test_the_history_is_bounded(clock: Clock, vitals: Vitals) -> None:
+def test_the_history_is_bounded(clock: Clock, statistics: RollingStatistics) -> None:
     for _ in range(HISTORY_S + 50):
         clock.now += 1
-        vitals.sample()
-    assert len(vitals.history) == HISTORY_S
-    assert vitals.history[-1].at == int(clock.now)
+        statistics.sample()
+    assert len(statistics.history) == HISTORY_S
+    assert statistics.history[-1].at == int(clock.now)
 
 
-def test_stages_are_means_of_the_last_seconds(metrics: Metrics, vitals: Vitals) -> None:
+def test_stages_are_means_of_the_last_seconds(metrics: Metrics, statistics: RollingStatistics) -> None:
     metrics.stage_seconds["forward"].observe(100)
-    vitals.stages_ms()
+    statistics.stages_ms()
     for seconds in (0.010, 0.030):
         metrics.stage_seconds["forward"].observe(seconds)
-    stages = vitals.stages_ms()
+    stages = statistics.stages_ms()
     assert stages["forward"] == 20
     assert stages["publish"] is None
 
 
-def test_dead_letters_are_counted_by_reason(metrics: Metrics, vitals: Vitals) -> None:
+def test_dead_letters_are_counted_by_reason(metrics: Metrics, statistics: RollingStatistics) -> None:
     metrics.dead_lettered([("decode", "invalid_json"), ("decode", "invalid_json"), ("infer", "inference_failed")])
-    assert vitals.dead_letters() == {"invalid_json": 2, "inference_failed": 1}
-    assert vitals.counts()["dead_letters"] == 3
+    assert statistics.dead_letters() == {"invalid_json": 2, "inference_failed": 1}
+    assert statistics.counts()["dead_letters"] == 3
 
 
 @pytest.mark.parametrize(

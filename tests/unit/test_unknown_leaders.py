@@ -20,7 +20,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
-from tests.unit.test_exactly_once import parcel
+from tests.unit.test_exactly_once import producer_record
 from worker.kafka import aiokafka_compat as module
 from worker.kafka.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.kafka.connection import Connection
@@ -91,7 +91,7 @@ class FailingProducer:
     ],
 )
 async def test_what_may_be_there_and_is_sent_again_counts(error: KafkaError, is_sent: bool, in_doubt: int) -> None:
-    producer, columns = FailingProducer(error, is_sent), Columns.of([parcel(1), parcel(2)])
+    producer, columns = FailingProducer(error, is_sent), Columns.of([producer_record(1), producer_record(2)])
     shared: Any = {"limits": {}, "metrics": Metrics(""), "health": Health()}
     sinks = [
         Sink(Connection(("x:1",)), **shared),

@@ -40,7 +40,7 @@ from worker.kafka.connection import (
     why_unreachable,
 )
 from worker.kafka.consumer import Consumer
-from worker.kafka.sink import Parcel, Sink
+from worker.kafka.sink import ProducerRecord, Sink
 from worker.kafka.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.printable import printable
 from worker.runtime.tasks import cancelled, within
@@ -362,10 +362,11 @@ class Replay:
                     f"stopped before {', '.join(sorted(missing))} could be used; the next replay goes on there"
                 )
             self._topics |= missing
-        parcels = [
-            Parcel(record.topic, revived(record, self._decoder.id_of(record)), record.partition) for record in due
+        producer_records = [
+            ProducerRecord(record.topic, revived(record, self._decoder.id_of(record)), record.partition)
+            for record in due
         ]
-        for record, refusal in zip(due, await self._sink.publish(parcels), strict=True):
+        for record, refusal in zip(due, await self._sink.publish(producer_records), strict=True):
             (self._tally.refused if refusal else self._tally.sent)[record.reason] += 1
 
     def _metadata(self, done: Replayed) -> str:

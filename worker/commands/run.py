@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
+from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -161,7 +161,7 @@ async def _work(
         pipeline = starting.result()
         stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
         await pipeline.run()
-    except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, DeadLetterFlood) as error:
+    except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, TooManyDeadLetters) as error:
         log.error("%s", error, extra={"exit_code": 1})
         return 1
     except (InferenceLost, DrainTimeout) as error:
@@ -193,13 +193,13 @@ async def _started(
     topics, found = finding.result()
     outputs = {"output_topic": [settings.output_topic], "dead_letter_topic": [settings.dead_letter_topic]}
     limits = {name: found[name] for names in outputs.values() for name in names}
-    transactions, breath = None, inference.breath
+    transactions, turn_budget = None, inference.turn_budget
     if settings.delivery == "exactly-once":
         transactions = Transactions(
             connection,
             group_id=settings.group_id,
             limits=limits,
-            breath=breath,
+            turn_budget=turn_budget,
             metrics=metrics,
             health=health,
             compression_type=settings.compression_type,
@@ -219,7 +219,7 @@ async def _started(
         linger_s=settings.linger_ms / 1000,
         max_unpacked_bytes=settings.max_unpacked_bytes,
         transactions=transactions,
-        breath=breath,
+        turn_budget=turn_budget,
         metrics=metrics,
         health=health,
     )
@@ -237,8 +237,8 @@ async def _started(
             result_timestamp=settings.result_timestamp,
         ),
         sink=sink,
-        flood=FloodGauge(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
-        breath=breath,
+        flood=DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
+        turn_budget=turn_budget,
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from worker.core.events import Reason
 
 
-class DeadLetterFlood(Exception):
+class TooManyDeadLetters(Exception):
     """Too many of the newest records cannot be scored; the message names the commonest reason. Exit code 1."""
 
 
-class FloodGauge:
+class DeadLetterLimit:
     """Looks at each micro-batch before any of it is published; another one at what has been published, for what was refused.
 
     The window is the newest micro-batches that together have at least ``window`` records; before there are so many, nothing
@@ -25,7 +25,7 @@ class FloodGauge:
         self._reasons: Counter[Reason] = Counter()
 
     def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
-        """``records`` that were not looked at before, and how many of them fail for which reason. Raises DeadLetterFlood."""
+        """Looks at so many more records, and how many of them fail for which reason. Raises TooManyDeadLetters."""
         if not self._limit:
             return
         self._add(records, Counter(reasons))
@@ -33,7 +33,7 @@ class FloodGauge:
             self._forget_oldest()
         failed = self._reasons.total()
         if self._records >= self._window and failed >= self._limit * self._records:
-            raise DeadLetterFlood(self._sentence(failed))
+            raise TooManyDeadLetters(self._sentence(failed))
 
     def _add(self, records: int, reasons: Counter[Reason]) -> None:
         self._batches.append((records, reasons))

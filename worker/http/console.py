@@ -26,7 +26,7 @@ from worker.runtime.tasks import cancelled, within
 from worker.settings import Settings
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.statistics import Vitals
+from worker.telemetry.statistics import RollingStatistics
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Console:
     ) -> None:
         self._health = health
         self._tap = tap
-        self._vitals = Vitals(metrics)
+        self._statistics = RollingStatistics(metrics)
         self._page = PAGE.read_bytes()
         self._policy = content_security_policy(self._page.decode())
         self._about = {
@@ -175,7 +175,7 @@ class Console:
                 log.error("the console could not show a second", extra={"error": type(error).__name__})
 
     def _show(self, now: float) -> None:
-        self._vitals.sample()
+        self._statistics.sample()
         self._now = now
         if self._health.why_not_ready() is None:
             self._not_ready_since = None
@@ -189,16 +189,16 @@ class Console:
             self._next = asyncio.Event()
 
     def _snapshot(self, results: Sequence[Any], letters: Sequence[Any]) -> dict[str, Any]:
-        vitals = self._vitals
+        statistics = self._statistics
         return {
-            "sample": vitals.history[-1] if vitals.history else None,
-            "queues": vitals.queues(),
-            "stages": vitals.stages_ms(),
-            "dead_letters": vitals.dead_letters(),
-            "counts": vitals.counts(),
-            "lag": vitals.lag(),
-            "partitions": _cut(vitals.partitions(), PARTITION_CHARS),
-            "model": vitals.model(),
+            "sample": statistics.history[-1] if statistics.history else None,
+            "queues": statistics.queues(),
+            "stages": statistics.stages_ms(),
+            "dead_letters": statistics.dead_letters(),
+            "counts": statistics.counts(),
+            "lag": statistics.lag(),
+            "partitions": _cut(statistics.partitions(), PARTITION_CHARS),
+            "model": statistics.model(),
             "not_ready": self._not_ready(),
             "results": results,
             "letters": letters,
@@ -214,7 +214,7 @@ class Console:
     def _hello(self) -> bytes:
         """All that there is to see; rendered once a second at most."""
         if self._everything is None:
-            tap, history = self._tap, list(self._vitals.history)
+            tap, history = self._tap, list(self._statistics.history)
             snapshot = self._snapshot(list(tap.results), list(tap.letters))
             self._everything = _message("hello", {**self._about, **snapshot, "history": history})
         return self._everything

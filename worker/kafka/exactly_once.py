@@ -27,8 +27,18 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Reason
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
-from worker.kafka.sink import REFUSALS, ROUND, TELLING, Columns, Load, Parcel, Sink, TimestampCheck, unanswered
-from worker.runtime.loop_budget import Breath
+from worker.kafka.sink import (
+    RECORDS_PER_PUBLISH,
+    REFUSALS,
+    TELLING,
+    Columns,
+    Load,
+    ProducerRecord,
+    Sink,
+    TimestampCheck,
+    unanswered,
+)
+from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -86,25 +96,25 @@ class Refusals:
         self._reasons: dict[RefusalKey, Reason] = {}
         self._suspects: set[RefusalKey] = set()
 
-    def note(self, parcels: Sequence[Parcel], reason: Reason) -> None:
+    def note(self, producer_records: Sequence[ProducerRecord], reason: Reason) -> None:
         """These records, sent as one batch, were refused."""
-        if len(parcels) == 1:
-            self._reasons[_refusal_key(parcels[0])] = reason
+        if len(producer_records) == 1:
+            self._reasons[_refusal_key(producer_records[0])] = reason
         else:
-            self._suspects.update(map(_refusal_key, parcels))
+            self._suspects.update(map(_refusal_key, producer_records))
 
-    def reason(self, parcel: Parcel) -> Reason | None:
+    def reason(self, producer_record: ProducerRecord) -> Reason | None:
         """Why this record is known to be refused."""
-        return self._reasons.get(_refusal_key(parcel)) if self._reasons else None
+        return self._reasons.get(_refusal_key(producer_record)) if self._reasons else None
 
-    def apart(self, parcels: Sequence[Parcel], load: Load) -> list[Load]:
+    def apart(self, producer_records: Sequence[ProducerRecord], load: Load) -> list[Load]:
         """A load in loads of their own for the suspects, in the same order."""
         if not self._suspects:
             return [load]
         loads: list[Load] = []
         was_suspect = True
         for place in load:
-            is_suspect = _refusal_key(parcels[place]) in self._suspects
+            is_suspect = _refusal_key(producer_records[place]) in self._suspects
             if is_suspect or was_suspect:
                 loads.append([])
             loads[-1].append(place)
@@ -117,9 +127,14 @@ class Refusals:
         self._suspects = {key for key in self._suspects if key[0] >= offset}
 
 
-def _refusal_key(parcel: Parcel) -> RefusalKey:
+def _refusal_key(producer_record: ProducerRecord) -> RefusalKey:
     """A record's input offset, where it goes, and in which form: a dead letter has three, each smaller than the last."""
-    return parcel.offset, parcel.topic, bool(parcel.record.value), len(parcel.record.headers)
+    return (
+        producer_record.offset,
+        producer_record.topic,
+        bool(producer_record.record.value),
+        len(producer_record.record.headers),
+    )
 
 
 class PartitionSink(Sink):
@@ -161,19 +176,19 @@ class PartitionSink(Sink):
             transactional_id=self._transactional_id, transaction_timeout_ms=TRANSACTION_TIMEOUT_MS
         )
 
-    async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+    async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
         """As of Sink, within a transaction, which it begins. Raises Lost."""
-        if not parcels:
+        if not producer_records:
             return []
-        columns = Columns.of(parcels)
-        known = [self._refusals.reason(parcel) for parcel in parcels]
+        columns = Columns.of(producer_records)
+        known = [self._refusals.reason(producer_record) for producer_record in producer_records]
         limited = await self._refused_by_limits(columns)
         answers = [one or other for one, other in zip(known, limited, strict=True)]
         with _failures():
             async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1000):
                 await self._begin()
                 lanes = {
-                    lane: [apart for load in loads for apart in self._refusals.apart(parcels, load)]
+                    lane: [apart for load in loads for apart in self._refusals.apart(producer_records, load)]
                     for lane, loads in (await self._lanes(columns, unanswered(answers))).items()
                 }
                 producer = await self._fresh_producer(sum(answer is None for answer in answers))
@@ -182,7 +197,7 @@ class PartitionSink(Sink):
         for loads, error in failures.values():
             reason = REFUSALS.get(type(error))
             if reason:
-                self._refusals.note([parcels[place] for place in loads[0]], reason)
+                self._refusals.note([producer_records[place] for place in loads[0]], reason)
             if type(error) in TELLING:
                 await self._refresh_limits(0.0)
                 self._shared_limits.update(self._limits)
@@ -331,7 +346,7 @@ class Writer:
             self._committed_at, self.committed_at = time.monotonic(), time.time()
             self.committed, self.committing = self.committing, []
             while self.committed:
-                await self._transactions.breath.before(len(self.committed[0].outcomes))
+                await self._transactions.turn_budget.before(len(self.committed[0].outcomes))
                 self._transactions.settled(self, self.committed.pop(0))
 
     async def _until_due(self) -> None:
@@ -358,9 +373,9 @@ class Writer:
     async def _transact(self, pages: Sequence[Page]) -> None:
         outcomes = [outcome for page in pages for outcome in page.outcomes]
         started = time.monotonic()
-        for begin in range(0, len(outcomes), ROUND):
-            some = outcomes[begin : begin + ROUND]
-            await self._transactions.breath.before(len(some))
+        for begin in range(0, len(outcomes), RECORDS_PER_PUBLISH):
+            some = outcomes[begin : begin + RECORDS_PER_PUBLISH]
+            await self._transactions.turn_budget.before(len(some))
             await self._transactions.deliver(some, self.sink)
         published = time.monotonic()
         offset = OffsetAndMetadata(pages[-1].next_offset, self.assignment.metadata)
@@ -381,7 +396,7 @@ class Transactions:
         *,
         group_id: str,
         limits: Mapping[str, TopicLimits],
-        breath: Breath,
+        turn_budget: TurnBudget,
         metrics: Metrics,
         health: Health,
         compression_type: str = "none",
@@ -389,7 +404,7 @@ class Transactions:
     ) -> None:
         self.group_id = group_id
         self.interval_s = interval_s
-        self.breath = breath
+        self.turn_budget = turn_budget
         self._connection = connection
         self._limits = dict(limits)
         self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic

@@ -34,7 +34,9 @@ from worker.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 1_000_000
-ROUND: Final = 2_048  # records to publish at once: a round of requests costs as much as some dozens of records
+RECORDS_PER_PUBLISH: Final = (
+    2_048  # records to publish at once: a round of requests costs as much as some dozens of records
+)
 STALLED_S: Final = 10.0
 LOOK_S: Final = 1.0  # how often an unacknowledged batch's partition is looked for
 LIMITS_AGE_S: Final = 30.0
@@ -54,7 +56,7 @@ REFUSALS: Final[dict[type[BaseException], Reason]] = {
 TELLING: Final = {*REFUSALS, UnknownError}
 
 
-class Parcel(NamedTuple):
+class ProducerRecord(NamedTuple):
     """A record to publish. ``origin`` is the input partition, which decides where a record without a key goes.
 
     ``offset`` is the input record's, by which transactions recognise it.
@@ -68,11 +70,11 @@ class Parcel(NamedTuple):
 
 Lane = tuple[str, int]  # an output topic's partition, whose records stay in order
 Header = tuple[str, bytes | None]
-Load = list[int]  # parcels that go as one batch, by their index
+Load = list[int]  # producer_records that go as one batch, by their index
 
 
 class Columns(NamedTuple):
-    """The fields of N parcels by columns, so that one pass over the records serves all checks."""
+    """The fields of N producer_records by columns, so that one pass over the records serves all checks."""
 
     topics: Sequence[str]
     origins: Sequence[int]
@@ -84,9 +86,9 @@ class Columns(NamedTuple):
     in_doubt: set[int]  # indexes of those whose timestamp is beyond the limits by this machine's clock
 
     @classmethod
-    def of(cls, parcels: Sequence[Parcel]) -> "Columns":
-        """Of one parcel or more."""
-        topics, records, origins, _ = zip(*parcels, strict=True)
+    def of(cls, producer_records: Sequence[ProducerRecord]) -> "Columns":
+        """Of one producer_record or more."""
+        topics, records, origins, _ = zip(*producer_records, strict=True)
         keys, values, headers, timestamps = zip(*records, strict=True)
         return cls(topics, origins, timestamps, keys, values, headers, most_bytes(keys, values, headers), set())
 
@@ -213,15 +215,15 @@ class Sink:
         """Disconnects, within ``timeout_s``."""
         await self._discard_producer(timeout_s)
 
-    async def publish(self, parcels: Sequence[Parcel]) -> list[Reason | None]:
+    async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
         """Publishes N records, those of one output partition in their order.
 
         Answers for each with None when it has been acknowledged by all in-sync replicas, or with the reason why the
         topic refuses it. Waits, without end, for brokers that are away.
         """
-        if not parcels:
+        if not producer_records:
             return []
-        columns = Columns.of(parcels)
+        columns = Columns.of(producer_records)
         answers = await self._refused_by_limits(columns)
         lanes = await self._lanes(columns, unanswered(answers))
         backoff = Backoff()

@@ -57,7 +57,7 @@ from worker.kafka.decompression import Budget
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Reader, Record
 from worker.runtime.file_descriptors import compared
-from worker.runtime.loop_budget import Breath
+from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
@@ -171,7 +171,7 @@ class Source:
         topics: Iterable[str],
         pattern: str | None = None,
         group_id: str,
-        breath: Breath,
+        turn_budget: TurnBudget,
         metrics: Metrics,
         health: Health,
         group_instance_id: str | None = None,
@@ -189,7 +189,7 @@ class Source:
         self._topics = tuple(topics)
         self._pattern = pattern
         self._group_id = group_id
-        self._breath = breath
+        self._turn_budget = turn_budget
         self._metrics = metrics
         self._health = health
         self._group_instance_id = group_instance_id
@@ -795,7 +795,7 @@ class Source:
         except UNREADABLE as error:
             self._be_careful(assignment, error)
             return
-        self._breath.after(len(records))
+        self._turn_budget.after(len(records))
         if not records or not assignment.accepts or self._is_stopping:
             return
         now = self._clock()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
-from worker.runtime.loop_budget import Breath
+from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.threads import Thread, side_by_side
 from worker.telemetry.metrics import Metrics
 
@@ -134,11 +134,11 @@ class Inference:
     """Scores texts with one model. Use it from one event loop; nothing here blocks that loop.
 
     ``timeout_s``: a call to tokenizer or network that takes longer hangs (for the network: one device batch).
-    ``breath`` is for the other stages to share.
+    ``turn_budget`` is for the other stages to share.
     """
 
     def __init__(self, metrics: Metrics, *, timeout_s: float = 60, cache_size: int = 0) -> None:
-        self.breath = Breath()
+        self.turn_budget = TurnBudget()
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._cache_size = cache_size
@@ -239,7 +239,7 @@ class Inference:
             return Job(self.model, list(distinct), places)
         job, cache = Job(self.model, [], []), self._cache  # of one and the same model
         firsts: dict[bytes, int] = {}
-        async for some in self.breath.slices(texts):
+        async for some in self.turn_budget.slices(texts):
             for text in some:
                 digest = _digest(text)
                 entry = cache.get(digest)

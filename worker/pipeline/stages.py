@@ -19,7 +19,7 @@ from itertools import compress, groupby, repeat
 from operator import attrgetter
 from typing import Any, Final, cast
 
-from worker.core.dead_letter_limit import DeadLetterFlood, FloodGauge
+from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import (
     Decoded,
     Decoder,
@@ -38,11 +38,11 @@ from worker.core.sentiment import Sentiment
 from worker.kafka.connection import NO_LIMIT
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Record
-from worker.kafka.sink import ROUND, Parcel, RefusalLog, Sink
+from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
 from worker.kafka.source import Assignment, Chunk, Source
 from worker.pipeline.inference import Inference, Job
 from worker.runtime import garbage_collection as garbage
-from worker.runtime.loop_budget import SLICE, Breath
+from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Batch, Tracing
@@ -116,7 +116,7 @@ class Outcome:
     """What becomes of one record: something to publish, or nothing; why, if it failed; and what to count."""
 
     record: Record
-    parcel: Parcel | None
+    producer_record: ProducerRecord | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
 
@@ -145,8 +145,8 @@ class Pipeline:
         inference: Inference,
         encoder: Encoder,
         sink: Sink,
-        flood: FloodGauge,
-        breath: Breath,
+        flood: DeadLetterLimit,
+        turn_budget: TurnBudget,
         metrics: Metrics,
         output_topic: str,
         dead_letter_topic: str,
@@ -164,7 +164,7 @@ class Pipeline:
         self._encoder = encoder
         self._sink = sink
         self._flood = flood
-        self._breath = breath
+        self._turn_budget = turn_budget
         self._metrics = metrics
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
@@ -178,7 +178,7 @@ class Pipeline:
         self._refusals = RefusalLog(output_topic)
         self._flood_of_published = copy.deepcopy(flood)
         self._flooded = asyncio.Event()
-        self._published_flood: DeadLetterFlood | None = None
+        self._published_flood: TooManyDeadLetters | None = None
         self._draining = asyncio.Event()
         self._seen: dict[Hashable, int] = {}  # by partition, the offset up to which the flood gauge has looked
         self._counted: dict[Hashable, int] = {}  # the same of the gauge of what is published
@@ -192,7 +192,7 @@ class Pipeline:
 
     async def run(self) -> None:
         """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, TopicRecreated,
-        WrongSetting, DeadLetterRefused, DeadLetterFlood.
+        WrongSetting, DeadLetterRefused, TooManyDeadLetters.
 
         However it ends, what has been acknowledged is committed and the group is left.
         """
@@ -336,13 +336,13 @@ class Pipeline:
             parts = [part for batch in batches for part in batch.parts]
             begun: set[int] = set()  # parts of which something is published
             for some in _slices(parts):
-                await self._breath.before(sum(len(outcomes) for _, outcomes in some))
+                await self._turn_budget.before(sum(len(outcomes) for _, outcomes in some))
                 owned = [(part, outcomes) for part, outcomes in some if part.assignment.is_owned]
                 begun.update(id(part) for part, _ in owned)
                 outcomes = [outcome for _, of_part in owned for outcome in of_part]
                 await self._deliver(outcomes, self._sink)
                 now = time.time()
-                await self._breath.before(len(outcomes))
+                await self._turn_budget.before(len(outcomes))
                 self._count(outcomes, now)
             self._metrics.stage_seconds["publish"].observe(time.monotonic() - started)
             for part in parts:
@@ -363,7 +363,7 @@ class Pipeline:
         texts: list[str] = []
         for assignment, records in chunks:
             decoded: list[Decoded] = []
-            async for some in self._breath.slices(records):
+            async for some in self._turn_budget.slices(records):
                 decoded += self._decoder.decode_all(some)
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts += [event.text for event in decoded if type(event) is Event]
@@ -375,7 +375,7 @@ class Pipeline:
         first_text = part.first_text
         for begin in range(0, len(part.records), SLICE):
             records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
-            await self._breath.before(len(records))
+            await self._turn_budget.before(len(records))
             events = cast("list[Event]", decoded)
             if set(map(type, decoded)) == {Event}:
                 yield self._results(records, events, job, first_text, processed_at)
@@ -405,14 +405,14 @@ class Pipeline:
             sentiments = cast("list[Sentiment]", answers)
             results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
             if set(map(type, results)) == {Outgoing}:
-                parcels = rows(
-                    Parcel,
+                producer_records = rows(
+                    ProducerRecord,
                     repeat(self._output_topic),
                     results,
                     repeat(records[0].partition),
                     [record.offset for record in records],
                 )
-                return list(map(Outcome, records, parcels, repeat(None), sentiments))
+                return list(map(Outcome, records, producer_records, repeat(None), sentiments))
         else:
             are_scored = [type(answer) is Sentiment for answer in answers]
             encoded = iter(
@@ -439,34 +439,34 @@ class Pipeline:
     def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
         return Outcome(record, self._letter(record, dead_letter(record, failure, self._version)), failure)
 
-    def _parcel(self, record: Record, outgoing: Outgoing) -> Parcel:
-        return Parcel(self._output_topic, outgoing, record.partition, record.offset)
+    def _parcel(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+        return ProducerRecord(self._output_topic, outgoing, record.partition, record.offset)
 
-    def _letter(self, record: Record, outgoing: Outgoing) -> Parcel:
-        return Parcel(self._dead_letter_topic, outgoing, record.partition, record.offset)
+    def _letter(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+        return ProducerRecord(self._dead_letter_topic, outgoing, record.partition, record.offset)
 
     # Delivery.
 
     async def _deliver(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
-        refused = await self._send([outcome for outcome in outcomes if outcome.parcel], sink)
+        refused = await self._send([outcome for outcome in outcomes if outcome.producer_record], sink)
         if not refused:
             return
-        async for some in self._breath.slices(refused):
+        async for some in self._turn_budget.slices(refused):
             for outcome, reason in some:
                 if outcome.failure is None:
                     outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
                     outcome.sentiment = None
                     letter = dead_letter(outcome.record, outcome.failure, self._version)
-                    outcome.parcel = self._letter(outcome.record, letter)
+                    outcome.producer_record = self._letter(outcome.record, letter)
         refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
-            async for some in self._breath.slices(refused):
+            async for some in self._turn_budget.slices(refused):
                 for outcome, _ in some:
                     if outcome.failure:
                         smaller = smaller_dead_letters(outcome.record, outcome.failure, self._version)[size]
-                        outcome.parcel = self._letter(outcome.record, smaller)
+                        outcome.producer_record = self._letter(outcome.record, smaller)
             refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
 
@@ -490,7 +490,7 @@ class Pipeline:
         if not outcomes:
             return []
         began_at = time.time_ns()
-        answers = await sink.publish([outcome.parcel for outcome in outcomes])  # type: ignore[misc]
+        answers = await sink.publish([outcome.producer_record for outcome in outcomes])  # type: ignore[misc]
         if self._tracing:
             self._tell_of_sent(self._tracing, outcomes, began_at)
         if not any(answers):
@@ -518,7 +518,7 @@ class Pipeline:
             self._counted[tp] = max(counted, some[-1].record.offset + 1)
         try:
             self._flood_of_published.look_at(len(new), Counter(o.failure.reason for o in new if o.failure))
-        except DeadLetterFlood as flood:
+        except TooManyDeadLetters as flood:
             if is_refused:
                 self._published_flood = flood
                 self._flooded.set()
@@ -540,8 +540,8 @@ class Pipeline:
             for outcome in others:
                 if outcome.failure and outcome.failure.stage == "publish":
                     refused[outcome.failure.reason] += 1
-            self._metrics.records_skipped.inc(sum(outcome.parcel is None for outcome in others))
-            self._metrics.tombstones.inc(sum(o.parcel is not None and o.failure is None for o in others))
+            self._metrics.records_skipped.inc(sum(outcome.producer_record is None for outcome in others))
+            self._metrics.tombstones.inc(sum(o.producer_record is not None and o.failure is None for o in others))
         self._refusals.note(refused)
         if self._refusals.is_active:  # while nothing is refused all was judged before it was published
             self._look_at_published(outcomes, bool(refused))
@@ -570,9 +570,9 @@ async def _all_there_is(queue: "asyncio.Queue[MicroBatch | None]") -> list[Micro
 
 
 def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]:
-    """The parts' outcomes, in order, by slices of ROUND records."""
+    """The parts' outcomes, in order, by slices of RECORDS_PER_PUBLISH records."""
     some: list[tuple[Part, list[Outcome]]] = []
-    room = ROUND
+    room = RECORDS_PER_PUBLISH
     for part in parts:
         begin = 0
         while begin < len(part.outcomes):
@@ -582,7 +582,7 @@ def _slices(parts: Sequence[Part]) -> Iterator[list[tuple[Part, list[Outcome]]]]
             room -= len(taken)
             if not room:
                 yield some
-                some, room = [], ROUND
+                some, room = [], RECORDS_PER_PUBLISH
     if some:
         yield some
 

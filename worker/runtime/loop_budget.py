@@ -10,7 +10,7 @@ SLICE: Final = 512  # of many records, handled at once
 Item = TypeVar("Item")
 
 
-class Breath:
+class TurnBudget:
     """Lets the event loop do something else whenever RECORDS records have been handled.
 
     The stages share one: each may pause in time, and still all of them could run in the same turn. Who has to wait has a

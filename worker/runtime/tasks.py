@@ -19,7 +19,7 @@ async def within(timeout_s: float | None, work: Awaitable[Answer]) -> Answer:
 
 
 async def cancelled(tasks: Iterable[asyncio.Future[Any]], timeout_s: float = CANCEL_S) -> set[asyncio.Future[Any]]:
-    """Cancels until every one has ended, for one that is catching its breath from an error may miss the first.
+    """Cancels until every one has ended, for one that is busy with an error may miss the first.
 
     At most ``timeout_s``: answers with those that have not ended by then, and logs them.
     """

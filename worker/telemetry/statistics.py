@@ -45,7 +45,7 @@ class _Totals(NamedTuple):
     latencies: NDArray[np.int64]
 
 
-class Vitals:
+class RollingStatistics:
     """Use it from the event loop; nothing blocks. ``clock`` in seconds, ``now`` in seconds since 1970."""
 
     def __init__(
