@@ -12,10 +12,10 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Outgoing, Reason
 from worker.kafka import exactly_once as module
+from worker.kafka.assignment import Assignment
 from worker.kafka.connection import Backoff, Connection
-from worker.kafka.exactly_once import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
+from worker.kafka.exactly_once import LONGEST_INTERVAL_S, ExactlyOnce, Lost, Refusals, due_at, least_interval_s
 from worker.kafka.sink import ProducerRecord
-from worker.kafka.source import Assignment
 from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -146,7 +146,7 @@ class World:
     def __init__(self) -> None:
         self.health = Health()
         self.metrics = Metrics("test")
-        self.transactions = Transactions(
+        self.transactions = ExactlyOnce(
             Connection(("nowhere:1",)),
             group_id="g",
             limits={},
@@ -190,6 +190,12 @@ class World:
         assignment.accepts = assignment.is_owned = False
         self.restarted.append(assignment)
 
+    async def confirm_membership(self) -> None: ...
+
+    async def finish(self) -> None:
+        self.transactions.finish()
+        await asyncio.wait_for(self.transactions.run(), 5)
+
     async def put(self, assignment: Assignment, *offsets: int) -> None:
         assignment.under_way += len(offsets)
         await self.transactions.put(assignment, [FakeOutcome(FakeRecord(offset)) for offset in offsets])  # type: ignore[misc]
@@ -211,7 +217,7 @@ async def until(condition: Any) -> None:
 
 async def owned(world: World, delivered: int = 100) -> Assignment:
     assignment = Assignment(TP, delivered=delivered)
-    await world.transactions.take_over(assignment)
+    await world.transactions.begin(assignment)
     return assignment
 
 
@@ -234,7 +240,7 @@ async def test_pages_gather_while_more_follows_and_go_as_one_transaction(world: 
     for _ in range(20):
         await asyncio.sleep(0)
     assert world.sinks[0].published == [], "the interval is half a minute"
-    world.transactions.settle([assignment])
+    world.transactions.flush([assignment])
     await until(lambda: assignment.committed == 4)
     assert world.sinks[0].committed == [4]
 
@@ -243,7 +249,7 @@ async def test_large_pages_are_counted_one_in_a_turn_of_the_event_loop(world: Wo
     assignment = await owned(world, delivered=10_000)
     for begin in range(0, 3 * RECORDS, RECORDS):
         await world.put(assignment, *range(begin, begin + RECORDS))
-    world.transactions.settle([assignment])
+    world.transactions.flush([assignment])
     seen = set()
     await until(lambda: seen.add(len(world.counted)) or len(world.counted) == 3 * RECORDS)
     assert seen >= {RECORDS, 2 * RECORDS, 3 * RECORDS}
@@ -254,7 +260,7 @@ async def test_what_is_committed_is_counted_though_the_partition_goes_meanwhile(
     assignment = await owned(world, delivered=10_000)
     for begin in range(0, 3 * RECORDS, RECORDS):
         await world.put(assignment, *range(begin, begin + RECORDS))
-    world.transactions.settle([assignment])
+    world.transactions.flush([assignment])
     await until(lambda: world.counted)
     assert len(world.counted) < 3 * RECORDS, "the rest has its turn later"
     world.transactions.release(assignment)
@@ -270,20 +276,20 @@ async def test_who_cannot_count_ends_the_work(world: World, monkeypatch: pytest.
     assignment = await owned(world, delivered=1)
     await world.put(assignment, 0)
     with pytest.raises(LookupError):
-        await asyncio.wait_for(world.transactions.watch(), 5)
+        await asyncio.wait_for(world.transactions.run(), 5)
 
 
 async def test_finish_commits_what_is_there(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
     assignment.metadata = "topic_id=x"
-    await world.transactions.finish()
+    await world.finish()
     assert (world.sinks[0].committed, world.sinks[0].metadata) == ([2], {"topic_id=x"})
 
 
 async def test_an_offset_alone_is_committed_in_its_turn(world: World) -> None:
     assignment = await owned(world, delivered=9)
-    await world.transactions.commit([(assignment, 9)])
+    await world.transactions.commit([(assignment, 9, 0)], 5)
     assert (world.sinks[0].committed, world.counted) == ([9], [])
 
 
@@ -294,13 +300,13 @@ async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, i
     world.commit_may_end.clear()
     await world.put(assignment, *range(100, 110))
     if is_committing:
-        world.transactions.settle([assignment])
+        world.transactions.flush([assignment])
         await until(lambda: world.sinks[0].published)
-    committing = asyncio.create_task(world.transactions.commit([(assignment, 100)]))
+    committing = asyncio.create_task(world.transactions.commit([(assignment, 100, 0)], 5))
     for _ in range(20):
         await asyncio.sleep(0)
     world.commit_may_end.set()
-    await world.transactions.finish()
+    await world.finish()
     await committing
     assert world.sinks[0].committed == [110]
 
@@ -308,8 +314,8 @@ async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, i
 async def test_an_offset_alone_goes_after_the_records_before_it(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
-    world.transactions.settle([assignment])
-    await world.transactions.commit([(assignment, 5)])
+    world.transactions.flush([assignment])
+    await world.transactions.commit([(assignment, 5, 0)], 5)
     assert world.sinks[0].committed[-1] == 5
 
 
@@ -325,7 +331,7 @@ async def test_a_lost_transaction_begins_the_partition_anew(world: World, where:
     assert world.dropped == 3, "what was still on its way under the old assignment is dropped too"
 
     again = await owned(world, delivered=2)
-    world.transactions.found(again, 0)
+    world.transactions.resume(again, 0)
     await world.put(again, 0, 1)
     await until(lambda: again.committed == 2)
     assert (world.counted, world.sinks[1].committed) == ([0, 1], [2])
@@ -342,7 +348,7 @@ async def test_a_commit_in_doubt_counts_if_it_has_happened(
     await until(lambda: world.restarted)
     assert "cannot commit a transaction (TimeoutError)" in (world.health.why_not_ready() or "")
     again = await owned(world)
-    world.transactions.found(again, committed)
+    world.transactions.resume(again, committed)
     assert world.counted == counted
     assert (world.health.why_not_ready() is None) == bool(counted), "else the next commit tells that all is well"
 
@@ -358,7 +364,7 @@ async def test_a_writer_that_others_cancel_is_a_lost_transaction(world: World) -
 
 async def test_the_other_partitions_go_on(world: World) -> None:
     lost, other = await owned(world, delivered=1), Assignment(TopicPartition("t", 1), delivered=1)
-    await world.transactions.take_over(other)
+    await world.transactions.begin(other)
     world.publish_errors.append(Lost("ProducerFenced"))
     await world.put(lost, 0)
     await world.put(other, 0)
@@ -403,11 +409,11 @@ async def test_released_partitions_are_aborted_and_forgotten(world: World) -> No
 async def test_a_stall_ends_with_the_partition_that_had_it(world: World, is_given_up: bool) -> None:
     """Others, which may have nothing to publish for long, are no reason to go on saying that publishing is stalled."""
     assignment, other = await owned(world), Assignment(TopicPartition("t", 1))
-    await world.transactions.take_over(other)
+    await world.transactions.begin(other)
     world.health.trouble("publish", "publishing is stalled", TP)
     world.health.trouble("publish", "publishing is stalled", other.tp)
     if is_given_up:
-        world.transactions.retire(assignment)
+        world.transactions.abandon(assignment)
     world.transactions.release(assignment)
     assert world.health.why_not_ready() == "publish: publishing is stalled", "the other one's still is"
     world.transactions.release(other)
@@ -449,11 +455,11 @@ async def test_what_is_gathered_is_bounded(world: World, monkeypatch: pytest.Mon
 
 async def test_what_nobody_foresaw_ends_the_work(world: World) -> None:
     assignment = await owned(world, delivered=1)
-    watching = asyncio.create_task(world.transactions.watch())
+    watching = asyncio.create_task(world.transactions.run())
     world.publish_errors.append(LookupError("a bug"))
     await world.put(assignment, 0)
     with pytest.raises(LookupError):
         await watching
     with pytest.raises(LookupError):
-        await world.transactions.finish()
+        await world.finish()
     assert world.restarted == []

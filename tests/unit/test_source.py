@@ -30,6 +30,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.core.topic_ids import TopicRecreated, with_topic_id
 from worker.errors import WrongSetting
 from worker.kafka import source as module
+from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.source import Rejoin, Source, Standstill, UnreadableRecord
@@ -170,12 +171,25 @@ class Stage:
             self.source.acknowledge(assignment, records[-1].offset + 1, len(records))
 
 
-async def staged(consumer: FakeConsumer, **settings: Any) -> Stage:
-    metrics, health = Metrics("test"), Health()
-    connection, turn_budget = Connection(("x:1",)), TurnBudget()
+def at_least_once(metrics: Metrics, health: Health) -> AtLeastOnce:
+    """It publishes nothing here: a test acknowledges records itself."""
+    sink: Any = None
+    return AtLeastOnce(sink, capacity=1_000, turn_budget=TurnBudget(), metrics=metrics, health=health)
+
+
+def served(delivery: Any, connection: Connection | None = None, **settings: Any) -> Source:
+    connection = connection or Connection(("x:1",))
     source = Source(
-        connection, topics=["t"], group_id="g", turn_budget=turn_budget, metrics=metrics, health=health, **settings
+        connection, delivery, **({"topics": ["t"], "group_id": "g", "turn_budget": TurnBudget()} | settings)
     )
+    unused: Any = None
+    delivery.serve(source, unused, unused)
+    return source
+
+
+async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) -> Stage:
+    metrics, health = Metrics("test"), Health()
+    source = served(delivery or at_least_once(metrics, health), metrics=metrics, health=health, **settings)
 
     async def started() -> FakeConsumer:
         return consumer
@@ -766,43 +780,45 @@ async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) 
     assert b'lag_seconds{partition="0",topic="t"} 0.0' in stage.metrics.text()
 
 
-class FakeTransactions:
+class FakeDelivery:
     """Notes what the source says of assignments."""
+
+    has_producer_per_partition = True
 
     def __init__(self) -> None:
         self.released: list[Any] = []
-        self.retired: list[Any] = []
+        self.abandoned: list[Any] = []
         self.committed_offsets: list[int | None] = []
 
-    async def take_over(self, assignment: Any) -> None: ...
+    def serve(self, *_: object) -> None: ...
 
-    def found(self, assignment: Any, committed: int | None) -> None:
+    async def begin(self, assignment: Any) -> None: ...
+
+    def resume(self, assignment: Any, committed: int | None) -> None:
         self.committed_offsets.append(committed)
 
-    async def commit(self, offsets: Any) -> None: ...
+    async def commit(self, due: Any, timeout_s: float) -> bool:
+        return True
 
-    def settle(self, assignments: Any) -> None: ...
+    def flush(self, assignments: Any) -> None: ...
 
-    def retire(self, assignment: Any) -> None:
-        self.retired.append(assignment)
+    def abandon(self, assignment: Any) -> None:
+        self.abandoned.append(assignment)
 
     def release(self, assignment: Any) -> None:
         self.released.append(assignment)
 
 
 @pytest.fixture
-def transactions(monkeypatch: pytest.MonkeyPatch) -> FakeTransactions:
-    async def confirmed(_: Source) -> None: ...
-
-    monkeypatch.setattr(Source, "_confirm_membership", confirmed)
-    return FakeTransactions()
+def delivery() -> FakeDelivery:
+    return FakeDelivery()
 
 
 async def test_a_partition_that_is_lost_while_it_is_revoked_is_given_up_as_a_whole(
-    consumer: FakeConsumer, transactions: FakeTransactions
+    consumer: FakeConsumer, delivery: FakeDelivery
 ) -> None:
     """Its trouble, its lag and its count of partitions go with it; the revocation finds nothing to release any more."""
-    stage = await staged(consumer, transactions=transactions)
+    stage = await staged(consumer, delivery=delivery)
     await stage.assign(TP)
     chunks = await stage.take()
     assignment = stage.source._assignments[TP]
@@ -812,22 +828,22 @@ async def test_a_partition_that_is_lost_while_it_is_revoked_is_given_up_as_a_who
     stage.source.restart(assignment)
     stage.source.drop(assignment, sum(len(records) for _, records in chunks))
     await revoking
-    assert (transactions.released, transactions.retired) == ([assignment], [])
+    assert (delivery.released, delivery.abandoned) == ([assignment], [])
     assert stage.source._assignments == {}
     assert stage.metrics.lag_records._metrics == {}
     assert stage.metrics.assigned_partitions._value.get() == 0
 
 
 async def test_a_partition_that_is_lost_while_it_is_ours_begins_anew(
-    consumer: FakeConsumer, transactions: FakeTransactions
+    consumer: FakeConsumer, delivery: FakeDelivery
 ) -> None:
     consumer.committed_at = 30
-    stage = await staged(consumer, transactions=transactions)
+    stage = await staged(consumer, delivery=delivery)
     await stage.assign(TP)
     await stage.take()
     assignment = stage.source._assignments[TP]
     stage.source.restart(assignment)
-    assert (transactions.released, transactions.retired) == ([], [assignment])
+    assert (delivery.released, delivery.abandoned) == ([], [assignment])
     assert (await stage.take())[0][1][0].offset == 30
     assert stage.source._assignments[TP] is not assignment
 
@@ -836,14 +852,8 @@ async def test_it_reads_with_the_consumer_that_knows_what_is_committed(monkeypat
     async def start(_: Consumer) -> None: ...
 
     monkeypatch.setattr(Consumer, "start", start)
-    source = Source(
-        Connection(("x:1",)),
-        topics=["t"],
-        group_id="g",
-        turn_budget=TurnBudget(),
-        metrics=Metrics("test"),
-        health=Health(),
-    )
+    metrics, health = Metrics("test"), Health()
+    source = served(at_least_once(metrics, health), metrics=metrics, health=health)
     consumer = await source._started_consumer()
     await consumer.stop()
     assert type(consumer) is Consumer
@@ -1038,13 +1048,13 @@ async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consu
 
 
 async def test_a_commit_in_doubt_is_not_found_in_an_offset_of_another_topic(
-    consumer: FakeConsumer, transactions: FakeTransactions
+    consumer: FakeConsumer, delivery: FakeDelivery
 ) -> None:
     consumer.committed_at, consumer.committed_metadata = 10**6, with_topic_id(OTHER_ID)
-    stage = await staged(consumer, transactions=transactions)
+    stage = await staged(consumer, delivery=delivery)
     await stage.assign(TP)
     await stage.take()
-    assert transactions.committed_offsets == [None]
+    assert delivery.committed_offsets == [None]
     assert stage.source._assignments[TP].metadata == with_topic_id(ID)
 
 
@@ -1324,13 +1334,12 @@ async def test_a_rebalance_that_lasts_is_told(
 def test_what_a_rebalance_takes_fits_into_its_time(request_timeout_ms: int, session_timeout_ms: int) -> None:
     """To hear of it, to give up what one has, and to join again, in a request that waits for all members."""
     connection = Connection(("x:1",), request_timeout_ms=request_timeout_ms)
-    source = Source(
+    metrics, health = Metrics("test"), Health()
+    source = served(
+        at_least_once(metrics, health),
         connection,
-        topics=["t"],
-        group_id="g",
-        turn_budget=TurnBudget(),
-        metrics=Metrics("test"),
-        health=Health(),
+        metrics=metrics,
+        health=health,
         session_timeout_ms=session_timeout_ms,
     )
     rebalance_s = source._rebalance_timeout_ms / 1000

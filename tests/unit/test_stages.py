@@ -12,12 +12,21 @@ from aiokafka import TopicPartition
 
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.kafka import at_least_once
+from worker.kafka.assignment import Assignment
+from worker.kafka.at_least_once import AtLeastOnce
+from worker.kafka.delivery import Outcome
 from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord
-from worker.kafka.source import Assignment
 from worker.pipeline import stages as module
-from worker.pipeline.stages import MicroBatch, Outcome, Part, Pipeline, Stages
+from worker.pipeline.accounting import Accounting
+from worker.pipeline.micro_batch import MicroBatch, Part
+from worker.pipeline.outcomes import Outcomes
+from worker.pipeline.publishing import Publishing
+from worker.pipeline.stages import Pipeline, Queues
 from worker.runtime.loop_budget import TurnBudget
+from worker.runtime.tasks import cancelled
+from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
 
@@ -83,55 +92,82 @@ class FakeInference:
         await asyncio.Event().wait()
 
 
-class FakeTransactions:
+class FakeDelivery:
+    """Delivers nothing, and notes that no more will be put."""
+
     def __init__(self) -> None:
-        self.is_finished = False
+        self.finished = asyncio.Event()
 
     def serve(self, *_: object) -> None: ...
 
-    async def finish(self) -> None:
-        self.is_finished = True
+    async def run(self) -> None:
+        await self.finished.wait()
+
+    def finish(self) -> None:
+        self.finished.set()
+
+    async def put(self, assignment: Assignment, outcomes: Sequence[Outcome]) -> None: ...
+
+    async def close(self, _: float) -> None: ...
 
 
-def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | None = None) -> Pipeline:
+WHERE: Any = {"output_topic": "out", "dead_letter_topic": "dead", "version": "test"}
+
+
+def pipeline_of(source: FakeSource, delivery: Any = None, limit: DeadLetterLimit | None = None) -> Pipeline:
+    limit, budget = limit or DeadLetterLimit(limit=0, window=1), TurnBudget()
     return Pipeline(
         source=source,  # type: ignore[arg-type]
-        decoder=Decoder(),
         inference=FakeInference(),  # type: ignore[arg-type]
-        encoder=Encoder(output_mode="result"),
-        sink=sink,  # type: ignore[arg-type]
-        flood=DeadLetterLimit(limit=0, window=1),
-        turn_budget=TurnBudget(),
+        outcomes=Outcomes(Decoder(), Encoder(output_mode="result"), turn_budget=budget, **WHERE),
+        publishing=Publishing(turn_budget=budget, **WHERE),
+        accounting=Accounting(dead_letter_limit=limit, metrics=Metrics("test"), output_topic="out"),
+        delivery=delivery or FakeDelivery(),
+        dead_letter_limit=limit,
         metrics=Metrics("test"),
-        output_topic="out",
-        dead_letter_topic="dead",
-        version="test",
-        transactions=transactions,  # type: ignore[arg-type]
     )
 
 
 def part_of(assignment: Assignment, count: int) -> Part:
     tp = assignment.tp
     records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
-    outcomes = [
+    return Part(assignment, records, [], 0)
+
+
+def outcomes_of(part: Part) -> list[Outcome]:
+    return [
         Outcome(record, ProducerRecord("out", Outgoing(b"k", b"v", [], 0), record.partition, record.offset))
-        for record in records
+        for record in part.records
     ]
-    return Part(assignment, records, [], 0, outcomes)
 
 
-async def published(pipeline: Pipeline, *parts: Part) -> None:
-    stages = Stages()
-    unused: Any = None
-    stages.encoded.put_nowait(MicroBatch(list(parts), unused))
-    stages.encoded.put_nowait(None)
-    await asyncio.wait_for(pipeline._publish(stages), 5)
+async def delivered(
+    source: FakeSource, sink: FakeSink, *parts: Part, budget: TurnBudget | None = None, slice_of: int = 512
+) -> None:
+    """As the pipeline would: each part by slices, then no more."""
+    budget = budget or TurnBudget()
+    delivery = AtLeastOnce(
+        sink,  # type: ignore[arg-type]
+        capacity=10_000,
+        turn_budget=budget,
+        metrics=Metrics("test"),
+        health=Health(),
+    )
+    limit = DeadLetterLimit(limit=0, window=1)
+    accounting = Accounting(dead_letter_limit=limit, metrics=Metrics("test"), output_topic="out")
+    delivery.serve(source, Publishing(turn_budget=budget, **WHERE).publish, accounting.count)  # type: ignore[arg-type]
+    for part in parts:
+        outcomes = outcomes_of(part)
+        for begin in range(0, len(outcomes), slice_of):
+            await delivery.put(part.assignment, outcomes[begin : begin + slice_of])
+    delivery.finish()
+    await asyncio.wait_for(delivery.run(), 5)
 
 
 async def test_what_is_published_is_acknowledged() -> None:
     source, sink = FakeSource(), FakeSink()
     assignment = Assignment(TopicPartition("t", 0))
-    await published(piped(source, sink), part_of(assignment, 10))
+    await delivered(source, sink, part_of(assignment, 10))
     assert sink.published == [(0, offset) for offset in range(10)]
     assert source.acknowledged == [(assignment, 10)]
 
@@ -140,29 +176,50 @@ async def test_the_slices_of_a_partition_that_goes_meanwhile_are_not_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its next owner has them already, perhaps; the others' go on."""
-    monkeypatch.setattr(module, "RECORDS_PER_PUBLISH", 4)
+    monkeypatch.setattr(at_least_once, "RECORDS_PER_PUBLISH", 4)
     source, sink = FakeSource(), FakeSink()
     going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
     sink.after_first = lambda: setattr(going, "is_owned", False)
-    await published(piped(source, sink), part_of(going, 10), part_of(staying, 3))
+    await delivered(source, sink, part_of(going, 10), part_of(staying, 3), slice_of=4)
     assert sink.published == [(0, offset) for offset in range(4)] + [(1, offset) for offset in range(3)]
+    assert (source.acknowledged, source.dropped) == ([(going, 4), (staying, 3)], [going, going])
 
 
 async def test_a_partition_that_goes_before_anything_is_published_is_dropped() -> None:
     """What was not published cannot be published twice."""
     source, sink = FakeSource(), FakeSink()
     going, staying = Assignment(TopicPartition("t", 0)), Assignment(TopicPartition("t", 1))
-    pipeline = piped(source, sink)
-    pipeline._turn_budget = FakeTurnBudget(lambda: setattr(going, "is_owned", False))
-    await published(pipeline, part_of(going, 10), part_of(staying, 3))
+    budget = FakeTurnBudget(lambda: setattr(going, "is_owned", False))
+    await delivered(source, sink, part_of(going, 10), part_of(staying, 3), budget=budget)
     assert sink.published == [(1, offset) for offset in range(3)]
     assert (source.acknowledged, source.dropped) == ([(staying, 3)], [going])
 
 
+async def test_who_puts_waits_while_too_much_is_waiting() -> None:
+    source, sink = FakeSource(), FakeSink()
+    nothing: Any = None
+    delivery = AtLeastOnce(
+        sink,  # type: ignore[arg-type]
+        capacity=10,
+        turn_budget=TurnBudget(),
+        metrics=Metrics("test"),
+        health=Health(),
+    )
+    delivery.serve(source, nothing, nothing)  # type: ignore[arg-type]
+    part = part_of(Assignment(TopicPartition("t", 0)), 10)
+    await delivery.put(part.assignment, outcomes_of(part))
+    putting = asyncio.create_task(delivery.put(part.assignment, outcomes_of(part)))
+    await asyncio.sleep(0.01)
+    assert not putting.done()
+    running = asyncio.create_task(delivery.run())
+    await asyncio.wait_for(putting, 5)
+    await cancelled([running])
+
+
 @pytest.mark.parametrize("is_draining", [True, False])
 async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is_about_to_go(is_draining: bool) -> None:
-    source, scored, stages = FakeSource(), [], Stages(tokenized=asyncio.Queue(), scored=asyncio.Queue())
-    pipeline = piped(source, FakeSink())
+    source, scored, queues = FakeSource(), [], Queues(tokenized=asyncio.Queue(), scored=asyncio.Queue())
+    pipeline = pipeline_of(source)
 
     async def score(job: Any) -> None:
         scored.append(job)
@@ -171,24 +228,24 @@ async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is
     going, gone = Assignment(TopicPartition("t", 0), accepts=False), Assignment(TopicPartition("t", 1), is_owned=False)
     gone.accepts = False
     job: Any = object()
-    stages.tokenized.put_nowait(MicroBatch([part_of(going, 3), part_of(gone, 3)], job))
-    stages.tokenized.put_nowait(None)
+    queues.tokenized.put_nowait(MicroBatch([part_of(going, 3), part_of(gone, 3)], job))
+    queues.tokenized.put_nowait(None)
     if is_draining:
         pipeline.drain()
-    await asyncio.wait_for(pipeline._score(stages), 5)
+    await asyncio.wait_for(pipeline._score(queues), 5)
     assert source.dropped == ([gone] if is_draining else [going, gone])
     assert scored == ([job] if is_draining else [])
 
 
 async def test_every_stage_asks_before_it_handles_records() -> None:
-    pipeline = piped(FakeSource(), FakeSink())
-    turn_budget = pipeline._turn_budget = FakeTurnBudget()
+    budget = FakeTurnBudget()
     part = part_of(Assignment(TopicPartition("t", 0)), 1_000)
-    await pipeline._decoded([(part.assignment, part.records)])
-    assert turn_budget.asked == [512, 488]
-    turn_budget.asked.clear()
-    await published(pipeline, part)
-    assert turn_budget.asked == [1_000, 1_000], "to publish, and to count"
+    outcomes = Outcomes(Decoder(), Encoder(output_mode="result"), turn_budget=budget, **WHERE)
+    await outcomes.decoded([(part.assignment, list(part.records))])
+    assert budget.asked == [512, 488]
+    budget.asked.clear()
+    await delivered(FakeSource(), FakeSink(), part, budget=budget)
+    assert budget.asked == [1_000, 1_000], "to publish, and to count"
 
 
 async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None:
@@ -199,15 +256,13 @@ async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None
                 "result_too_large" if producer_record.topic == "out" else None for producer_record in producer_records
             ]
 
-    sink = Refusing()
-    pipeline = piped(FakeSource(), sink)
-    turn_budget = pipeline._turn_budget = FakeTurnBudget()
-    await published(pipeline, part_of(Assignment(TopicPartition("t", 0)), 1_000))
-    assert turn_budget.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
+    sink, budget = Refusing(), FakeTurnBudget()
+    await delivered(FakeSource(), sink, part_of(Assignment(TopicPartition("t", 0)), 1_000), budget=budget)
+    assert budget.asked == [1_000, 512, 488, 1_000], "to publish, to write the letters, and to count"
     assert sink.published == [(0, offset) for offset in range(1_000)] * 2
 
 
-class NotingGauge(DeadLetterLimit):
+class NotingLimit(DeadLetterLimit):
     def __init__(self) -> None:
         super().__init__(limit=0.5, window=10_000)
         self.looked_at: list[tuple[int, dict[Reason, int]]] = []
@@ -227,40 +282,49 @@ def scored(offsets: range) -> MicroBatch:
     return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 
 
-@pytest.mark.parametrize("which", ["_flood", "_flood_of_published"])
-async def test_records_that_are_read_again_count_once_towards_a_flood(which: str) -> None:
-    """Their micro-batches are cut elsewhere the second time, and they may have been published without being committed."""
-    pipeline, stages = piped(FakeSource(), FakeSink()), Stages(scored=asyncio.Queue(), encoded=asyncio.Queue())
-    gauge = NotingGauge()
-    setattr(pipeline, which, gauge)
-    pipeline._refusals.note({"invalid_timestamp": 1})  # from then on what is published is looked at, too
+BOTH = ("invalid_json", "inference_failed")
+
+
+async def test_records_that_are_read_again_count_once_towards_the_limit() -> None:
+    """Their micro-batches are cut elsewhere the second time."""
+    limit = NotingLimit()
+    pipeline, queues = pipeline_of(FakeSource(), limit=limit), Queues(scored=asyncio.Queue())
     for offsets in (range(10), range(3, 14), range(4, 9)):
-        stages.scored.put_nowait(scored(offsets))
-        stages.scored.put_nowait(None)
-        await asyncio.wait_for(pipeline._encode(stages), 5)
-        await asyncio.wait_for(pipeline._publish(stages), 5)
-        stages.encoded.get_nowait()  # None, which stays
-    both = ("invalid_json", "inference_failed")
-    assert gauge.looked_at == [(10, dict.fromkeys(both, 5)), (4, dict.fromkeys(both, 2)), (0, {})]
+        queues.scored.put_nowait(scored(offsets))
+        queues.scored.put_nowait(None)
+        await asyncio.wait_for(pipeline._encode(queues), 5)
+    assert limit.looked_at == [(10, dict.fromkeys(BOTH, 5)), (4, dict.fromkeys(BOTH, 2)), (0, {})]
+
+
+async def test_records_that_are_published_again_count_once_towards_the_limit() -> None:
+    """They may have been published without being committed."""
+    accounting = Accounting(dead_letter_limit=NotingLimit(), metrics=Metrics("test"), output_topic="out")
+    accounting._refusals.note({"invalid_timestamp": 1})  # from then on what is published is looked at, too
+    outcomes = Outcomes(Decoder(), Encoder(output_mode="result"), turn_budget=TurnBudget(), **WHERE)
+    for offsets in (range(10), range(3, 14), range(4, 9)):
+        batch = scored(offsets)
+        accounting.count([outcome async for some in outcomes.of(batch.parts[0], batch.job) for outcome in some], 0.0)
+    looked_at = accounting._limit.looked_at  # type: ignore[attr-defined]
+    assert looked_at == [(10, dict.fromkeys(BOTH, 5)), (4, dict.fromkeys(BOTH, 2)), (0, {})]
 
 
 @pytest.mark.parametrize("stage", ["decode", "publish"])
 async def test_what_was_judged_before_it_was_published_is_not_judged_again(stage: Stage) -> None:
     """Here the records of the micro-batches that were looked at come in another order."""
-    pipeline = piped(FakeSource(), FakeSink())
-    pipeline._flood_of_published = DeadLetterLimit(limit=0.5, window=10)
-    part = part_of(Assignment(TopicPartition("t", 0)), 10)
-    for outcome in part.outcomes:
+    limit = DeadLetterLimit(limit=0.5, window=10)
+    accounting = Accounting(dead_letter_limit=limit, metrics=Metrics("test"), output_topic="out")
+    outcomes = outcomes_of(part_of(Assignment(TopicPartition("t", 0)), 10))
+    for outcome in outcomes:
         outcome.failure = Failure(stage, "invalid_timestamp", "")
-    await published(pipeline, part)
-    assert pipeline._flooded.is_set() == (stage == "publish")
+    accounting.count(outcomes, 0.0)
+    assert accounting._exceeded.is_set() == (stage == "publish")
 
 
 async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = FakeSource()
-    pipeline = piped(source, FakeSink())
+    pipeline = pipeline_of(source)
     quiet: list[bool] = []
     is_left = False
 
@@ -274,7 +338,7 @@ async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_i
         finally:
             is_left = True
 
-    monkeypatch.setattr(module.garbage, "collect", collect)
+    monkeypatch.setattr(module.garbage_collection, "collect", collect)
     await asyncio.wait_for(pipeline.run(), 5)
     assert quiet == [True, True, False]
     assert is_left
@@ -291,30 +355,29 @@ async def breaks() -> None:
     raise RuntimeError
 
 
-def breaks_later(stages: Stages) -> Callable[[], Awaitable[None]]:
+def breaks_later(queues: Queues) -> Callable[[], Awaitable[None]]:
     async def work() -> None:
-        await stages.scored.get()
+        await queues.scored.get()
         raise RuntimeError
 
     return work
 
 
 @pytest.mark.parametrize("is_later", [False, True])
-async def test_what_was_handed_over_before_a_stage_broke_is_committed(is_later: bool) -> None:
-    """Such as all before a flood, whether encoding has met it already or does so among the last ones."""
-    transactions, stages = FakeTransactions(), Stages()
-    pipeline = piped(FakeSource(), FakeSink(), transactions)
+async def test_what_was_handed_over_before_a_stage_broke_is_delivered(is_later: bool) -> None:
+    """Such as all before the dead-letter limit, whether encoding has met it already or does so among the last ones."""
+    delivery, queues = FakeDelivery(), Queues()
+    pipeline = pipeline_of(FakeSource(), delivery)
     works: dict[str, Callable[[], Any]] = {
         "tokenize": never,
         "score": never,
-        "encode": breaks_later(stages) if is_later else breaks,
-        "publish": lambda: pipeline._publish(stages),
+        "encode": breaks_later(queues) if is_later else breaks,
+        "deliver": delivery.run,
     }
     tasks = {name: asyncio.create_task(work()) for name, work in works.items()}
     await asyncio.sleep(0.01)
-    started = time.monotonic()
-    await pipeline._finish_scored(tasks, stages, started + 60)
-    assert transactions.is_finished
+    await asyncio.wait_for(pipeline._finish_scored(tasks, queues, time.monotonic() + 60), 5)
+    assert delivery.finished.is_set()
     for task in tasks.values():
         with contextlib.suppress(RuntimeError, asyncio.CancelledError):
             await asyncio.wait_for(task, 5)

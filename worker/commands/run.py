@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
@@ -17,6 +17,7 @@ from worker.http.access import Guard
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
 from worker.http.server import Monitor
+from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import tell_backlog
 from worker.kafka.connection import (
     NO_LIMIT,
@@ -27,12 +28,17 @@ from worker.kafka.connection import (
     wait_until_usable,
     watch_topics,
 )
-from worker.kafka.exactly_once import Transactions
+from worker.kafka.delivery import Delivery
+from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.sink import Sink
 from worker.kafka.source import Source, Standstill, UnreadableRecord
+from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference, InferenceLost
-from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
+from worker.pipeline.outcomes import Outcomes
+from worker.pipeline.publishing import DeadLetterRefused, Publishing
+from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
+from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.memory import keep_blocks
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, revealed, split_names, text_fields
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
+WAITING_BATCHES: Final = 4  # micro-batches that may wait for those before them to be acknowledged
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
 
 
@@ -193,20 +200,10 @@ async def _started(
     topics, found = finding.result()
     outputs = {"output_topic": [settings.output_topic], "dead_letter_topic": [settings.dead_letter_topic]}
     limits = {name: found[name] for names in outputs.values() for name in names}
-    transactions, turn_budget = None, inference.turn_budget
-    if settings.delivery == "exactly-once":
-        transactions = Transactions(
-            connection,
-            group_id=settings.group_id,
-            limits=limits,
-            turn_budget=turn_budget,
-            metrics=metrics,
-            health=health,
-            compression_type=settings.compression_type,
-            interval_s=settings.transaction_ms / 1000,
-        )
+    delivery = _delivery(settings, connection, limits, inference.turn_budget, metrics, health)
     source = Source(
         connection,
+        delivery,
         topics=topics,
         pattern=settings.input_pattern,
         group_id=settings.group_id,
@@ -218,37 +215,66 @@ async def _started(
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
         max_unpacked_bytes=settings.max_unpacked_bytes,
-        transactions=transactions,
-        turn_budget=turn_budget,
+        turn_budget=inference.turn_budget,
         metrics=metrics,
         health=health,
     )
-    sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
-    if transactions is None:
-        await sink.start()
+    await delivery.start()
+    dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
+    where = {"output_topic": settings.output_topic, "dead_letter_topic": settings.dead_letter_topic}
     return Pipeline(
         source=source,
-        decoder=_decoder(settings),
         inference=inference,
-        encoder=Encoder(
-            output_mode=settings.output_mode,
-            output_format=settings.output_format,
-            group_id=settings.group_id,
-            result_timestamp=settings.result_timestamp,
+        outcomes=Outcomes(
+            _decoder(settings), _encoder(settings), **where, version=worker_version(), turn_budget=inference.turn_budget
         ),
-        sink=sink,
-        flood=DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window),
-        turn_budget=turn_budget,
+        publishing=Publishing(**where, version=worker_version(), turn_budget=inference.turn_budget, tracing=tracing),
+        accounting=Accounting(
+            dead_letter_limit=dead_letter_limit,
+            metrics=metrics,
+            output_topic=settings.output_topic,
+            retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
+            watch=tap,
+        ),
+        delivery=delivery,
+        dead_letter_limit=dead_letter_limit,
         metrics=metrics,
-        output_topic=settings.output_topic,
-        dead_letter_topic=settings.dead_letter_topic,
-        version=worker_version(),
         drain_timeout_s=settings.drain_timeout_s,
-        retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
-        transactions=transactions,
         tracing=tracing,
-        watch=tap,
         watch_topics=lambda: watch_topics(connection, outputs, health),
+    )
+
+
+def _delivery(
+    settings: RunSettings,
+    connection: Connection,
+    limits: Mapping[str, TopicLimits],
+    turn_budget: TurnBudget,
+    metrics: Metrics,
+    health: Health,
+) -> Delivery:
+    if settings.delivery == "exactly-once":
+        return ExactlyOnce(
+            connection,
+            group_id=settings.group_id,
+            limits=limits,
+            turn_budget=turn_budget,
+            metrics=metrics,
+            health=health,
+            compression_type=settings.compression_type,
+            interval_s=settings.transaction_ms / 1000,
+        )
+    sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
+    capacity = WAITING_BATCHES * settings.max_batch_texts
+    return AtLeastOnce(sink, capacity=capacity, turn_budget=turn_budget, metrics=metrics, health=health)
+
+
+def _encoder(settings: RunSettings) -> Encoder:
+    return Encoder(
+        output_mode=settings.output_mode,
+        output_format=settings.output_format,
+        group_id=settings.group_id,
+        result_timestamp=settings.result_timestamp,
     )
 
 

@@ -10,9 +10,9 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
@@ -26,7 +26,9 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Reason
+from worker.kafka.assignment import Assignment
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.kafka.delivery import Count, Outcome, Owner, Publish
 from worker.kafka.sink import (
     RECORDS_PER_PUBLISH,
     REFUSALS,
@@ -42,10 +44,6 @@ from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from worker.kafka.source import Assignment
-    from worker.pipeline.stages import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +270,7 @@ class Page:
     """Some records of one partition, in order, that are ready to be published; without records, an offset alone."""
 
     next_offset: int
-    outcomes: Sequence["Outcome"] = ()
+    outcomes: Sequence[Outcome] = ()
     weight: int = field(init=False)  # bytes
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -280,23 +278,10 @@ class Page:
         self.weight = sum(len(outcome.record.value or b"") + RECORD_BYTES for outcome in self.outcomes)
 
 
-class Owner(Protocol):
-    """Whoever owns the assignments: the source."""
-
-    def advance(self, assignment: "Assignment", next_offset: int, records: int) -> None:
-        """Everything before ``next_offset`` is committed."""
-
-    def drop(self, assignment: "Assignment", records: int) -> None:
-        """These records go no further under this assignment."""
-
-    def restart(self, assignment: "Assignment") -> None:
-        """The partition begins anew from its committed offset."""
-
-
 class Writer:
     """The transactions of one assignment, one after the other, in a task of its own."""
 
-    def __init__(self, transactions: "Transactions", assignment: "Assignment", sink: PartitionSink) -> None:
+    def __init__(self, transactions: "ExactlyOnce", assignment: Assignment, sink: PartitionSink) -> None:
         self.assignment = assignment
         self.sink = sink
         self.pages: list[Page] = []  # gathered for the next transaction
@@ -376,19 +361,20 @@ class Writer:
         for begin in range(0, len(outcomes), RECORDS_PER_PUBLISH):
             some = outcomes[begin : begin + RECORDS_PER_PUBLISH]
             await self._transactions.turn_budget.before(len(some))
-            await self._transactions.deliver(some, self.sink)
+            await self._transactions.publish(some, self.sink)
         published = time.monotonic()
         offset = OffsetAndMetadata(pages[-1].next_offset, self.assignment.metadata)
         await self.sink.commit(offset, self.assignment.tp, self._transactions.group_id)
         self._transactions.observe(published - started, time.monotonic() - published)
 
 
-class Transactions:
-    """Delivers exactly once: for each partition that this process owns, a producer and its transactions.
+class ExactlyOnce:
+    """As of Delivery: for each partition that this process owns, a producer and its transactions.
 
-    The source calls ``take_over``, ``found``, ``commit``, ``settle``, ``retire`` and ``release``; the pipeline ``put``,
-    ``finish``, ``watch`` and ``close``. A lost transaction drops its partition's work and asks the owner to begin it anew.
+    A lost transaction drops its partition's work and asks the owner to begin it anew.
     """
+
+    has_producer_per_partition = True
 
     def __init__(
         self,
@@ -424,28 +410,23 @@ class Transactions:
         self._waiting: set[TopicPartition] = set()  # for the producer that they need
         self._farewells: set[asyncio.Task[None]] = set()
         self._broken: list[BaseException] = []
+        self._is_finishing = False
 
-    def serve(
-        self,
-        owner: Owner,
-        deliver: Callable[[Sequence["Outcome"], Sink], Awaitable[None]],
-        count: Callable[[Sequence["Outcome"], float], None],
-    ) -> None:
-        """Who owns the assignments, how outcomes are published to a sink, and who counts those that are committed.
-
-        With them goes when they were, in s since 1970.
-        """
+    def serve(self, owner: Owner, publish: Publish, count: Count) -> None:
         self._owner = owner
-        self.deliver = deliver
+        self.publish = publish
         self._count = count
+
+    async def start(self) -> None: ...
 
     # For the source.
 
-    async def take_over(self, assignment: "Assignment") -> None:
+    async def begin(self, assignment: Assignment) -> None:
         """Fences the partition's owner before; its committed offset may be read from now on.
 
         Waits, for as long as it takes, for brokers that are away and permissions that are missing.
         """
+        await self._owner.confirm_membership()  # a member that was evicted unnoticed must not fence the new owner
         tp = assignment.tp
         if assignment in self._writers:
             return
@@ -466,7 +447,7 @@ class Transactions:
         self._writers[assignment] = writer = Writer(self, assignment, sink)
         writer.task.add_done_callback(lambda _: self._ended(writer))
 
-    def found(self, assignment: "Assignment", committed: int | None) -> None:
+    def resume(self, assignment: Assignment, committed: int | None) -> None:
         """The committed offset, read after the partition was taken over: it tells what became of a commit in doubt.
 
         None where there is none, or it is of another topic, which had the same name before.
@@ -478,26 +459,30 @@ class Transactions:
             for page in pages:
                 self._count(page.outcomes, time.time())
 
-    async def commit(self, offsets: Iterable[tuple["Assignment", int]]) -> None:
-        """Commits offsets that no record belongs to; returns when it is done, or the partition has begun anew."""
+    async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
+        """Commits offsets that no record belongs to, by the partition's producer too: one way keeps them in order."""
         pages = []
-        for assignment, offset in offsets:
+        for assignment, offset, _ in due:
             writer = self._writers.get(assignment)
             if writer is not None and not writer.goes_beyond(offset):
                 pages.append(Page(offset))
                 writer.put(pages[-1])
-        for page in pages:
-            await page.done.wait()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for page in pages:
+                    await page.done.wait()
+        except TimeoutError:
+            return False
+        return True
 
-    def settle(self, assignments: Iterable["Assignment"]) -> None:
-        """These partitions are about to go: what is there of them is committed without delay."""
+    def flush(self, assignments: Iterable[Assignment]) -> None:
         for assignment in assignments:
             if assignment in self._writers:
                 self._writers[assignment].hurry()
 
-    def release(self, assignment: "Assignment") -> None:
-        """The partition is no longer this process's: what is not committed is aborted."""
-        self.retire(assignment)
+    def release(self, assignment: Assignment) -> None:
+        """What is not committed is aborted."""
+        self.abandon(assignment)
         self._refusals.pop(assignment.tp, None)
         self._in_doubt.pop(assignment.tp, None)
         self._well(assignment.tp)
@@ -505,7 +490,7 @@ class Transactions:
 
     # For the pipeline.
 
-    async def put(self, assignment: "Assignment", outcomes: Sequence["Outcome"]) -> None:
+    async def put(self, assignment: Assignment, outcomes: Sequence[Outcome]) -> None:
         """Gathers outcomes of one partition for its next transaction. Waits while too much is gathered already."""
         page = Page(outcomes[-1].record.offset + 1, outcomes)
         while self._weight and self._weight + page.weight > ROOM_BYTES:
@@ -521,22 +506,19 @@ class Transactions:
         else:
             self._owner.drop(assignment, len(outcomes))
 
-    async def finish(self) -> None:
-        """Commits all that was put, and returns when it is done, or its partition has been given up."""
+    def finish(self) -> None:
+        self._is_finishing = True
         for writer in self._writers.values():
             writer.hurry()
-        while any(writer.is_busy or writer.committed for writer in self._writers.values()):
-            self._settled.clear()
+        self._settled.set()
+
+    async def run(self) -> None:
+        """Raises what breaks for another reason than Kafka's, such as DeadLetterRefused."""
+        while not self._is_finishing or any(writer.is_busy or writer.committed for writer in self._writers.values()):
             self._raise_broken()
+            self._settled.clear()
             await self._settled.wait()
         self._raise_broken()
-
-    async def watch(self) -> None:
-        """Raises what breaks for another reason than Kafka's, such as DeadLetterRefused. Else it does not end."""
-        while True:
-            self._raise_broken()
-            self._settled.clear()
-            await self._settled.wait()
 
     async def close(self, timeout_s: float) -> None:
         """Waits for the producers that are being closed; all of them, once the assignments are released."""
@@ -634,7 +616,7 @@ class Transactions:
             if not isinstance(reason.__cause__, (ProducerFenced, *REFUSALS)):
                 self._troubled.add(tp)
                 self._health.trouble("transactions", self._why_it_was_lost(reason))
-        self.retire(writer.assignment)
+        self.abandon(writer.assignment)
         self._owner.restart(writer.assignment)
 
     def _why_it_was_lost(self, reason: Lost) -> str:
@@ -650,7 +632,7 @@ class Transactions:
         if not self._troubled:
             self._health.well("transactions")
 
-    def retire(self, assignment: "Assignment") -> None:
+    def abandon(self, assignment: Assignment) -> None:
         """This assignment's work is dropped; the partition may be taken over again."""
         writer = self._writers.pop(assignment, None)
         if writer is None:

@@ -10,15 +10,13 @@ import logging
 import math
 import struct
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
-    CommitFailedError,
     CorruptRecordException,
     GroupAuthorizationFailedError,
     GroupCoordinatorNotAvailableError,
@@ -51,10 +49,11 @@ from worker.kafka.aiokafka_compat import (
     StaticMember,
     use_topics,
 )
+from worker.kafka.assignment import Assignment, Chunk
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
-from worker.kafka.exactly_once import Transactions
+from worker.kafka.delivery import Delivery
 from worker.kafka.reader import Reader, Record
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
@@ -116,57 +115,19 @@ class Standstill(Exception):
     """There are records, none is read, and joining the group again did not help; the message says why. Exit code 1."""
 
 
-@dataclass(eq=False, slots=True)
-class Assignment:
-    """One partition, for as long as the group assigns it to this process.
-
-    ``accepts``: its records may enter the network; ``is_owned``: they may be published and committed. A revocation ends
-    the first at once, and the second when everything under way is committed or the deadline has passed.
-    """
-
-    tp: TopicPartition
-    accepts: bool = True
-    is_owned: bool = True
-    delivered: int | None = None  # the next offset to read; None until it is known where to begin
-    acknowledged: int | None = None  # the next offset to commit
-    committed: int | None = None
-    metadata: str = ""  # of each commit: which topic of this name it is
-    under_way: int = 0  # records taken by the pipeline, and neither acknowledged nor dropped
-    uncommitted: int = 0  # records acknowledged since the last commit
-    is_out_of_range: bool = False  # the offset to read next is gone
-    careful_reads: int = 0  # so many reads of one record each, to find the one that cannot be read
-    heard_at: float = field(default_factory=time.monotonic)
-    measured_at: float = field(default_factory=time.monotonic)  # when its end was known the last time
-    unpacks_since: float | None = None  # that it has been seen to wait for room to unpack a batch, or for that itself
-    # of each read that is not acknowledged: the offset after it, and its first record's timestamp
-    waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
-
-    def reach(self, next_offset: int) -> None:
-        """Notes that everything before ``next_offset`` is acknowledged."""
-        self.acknowledged = next_offset
-        while self.waiting and self.waiting[0][0] <= next_offset:
-            self.waiting.popleft()
-
-    def is_idle(self) -> bool:
-        """Whether everything that was read is acknowledged."""
-        return self.delivered is not None and self.acknowledged == self.delivered
-
-
-Chunk = tuple[Assignment, list[Record]]
-
-
 class Source:
     """Reads the input topics as a member of the group, and commits what the pipeline says has been acknowledged.
 
     ``run`` does the work; the pipeline calls ``next_batch``, ``acknowledge`` and ``drop``. A revocation drops the records
     that have not reached the network; the others are published and committed, within its deadline.
 
-    With ``transactions``, these commit instead, and call ``advance`` in place of ``acknowledge``.
+    How results are published and offsets committed is the delivery's to know.
     """
 
     def __init__(
         self,
         connection: Connection,
+        delivery: Delivery,
         *,
         topics: Iterable[str],
         pattern: str | None = None,
@@ -182,7 +143,6 @@ class Source:
         max_batch_texts: int = 512,
         linger_s: float = 0.01,
         max_unpacked_bytes: int = 256 * 2**20,
-        transactions: Transactions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
@@ -198,7 +158,7 @@ class Source:
         self._isolation_level = isolation_level
         self._session_timeout_ms = session_timeout_ms
         self._fetch_max_wait_ms = fetch_max_wait_ms
-        self._transactions = transactions
+        self._delivery = delivery
         self._clock = clock
         # JoinGroup waits in a request for the slowest member: heartbeat + revoke deadline < rebalance timeout < request
         # timeout. One that was killed and is back makes all others wait for the whole rebalance timeout.
@@ -487,7 +447,7 @@ class Source:
             self._accept(tp)
         self._health.well("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
-        exactly_once = self._transactions is not None
+        exactly_once = self._delivery.has_producer_per_partition
         is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
         if not is_enough:
             log.warning("%s", files)
@@ -508,8 +468,9 @@ class Source:
         is_to_go_on = assignment.accepts and not self._is_stopping
         if not is_to_go_on:
             self._release(assignment)  # the revocation finds nothing to release any more
-        elif self._transactions:
-            self._transactions.retire(assignment)
+        else:
+            self._delivery.abandon(assignment)
+            self._repeat(assignment.uncommitted)
         assignment.accepts = assignment.is_owned = False
         self._discard(assignment)
         if len(self._batcher) < self._capacity:
@@ -545,8 +506,7 @@ class Source:
         for assignment in assignments:
             self._discard(assignment)
         self._room.set()
-        if self._transactions:
-            self._transactions.settle(assignments)
+        self._delivery.flush(assignments)
         await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
         await self._commit_before(started + self._revoke_timeout_s)
         for assignment in assignments:
@@ -575,8 +535,7 @@ class Source:
         if not assignment.is_owned:
             return
         assignment.accepts = assignment.is_owned = False
-        if self._transactions:
-            self._transactions.release(assignment)
+        self._delivery.release(assignment)
         self._repeat(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
@@ -618,10 +577,9 @@ class Source:
             except OffsetOutOfRangeError:
                 assignment.is_out_of_range = True
             except NoOffsetForPartitionError:
-                if self._transactions and assignment.delivered is not None:
-                    self.restart(assignment)  # where to begin holds for a producer that has done nothing yet alone
+                if assignment.delivered is not None:
+                    self.restart(assignment)
                     return
-                assignment.delivered = None
             except UNREACHABLE as error:
                 if assignment.accepts:
                     self._judge(error, assignment.tp)
@@ -677,9 +635,7 @@ class Source:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
         topic_id = self._topic_ids.of(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
-        if self._transactions:
-            await self._confirm_membership()
-            await self._transactions.take_over(assignment)
+        await self._delivery.begin(assignment)
         consumer = self._live_consumer()
         found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
         commit = found[assignment.tp]
@@ -687,8 +643,7 @@ class Source:
         if is_to_be_replaced:
             await self._confirm(assignment.tp)
         committed = self._of_this_topic(assignment.tp, commit)
-        if self._transactions:
-            self._transactions.found(assignment, committed)
+        self._delivery.resume(assignment, committed)
         if committed is None:
             offset = await self._end_to_begin_at(assignment.tp)
             log.info("no committed offset", extra={"partition": _name(assignment.tp), "begin_at": offset})
@@ -757,8 +712,8 @@ class Source:
             return None
         return committed.offset if committed.offset >= 0 else None
 
-    async def _confirm_membership(self) -> None:
-        """A member that was evicted and has not heard of it yet must not fence the partition's new owner."""
+    async def confirm_membership(self) -> None:
+        """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
         coordinator = self._live_consumer()._coordinator
         if await within(self._connection.request_timeout_s, coordinator._do_heartbeat()):
             return
@@ -895,31 +850,11 @@ class Source:
             ]
             if not due or self._consumer is None:
                 return True
-            if self._transactions:
-                # Offsets without records, by the partitions' producers too: one way for all offsets keeps them in order.
-                offsets_alone = self._transactions.commit((assignment, offset) for assignment, offset, _ in due)
-                try:
-                    await within(timeout_s, offsets_alone)
-                except TimeoutError:
-                    return False
-                return True
-            started = time.monotonic()
-            try:
-                offsets = {assignment.tp: (offset, assignment.metadata) for assignment, offset, _ in due}
-                await within(max(0.1, timeout_s), self._consumer.commit(offsets))
-            except (CommitFailedError, IllegalStateError):
-                self._metrics.kafka_errors.labels("commit").inc()
-                return True  # the group is rebalancing: the revocation decides
-            except UNREACHABLE as error:
-                self._metrics.kafka_errors.labels("commit").inc()
-                self._health.trouble("commit", f"cannot commit offsets ({type(error).__name__})")
-                return False
-            self._health.well("commit")
-            self._metrics.stage_seconds["commit"].observe(time.monotonic() - started)
-            for assignment, offset, records in due:
-                assignment.committed = offset
-                assignment.uncommitted -= records
-            return True
+            return await self._delivery.commit(due, timeout_s)
+
+    async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
+        await self._live_consumer().commit(offsets)
 
     # Lag.
 

@@ -1,0 +1,105 @@
+"""The delivery port: it publishes outcomes and commits offsets. There is one implementation for each guarantee."""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from aiokafka import TopicPartition
+
+from worker.core.events import Failure
+from worker.core.sentiment import Sentiment
+from worker.kafka.assignment import Assignment
+from worker.kafka.reader import Record
+from worker.kafka.sink import ProducerRecord, Sink
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What becomes of one record: something to publish, or nothing; why, if it failed; and what to count."""
+
+    record: Record
+    producer_record: ProducerRecord | None
+    failure: Failure | None = None
+    sentiment: Sentiment | None = None
+
+
+Publish = Callable[[Sequence[Outcome], Sink], Awaitable[None]]
+Count = Callable[[Sequence[Outcome], float], None]
+
+
+class Owner(Protocol):
+    """Whoever owns the assignments: the source. None of these calls blocks, but for the two that are awaited."""
+
+    def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        """Everything before ``next_offset`` is published, the last ``records`` just now; it is to be committed."""
+
+    def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        """Everything before ``next_offset`` is published and committed."""
+
+    def drop(self, assignment: Assignment, records: int) -> None:
+        """These records go no further under this assignment, and are read again."""
+
+    def restart(self, assignment: Assignment) -> None:
+        """The partition begins anew from its committed offset."""
+
+    async def confirm_membership(self) -> None:
+        """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
+
+    async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
+
+
+class Delivery(Protocol):
+    """Publishes outcomes and commits offsets. Neither source nor pipeline knows which guarantee runs.
+
+    The event loop alone calls it. The source calls ``begin``, ``resume``, ``commit``, ``flush``, ``abandon`` and
+    ``release``; the pipeline ``serve``, ``put``, ``run``, ``finish`` and ``close``.
+    """
+
+    has_producer_per_partition: bool
+
+    def serve(self, owner: Owner, publish: Publish, count: Count) -> None:
+        """Is called once, before all else.
+
+        ``publish`` publishes outcomes by a sink, and returns when each is acknowledged, or is a dead letter that is.
+        ``count`` takes outcomes that are delivered, and when they were, in s since 1970.
+        """
+
+    async def start(self) -> None:
+        """Connects, and waits for as long as the brokers are away."""
+
+    async def begin(self, assignment: Assignment) -> None:
+        """The partition is this process's. After this has returned, its committed offset may be read.
+
+        Waits for as long as it takes; raises what is in UNREACHABLE.
+        """
+
+    def resume(self, assignment: Assignment, committed: int | None) -> None:
+        """The committed offset, read after ``begin``; None where there is none, or it is of another topic."""
+
+    async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
+        """Commits acknowledged offsets, and notes them in their assignments. False: try again.
+
+        ``due``: assignment, offset, and the number of records acknowledged since its last commit. Blocks for ``timeout_s``.
+        """
+
+    def flush(self, assignments: Iterable[Assignment]) -> None:
+        """These partitions are about to be revoked: what was put of them is delivered without delay."""
+
+    def abandon(self, assignment: Assignment) -> None:
+        """This assignment's work is dropped; the partition may begin again under another one."""
+
+    def release(self, assignment: Assignment) -> None:
+        """The partition is no longer this process's: what is not committed stays uncommitted."""
+
+    async def put(self, assignment: Assignment, outcomes: Sequence[Outcome]) -> None:
+        """Takes outcomes of one partition, in the order of their offsets. Waits while too much is waiting already."""
+
+    async def run(self) -> None:
+        """Delivers what was put. Ends after ``finish``, once all of it is delivered; raises what cannot be mended."""
+
+    def finish(self) -> None:
+        """Nothing more will be put."""
+
+    async def close(self, timeout_s: float) -> None:
+        """Disconnects, within ``timeout_s``."""

@@ -1,0 +1,61 @@
+"""A micro-batch: the records that go through the stages together, as runs of one partition each."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from worker.core.events import Decoded, Event, Failure, Reason
+from worker.core.sentiment import Sentiment
+from worker.kafka.assignment import Assignment
+from worker.kafka.reader import Record
+from worker.pipeline.inference import Job
+from worker.telemetry.tracing import Batch
+
+
+@dataclass(slots=True)
+class Part:
+    """The records of one assignment in a micro-batch. ``first_text`` is where their texts begin in its job."""
+
+    assignment: Assignment
+    records: Sequence[Record]
+    decoded: list[Decoded]
+    first_text: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    parts: list[Part]
+    job: Job
+    trace: Batch | None = None
+
+    def __len__(self) -> int:
+        return sum(len(part.records) for part in self.parts)
+
+    def failures(self) -> Counter[Reason]:
+        """Why how many of its records cannot be scored."""
+        reasons: Counter[Reason] = Counter()
+        for part in self.parts:
+            texts = len(part.decoded)
+            if set(map(type, part.decoded)) != {Event}:
+                reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+                texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
+            answers = self.job.answers[part.first_text : part.first_text + texts]
+            if set(map(type, answers)) != {Sentiment}:
+                reasons["inference_failed"] += sum(not isinstance(answer, Sentiment) for answer in answers)
+        return +reasons
+
+    def beyond(self, seen: dict[Hashable, int]) -> "MicroBatch":
+        """What of it lies beyond the offsets that ``seen`` has by partition, and moves them on.
+
+        The rest is read again, after an abort or when the group was joined anew.
+        """
+        parts = []
+        for part in self.parts:
+            tp, next_offset = part.assignment.tp, part.records[-1].offset + 1
+            first = bisect_left(part.records, seen.get(tp, 0), key=lambda record: record.offset)
+            seen[tp] = max(next_offset, seen.get(tp, 0))
+            texts = sum(type(decoded) is Event for decoded in part.decoded[:first])
+            if first < len(part.records):
+                parts.append(Part(part.assignment, part.records[first:], part.decoded[first:], part.first_text + texts))
+        return MicroBatch(parts, self.job)

@@ -1,0 +1,124 @@
+"""What becomes of a record: decoded, then a result, a dead letter, or nothing to publish."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from itertools import compress, repeat
+from typing import cast
+
+from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Null, Outgoing, dead_letter, iso_time, rows
+from worker.core.sentiment import Sentiment
+from worker.kafka.assignment import Chunk
+from worker.kafka.delivery import Outcome
+from worker.kafka.reader import Record
+from worker.kafka.sink import ProducerRecord
+from worker.pipeline.inference import Job
+from worker.pipeline.micro_batch import Part
+from worker.runtime.loop_budget import SLICE, TurnBudget
+
+
+class Outcomes:
+    """Decodes records, and makes outcomes of them once they are scored. Many records at once let the event loop turn."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        encoder: Encoder,
+        *,
+        output_topic: str,
+        dead_letter_topic: str,
+        version: str,
+        turn_budget: TurnBudget,
+    ) -> None:
+        self._decoder = decoder
+        self._encoder = encoder
+        self._output_topic = output_topic
+        self._dead_letter_topic = dead_letter_topic
+        self._version = version
+        self._turn_budget = turn_budget
+
+    async def decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
+        parts: list[Part] = []
+        texts: list[str] = []
+        for assignment, records in chunks:
+            decoded: list[Decoded] = []
+            async for some in self._turn_budget.slices(records):
+                decoded += self._decoder.decode_all(some)
+            parts.append(Part(assignment, records, decoded, len(texts)))
+            texts += [event.text for event in decoded if type(event) is Event]
+        return parts, texts
+
+    async def of(self, part: Part, job: Job) -> AsyncIterator[list[Outcome]]:
+        """By slices of at most SLICE records."""
+        processed_at = iso_time(time.time() * 1000)
+        first_text = part.first_text
+        for begin in range(0, len(part.records), SLICE):
+            records, decoded = part.records[begin : begin + SLICE], part.decoded[begin : begin + SLICE]
+            await self._turn_budget.before(len(records))
+            events = cast("list[Event]", decoded)
+            if set(map(type, decoded)) == {Event}:
+                yield self._results(records, events, job, first_text, processed_at)
+            else:
+                are_events = [type(event) is Event for event in decoded]
+                events = list(compress(events, are_events))
+                of_events = list(compress(records, are_events))
+                results = iter(self._results(of_events, events, job, first_text, processed_at))
+                yield [
+                    next(results) if is_event else self._without_text(record, event)  # type: ignore[arg-type]
+                    for record, event, is_event in zip(records, decoded, are_events, strict=True)
+                ]
+            first_text += len(events)
+
+    def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
+        if isinstance(decoded, Failure):
+            return self._dead_letter(record, decoded)
+        is_sent = decoded is Null.TOMBSTONE
+        return Outcome(record, self._parcel(record, self._encoder.tombstone(record)) if is_sent else None)
+
+    def _results(
+        self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
+    ) -> list[Outcome]:
+        end = first_text + len(events)
+        answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
+        if set(map(type, answers)) == {Sentiment}:
+            sentiments = cast("list[Sentiment]", answers)
+            results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
+            if set(map(type, results)) == {Outgoing}:
+                producer_records = rows(
+                    ProducerRecord,
+                    repeat(self._output_topic),
+                    results,
+                    repeat(records[0].partition),
+                    [record.offset for record in records],
+                )
+                return list(map(Outcome, records, producer_records, repeat(None), sentiments))
+        else:
+            are_scored = [type(answer) is Sentiment for answer in answers]
+            encoded = iter(
+                self._encoder.encode(
+                    list(compress(records, are_scored)),
+                    list(compress(events, are_scored)),
+                    list(compress(answers, are_scored)),  # type: ignore[arg-type]
+                    list(compress(truncated, are_scored)),
+                    job.model.name,
+                    processed_at,
+                )
+            )
+            results = [
+                next(encoded) if is_scored else Failure("infer", "inference_failed", str(answer or "no answer"))
+                for answer, is_scored in zip(answers, are_scored, strict=True)
+            ]
+        return [
+            self._dead_letter(record, result)
+            if type(result) is Failure
+            else Outcome(record, self._parcel(record, result), None, answer)  # type: ignore[arg-type]
+            for record, result, answer in zip(records, results, answers, strict=True)
+        ]
+
+    def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
+        return Outcome(record, self._letter(record, dead_letter(record, failure, self._version)), failure)
+
+    def _parcel(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+        return ProducerRecord(self._output_topic, outgoing, record.partition, record.offset)
+
+    def _letter(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+        return ProducerRecord(self._dead_letter_topic, outgoing, record.partition, record.offset)
