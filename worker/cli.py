@@ -85,7 +85,7 @@ def _answer(arguments: list[str]) -> int:
         print(HELP, end="")
         return 0
     if name == "--version":
-        from worker.commands.run import worker_version
+        from worker.commands.version import worker_version
 
         print(worker_version())
         return 0

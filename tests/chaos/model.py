@@ -12,6 +12,7 @@ lower the limits of those names.
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def fail_fetches(times: int) -> None:
 
 
 if __name__ == "__main__":
-    service._loaded = load  # type: ignore[assignment]
+    service.run = partial(service.run, load_model=load)
     lower_limits()
     answer_with_census(Path.cwd())
     fail_fetches(int(os.environ.get("FETCH_FAULTS", "0")))

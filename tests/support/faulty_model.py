@@ -7,6 +7,7 @@
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from worker.cli import main
 from worker.commands import run as service
+from worker.commands.run_parts import load_model
 from worker.settings import RunSettings
 
 SECRET_TEXT = "никому не показывать"
@@ -50,10 +52,9 @@ class FaultyModel:
 
 
 if __name__ == "__main__":
-    load = service._loaded
 
     def load_faulty(settings: RunSettings) -> Any:
-        return FaultyModel(load(settings))
+        return FaultyModel(load_model(settings))
 
-    service._loaded = load_faulty  # type: ignore[assignment]
+    service.run = partial(service.run, load_model=load_faulty)  # type: ignore[arg-type]
     main()

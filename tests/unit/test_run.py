@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from tests.support.broker import free_port
-from worker.commands.run import runbook
+from worker.commands.version import runbook
 
 STUBBORN = """
 import asyncio
@@ -101,7 +101,7 @@ error = {"Standstill": source.Standstill, "WrongSetting": settings.WrongSetting}
 async def started(*_):
     raise error("it is so")
 
-service._started = started
+service.started_pipeline = started
 main()
 """
 

@@ -1,51 +1,39 @@
-"""The worker process: its parts made from the settings, its signals, its end."""
+"""The worker process: its HTTP side, its signals, its end."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
-from worker.core.events import Decoder, Encoder
+from worker.commands.run_parts import (
+    LoadModel,
+    Shared,
+    decoder,
+    load_model,
+    started_pipeline,
+    tell_of_model,
+    tell_that_it_is_ready,
+    tracing,
+)
+from worker.commands.version import project_urls, runbook, worker_version
+from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
 from worker.http.access import Guard
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
 from worker.http.server import Monitor
-from worker.kafka.at_least_once import AtLeastOnce
-from worker.kafka.backlog import tell_backlog
-from worker.kafka.connection import (
-    NO_LIMIT,
-    Connection,
-    TopicLimits,
-    refuse_compacted,
-    wait_for_a_match,
-    wait_until_usable,
-    watch_topics,
-)
-from worker.kafka.delivery import Delivery
-from worker.kafka.exactly_once import ExactlyOnce
-from worker.kafka.sink import Sink
-from worker.kafka.source import Source, Standstill, UnreadableRecord
-from worker.pipeline.accounting import Accounting
+from worker.kafka.source import Standstill, UnreadableRecord
 from worker.pipeline.inference import Inference, InferenceLost
-from worker.pipeline.outcomes import Outcomes
-from worker.pipeline.publishing import DeadLetterRefused, Publishing
+from worker.pipeline.publishing import DeadLetterRefused
 from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
-from worker.runtime.loop_budget import TurnBudget
-from worker.runtime.memory import keep_blocks
 from worker.runtime.tasks import cancelled
-from worker.settings import RunSettings, revealed, split_names, text_fields
+from worker.settings import RunSettings, revealed, split_names
 from worker.telemetry.health import Health
 from worker.telemetry.logs import whereabouts
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
     from worker.model.sentiment_model import SentimentModel
@@ -53,36 +41,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
-WAITING_BATCHES: Final = 4  # micro-batches that may wait for those before them to be acknowledged
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
 
 
-def worker_version() -> str:
-    try:
-        return version("sentiment-worker")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def project_urls() -> list[str]:
-    """The package's ``name, address`` lines, as pyproject.toml has them under ``project.urls``."""
-    try:
-        return metadata("sentiment-worker").get_all("Project-URL", [])
-    except PackageNotFoundError:
-        return []
-
-
-def runbook(urls: list[str]) -> str | None:
-    """What to do where the worker is not ready: an address, if one of the project's URLs is named ``Runbook``."""
-    found = (url.removeprefix("Runbook, ") for url in urls if url.startswith("Runbook, "))
-    return next((f"{url}#sentimentworkernotready" for url in found), None)
-
-
-def run(settings: RunSettings) -> int:
+def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:
     """Runs the worker until SIGTERM or SIGINT, or until something breaks. Blocks; answers with the exit code.
 
-    Raises UserError. A second signal, a hung inference and a drain that takes too long end the process
-    at once, with exit code 1.
+    ``load_model`` is called on a thread of its own, and again for each reload. Raises UserError. A second signal, a hung
+    inference and a drain that takes too long end the process at once, with exit code 1.
     """
     raise_limit()
     try:
@@ -92,7 +58,7 @@ def run(settings: RunSettings) -> int:
     except ImportError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        code = runner.run(_run(settings))
+        code = runner.run(_run(settings, load_model))
         if runner.run(_left()):  # asyncio would wait for them without a bound
             _end_at_once(code)
         return code
@@ -103,30 +69,16 @@ async def _left() -> set[asyncio.Future[Any]]:
     return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
 
 
-async def _run(settings: RunSettings) -> int:
+async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     metrics = Metrics(worker_version())
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
-    health = Health(inference.trouble, when_ready=lambda: _tell_that_it_is_ready(settings, inference, metrics))
+    health = Health(inference.trouble, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
     health.hold("model", "loading")
     health.hold("group", "not joined yet")  # until the source says otherwise
-    reloader = Reloader(
-        inference,
-        metrics,
-        lambda old: _reloaded(settings, cast("SentimentModel", old)),
-        lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
-    )
-    tracing = _tracing(settings)
-    guard = Guard(
-        host=settings.http_host,
-        names=split_names(settings.http_names or ""),
-        token=revealed(settings.http_token),
-        token_for=settings.http_token_for,
-    )
-    tap = Tap(_decoder(settings), texts=settings.console_texts)
-    console = Console(
-        metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
-    )
-    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
+    tap = Tap(decoder(settings), texts=settings.console_texts)
+    shared = Shared(settings, metrics, health, inference, tap, tracing(settings), load_model)
+    reloader = _reloader(shared)
+    monitor = _monitor(shared, reloader)
     try:
         await monitor.start()
     except OSError as error:
@@ -142,23 +94,49 @@ async def _run(settings: RunSettings) -> int:
         log.warning("%s", doubt)
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, tap, stop, tracing)
+        return await _work(shared, stop)
     finally:
-        if tracing:
-            await tracing.close(LAST_SPANS_S)
+        if shared.tracing:
+            await shared.tracing.close(LAST_SPANS_S)
         await monitor.stop()
 
 
-async def _work(
-    settings: RunSettings,
-    metrics: Metrics,
-    inference: Inference,
-    health: Health,
-    tap: Tap,
-    stop: asyncio.Event,
-    tracing: Tracing | None,
-) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap, tracing))
+def _reloader(shared: Shared) -> Reloader:
+    """Loads the setting's model as it is then. What was measured at the start stays: beside scoring it would be wrong."""
+
+    def reloaded(old: Any) -> Any:
+        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
+        return shared.load_model(shared.settings.model_copy(update=measured))
+
+    return Reloader(
+        shared.inference,
+        shared.metrics,
+        reloaded,
+        lambda model: tell_of_model(cast("SentimentModel", model), shared.metrics),
+    )
+
+
+def _monitor(shared: Shared, reloader: Reloader) -> Monitor:
+    settings = shared.settings
+    guard = Guard(
+        host=settings.http_host,
+        names=split_names(settings.http_names or ""),
+        token=revealed(settings.http_token),
+        token_for=settings.http_token_for,
+    )
+    console = Console(
+        shared.metrics,
+        shared.health,
+        shared.tap,
+        shown_settings(settings),
+        version=worker_version(),
+        runbook=runbook(project_urls()),
+    )
+    return Monitor(shared.health, shared.metrics, guard, port=settings.http_port, parts=[console, reloader])
+
+
+async def _work(shared: Shared, stop: asyncio.Event) -> int:
+    starting = asyncio.create_task(started_pipeline(shared))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +144,7 @@ async def _work(
             log.info("stopped before it had begun", extra={"exit_code": 0})
             _end_at_once(0)
         pipeline = starting.result()
-        stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, health))
+        stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, shared.health))
         await pipeline.run()
     except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, TooManyDeadLetters) as error:
         log.error("%s", error, extra={"exit_code": 1})
@@ -184,186 +162,6 @@ async def _work(
         stopping.cancel()
     log.info("drained", extra={"exit_code": 0})
     return 0
-
-
-async def _started(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
-) -> Pipeline:
-    connection = Connection.as_set(settings)
-    keep_blocks()
-    loading = asyncio.create_task(_load(settings, inference, metrics, health))
-    finding = asyncio.create_task(_found_topics(settings, connection, health))
-    try:
-        await asyncio.gather(loading, finding)  # what is missing is told while the model is loading
-    finally:
-        await cancelled([loading, finding])
-    topics, found = finding.result()
-    outputs = {"output_topic": [settings.output_topic], "dead_letter_topic": [settings.dead_letter_topic]}
-    limits = {name: found[name] for names in outputs.values() for name in names}
-    delivery = _delivery(settings, connection, limits, inference.turn_budget, metrics, health)
-    source = Source(
-        connection,
-        delivery,
-        topics=topics,
-        pattern=settings.input_pattern,
-        group_id=settings.group_id,
-        group_instance_id=settings.group_instance_id,
-        auto_offset_reset=settings.auto_offset_reset,
-        isolation_level=settings.isolation_level,
-        session_timeout_ms=settings.session_timeout_ms,
-        fetch_max_wait_ms=settings.fetch_max_wait_ms,
-        max_batch_texts=settings.max_batch_texts,
-        linger_s=settings.linger_ms / 1000,
-        max_unpacked_bytes=settings.max_unpacked_bytes,
-        turn_budget=inference.turn_budget,
-        metrics=metrics,
-        health=health,
-    )
-    await delivery.start()
-    dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
-    where = {"output_topic": settings.output_topic, "dead_letter_topic": settings.dead_letter_topic}
-    return Pipeline(
-        source=source,
-        inference=inference,
-        outcomes=Outcomes(
-            _decoder(settings), _encoder(settings), **where, version=worker_version(), turn_budget=inference.turn_budget
-        ),
-        publishing=Publishing(**where, version=worker_version(), turn_budget=inference.turn_budget, tracing=tracing),
-        accounting=Accounting(
-            dead_letter_limit=dead_letter_limit,
-            metrics=metrics,
-            output_topic=settings.output_topic,
-            retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
-            watch=tap,
-        ),
-        delivery=delivery,
-        dead_letter_limit=dead_letter_limit,
-        metrics=metrics,
-        drain_timeout_s=settings.drain_timeout_s,
-        tracing=tracing,
-        watch_topics=lambda: watch_topics(connection, outputs, health),
-    )
-
-
-def _delivery(
-    settings: RunSettings,
-    connection: Connection,
-    limits: Mapping[str, TopicLimits],
-    turn_budget: TurnBudget,
-    metrics: Metrics,
-    health: Health,
-) -> Delivery:
-    if settings.delivery == "exactly-once":
-        return ExactlyOnce(
-            connection,
-            group_id=settings.group_id,
-            limits=limits,
-            turn_budget=turn_budget,
-            metrics=metrics,
-            health=health,
-            compression_type=settings.compression_type,
-            interval_s=settings.transaction_ms / 1000,
-        )
-    sink = Sink(connection, limits=limits, metrics=metrics, health=health, compression_type=settings.compression_type)
-    capacity = WAITING_BATCHES * settings.max_batch_texts
-    return AtLeastOnce(sink, capacity=capacity, turn_budget=turn_budget, metrics=metrics, health=health)
-
-
-def _encoder(settings: RunSettings) -> Encoder:
-    return Encoder(
-        output_mode=settings.output_mode,
-        output_format=settings.output_format,
-        group_id=settings.group_id,
-        result_timestamp=settings.result_timestamp,
-    )
-
-
-async def _load(settings: RunSettings, inference: Inference, metrics: Metrics, health: Health) -> None:
-    model = cast("SentimentModel", await inference.load(lambda: _loaded(settings)))
-    gc.collect()
-    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
-    _tell_of_model(model, metrics)
-    health.well("model")
-
-
-async def _found_topics(
-    settings: RunSettings, connection: Connection, health: Health
-) -> tuple[Sequence[str], dict[str, TopicLimits]]:
-    """The input topics, and what each topic accepts, once all are there. Raises WrongSetting."""
-    topics = settings.topics
-    if settings.input_pattern:
-        topics = await wait_for_a_match(connection, settings.input_pattern, health)
-    roles = {
-        "input_topics": topics,
-        "output_topic": [settings.output_topic],
-        "dead_letter_topic": [settings.dead_letter_topic],
-    }
-    found = await wait_until_usable(connection, roles, health)
-    refuse_compacted(found, settings.dead_letter_topic)
-    await tell_backlog(
-        connection,
-        topics,
-        group_id=settings.group_id,
-        auto_offset_reset=settings.auto_offset_reset,
-        isolation_level=settings.isolation_level,
-    )
-    return topics, found
-
-
-def _tracing(settings: RunSettings) -> Tracing | None:
-    if settings.tracing == "off":
-        return None
-    return Tracing(
-        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
-    )
-
-
-def _decoder(settings: RunSettings) -> Decoder:
-    text_field, by_topic = text_fields(settings.text_field)
-    return Decoder(
-        input_format=settings.input_format,
-        output_mode=settings.output_mode,
-        text_field=text_field,
-        text_fields=by_topic,
-        id_field=settings.id_field,
-        max_text_chars=settings.max_text_chars,
-        on_null_text=settings.on_null_text,
-    )
-
-
-def _loaded(settings: RunSettings) -> "SentimentModel":
-    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
-
-    return SentimentModel.load_as_set(settings)
-
-
-def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
-    """The setting's model as it is now. What was measured at the start stays: measured beside scoring it would be wrong."""
-    measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
-    return _loaded(settings.model_copy(update=measured))
-
-
-def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
-    name, _, revision = model.name.rpartition("@")
-    metrics.tell_of_model(name, revision, in_force(model))
-    log.info("model loaded", extra={"model": model.name, **in_force(model)})
-
-
-def in_force(model: "SentimentModel") -> dict[str, str]:
-    """What a loaded model runs with, by the names of the settings, of which ``auto`` says nothing."""
-    return {
-        "device": str(model.device),
-        "backend": model.backend,
-        "dtype": model.dtype,
-        "cpu_threads": str(model.passes),
-        "max_batch_tokens": str(model.max_batch_tokens),
-    }
-
-
-def _tell_that_it_is_ready(settings: RunSettings, inference: Inference, metrics: Metrics) -> None:
-    model = cast("SentimentModel", inference.model)
-    extra = {"model": model.name, **in_force(model), "max_batch_texts": settings.max_batch_texts}
-    log.info("ready", extra={**extra, "partitions": metrics.partitions()})
 
 
 def _on_signals(reloader: Reloader) -> asyncio.Event:

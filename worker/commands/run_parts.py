@@ -1,0 +1,265 @@
+"""The worker's parts, made from the settings, and how they are put together."""
+
+import asyncio
+import gc
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
+
+from worker.commands.version import worker_version
+from worker.core.dead_letter_limit import DeadLetterLimit
+from worker.core.events import Decoder, Encoder
+from worker.http.console import Tap
+from worker.kafka.at_least_once import AtLeastOnce
+from worker.kafka.backlog import tell_backlog
+from worker.kafka.connection import (
+    NO_LIMIT,
+    Connection,
+    TopicLimits,
+    refuse_compacted,
+    wait_for_a_match,
+    wait_until_usable,
+    watch_topics,
+)
+from worker.kafka.delivery import Delivery
+from worker.kafka.exactly_once import ExactlyOnce
+from worker.kafka.sink import Sink
+from worker.kafka.source import Source
+from worker.pipeline.accounting import Accounting
+from worker.pipeline.inference import Inference
+from worker.pipeline.outcomes import Outcomes
+from worker.pipeline.publishing import Publishing
+from worker.pipeline.stages import Pipeline
+from worker.runtime.memory import keep_blocks
+from worker.runtime.tasks import cancelled
+from worker.settings import RunSettings, text_fields
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.tracing import Tracing
+
+if TYPE_CHECKING:
+    from worker.model.sentiment_model import SentimentModel
+
+log = logging.getLogger(__name__)
+
+WAITING_BATCHES: Final = 4  # micro-batches that may wait for those before them to be acknowledged
+
+LoadModel = Callable[[RunSettings], "SentimentModel"]
+
+
+def load_model(settings: RunSettings) -> "SentimentModel":
+    """The model that the settings name. Blocks for seconds; raises UserError."""
+    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+
+    return SentimentModel.load_as_set(settings)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the parts of the process share."""
+
+    settings: RunSettings
+    metrics: Metrics
+    health: Health
+    inference: Inference
+    tap: Tap
+    tracing: Tracing | None
+    load_model: LoadModel
+
+
+async def started_pipeline(shared: Shared) -> Pipeline:
+    """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
+    connection = Connection.as_set(shared.settings)
+    keep_blocks()
+    loading = asyncio.create_task(_load(shared))
+    finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
+    try:
+        await asyncio.gather(loading, finding)  # what is missing is told while the model is loading
+    finally:
+        await cancelled([loading, finding])
+    topics, limits = finding.result()
+    outputs = {name: limits[name] for name in (shared.settings.output_topic, shared.settings.dead_letter_topic)}
+    delivery = _delivery(shared, connection, outputs)
+    source = _source(shared, connection, delivery, topics)
+    await delivery.start()
+    return _pipeline(shared, connection, source, delivery, outputs)
+
+
+async def _load(shared: Shared) -> None:
+    model = cast("SentimentModel", await shared.inference.load(lambda: shared.load_model(shared.settings)))
+    gc.collect()
+    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
+    tell_of_model(model, shared.metrics)
+    shared.health.well("model")
+
+
+async def _found_topics(
+    settings: RunSettings, connection: Connection, health: Health
+) -> tuple[Sequence[str], dict[str, TopicLimits]]:
+    """The input topics, and what each topic accepts, once all are there. Raises WrongSetting."""
+    topics = settings.topics
+    if settings.input_pattern:
+        topics = await wait_for_a_match(connection, settings.input_pattern, health)
+    roles = {
+        "input_topics": topics,
+        "output_topic": [settings.output_topic],
+        "dead_letter_topic": [settings.dead_letter_topic],
+    }
+    found = await wait_until_usable(connection, roles, health)
+    refuse_compacted(found, settings.dead_letter_topic)
+    await tell_backlog(
+        connection,
+        topics,
+        group_id=settings.group_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+    )
+    return topics, found
+
+
+def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: Sequence[str]) -> Source:
+    settings = shared.settings
+    return Source(
+        connection,
+        delivery,
+        topics=topics,
+        pattern=settings.input_pattern,
+        group_id=settings.group_id,
+        group_instance_id=settings.group_instance_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+        session_timeout_ms=settings.session_timeout_ms,
+        fetch_max_wait_ms=settings.fetch_max_wait_ms,
+        max_batch_texts=settings.max_batch_texts,
+        linger_s=settings.linger_ms / 1000,
+        max_unpacked_bytes=settings.max_unpacked_bytes,
+        turn_budget=shared.inference.turn_budget,
+        metrics=shared.metrics,
+        health=shared.health,
+    )
+
+
+def _delivery(shared: Shared, connection: Connection, limits: dict[str, TopicLimits]) -> Delivery:
+    settings = shared.settings
+    if settings.delivery == "exactly-once":
+        return ExactlyOnce(
+            connection,
+            group_id=settings.group_id,
+            limits=limits,
+            turn_budget=shared.inference.turn_budget,
+            metrics=shared.metrics,
+            health=shared.health,
+            compression_type=settings.compression_type,
+            interval_s=settings.transaction_ms / 1000,
+        )
+    sink = Sink(
+        connection,
+        limits=limits,
+        metrics=shared.metrics,
+        health=shared.health,
+        compression_type=settings.compression_type,
+    )
+    return AtLeastOnce(
+        sink,
+        capacity=WAITING_BATCHES * settings.max_batch_texts,
+        turn_budget=shared.inference.turn_budget,
+        metrics=shared.metrics,
+        health=shared.health,
+    )
+
+
+def _pipeline(
+    shared: Shared, connection: Connection, source: Source, delivery: Delivery, limits: dict[str, TopicLimits]
+) -> Pipeline:
+    settings, turn_budget = shared.settings, shared.inference.turn_budget
+    output, dead_letters, version = settings.output_topic, settings.dead_letter_topic, worker_version()
+    dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
+    return Pipeline(
+        source=source,
+        inference=shared.inference,
+        outcomes=Outcomes(
+            decoder(settings),
+            _encoder(settings),
+            output_topic=output,
+            dead_letter_topic=dead_letters,
+            version=version,
+            turn_budget=turn_budget,
+        ),
+        publishing=Publishing(
+            output_topic=output,
+            dead_letter_topic=dead_letters,
+            version=version,
+            turn_budget=turn_budget,
+            tracing=shared.tracing,
+        ),
+        accounting=Accounting(
+            dead_letter_limit=dead_letter_limit,
+            metrics=shared.metrics,
+            output_topic=output,
+            retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[output].retention_ms,
+            watch=shared.tap,
+        ),
+        delivery=delivery,
+        dead_letter_limit=dead_letter_limit,
+        metrics=shared.metrics,
+        drain_timeout_s=settings.drain_timeout_s,
+        tracing=shared.tracing,
+        watch_topics=lambda: watch_topics(
+            connection, {"output_topic": [output], "dead_letter_topic": [dead_letters]}, shared.health
+        ),
+    )
+
+
+def decoder(settings: RunSettings) -> Decoder:
+    text_field, by_topic = text_fields(settings.text_field)
+    return Decoder(
+        input_format=settings.input_format,
+        output_mode=settings.output_mode,
+        text_field=text_field,
+        text_fields=by_topic,
+        id_field=settings.id_field,
+        max_text_chars=settings.max_text_chars,
+        on_null_text=settings.on_null_text,
+    )
+
+
+def _encoder(settings: RunSettings) -> Encoder:
+    return Encoder(
+        output_mode=settings.output_mode,
+        output_format=settings.output_format,
+        group_id=settings.group_id,
+        result_timestamp=settings.result_timestamp,
+    )
+
+
+def tracing(settings: RunSettings) -> Tracing | None:
+    if settings.tracing == "off":
+        return None
+    return Tracing(
+        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
+    )
+
+
+def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
+    name, _, revision = model.name.rpartition("@")
+    metrics.tell_of_model(name, revision, in_force(model))
+    log.info("model loaded", extra={"model": model.name, **in_force(model)})
+
+
+def in_force(model: "SentimentModel") -> dict[str, str]:
+    """What a loaded model runs with, by the names of the settings, of which ``auto`` says nothing."""
+    return {
+        "device": str(model.device),
+        "backend": model.backend,
+        "dtype": model.dtype,
+        "cpu_threads": str(model.passes),
+        "max_batch_tokens": str(model.max_batch_tokens),
+    }
+
+
+def tell_that_it_is_ready(settings: RunSettings, inference: Inference, metrics: Metrics) -> None:
+    model = cast("SentimentModel", inference.model)
+    extra = {"model": model.name, **in_force(model), "max_batch_texts": settings.max_batch_texts}
+    log.info("ready", extra={**extra, "partitions": metrics.partitions()})
