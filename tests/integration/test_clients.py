@@ -25,8 +25,8 @@ from worker.core.events import Outgoing
 from worker.kafka.aiokafka_compat import update_metadata
 from worker.kafka.connection import Connection, stopped
 from worker.kafka.consumer import Consumer
-from worker.kafka.exactly_once import Lost, PartitionSink, Refusals
 from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.transactional_sink import Lost, PartitionSink, Refusals
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -1,0 +1,217 @@
+"""A transactional producer of one input partition: publishes, and commits offsets with what it has published."""
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import IllegalOperation
+from aiokafka.structs import OffsetAndMetadata
+
+from worker.core.events import Reason
+from worker.kafka.connection import UNREACHABLE, Connection, TopicLimits
+from worker.kafka.sink import REFUSALS, TELLING, Columns, Load, ProducerRecord, Sink, TimestampCheck, unanswered
+from worker.runtime.tasks import cancelled, within
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
+
+TRANSACTION_TIMEOUT_MS: Final = 60_000  # a stall that is longer costs the transaction, which is then done again
+
+Failures = dict[tuple[str, int], tuple[list[Load], BaseException]]  # as of Sink: what of each lane failed, and why
+
+
+class Lost(Exception):
+    """A transaction cannot be finished; the message says why. Its records are worked on again."""
+
+
+RefusalKey = tuple[int, str, bool, int]
+
+
+class Refusals:
+    """What the brokers have refused of one input partition, for when its records are sent again.
+
+    A refusal is of a whole batch. Of more than one record each is sent alone the next time, and that tells which it is.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[RefusalKey, Reason] = {}
+        self._suspects: set[RefusalKey] = set()
+
+    def note(self, producer_records: Sequence[ProducerRecord], reason: Reason) -> None:
+        """These records, sent as one batch, were refused."""
+        if len(producer_records) == 1:
+            self._reasons[_refusal_key(producer_records[0])] = reason
+        else:
+            self._suspects.update(map(_refusal_key, producer_records))
+
+    def reason(self, producer_record: ProducerRecord) -> Reason | None:
+        """Why this record is known to be refused."""
+        return self._reasons.get(_refusal_key(producer_record)) if self._reasons else None
+
+    def apart(self, producer_records: Sequence[ProducerRecord], load: Load) -> list[Load]:
+        """A load in loads of their own for the suspects, in the same order."""
+        if not self._suspects:
+            return [load]
+        loads: list[Load] = []
+        was_suspect = True
+        for place in load:
+            is_suspect = _refusal_key(producer_records[place]) in self._suspects
+            if is_suspect or was_suspect:
+                loads.append([])
+            loads[-1].append(place)
+            was_suspect = is_suspect
+        return loads
+
+    def forget_before(self, offset: int) -> None:
+        """The records before this offset are committed, and not sent again."""
+        self._reasons = {key: reason for key, reason in self._reasons.items() if key[0] >= offset}
+        self._suspects = {key for key in self._suspects if key[0] >= offset}
+
+
+def _refusal_key(producer_record: ProducerRecord) -> RefusalKey:
+    """A record's input offset, where it goes, and in which form: a dead letter has three, each smaller than the last."""
+    return (
+        producer_record.offset,
+        producer_record.topic,
+        bool(producer_record.record.value),
+        len(producer_record.record.headers),
+    )
+
+
+class PartitionSink(Sink):
+    """A transactional producer, of one input partition. What is published counts once ``commit`` has returned.
+
+    Any failure raises Lost, and leaves it good for nothing but ``close``. After a refusal ``limits`` are those of now.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        tp: TopicPartition,
+        transactional_id: str,
+        refusals: Refusals,
+        limits: dict[str, TopicLimits],
+        metrics: Metrics,
+        health: Health,
+        compression_type: str = "none",
+        checks: defaultdict[str, TimestampCheck] | None = None,
+    ) -> None:
+        super().__init__(
+            connection,
+            limits=limits,
+            metrics=metrics,
+            health=health,
+            compression_type=compression_type,
+            checks=checks,
+        )
+        self._who = tp
+        self._transactional_id = transactional_id
+        self._refusals = refusals
+        self._shared_limits = limits
+        self._is_in_transaction = False
+
+    async def open(self) -> None:
+        """Fences every producer of this id, and ends what it left behind. Raises what is in UNREACHABLE."""
+        self._producer = await self._new_producer(
+            transactional_id=self._transactional_id, transaction_timeout_ms=TRANSACTION_TIMEOUT_MS
+        )
+
+    async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
+        """As of Sink, within a transaction, which it begins. Raises Lost."""
+        if not producer_records:
+            return []
+        columns = Columns.of(producer_records)
+        known = [self._refusals.reason(producer_record) for producer_record in producer_records]
+        limited = await self._refused_by_limits(columns)
+        answers = [one or other for one, other in zip(known, limited, strict=True)]
+        with _failures():
+            async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1000):
+                await self._begin()
+                lanes = {
+                    lane: [apart for load in loads for apart in self._refusals.apart(producer_records, load)]
+                    for lane, loads in (await self._lanes(columns, unanswered(answers))).items()
+                }
+                producer = await self._fresh_producer(sum(answer is None for answer in answers))
+                sending = asyncio.create_task(self._send(producer, columns, lanes))
+                failures = await self._while_alive(producer, sending)
+        for loads, error in failures.values():
+            reason = REFUSALS.get(type(error))
+            if reason:
+                self._refusals.note([producer_records[place] for place in loads[0]], reason)
+            if type(error) in TELLING:
+                await self._refresh_limits(0.0)
+                self._shared_limits.update(self._limits)
+            raise Lost(type(error).__name__) from error
+        self._health.well("publish", self._who)
+        return answers
+
+    async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:
+        """Commits all that was published since the last time, and this offset of the group. Raises Lost.
+
+        Lost does not tell whether it was committed: that the next owner reads.
+        """
+        with _failures():
+            async with asyncio.timeout(self._connection.request_timeout_s):
+                await self._begin()
+                producer = await self._fresh_producer(0)
+                await producer.send_offsets_to_transaction({tp: offset}, group_id)
+                await producer.commit_transaction()
+                self._is_in_transaction = False
+
+    async def close(self, timeout_s: float) -> None:
+        """Aborts what is open, so that readers need not wait for it, and disconnects; within ``timeout_s``."""
+        producer = self._producer
+        if producer is not None and self._is_in_transaction:
+            with contextlib.suppress(Lost), _failures():
+                await within(timeout_s / 2, producer.abort_transaction())
+        await super().close(timeout_s / 2)
+        if producer is not None:
+            _forget_error(producer)
+
+    async def _begin(self) -> None:
+        if not self._is_in_transaction:
+            producer = await self._fresh_producer(0)
+            await producer.begin_transaction()
+            self._is_in_transaction = True
+
+    async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
+        """This very one: another would be another transaction."""
+        if self._producer is None:
+            raise Lost("the producer is closed")
+        if self._records_sent + records > self._records_per_producer:
+            raise Lost("the producer's sequence numbers run out")
+        return self._producer
+
+    def _note_in_doubt(self, records: int) -> None:
+        """Nothing: their transaction is aborted."""
+
+    @staticmethod
+    async def _while_alive(producer: AIOKafkaProducer, sending: "asyncio.Task[Failures]") -> Failures:
+        """What is sent, unless the producer has died meanwhile: what it was about to send again then waits for ever."""
+        try:
+            await asyncio.wait({sending, producer._sender.sender_task}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending}, timeout=None if not producer._sender.sender_task.done() else 1)
+            if not sending.done():
+                raise Lost("the producer has failed")
+            return sending.result()
+        finally:
+            await cancelled([sending])
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Whatever aiokafka raises becomes Lost; AssertionError is its word for a transaction that has failed before."""
+    try:
+        yield
+    except (*UNREACHABLE, IllegalOperation, AssertionError) as error:
+        raise Lost(type(error).__name__) from error
+
+
+def _forget_error(producer: AIOKafkaProducer) -> None:
+    """An error that nobody waits for any more is not to be told as one that was never looked at."""
+    waiter = producer._txn_manager._transaction_waiter
+    if waiter is not None and waiter.done() and not waiter.cancelled():
+        waiter.exception()
