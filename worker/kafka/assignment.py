@@ -1,5 +1,6 @@
-"""A partition while the group assigns it to this process: what source, delivery and pipeline tell each other about."""
+"""The partitions that the group assigns to this process: what source, delivery and pipeline tell each other about."""
 
+import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from aiokafka import TopicPartition
 
 from worker.kafka.reader import Record
+from worker.telemetry.metrics import Metrics
 
 
 @dataclass(eq=False, slots=True)
@@ -46,3 +48,44 @@ class Assignment:
 
 
 Chunk = tuple[Assignment, list[Record]]
+
+
+class Assignments(dict[TopicPartition, Assignment]):
+    """The partitions that this process has now, and what becomes of the records that were read of them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
+        self._metrics = metrics
+        self.acknowledged = asyncio.Event()  # there is something to commit
+        self.settled = asyncio.Event()  # records were acknowledged or dropped
+        self.is_draining = False  # nothing more is read, for good
+        self.read_again = 0  # records that were under way when the drain began, and were not committed
+
+    def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        assignment.under_way -= records
+        if assignment.is_owned:
+            assignment.reach(next_offset)
+            assignment.uncommitted += records
+            self.acknowledged.set()
+        else:
+            self.repeat(records)
+        self.settled.set()
+
+    def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        assignment.under_way -= records
+        if records:  # an offset alone is acknowledged already, and perhaps a later one too
+            assignment.reach(next_offset)
+        assignment.committed = next_offset
+        self.settled.set()
+
+    def drop(self, assignment: Assignment, records: int) -> None:
+        assignment.under_way -= records
+        if self.is_draining:
+            self.read_again += records
+        self.settled.set()
+
+    def repeat(self, records: int) -> None:
+        """These records are published and not committed: the partition's next owner repeats them."""
+        self._metrics.duplicates_possible.inc(records)
+        if self.is_draining:
+            self.read_again += records

@@ -49,7 +49,7 @@ from worker.kafka.aiokafka_compat import (
     StaticMember,
     use_topics,
 )
-from worker.kafka.assignment import Assignment, Chunk
+from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
@@ -170,22 +170,18 @@ class Source:
         self._unpacking = Budget(max_unpacked_bytes)
         self._consumer: AIOKafkaConsumer | None = None
         self._reader: Reader | None = None
-        self._assignments: dict[TopicPartition, Assignment] = {}
+        self._assignments = Assignments(metrics)
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._settled = asyncio.Event()
-        self._acknowledged = asyncio.Event()
         self._topic_ids, self._identifying = TopicIds(), asyncio.Lock()
         self._confirming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._confirmed: Counter[str] = Counter()  # by topic: times that the brokers agreed on the id that is known
         self._commit_lock = asyncio.Lock()
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
-        self._is_stopping = False
-        self._read_again = 0  # records that were under way when the drain began, and were not committed
         self._stopping = asyncio.Event()
         self._has_joined = False
         self._rejoining_since: float | None = None
@@ -205,7 +201,7 @@ class Source:
 
         Waits for records, and then until the batch is full or its oldest record has lingered.
         """
-        while not self._is_stopping:
+        while not self._assignments.is_draining:
             closes_at = self._batcher.closes_at()
             now = self._clock()
             if closes_at is not None and closes_at <= now:
@@ -215,29 +211,15 @@ class Source:
 
     def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
         """Everything of this partition before ``next_offset`` has been published, the last ``records`` records just now."""
-        assignment.under_way -= records
-        if assignment.is_owned:
-            assignment.reach(next_offset)
-            assignment.uncommitted += records
-            self._acknowledged.set()
-        else:
-            self._repeat(records)
-        self._settled.set()
+        self._assignments.acknowledge(assignment, next_offset, records)
 
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
         """Everything of this partition before ``next_offset`` has been published and committed."""
-        assignment.under_way -= records
-        if records:  # an offset alone is acknowledged already, and perhaps a later one too
-            assignment.reach(next_offset)
-        assignment.committed = next_offset
-        self._settled.set()
+        self._assignments.advance(assignment, next_offset, records)
 
     def drop(self, assignment: Assignment, records: int) -> None:
         """These records are discarded, as their partition is revoked or begins again, and will be read again."""
-        assignment.under_way -= records
-        if self._is_stopping:
-            self._read_again += records
-        self._settled.set()
+        self._assignments.drop(assignment, records)
 
     def records_held(self) -> int:
         """How many have been read and are neither dropped nor acknowledged."""
@@ -245,7 +227,7 @@ class Source:
 
     def stop_taking(self) -> None:
         """Ends reading; ``next_batch`` then answers None. What no micro-batch has is left to the partition's next owner."""
-        self._is_stopping = True
+        self._assignments.is_draining = True
         for reader in self._readers.values():
             reader.cancel()
         for assignment in self._assignments.values():
@@ -277,7 +259,7 @@ class Source:
         deadline = time.monotonic() + timeout_s
         await self._commit_before(deadline)
         uncommitted = sum(assignment.uncommitted + assignment.under_way for assignment in self._assignments.values())
-        uncommitted += self._read_again
+        uncommitted += self._assignments.read_again
         for assignment in list(self._assignments.values()):
             self._release(assignment)
         await self._stop_consumer(max(1.0, deadline - time.monotonic()))
@@ -439,7 +421,7 @@ class Source:
         self._has_joined, self._rejoining_since = True, None
         if not partitions:
             self._placeless = 0
-        if self._is_stopping or self._consumer is None:
+        if self._assignments.is_draining or self._consumer is None:
             return
         self._topic_ids.ask_again(tp.topic for tp in partitions)
         self._well(MEMBERSHIP)
@@ -465,12 +447,12 @@ class Source:
         """
         if self._assignments.get(assignment.tp) is not assignment:
             return
-        is_to_go_on = assignment.accepts and not self._is_stopping
+        is_to_go_on = assignment.accepts and not self._assignments.is_draining
         if not is_to_go_on:
             self._release(assignment)  # the revocation finds nothing to release any more
         else:
             self._delivery.abandon(assignment)
-            self._repeat(assignment.uncommitted)
+            self._assignments.repeat(assignment.uncommitted)
         assignment.accepts = assignment.is_owned = False
         self._discard(assignment)
         if len(self._batcher) < self._capacity:
@@ -483,7 +465,7 @@ class Source:
             reader.add_done_callback(self._retiring.discard)
         if is_to_go_on:
             self._accept(assignment.tp, reader)
-        self._settled.set()
+        self._assignments.settled.set()
 
     async def _on_revoked(self, partitions: set[TopicPartition]) -> None:
         if self._rejoining_since is None and self._has_joined:
@@ -515,9 +497,9 @@ class Source:
 
     async def _until_settled(self, assignments: list[Assignment], deadline: float) -> None:
         while any(assignment.under_way for assignment in assignments):
-            self._settled.clear()
+            self._assignments.settled.clear()
             try:
-                await within(deadline - time.monotonic(), self._settled.wait())
+                await within(deadline - time.monotonic(), self._assignments.settled.wait())
             except TimeoutError:
                 log.warning(
                     "revoked before everything under way was published",
@@ -536,7 +518,7 @@ class Source:
             return
         assignment.accepts = assignment.is_owned = False
         self._delivery.release(assignment)
-        self._repeat(assignment.uncommitted)
+        self._assignments.repeat(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]
@@ -545,17 +527,11 @@ class Source:
         if not self._assignments:
             self._health.well("commit")
 
-    def _repeat(self, records: int) -> None:
-        """These records are published and not committed: the partition's next owner repeats them."""
-        self._metrics.duplicates_possible.inc(records)
-        if self._is_stopping:
-            self._read_again += records
-
     # Reading.
 
     def _reader_ended(self, reader: asyncio.Task[None]) -> None:
         if reader.cancelled():
-            if reader in self._readers.values() and not self._is_stopping:
+            if reader in self._readers.values() and not self._assignments.is_draining:
                 self._fail(Rejoin("a reader was cancelled, and not by this worker"))
         elif (error := reader.exception()) is not None:
             self._fail(error)
@@ -564,11 +540,11 @@ class Source:
         backoff = Backoff()
         if after is not None and await cancelled([after]):
             raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
-        while assignment.accepts and not self._is_stopping:
+        while assignment.accepts and not self._assignments.is_draining:
             try:
                 await self._find_place(assignment)
                 await self._until_room()
-                if assignment.accepts and not self._is_stopping:
+                if assignment.accepts and not self._assignments.is_draining:
                     await self._read(assignment)
                 self._well(assignment.tp)
                 backoff = Backoff()
@@ -628,8 +604,8 @@ class Source:
 
     async def _until_idle(self, assignment: Assignment) -> None:
         while not assignment.is_idle():
-            self._settled.clear()
-            await self._settled.wait()
+            self._assignments.settled.clear()
+            await self._assignments.settled.wait()
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
@@ -655,7 +631,7 @@ class Source:
         if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
             # Where this process began, and in which topic, holds, also if it dies before its first result.
             assignment.committed = None
-            self._acknowledged.set()
+            self._assignments.acknowledged.set()
 
     async def _identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
         """Waits until it is certain which topic has this name; it is asked once for all that are read.
@@ -733,7 +709,7 @@ class Source:
         self._live_consumer().seek(assignment.tp, offset)
         assignment.is_out_of_range = False
         assignment.delivered = assignment.acknowledged = offset
-        self._acknowledged.set()
+        self._assignments.acknowledged.set()
 
     async def _end_to_begin_at(self, tp: TopicPartition) -> int:
         consumer = self._live_consumer()
@@ -751,7 +727,7 @@ class Source:
             self._be_careful(assignment, error)
             return
         self._turn_budget.after(len(records))
-        if not records or not assignment.accepts or self._is_stopping:
+        if not records or not assignment.accepts or self._assignments.is_draining:
             return
         now = self._clock()
         assignment.careful_reads = max(0, assignment.careful_reads - 1)
@@ -826,13 +802,13 @@ class Source:
     async def _commit_as_acknowledged(self) -> None:
         backoff = Backoff()
         while True:
-            await self._acknowledged.wait()
-            self._acknowledged.clear()
+            await self._assignments.acknowledged.wait()
+            self._assignments.acknowledged.clear()
             if await self._commit(self._connection.request_timeout_s):
                 backoff = Backoff()
             else:
                 await backoff.wait()
-                self._acknowledged.set()
+                self._assignments.acknowledged.set()
 
     async def _commit_before(self, deadline: float) -> None:
         """The last commit; it may first have to wait for one under way. Raises nothing at the deadline."""
@@ -916,7 +892,12 @@ class Source:
             since = self._rejoining_since
             is_rebalancing = answers.is_joining or self._revoking.locked()
             is_known_why = not is_rebalancing and now - answers.at > REJOINING_S  # the coordinator, or Kafka, is away
-            if since is not None and not is_known_why and not self._is_stopping and now - since > REJOINING_S:
+            if (
+                since is not None
+                and not is_known_why
+                and not self._assignments.is_draining
+                and now - since > REJOINING_S
+            ):
                 self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:
@@ -974,11 +955,11 @@ class Source:
 
         Not during a revocation or drain: then the position may be past records that were read and discarded.
         """
-        if not assignment.accepts or self._is_stopping:
+        if not assignment.accepts or self._assignments.is_draining:
             return
         if position is not None and assignment.is_idle() and position > (assignment.delivered or 0):
             assignment.delivered = assignment.acknowledged = position
-            self._acknowledged.set()
+            self._assignments.acknowledged.set()
 
     @staticmethod
     def _age_s(assignment: Assignment) -> float:
