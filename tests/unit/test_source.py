@@ -33,7 +33,8 @@ from worker.kafka import source as module
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
-from worker.kafka.source import Rejoin, Source, Standstill, UnreadableRecord
+from worker.kafka.group_consumer import Rejoin
+from worker.kafka.source import Source, Standstill, UnreadableRecord
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health
@@ -194,7 +195,7 @@ async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) 
     async def started() -> FakeConsumer:
         return consumer
 
-    source._started_consumer = started  # type: ignore[method-assign, assignment]
+    source._consumer._started = started  # type: ignore[method-assign, assignment]
     run = asyncio.create_task(source.run())
     await asyncio.sleep(0.01)
     return Stage(source, consumer, metrics, health, run)
@@ -327,7 +328,7 @@ class EndlessReader:
 async def test_many_partitions_read_no_further_ahead_than_few(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "Reader", EndlessReader)
+    monkeypatch.setattr("worker.kafka.group_consumer.Reader", EndlessReader)
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(40)))
     await asyncio.sleep(0.2)
@@ -349,10 +350,10 @@ async def test_what_is_held_is_what_waits_and_what_is_under_way(consumer: FakeCo
 
 
 async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Reader", EndlessReader)
+    monkeypatch.setattr("worker.kafka.group_consumer.Reader", EndlessReader)
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(16)))
-    taken = stage.source._reader.taken  # type: ignore[union-attr]
+    taken = stage.source._consumer.reader.taken
     while taken.total() < 2 * FETCHED:
         await asyncio.wait_for(stage.source.next_batch(), 5)
     shares = [taken[number] for number in range(16)]
@@ -854,7 +855,7 @@ async def test_it_reads_with_the_consumer_that_knows_what_is_committed(monkeypat
     monkeypatch.setattr(Consumer, "start", start)
     metrics, health = Metrics("test"), Health()
     source = served(at_least_once(metrics, health), metrics=metrics, health=health)
-    consumer = await source._started_consumer()
+    consumer = await source._consumer._started()
     await consumer.stop()
     assert type(consumer) is Consumer
 
@@ -1272,7 +1273,7 @@ async def test_a_batch_that_waits_long_to_be_unpacked_is_told(
     await stage.assign(TP)
     stage.acknowledge(await stage.take())
     consumer.reading.clear()
-    stage.source._reader.waiting.add(TP)  # type: ignore[union-attr]
+    stage.source._consumer.reader.waiting.add(TP)
     consumer.ends_at = 15
     await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
     for _ in range(55):
@@ -1282,7 +1283,7 @@ async def test_a_batch_that_waits_long_to_be_unpacked_is_told(
     clock.ahead += 10
     reason = "read: t-0 has waited 60 s for room to unpack a batch (max_unpacked_bytes)"
     await until(lambda: stage.health.why_not_ready() == reason)
-    stage.source._reader.waiting.clear()  # type: ignore[union-attr]
+    stage.source._consumer.reader.waiting.clear()
     consumer.last_offset = 15
     consumer.reading.set()
     await until(lambda: stage.health.why_not_ready() is None)
@@ -1342,7 +1343,8 @@ def test_what_a_rebalance_takes_fits_into_its_time(request_timeout_ms: int, sess
         health=health,
         session_timeout_ms=session_timeout_ms,
     )
-    rebalance_s = source._rebalance_timeout_ms / 1000
-    assert source._heartbeat_ms / 1000 + source._revoke_timeout_s < rebalance_s < connection.request_timeout_s
-    assert source._heartbeat_ms * 3 <= session_timeout_ms
+    timeouts = source._consumer._timeouts
+    rebalance_s = timeouts.rebalance_ms / 1000
+    assert timeouts.heartbeat_ms / 1000 + timeouts.revoke_s < rebalance_s < connection.request_timeout_s
+    assert timeouts.heartbeat_ms * 3 <= session_timeout_ms
     assert request_timeout_ms != 30_000 or rebalance_s == 12, "which the documents name"

@@ -15,11 +15,9 @@ from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.client import ConnectionGroup
 from aiokafka.errors import (
     CorruptRecordException,
     GroupAuthorizationFailedError,
-    GroupCoordinatorNotAvailableError,
     IllegalStateError,
     InconsistentGroupProtocolError,
     InvalidSessionTimeoutError,
@@ -35,7 +33,6 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.batching import MicroBatcher
@@ -46,15 +43,12 @@ from worker.kafka.aiokafka_compat import (
     NOT_THE_COORDINATOR,
     CoordinatorAnswers,
     InstanceIdTaken,
-    StaticMember,
-    use_topics,
 )
 from worker.kafka.assignment import Assignment, Assignments, Chunk
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
-from worker.kafka.consumer import Consumer
-from worker.kafka.decompression import Budget
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, unreachable
 from worker.kafka.delivery import Delivery
-from worker.kafka.reader import Reader, Record
+from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
+from worker.kafka.reader import Record
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
@@ -77,20 +71,15 @@ REJOINS: Final = 3  # in a row without progress in a partition that has records:
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 LEAST_READ: Final = 16
 SHARES: Final = 4  # one read takes at most this part of what is read ahead
-LEAVE_S: Final = 1.0
 LAG_TIMEOUT_S: Final = 3.0  # of a request; also how long a partition's end may be unknown, as while its leader moves
 GROUP_INTERVAL_S: Final = 1.0
 REJOINING_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
 COORDINATOR_S: Final = 3.0  # the coordinator is away when it has not answered for so long, and for so many
 MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
-REBALANCE_SHARE: Final = 0.4  # of a request's timeout: as long as the group waits for a member to join again
-HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until a heartbeat tells the member of it
-REVOKE_SHARE: Final = 0.65  # of the rebalance's time, to finish and commit what is under way; the rest is for the join
 LISTED: Final = 5  # partitions that a sentence names
 MEMBERSHIP: Final = "membership"  # who has the trouble, where no partition does
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
 NO_PARTITION: Final = 2**31 - 1
-LONGEST_POLL_INTERVAL_MS: Final = 2**31 - 1  # no limit: health watches the pipeline, and Kafka's limit would evict us
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
 UNREADABLE: Final = (
     CorruptRecordException,
@@ -105,10 +94,6 @@ UNREADABLE: Final = (
 
 class UnreadableRecord(Exception):
     """A record cannot be read from Kafka; the message says which. Exit code 1."""
-
-
-class Rejoin(Exception):
-    """The consumer has to be replaced and the group joined again; the message says why."""
 
 
 class Standstill(Exception):
@@ -153,23 +138,29 @@ class Source:
         self._metrics = metrics
         self._health = health
         self._group_instance_id = group_instance_id
-        self._static_member = StaticMember(group_instance_id) if group_instance_id else None
         self._auto_offset_reset = auto_offset_reset
-        self._isolation_level = isolation_level
         self._session_timeout_ms = session_timeout_ms
-        self._fetch_max_wait_ms = fetch_max_wait_ms
         self._delivery = delivery
         self._clock = clock
-        # JoinGroup waits in a request for the slowest member: heartbeat + revoke deadline < rebalance timeout < request
-        # timeout. One that was killed and is back makes all others wait for the whole rebalance timeout.
-        self._rebalance_timeout_ms = int(connection.request_timeout_ms * REBALANCE_SHARE)
-        self._revoke_timeout_s = self._rebalance_timeout_ms / 1000 * REVOKE_SHARE
-        self._heartbeat_ms = min(3_000, session_timeout_ms // 3, int(self._rebalance_timeout_ms * HEARTBEAT_SHARE))
+        timeouts = GroupTimeouts.of(
+            request_timeout_ms=connection.request_timeout_ms, session_timeout_ms=session_timeout_ms
+        )
+        self._revoke_timeout_s = timeouts.revoke_s
+        self._heartbeat_ms = timeouts.heartbeat_ms
         self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
-        self._unpacking = Budget(max_unpacked_bytes)
-        self._consumer: AIOKafkaConsumer | None = None
-        self._reader: Reader | None = None
+        self._consumer = GroupConsumer(
+            connection,
+            lambda: self._topics,
+            group_id=group_id,
+            group_instance_id=group_instance_id,
+            timeouts=timeouts,
+            isolation_level=isolation_level,
+            fetch_max_wait_ms=fetch_max_wait_ms,
+            max_unpacked_bytes=max_unpacked_bytes,
+            metrics=metrics,
+            health=health,
+        )
         self._assignments = Assignments(metrics)
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
@@ -262,13 +253,12 @@ class Source:
         uncommitted += self._assignments.read_again
         for assignment in list(self._assignments.values()):
             self._release(assignment)
-        await self._stop_consumer(max(1.0, deadline - time.monotonic()))
+        await self._consumer.stop(max(1.0, deadline - time.monotonic()))
         return uncommitted
 
     async def _session(self) -> None:
         self._fault = asyncio.get_running_loop().create_future()
-        consumer = await self._started_consumer()
-        self._consumer, self._reader = consumer, Reader(consumer, self._unpacking)
+        consumer = await self._consumer.start()
         self._subscribe(consumer)
         answers = CoordinatorAnswers(consumer, self._clock)
         self._rejoining_since = self._clock() if self._has_joined else None
@@ -300,7 +290,7 @@ class Source:
             await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
-                await self._stop_consumer(self._connection.request_timeout_s)
+                await self._consumer.stop(self._connection.request_timeout_s)
 
     async def _look_for_standstill(self, reason: Rejoin) -> None:
         """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read.
@@ -311,7 +301,7 @@ class Source:
         if self._placeless > REJOINS:
             raise Standstill(f"nothing is read, although the group was joined again {REJOINS} times: {reason}")
         assignments = list(self._assignments.values())
-        found = await asyncio.gather(*map(self._position, assignments))
+        found = await asyncio.gather(*(self._consumer.position(each.tp) for each in assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
         for tp, is_behind in (await self._behind(positions)).items():
             is_unmoved = is_behind and self._positions.get(tp) == positions[tp]
@@ -326,7 +316,7 @@ class Source:
 
     async def _behind(self, positions: dict[TopicPartition, int]) -> dict[TopicPartition, bool]:
         """Whether partitions have records beyond these positions; without those whose end is not known."""
-        ends = await self._live_consumer().ends(list(positions), LAG_TIMEOUT_S)
+        ends = await self._consumer.live.ends(list(positions), LAG_TIMEOUT_S)
         return {tp: end > positions[tp] for tp, end in ends.items() if not isinstance(end, Exception)}
 
     def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
@@ -363,52 +353,6 @@ class Source:
             with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
                 self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
 
-    async def _started_consumer(self) -> Consumer:
-        backoff = Backoff()
-        while True:
-            consumer = Consumer(
-                **self._connection.options(),
-                group_id=self._group_id,
-                group_instance_id=self._group_instance_id,
-                enable_auto_commit=False,
-                auto_offset_reset="none",  # aiokafka would reset in silence
-                isolation_level=self._isolation_level,
-                session_timeout_ms=self._session_timeout_ms,
-                heartbeat_interval_ms=self._heartbeat_ms,
-                rebalance_timeout_ms=self._rebalance_timeout_ms,
-                max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
-                fetch_max_wait_ms=self._fetch_max_wait_ms,
-            )
-            use_topics(consumer, self._topics)  # else it asks for all of the cluster's until it has subscribed
-            try:
-                await within(self._connection.request_timeout_s, consumer.start())
-            except UNREACHABLE as error:
-                self._metrics.kafka_errors.labels("connect").inc()
-                self._health.trouble("kafka", unreachable(self._connection, error))
-                await stopped(consumer, "consumer", 5)
-                await backoff.wait()
-            except asyncio.CancelledError:
-                await stopped(consumer, "consumer", 5)
-                raise
-            else:
-                self._health.well("kafka")
-                if self._static_member:
-                    self._static_member.guard(consumer)
-                return consumer
-
-    async def _stop_consumer(self, timeout_s: float) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is None:
-            return
-        stopping = asyncio.create_task(stopped(consumer, "consumer", timeout_s))
-        try:
-            _, waits = await asyncio.wait({stopping}, timeout=LEAVE_S)
-            if waits:  # for a join, which waits for the slowest member of the group
-                await _leave(consumer)
-            await stopping
-        finally:
-            await cancelled([stopping])
-
     def _fail(self, error: BaseException) -> None:
         if self._fault is not None and not self._fault.done():
             self._fault.set_exception(error)
@@ -421,7 +365,7 @@ class Source:
         self._has_joined, self._rejoining_since = True, None
         if not partitions:
             self._placeless = 0
-        if self._assignments.is_draining or self._consumer is None:
+        if self._assignments.is_draining or not self._consumer.is_live:
             return
         self._topic_ids.ask_again(tp.topic for tp in partitions)
         self._well(MEMBERSHIP)
@@ -430,7 +374,7 @@ class Source:
         self._health.well("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
         exactly_once = self._delivery.has_producer_per_partition
-        is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
+        is_enough, files = compared(len(partitions), self._consumer.live.brokers(), exactly_once=exactly_once)
         if not is_enough:
             log.warning("%s", files)
 
@@ -509,8 +453,7 @@ class Source:
 
     def _discard(self, assignment: Assignment) -> None:
         self._batcher.discard(assignment)
-        if self._reader is not None:
-            self._reader.release(assignment.tp)
+        self._consumer.release(assignment.tp)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
 
     def _release(self, assignment: Assignment) -> None:
@@ -612,7 +555,7 @@ class Source:
         topic_id = self._topic_ids.of(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
         await self._delivery.begin(assignment)
-        consumer = self._live_consumer()
+        consumer = self._consumer.live
         found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
         commit = found[assignment.tp]
         is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
@@ -645,7 +588,7 @@ class Source:
             async with self._identifying:
                 if self._topic_ids.is_certain(topic):
                     return
-                answer = await self._live_consumer().topic_ids({topic, *(tp.topic for tp in self._assignments)})
+                answer = await self._consumer.live.topic_ids({topic, *(tp.topic for tp in self._assignments)})
                 self._topic_ids.note(answer)
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
@@ -665,7 +608,7 @@ class Source:
                 if self._confirmed[topic] >= due:
                     return
                 await asyncio.sleep(TOPIC_IDS_DOUBT_S)
-                agreed = await self._live_consumer().agreed_topic_id(topic)
+                agreed = await self._consumer.live.agreed_topic_id(topic)
                 if agreed is not None:
                     self._topic_ids.note({topic: agreed})
                 if agreed is not None and self._topic_ids.is_certain(topic):
@@ -690,12 +633,7 @@ class Source:
 
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
-        coordinator = self._live_consumer()._coordinator
-        if await within(self._connection.request_timeout_s, coordinator._do_heartbeat()):
-            return
-        if coordinator.generation <= 0:
-            raise IllegalStateError("no longer a member of the group")
-        raise GroupCoordinatorNotAvailableError
+        await self._consumer.confirm_membership()
 
     async def _reset(self, assignment: Assignment) -> None:
         await self._identify(assignment.tp, anew=True)
@@ -706,13 +644,13 @@ class Source:
             "the offset to resume from is gone: records may have been deleted before they were read",
             extra={"partition": _name(assignment.tp), "offset": gone, "resume_at": offset},
         )
-        self._live_consumer().seek(assignment.tp, offset)
+        self._consumer.live.seek(assignment.tp, offset)
         assignment.is_out_of_range = False
         assignment.delivered = assignment.acknowledged = offset
         self._assignments.acknowledged.set()
 
     async def _end_to_begin_at(self, tp: TopicPartition) -> int:
-        consumer = self._live_consumer()
+        consumer = self._consumer.live
         find = consumer.beginning_offsets if self._auto_offset_reset == "earliest" else consumer.end_offsets
         offsets: dict[TopicPartition, int] = await within(self._connection.request_timeout_s, find([tp]))
         return offsets[tp]
@@ -722,7 +660,7 @@ class Source:
         # Nothing may be awaited between the read and what follows, for the position has moved.
         limit = (lambda: 1) if assignment.careful_reads else self._share
         try:
-            records = await self._live_reader().read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+            records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         except UNREADABLE as error:
             self._be_careful(assignment, error)
             return
@@ -760,23 +698,14 @@ class Source:
         Raises IllegalStateError if the partition is no longer this process's: its next owner meets the record.
         """
         self._metrics.kafka_errors.labels("read").inc()
-        self._live_consumer().seek(assignment.tp, assignment.delivered)
+        assert assignment.delivered is not None  # it was known before anything was read
+        self._consumer.live.seek(assignment.tp, assignment.delivered)
         if assignment.careful_reads:
             raise UnreadableRecord(
                 f"the record of {_name(assignment.tp)} at offset {assignment.delivered}, or in the batch that begins there, "
                 f"cannot be read ({type(error).__name__})"
             ) from error
         assignment.careful_reads = READ_RECORDS
-
-    def _live_consumer(self) -> AIOKafkaConsumer:
-        if self._consumer is None:
-            raise IllegalStateError("the consumer has been stopped")
-        return self._consumer
-
-    def _live_reader(self) -> Reader:
-        if self._consumer is None or self._reader is None:
-            raise IllegalStateError("the consumer has been stopped")
-        return self._reader
 
     # Micro-batches.
 
@@ -824,23 +753,23 @@ class Source:
                 for assignment in self._assignments.values()
                 if assignment.acknowledged is not None and assignment.acknowledged != assignment.committed
             ]
-            if not due or self._consumer is None:
+            if not due or not self._consumer.is_live:
                 return True
             return await self._delivery.commit(due, timeout_s)
 
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
-        await self._live_consumer().commit(offsets)
+        await self._consumer.commit_offsets(offsets)
 
     # Lag.
 
     async def _watch_lag(self) -> None:
         while True:
             await asyncio.sleep(LAG_INTERVAL_S)
-            if self._consumer is None:
+            if not self._consumer.is_live:
                 continue
             partitions = list(self._assignments) or [TopicPartition(self._known_topic(), 0)]
-            ends = await self._consumer.ends(partitions, LAG_TIMEOUT_S)
+            ends = await self._consumer.live.ends(partitions, LAG_TIMEOUT_S)
             errors = {tp: end for tp, end in ends.items() if isinstance(end, Exception)}
             self._tell_of_ends(errors, is_answered=len(errors) < len(ends))
             if not self._assignments:
@@ -902,14 +831,14 @@ class Source:
 
     def _known_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
-        cluster = self._live_consumer()._client.cluster
+        cluster = self._consumer.live._client.cluster
         return next((name for name in self._topics if cluster.partitions_for_topic(name)), self._topics[0])
 
     async def _look_after_membership(self) -> None:
         """Asks aiokafka for group errors, which it raises only to readers: without a partition nobody reads."""
         nowhere = TopicPartition(self._topics[0], NO_PARTITION)
         try:
-            await within(LAG_TIMEOUT_S, self._live_consumer().getmany(nowhere, timeout_ms=0))
+            await within(LAG_TIMEOUT_S, self._consumer.live.getmany(nowhere, timeout_ms=0))
         except (TimeoutError, IllegalStateError):
             return  # a rebalance is going on
         except KafkaError as error:
@@ -919,10 +848,10 @@ class Source:
 
     async def _measure(self, assignment: Assignment, end: int) -> None:
         assignment.measured_at = self._clock()
-        if assignment.acknowledged is None or self._consumer is None:
+        if assignment.acknowledged is None or not self._consumer.is_live:
             return
         if assignment.is_idle():
-            self._skip_markers(assignment, await self._position(assignment))
+            self._skip_markers(assignment, await self._consumer.position(assignment.tp))
         lag = max(0, end - assignment.acknowledged)
         age_s = self._age_s(assignment) if lag else 0.0
         if assignment.is_owned:
@@ -938,17 +867,10 @@ class Source:
             raise Rejoin(f"{_name(assignment.tp)} has {lag} records and has sent none for {SILENCE_S:g} s")
 
     def _unpacks_since(self, assignment: Assignment, now: float) -> float | None:
-        is_unpacking = self._reader is not None and assignment.tp in self._reader.waiting
+        is_unpacking = self._consumer.is_unpacking(assignment.tp)
         since = now if assignment.unpacks_since is None else assignment.unpacks_since
         assignment.unpacks_since = since if is_unpacking else None
         return assignment.unpacks_since
-
-    async def _position(self, assignment: Assignment) -> int | None:
-        try:
-            position: int = await within(1, self._live_consumer().position(assignment.tp))
-        except (*UNREACHABLE, IllegalStateError):
-            return None
-        return position
 
     def _skip_markers(self, assignment: Assignment, position: int | None) -> None:
         """Moves on past transaction markers, which have offsets and are not records.
@@ -992,16 +914,6 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
             await work
         except Exception as error:  # noqa: BLE001 - whatever it is, the session must not go on without it
             self._fail(error)
-
-
-async def _leave(consumer: AIOKafkaConsumer) -> None:
-    """Leaves the group on another connection, for the join under way blocks its own."""
-    coordinator, client = consumer._coordinator, consumer._client
-    if coordinator is None or coordinator.coordinator_id is None or coordinator._group_instance_id is not None:
-        return
-    request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
-    with contextlib.suppress(*UNREACHABLE):
-        await within(LEAVE_S, client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT))
 
 
 def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
