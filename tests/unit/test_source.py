@@ -232,7 +232,7 @@ async def test_a_reader_does_not_outlive_its_revocation(consumer: FakeConsumer, 
     assert reader.done()
     await stage.assign(TP)
     consumer.reading.set()
-    await until(lambda: len(stage.source._batcher) == 20)
+    await until(lambda: len(stage.source._read_ahead) == 20)
     offsets = [record.offset for _, records in await stage.take() for record in records]
     assert offsets == list(range(100, 120))
 
@@ -332,7 +332,7 @@ async def test_many_partitions_read_no_further_ahead_than_few(
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(40)))
     await asyncio.sleep(0.2)
-    assert 512 <= len(stage.source._batcher) < 2_048  # not 40,000
+    assert 512 <= len(stage.source._read_ahead) < 2_048  # not 40,000
 
 
 async def test_what_is_held_is_what_waits_and_what_is_under_way(consumer: FakeConsumer) -> None:
@@ -342,7 +342,7 @@ async def test_what_is_held_is_what_waits_and_what_is_under_way(consumer: FakeCo
     chunks = await stage.take()
     consumer.reading.clear()
     held, under_way = stage.source.records_held(), sum(len(records) for _, records in chunks)
-    assert held == under_way + len(stage.source._batcher)
+    assert held == under_way + len(stage.source._read_ahead)
     stage.acknowledge(chunks)
     assert stage.source.records_held() == held - under_way
     await stage.revoke(TP)
@@ -366,13 +366,13 @@ async def test_a_timestamp_that_cannot_be_right_is_no_lag(consumer: FakeConsumer
     consumer.last_offset = 10
     stage = await staged(consumer)
     await stage.assign(TP)
-    await until(lambda: len(stage.source._batcher) == 10)
+    await until(lambda: len(stage.source._read_ahead) == 10)
     await stage.source._measure(stage.source._assignments[TP], 12)
     assert stage.metrics.lag_records.labels("t", 0)._value.get() == 12
     assert stage.metrics.lag_seconds.labels("t", 0)._value.get() == 0
     consumer.timestamp = int((time.time() - 100) * 1000)
     consumer.last_offset = 11
-    await until(lambda: len(stage.source._batcher) == 11)
+    await until(lambda: len(stage.source._read_ahead) == 11)
     await stage.source._measure(stage.source._assignments[TP], 12)
     assert 99 < stage.metrics.lag_seconds.labels("t", 0)._value.get() < 160
 
@@ -385,7 +385,7 @@ async def test_lag_in_seconds_is_that_of_the_oldest_record_that_is_not_committed
     stage.acknowledge(await stage.take())
     consumer.timestamp = int(time.time() * 1000)
     consumer.last_offset = 12
-    await until(lambda: len(stage.source._batcher) == 2)
+    await until(lambda: len(stage.source._read_ahead) == 2)
     await stage.source._measure(stage.source._assignments[TP], 12)
     assert stage.metrics.lag_records.labels("t", 0)._value.get() == 2
     assert stage.metrics.lag_seconds.labels("t", 0)._value.get() < 60
@@ -482,7 +482,7 @@ async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> N
     stage.source.stop_taking()
     consumer.reading.set()
     await until(reader.done)
-    assert len(stage.source._batcher) == 0
+    assert len(stage.source._read_ahead) == 0
 
 
 @pytest.mark.parametrize("end", ["drain", "revocation"])
@@ -1027,7 +1027,7 @@ async def test_nothing_is_read_while_the_topic_is_in_doubt_which_is_told(
     await until(lambda: stage.health.why_not_ready() == reason)
     await asyncio.sleep(0.05)
     position = consumer.positions[TP]
-    while len(stage.source._batcher):
+    while len(stage.source._read_ahead):
         await stage.take()
     await asyncio.sleep(0.05)
     assert consumer.positions[TP] == position

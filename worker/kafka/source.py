@@ -35,7 +35,6 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.batching import MicroBatcher
 from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.errors import WrongSetting
@@ -48,7 +47,7 @@ from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, unreachable
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
-from worker.kafka.reader import Record
+from worker.kafka.read_ahead import READ_RECORDS, ReadAhead
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
@@ -59,7 +58,6 @@ from worker.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 READ_TIMEOUT_MS: Final = 1_000
-READ_RECORDS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics, at most
 LONGEST_TOPICS_INTERVAL_S: Final = 300.0
@@ -69,8 +67,6 @@ TOPIC_IDS_DOUBT_S: Final = 1.0  # and while one answer had another id, in which 
 SILENCE_S: Final = 60.0  # without a record although a partition has some: the consumer is replaced
 REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
-LEAST_READ: Final = 16
-SHARES: Final = 4  # one read takes at most this part of what is read ahead
 LAG_TIMEOUT_S: Final = 3.0  # of a request; also how long a partition's end may be unknown, as while its leader moves
 GROUP_INTERVAL_S: Final = 1.0
 REJOINING_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
@@ -147,8 +143,7 @@ class Source:
         )
         self._revoke_timeout_s = timeouts.revoke_s
         self._heartbeat_ms = timeouts.heartbeat_ms
-        self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
-        self._capacity = 2 * max_batch_texts
+        self._read_ahead = ReadAhead(max_batch_texts=max_batch_texts, linger_s=linger_s, metrics=metrics, clock=clock)
         self._consumer = GroupConsumer(
             connection,
             lambda: self._topics,
@@ -164,9 +159,6 @@ class Source:
         self._assignments = Assignments(metrics)
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
-        self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
         self._topic_ids, self._identifying = TopicIds(), asyncio.Lock()
         self._confirming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._confirmed: Counter[str] = Counter()  # by topic: times that the brokers agreed on the id that is known
@@ -192,13 +184,7 @@ class Source:
 
         Waits for records, and then until the batch is full or its oldest record has lingered.
         """
-        while not self._assignments.is_draining:
-            closes_at = self._batcher.closes_at()
-            now = self._clock()
-            if closes_at is not None and closes_at <= now:
-                return self._taken(now)
-            await self._wait_for_arrival(None if closes_at is None else closes_at - now)
-        return None
+        return await self._read_ahead.next_batch()
 
     def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
         """Everything of this partition before ``next_offset`` has been published, the last ``records`` records just now."""
@@ -214,7 +200,7 @@ class Source:
 
     def records_held(self) -> int:
         """How many have been read and are neither dropped nor acknowledged."""
-        return len(self._batcher) + sum(assignment.under_way for assignment in self._assignments.values())
+        return len(self._read_ahead) + sum(assignment.under_way for assignment in self._assignments.values())
 
     def stop_taking(self) -> None:
         """Ends reading; ``next_batch`` then answers None. What no micro-batch has is left to the partition's next owner."""
@@ -223,7 +209,7 @@ class Source:
             reader.cancel()
         for assignment in self._assignments.values():
             self._discard(assignment)
-        self._arrived.set()
+        self._read_ahead.end()
 
     # The consumer's life.
 
@@ -399,8 +385,7 @@ class Source:
             self._assignments.repeat(assignment.uncommitted)
         assignment.accepts = assignment.is_owned = False
         self._discard(assignment)
-        if len(self._batcher) < self._capacity:
-            self._room.set()
+        self._read_ahead.admit_if_room()
         self._assignments.pop(assignment.tp, None)
         reader = self._readers.pop(assignment, None)
         if reader is not None:
@@ -431,7 +416,7 @@ class Source:
             self._fail(Rejoin("a reader does not end"))
         for assignment in assignments:
             self._discard(assignment)
-        self._room.set()
+        self._read_ahead.admit()
         self._delivery.flush(assignments)
         await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
         await self._commit_before(started + self._revoke_timeout_s)
@@ -452,9 +437,8 @@ class Source:
                 return
 
     def _discard(self, assignment: Assignment) -> None:
-        self._batcher.discard(assignment)
+        self._read_ahead.discard(assignment)
         self._consumer.release(assignment.tp)
-        self._metrics.queue_depth["gather"].set(len(self._batcher))
 
     def _release(self, assignment: Assignment) -> None:
         if not assignment.is_owned:
@@ -486,7 +470,7 @@ class Source:
         while assignment.accepts and not self._assignments.is_draining:
             try:
                 await self._find_place(assignment)
-                await self._until_room()
+                await self._read_ahead.until_room()
                 if assignment.accepts and not self._assignments.is_draining:
                     await self._read(assignment)
                 self._well(assignment.tp)
@@ -658,7 +642,7 @@ class Source:
     async def _read(self, assignment: Assignment) -> None:
         # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
         # Nothing may be awaited between the read and what follows, for the position has moved.
-        limit = (lambda: 1) if assignment.careful_reads else self._share
+        limit = (lambda: 1) if assignment.careful_reads else self._read_ahead.read_limit
         try:
             records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         except UNREADABLE as error:
@@ -672,25 +656,7 @@ class Source:
         assignment.delivered = records[-1].offset + 1
         assignment.heard_at = now
         assignment.waiting.append((assignment.delivered, records[0].timestamp))
-        self._batcher.add(assignment, records, now)
-        self._metrics.queue_depth["gather"].set(len(self._batcher))
-        if len(self._batcher) >= self._capacity:
-            self._room.clear()
-        self._arrived.set()
-
-    async def _until_room(self) -> None:
-        """Waits for room. Readers take turns: they wake in the order in which they came; who finds no room queues again.
-
-        Yields even if there is room, for reading what is already fetched never waits.
-        """
-        await asyncio.sleep(0)
-        while not self._room.is_set():
-            await self._room.wait()
-
-    def _share(self) -> int:
-        """How many records one read takes: small reads cost more per record, large ones make other partitions wait."""
-        room = self._capacity - len(self._batcher)
-        return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
+        self._read_ahead.add(assignment, records, now)
 
     def _be_careful(self, assignment: Assignment, error: Exception) -> None:
         """Seeks back to the next undelivered record, to read one by one; raises UnreadableRecord the second time.
@@ -706,25 +672,6 @@ class Source:
                 f"cannot be read ({type(error).__name__})"
             ) from error
         assignment.careful_reads = READ_RECORDS
-
-    # Micro-batches.
-
-    def _taken(self, now: float) -> list[Chunk]:
-        self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest() or now))
-        chunks = self._batcher.take()
-        for assignment, records in chunks:
-            assignment.under_way += len(records)
-        if len(self._batcher) < self._capacity:
-            self._room.set()
-        self._metrics.queue_depth["gather"].set(len(self._batcher))
-        return chunks
-
-    async def _wait_for_arrival(self, timeout_s: float | None) -> None:
-        self._arrived.clear()
-        try:
-            await within(timeout_s, self._arrived.wait())
-        except TimeoutError:
-            return
 
     # Commits.
 
@@ -861,7 +808,7 @@ class Source:
         if unpacks_since is not None and now - unpacks_since > SILENCE_S:  # joining again would not make room
             why = f"{_name(assignment.tp)} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
             self._health.trouble("read", why, assignment.tp)
-        if not lag or not assignment.is_idle() or not self._room.is_set() or unpacks_since is not None:
+        if not lag or not assignment.is_idle() or not self._read_ahead.has_room() or unpacks_since is not None:
             assignment.heard_at = now
         elif now - assignment.heard_at > SILENCE_S:
             raise Rejoin(f"{_name(assignment.tp)} has {lag} records and has sent none for {SILENCE_S:g} s")
