@@ -30,6 +30,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.core.topic_ids import TopicRecreated, with_topic_id
 from worker.errors import WrongSetting
 from worker.kafka import source as module
+from worker.kafka import topic_identity
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
@@ -203,7 +204,7 @@ async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) 
 
 @pytest.fixture
 async def consumer(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeConsumer]:
-    monkeypatch.setattr(module, "TOPIC_IDS_DOUBT_S", 0.02)
+    monkeypatch.setattr(topic_identity, "TOPIC_IDS_DOUBT_S", 0.02)
     yield FakeConsumer()
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
@@ -984,7 +985,7 @@ async def test_a_topic_that_is_unknown_for_a_moment_is_waited_for(consumer: Fake
 async def test_a_topic_that_is_made_anew_while_it_is_read_ends_the_session(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TOPIC_IDS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(topic_identity, "TOPIC_IDS_INTERVAL_S", 0.01)
     stage = await staged(consumer)
     await stage.assign(TP)
     chunks = await stage.take()
@@ -1022,7 +1023,7 @@ async def test_nothing_is_read_while_the_topic_is_in_doubt_which_is_told(
         return dict.fromkeys(topics, "")
 
     monkeypatch.setattr(consumer, "topic_ids", none)  # neither one nor the other
-    stage.source._topic_ids.note({"t": OTHER_ID})
+    stage.source._topic_identity._topic_ids.note({"t": OTHER_ID})
     reason = "read: the brokers do not agree on which topic has the name t"
     await until(lambda: stage.health.why_not_ready() == reason)
     await asyncio.sleep(0.05)

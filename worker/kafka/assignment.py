@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from aiokafka import TopicPartition
@@ -35,6 +36,11 @@ class Assignment:
     unpacks_since: float | None = None  # that it has been seen to wait for room to unpack a batch, or for that itself
     # of each read that is not acknowledged: the offset after it, and its first record's timestamp
     waiting: deque[tuple[int, int | None]] = field(default_factory=deque)
+
+    @property
+    def name(self) -> str:
+        """As ``topic-partition``."""
+        return partition_name(self.tp)
 
     def reach(self, next_offset: int) -> None:
         """Notes that everything before ``next_offset`` is acknowledged."""
@@ -89,3 +95,11 @@ class Assignments(dict[TopicPartition, Assignment]):
         self._metrics.duplicates_possible.inc(records)
         if self.is_draining:
             self.read_again += records
+
+
+def partition_name(tp: TopicPartition) -> str:
+    return f"{tp.topic}-{tp.partition}"
+
+
+def partition_names(partitions: Iterable[TopicPartition]) -> str:
+    return ",".join(partition_name(tp) for tp in sorted(partitions))

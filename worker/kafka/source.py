@@ -5,12 +5,11 @@ until it is revoked, and each record belongs to one: what is read under one assi
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import struct
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from typing import Any, Final
 
@@ -31,23 +30,23 @@ from aiokafka.errors import (
     RecordTooLargeError,
     RequestTimedOutError,
     TopicAuthorizationFailedError,
-    UnknownTopicOrPartitionError,
 )
-from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import age_s
-from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
+from worker.core.topic_ids import with_topic_id, without_topic_id
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat import (
     NOT_THE_COORDINATOR,
     CoordinatorAnswers,
     InstanceIdTaken,
 )
-from worker.kafka.assignment import Assignment, Assignments, Chunk
+from worker.kafka.assignment import Assignment, Assignments, Chunk, partition_names
+from worker.kafka.commits import Commits
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, unreachable
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
 from worker.kafka.read_ahead import READ_RECORDS, ReadAhead
+from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
@@ -62,8 +61,6 @@ LAG_INTERVAL_S: Final = 1.0
 TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics, at most
 LONGEST_TOPICS_INTERVAL_S: Final = 300.0
 TOPICS_SHARE: Final = 200  # or so many times as long as the request took, if that is more: it lists all partitions
-TOPIC_IDS_INTERVAL_S: Final = 3.0  # how often the ids of input topics are compared
-TOPIC_IDS_DOUBT_S: Final = 1.0  # and while one answer had another id, in which time nothing is read
 SILENCE_S: Final = 60.0  # without a record although a partition has some: the consumer is replaced
 REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
@@ -159,10 +156,10 @@ class Source:
         self._assignments = Assignments(metrics)
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
-        self._topic_ids, self._identifying = TopicIds(), asyncio.Lock()
-        self._confirming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._confirmed: Counter[str] = Counter()  # by topic: times that the brokers agreed on the id that is known
-        self._commit_lock = asyncio.Lock()
+        self._topic_identity = TopicIdentity(
+            self._consumer, self._assignments, auto_offset_reset=auto_offset_reset, metrics=metrics, health=health
+        )
+        self._commits = Commits(self._consumer, delivery, self._assignments, connection.request_timeout_s)
         self._revoking = asyncio.Lock()
         self._fault: asyncio.Future[None] | None = None
         self._stopping = asyncio.Event()
@@ -234,7 +231,7 @@ class Source:
         self.stop_taking()
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
-        await self._commit_before(deadline)
+        await self._commits.commit_before(deadline)
         uncommitted = sum(assignment.uncommitted + assignment.under_way for assignment in self._assignments.values())
         uncommitted += self._assignments.read_again
         for assignment in list(self._assignments.values()):
@@ -249,10 +246,10 @@ class Source:
         answers = CoordinatorAnswers(consumer, self._clock)
         self._rejoining_since = self._clock() if self._has_joined else None
         steps = [
-            self._commit_as_acknowledged(),
+            self._commits.run(),
             self._watch_lag(),
             self._watch_group(answers),
-            self._watch_topic_ids(consumer),
+            self._topic_identity.watch(consumer),
         ]
         if self._pattern is not None:
             steps.append(self._watch_topics(consumer, self._pattern))
@@ -296,8 +293,8 @@ class Source:
         stuck = [tp for tp in positions if self._fruitless[tp] == REJOINS]
         if stuck:
             raise Standstill(
-                f"nothing of {_named(stuck)} is read any more, although there are records and the group was joined again "
-                f"{REJOINS} times: {reason}"
+                f"nothing of {partition_names(stuck)} is read any more, although there are records and the group was "
+                f"joined again {REJOINS} times: {reason}"
             )
 
     async def _behind(self, positions: dict[TopicPartition, int]) -> dict[TopicPartition, bool]:
@@ -331,14 +328,6 @@ class Source:
                 self._topics = (*self._topics, *found)
                 self._subscribe(consumer)
 
-    async def _watch_topic_ids(self, consumer: AIOKafkaConsumer) -> None:
-        """Raises TopicRecreated. Commits until then name the old topic's id, so the next start ignores them."""
-        while True:
-            await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
-            topics = {tp.topic for tp in self._assignments}
-            with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
-                self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
-
     def _fail(self, error: BaseException) -> None:
         if self._fault is not None and not self._fault.done():
             self._fault.set_exception(error)
@@ -353,12 +342,12 @@ class Source:
             self._placeless = 0
         if self._assignments.is_draining or not self._consumer.is_live:
             return
-        self._topic_ids.ask_again(tp.topic for tp in partitions)
+        self._topic_identity.ask_again(tp.topic for tp in partitions)
         self._well(MEMBERSHIP)
         for tp in sorted(partitions):
             self._accept(tp)
         self._health.well("group")
-        log.info("assigned", extra={"partitions": _named(partitions)})
+        log.info("assigned", extra={"partitions": partition_names(partitions)})
         exactly_once = self._delivery.has_producer_per_partition
         is_enough, files = compared(len(partitions), self._consumer.live.brokers(), exactly_once=exactly_once)
         if not is_enough:
@@ -419,10 +408,10 @@ class Source:
         self._read_ahead.admit()
         self._delivery.flush(assignments)
         await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
-        await self._commit_before(started + self._revoke_timeout_s)
+        await self._commits.commit_before(started + self._revoke_timeout_s)
         for assignment in assignments:
             self._release(assignment)
-        log.info("revoked", extra={"partitions": _named(partitions)})
+        log.info("revoked", extra={"partitions": partition_names(partitions)})
 
     async def _until_settled(self, assignments: list[Assignment], deadline: float) -> None:
         while any(assignment.under_way for assignment in assignments):
@@ -522,7 +511,7 @@ class Source:
             self._health.trouble("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp)
+        await self._topic_identity.identify(assignment.tp)
         if assignment.delivered is None:
             await self._begin(assignment)
         elif assignment.is_out_of_range:
@@ -536,7 +525,7 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        topic_id = self._topic_ids.of(assignment.tp.topic)
+        topic_id = self._topic_identity.of(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
         await self._delivery.begin(assignment)
         consumer = self._consumer.live
@@ -544,12 +533,12 @@ class Source:
         commit = found[assignment.tp]
         is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
         if is_to_be_replaced:
-            await self._confirm(assignment.tp)
-        committed = self._of_this_topic(assignment.tp, commit)
+            await self._topic_identity.confirm(assignment.tp)
+        committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
         self._delivery.resume(assignment, committed)
         if committed is None:
             offset = await self._end_to_begin_at(assignment.tp)
-            log.info("no committed offset", extra={"partition": _name(assignment.tp), "begin_at": offset})
+            log.info("no committed offset", extra={"partition": assignment.name, "begin_at": offset})
         else:
             offset = committed
         consumer.seek(assignment.tp, offset)
@@ -560,73 +549,18 @@ class Source:
             assignment.committed = None
             self._assignments.acknowledged.set()
 
-    async def _identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
-        """Waits until it is certain which topic has this name; it is asked once for all that are read.
-
-        Raises TopicRecreated, and what is in UNREACHABLE.
-        """
-        topic = tp.topic
-        if anew:
-            self._topic_ids.ask_again([topic])
-        while not self._topic_ids.is_certain(topic):
-            async with self._identifying:
-                if self._topic_ids.is_certain(topic):
-                    return
-                answer = await self._consumer.live.topic_ids({topic, *(tp.topic for tp in self._assignments)})
-                self._topic_ids.note(answer)
-                if topic not in answer:
-                    raise UnknownTopicOrPartitionError  # for a moment
-                if not self._topic_ids.is_certain(topic):
-                    self._tell_of_doubt(tp)
-                    await asyncio.sleep(TOPIC_IDS_DOUBT_S)
-
-    async def _confirm(self, tp: TopicPartition) -> None:
-        """Waits until the brokers agree that the topic has the id that is known, for one alone may be behind them.
-
-        Raises as ``_identify``. Those who wait for one topic share what is asked after they have come.
-        """
-        topic, lock = tp.topic, self._confirming[tp.topic]
-        due = self._confirmed[topic] + (2 if lock.locked() else 1)
-        while self._confirmed[topic] < due:
-            async with lock:
-                if self._confirmed[topic] >= due:
-                    return
-                await asyncio.sleep(TOPIC_IDS_DOUBT_S)
-                agreed = await self._consumer.live.agreed_topic_id(topic)
-                if agreed is not None:
-                    self._topic_ids.note({topic: agreed})
-                if agreed is not None and self._topic_ids.is_certain(topic):
-                    self._confirmed[topic] += 1
-                else:
-                    self._tell_of_doubt(tp)
-
-    def _tell_of_doubt(self, tp: TopicPartition) -> None:
-        self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
-
-    def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
-        """A committed offset; None for none, or for one of another topic, which had this name before."""
-        if not is_of(self._topic_ids.of(tp.topic), committed.metadata):
-            self._metrics.offset_resets.inc()
-            log.warning(
-                "the input topic was deleted and made again since this offset was committed: it counts as none"
-                + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
-                extra={"partition": _name(tp), "offset": committed.offset, "metadata": committed.metadata},
-            )
-            return None
-        return committed.offset if committed.offset >= 0 else None
-
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
         await self._consumer.confirm_membership()
 
     async def _reset(self, assignment: Assignment) -> None:
-        await self._identify(assignment.tp, anew=True)
+        await self._topic_identity.identify(assignment.tp, anew=True)
         gone = assignment.delivered
         offset = await self._end_to_begin_at(assignment.tp)
         self._metrics.offset_resets.inc()
         log.error(
             "the offset to resume from is gone: records may have been deleted before they were read",
-            extra={"partition": _name(assignment.tp), "offset": gone, "resume_at": offset},
+            extra={"partition": assignment.name, "offset": gone, "resume_at": offset},
         )
         self._consumer.live.seek(assignment.tp, offset)
         assignment.is_out_of_range = False
@@ -668,41 +602,10 @@ class Source:
         self._consumer.live.seek(assignment.tp, assignment.delivered)
         if assignment.careful_reads:
             raise UnreadableRecord(
-                f"the record of {_name(assignment.tp)} at offset {assignment.delivered}, or in the batch that begins there, "
+                f"the record of {assignment.name} at offset {assignment.delivered}, or in the batch that begins there, "
                 f"cannot be read ({type(error).__name__})"
             ) from error
         assignment.careful_reads = READ_RECORDS
-
-    # Commits.
-
-    async def _commit_as_acknowledged(self) -> None:
-        backoff = Backoff()
-        while True:
-            await self._assignments.acknowledged.wait()
-            self._assignments.acknowledged.clear()
-            if await self._commit(self._connection.request_timeout_s):
-                backoff = Backoff()
-            else:
-                await backoff.wait()
-                self._assignments.acknowledged.set()
-
-    async def _commit_before(self, deadline: float) -> None:
-        """The last commit; it may first have to wait for one under way. Raises nothing at the deadline."""
-        with contextlib.suppress(TimeoutError):
-            timeout_s = max(0.1, deadline - time.monotonic())
-            await within(timeout_s, self._commit(timeout_s))
-
-    async def _commit(self, timeout_s: float) -> bool:
-        """Commits the newest acknowledged offset of each partition; one commit at a time. False: try again."""
-        async with self._commit_lock:
-            due = [
-                (assignment, assignment.acknowledged, assignment.uncommitted)
-                for assignment in self._assignments.values()
-                if assignment.acknowledged is not None and assignment.acknowledged != assignment.committed
-            ]
-            if not due or not self._consumer.is_live:
-                return True
-            return await self._delivery.commit(due, timeout_s)
 
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
@@ -806,12 +709,12 @@ class Source:
         now = self._clock()
         unpacks_since = self._unpacks_since(assignment, now)
         if unpacks_since is not None and now - unpacks_since > SILENCE_S:  # joining again would not make room
-            why = f"{_name(assignment.tp)} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
+            why = f"{assignment.name} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
             self._health.trouble("read", why, assignment.tp)
         if not lag or not assignment.is_idle() or not self._read_ahead.has_room() or unpacks_since is not None:
             assignment.heard_at = now
         elif now - assignment.heard_at > SILENCE_S:
-            raise Rejoin(f"{_name(assignment.tp)} has {lag} records and has sent none for {SILENCE_S:g} s")
+            raise Rejoin(f"{assignment.name} has {lag} records and has sent none for {SILENCE_S:g} s")
 
     def _unpacks_since(self, assignment: Assignment, now: float) -> float | None:
         is_unpacking = self._consumer.is_unpacking(assignment.tp)
@@ -872,14 +775,6 @@ def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
             raise Rejoin(f"the consumer's {name} task has ended: {where['error']} at {where['at'].partition(' ')[0]}")
 
 
-def _name(tp: TopicPartition) -> str:
-    return f"{tp.topic}-{tp.partition}"
-
-
-def _named(partitions: Iterable[TopicPartition]) -> str:
-    return ",".join(_name(tp) for tp in sorted(partitions))
-
-
 def _why_lost(partitions: Mapping[TopicPartition, Exception]) -> str:
     """A sentence that groups the partitions by reason, and names a few of each."""
     by_reason: dict[str, list[TopicPartition]] = {}
@@ -892,7 +787,7 @@ def _why_lost(partitions: Mapping[TopicPartition, Exception]) -> str:
 
 def _few(partitions: list[TopicPartition]) -> str:
     more = len(partitions) - LISTED
-    return _named(partitions[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    return partition_names(partitions[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _one_line(error: BaseException) -> str:
