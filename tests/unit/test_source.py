@@ -32,10 +32,11 @@ from worker.errors import WrongSetting
 from worker.kafka import source as module
 from worker.kafka import topic_identity
 from worker.kafka.at_least_once import AtLeastOnce
-from worker.kafka.connection import Connection
+from worker.kafka.connection import Backoff, Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.group_consumer import Rejoin
-from worker.kafka.source import Source, Standstill, UnreadableRecord
+from worker.kafka.source import Source, UnreadableRecord
+from worker.kafka.standstill import Standstill
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health
@@ -622,7 +623,7 @@ async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) ->
 async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_up(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.kafka.source.TOPICS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("worker.kafka.subscription.TOPICS_INTERVAL_S", 0.0)
     begun = asyncio.Event()
 
     async def topic_names() -> list[str]:
@@ -645,7 +646,7 @@ async def test_a_session_ends_for_its_reason_while_its_pattern_gives_partitions_
 async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they_take(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.kafka.source.TOPICS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("worker.kafka.subscription.TOPICS_INTERVAL_S", 0.0)
     looks = 0
 
     async def topic_names() -> list[str]:
@@ -675,7 +676,7 @@ class Rejoined(FakeConsumer):
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.05)
     monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.01)
-    monkeypatch.setattr(module.Backoff, "wait", lambda _: asyncio.sleep(0))
+    monkeypatch.setattr(Backoff, "wait", lambda _: asyncio.sleep(0))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -745,9 +746,9 @@ async def test_what_is_not_known_for_a_moment_does_not_hide_a_standstill(
     await until(lambda: TP in consumer.positions)
 
     async def joined_again(*, has_end: bool = True) -> None:
-        stage.source._placeless = 0
+        stage.source._standstill.has_begun()
         consumer.unknown = {} if has_end else {TP: LeaderNotAvailableError()}
-        await stage.source._look_for_standstill(Rejoin("why"))
+        await stage.source._standstill.check(Rejoin("why"))
 
     for has_end in (True, True, False, True, False):
         await joined_again(has_end=has_end)

@@ -31,7 +31,8 @@ from worker.kafka.connection import (
 from worker.kafka.delivery import Delivery
 from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.sink import Sink
-from worker.kafka.source import Source, Standstill, UnreadableRecord
+from worker.kafka.source import Source, UnreadableRecord
+from worker.kafka.standstill import Standstill
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference, InferenceLost
 from worker.pipeline.outcomes import Outcomes

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -16,12 +16,14 @@ from worker.kafka.connection import UNREACHABLE, Backoff, Connection, stopped, u
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.reader import Reader
+from worker.kafka.subscription import Subscription
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
 LEAVE_S: Final = 1.0
 POSITION_S: Final = 1.0
+ENDS_TIMEOUT_S: Final = 3.0  # of a request for the end offsets of partitions
 REBALANCE_SHARE: Final = 0.4  # of a request's timeout: as long as the group waits for a member to join again
 HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until a heartbeat tells the member of it
 REVOKE_SHARE: Final = 0.65  # of the rebalance's time, to finish and commit what is under way; the rest is for the join
@@ -53,12 +55,12 @@ class GroupTimeouts:
 
 
 class GroupConsumer:
-    """At most one consumer at a time. ``topics`` answers with those to ask for before it has subscribed."""
+    """At most one consumer at a time, which is live from its start to its stop."""
 
     def __init__(
         self,
         connection: Connection,
-        topics: Callable[[], tuple[str, ...]],
+        subscription: Subscription,
         *,
         group_id: str,
         group_instance_id: str | None,
@@ -70,7 +72,7 @@ class GroupConsumer:
         health: Health,
     ) -> None:
         self._connection = connection
-        self._topics = topics
+        self._subscription = subscription
         self._group_id = group_id
         self._group_instance_id = group_instance_id
         self._static_member = StaticMember(group_instance_id) if group_instance_id else None
@@ -167,7 +169,9 @@ class GroupConsumer:
                 max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
             )
-            use_topics(consumer, self._topics())  # else it asks for all of the cluster's until it has subscribed
+            use_topics(
+                consumer, self._subscription.topics
+            )  # else it asks for all of the cluster's until it has subscribed
             try:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:

@@ -6,23 +6,17 @@ until it is revoked, and each record belongs to one: what is read under one assi
 
 import asyncio
 import logging
-import math
 import struct
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import (
     CorruptRecordException,
-    GroupAuthorizationFailedError,
     IllegalStateError,
-    InconsistentGroupProtocolError,
-    InvalidSessionTimeoutError,
     KafkaConnectionError,
     KafkaError,
-    KafkaTimeoutError,
     LeaderNotAvailableError,
     NodeNotReadyError,
     NoOffsetForPartitionError,
@@ -34,18 +28,18 @@ from aiokafka.errors import (
 
 from worker.core.events import age_s
 from worker.core.topic_ids import with_topic_id, without_topic_id
-from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat import (
-    NOT_THE_COORDINATOR,
     CoordinatorAnswers,
-    InstanceIdTaken,
 )
 from worker.kafka.assignment import Assignment, Assignments, Chunk, partition_names
 from worker.kafka.commits import Commits
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.delivery import Delivery
-from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
+from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, GroupTimeouts, Rejoin
 from worker.kafka.read_ahead import READ_RECORDS, ReadAhead
+from worker.kafka.read_errors import MEMBERSHIP, KnownOutages, ReadErrors
+from worker.kafka.standstill import StandstillDetector
+from worker.kafka.subscription import RebalanceListener, Subscription
 from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
@@ -58,19 +52,14 @@ log = logging.getLogger(__name__)
 
 READ_TIMEOUT_MS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
-TOPICS_INTERVAL_S: Final = 15.0  # how often a pattern is compared with the cluster's topics, at most
-LONGEST_TOPICS_INTERVAL_S: Final = 300.0
-TOPICS_SHARE: Final = 200  # or so many times as long as the request took, if that is more: it lists all partitions
 SILENCE_S: Final = 60.0  # without a record although a partition has some: the consumer is replaced
-REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
-LAG_TIMEOUT_S: Final = 3.0  # of a request; also how long a partition's end may be unknown, as while its leader moves
+LAG_TIMEOUT_S: Final = ENDS_TIMEOUT_S  # also how long a partition's end may be unknown, as while its leader moves
 GROUP_INTERVAL_S: Final = 1.0
 REJOINING_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
 COORDINATOR_S: Final = 3.0  # the coordinator is away when it has not answered for so long, and for so many
 MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
 LISTED: Final = 5  # partitions that a sentence names
-MEMBERSHIP: Final = "membership"  # who has the trouble, where no partition does
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
 NO_PARTITION: Final = 2**31 - 1
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
@@ -87,10 +76,6 @@ UNREADABLE: Final = (
 
 class UnreadableRecord(Exception):
     """A record cannot be read from Kafka; the message says which. Exit code 1."""
-
-
-class Standstill(Exception):
-    """There are records, none is read, and joining the group again did not help; the message says why. Exit code 1."""
 
 
 class Source:
@@ -124,15 +109,12 @@ class Source:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
-        self._topics = tuple(topics)
-        self._pattern = pattern
+        self._subscription = Subscription(topics, pattern, request_timeout_s=connection.request_timeout_s)
         self._group_id = group_id
         self._turn_budget = turn_budget
         self._metrics = metrics
         self._health = health
-        self._group_instance_id = group_instance_id
         self._auto_offset_reset = auto_offset_reset
-        self._session_timeout_ms = session_timeout_ms
         self._delivery = delivery
         self._clock = clock
         timeouts = GroupTimeouts.of(
@@ -143,7 +125,7 @@ class Source:
         self._read_ahead = ReadAhead(max_batch_texts=max_batch_texts, linger_s=linger_s, metrics=metrics, clock=clock)
         self._consumer = GroupConsumer(
             connection,
-            lambda: self._topics,
+            self._subscription,
             group_id=group_id,
             group_instance_id=group_instance_id,
             timeouts=timeouts,
@@ -165,13 +147,18 @@ class Source:
         self._stopping = asyncio.Event()
         self._has_joined = False
         self._rejoining_since: float | None = None
-        self._away_at = -math.inf  # when no broker answered the last time
+        self._outages = KnownOutages()
+        self._errors = ReadErrors(
+            connection,
+            self._subscription,
+            self._outages,
+            group_id=group_id,
+            group_instance_id=group_instance_id,
+            session_timeout_ms=session_timeout_ms,
+            health=health,
+        )
         self._answered_at = clock()
-        self._is_coordinator_away = False
-        self._lost: Mapping[TopicPartition, Exception] = {}  # partitions whose end is not known
-        self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
-        self._fruitless: Counter[TopicPartition] = Counter()  # times in a row that this has not moved it, with records
-        self._placeless = 0  # sessions in a row in which no place to read from was found
+        self._standstill = StandstillDetector(self._consumer, self._assignments)
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -242,7 +229,8 @@ class Source:
     async def _session(self) -> None:
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._consumer.start()
-        self._subscribe(consumer)
+        listener = RebalanceListener(self._on_revoked, self._on_assigned, self._fail)
+        self._subscription.subscribe(consumer, listener)
         answers = CoordinatorAnswers(consumer, self._clock)
         self._rejoining_since = self._clock() if self._has_joined else None
         steps = [
@@ -251,8 +239,8 @@ class Source:
             self._watch_group(answers),
             self._topic_identity.watch(consumer),
         ]
-        if self._pattern is not None:
-            steps.append(self._watch_topics(consumer, self._pattern))
+        if (pattern := self._subscription.pattern) is not None:
+            steps.append(self._subscription.watch(consumer, pattern, listener, self._revoke_all))
         tasks = [asyncio.create_task(step) for step in steps]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -265,7 +253,7 @@ class Source:
             if not self._stopping.is_set():
                 _raise_ended(background)
         except Rejoin as reason:
-            await self._look_for_standstill(reason)
+            await self._standstill.check(reason)
             raise
         finally:
             if not self._fault.cancel():
@@ -274,59 +262,6 @@ class Source:
             if not self._stopping.is_set():
                 await self._on_revoked(set(self._assignments))
                 await self._consumer.stop(self._connection.request_timeout_s)
-
-    async def _look_for_standstill(self, reason: Rejoin) -> None:
-        """Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read.
-
-        Or has led to none at all. What is not known of a partition, as its end, changes nothing about it.
-        """
-        self._placeless += 1
-        if self._placeless > REJOINS:
-            raise Standstill(f"nothing is read, although the group was joined again {REJOINS} times: {reason}")
-        assignments = list(self._assignments.values())
-        found = await asyncio.gather(*(self._consumer.position(each.tp) for each in assignments))
-        positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
-        for tp, is_behind in (await self._behind(positions)).items():
-            is_unmoved = is_behind and self._positions.get(tp) == positions[tp]
-            self._fruitless[tp] = self._fruitless[tp] + 1 if is_unmoved else 0
-        self._positions |= positions
-        stuck = [tp for tp in positions if self._fruitless[tp] == REJOINS]
-        if stuck:
-            raise Standstill(
-                f"nothing of {partition_names(stuck)} is read any more, although there are records and the group was "
-                f"joined again {REJOINS} times: {reason}"
-            )
-
-    async def _behind(self, positions: dict[TopicPartition, int]) -> dict[TopicPartition, bool]:
-        """Whether partitions have records beyond these positions; without those whose end is not known."""
-        ends = await self._consumer.live.ends(list(positions), LAG_TIMEOUT_S)
-        return {tp: end > positions[tp] for tp, end in ends.items() if not isinstance(end, Exception)}
-
-    def _subscribe(self, consumer: AIOKafkaConsumer) -> None:
-        consumer.subscribe(topics=self._topics, listener=_Listener(self._on_revoked, self._on_assigned, self._fail))
-
-    async def _watch_topics(self, consumer: AIOKafkaConsumer, pattern: str) -> None:
-        """Subscribes to new topics that match the pattern. A deleted one stays subscribed, and may come back.
-
-        aiokafka's own patterns give partitions up before the listener hears of it, which then can commit nothing, and
-        lose all topics when a partition's leader is not known. So this revokes all partitions itself and then subscribes.
-        """
-        took_s = 0.0
-        while True:
-            await asyncio.sleep(min(max(TOPICS_INTERVAL_S, TOPICS_SHARE * took_s), LONGEST_TOPICS_INTERVAL_S))
-            started = time.monotonic()
-            try:
-                names = await within(self._connection.request_timeout_s, consumer.topic_names())
-            except UNREACHABLE:
-                continue  # who looks at the lag tells
-            took_s = time.monotonic() - started
-            found = [name for name in matching(pattern, names) if name not in self._topics]
-            if found:
-                log.info("topics have come that match input_pattern", extra={"topics": ",".join(found)})
-                while self._assignments:
-                    await self._on_revoked(set(self._assignments))
-                self._topics = (*self._topics, *found)
-                self._subscribe(consumer)
 
     def _fail(self, error: BaseException) -> None:
         if self._fault is not None and not self._fault.done():
@@ -339,11 +274,11 @@ class Source:
         self._metrics.assigned_partitions.set(len(partitions))
         self._has_joined, self._rejoining_since = True, None
         if not partitions:
-            self._placeless = 0
+            self._standstill.has_begun()
         if self._assignments.is_draining or not self._consumer.is_live:
             return
         self._topic_identity.ask_again(tp.topic for tp in partitions)
-        self._well(MEMBERSHIP)
+        self._errors.clear(MEMBERSHIP)
         for tp in sorted(partitions):
             self._accept(tp)
         self._health.well("group")
@@ -384,6 +319,10 @@ class Source:
         if is_to_go_on:
             self._accept(assignment.tp, reader)
         self._assignments.settled.set()
+
+    async def _revoke_all(self) -> None:
+        while self._assignments:
+            await self._on_revoked(set(self._assignments))
 
     async def _on_revoked(self, partitions: set[TopicPartition]) -> None:
         if self._rejoining_since is None and self._has_joined:
@@ -439,7 +378,7 @@ class Source:
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]
         self._metrics.assigned_partitions.set(len(self._assignments))
-        self._well(assignment.tp)
+        self._errors.clear(assignment.tp)
         if not self._assignments:
             self._health.well("commit")
 
@@ -462,7 +401,7 @@ class Source:
                 await self._read_ahead.until_room()
                 if assignment.accepts and not self._assignments.is_draining:
                     await self._read(assignment)
-                self._well(assignment.tp)
+                self._errors.clear(assignment.tp)
                 backoff = Backoff()
             except IllegalStateError:
                 return  # a rebalance has begun
@@ -474,41 +413,8 @@ class Source:
                     return
             except UNREACHABLE as error:
                 if assignment.accepts:
-                    self._judge(error, assignment.tp)
+                    self._errors.handle(error, assignment.tp)
                 await backoff.wait()
-
-    def _well(self, who: Hashable) -> None:
-        for part in ("kafka", "read"):
-            self._health.well(part, who)
-
-    def _judge(self, error: BaseException, who: Hashable) -> None:
-        """Decides on a failed call: returns if the caller should try again, else raises Rejoin or WrongSetting.
-
-        Health shows the trouble for ``who``, a partition or MEMBERSHIP, until ``_well``, except what a watcher shows.
-        """
-        if isinstance(error, GroupAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)", who)
-        elif isinstance(error, TopicAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read {', '.join(self._topics)} (ACL)", who)
-        elif isinstance(error, InvalidSessionTimeoutError):
-            raise WrongSetting(
-                f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
-                "(group.min.session.timeout.ms to group.max.session.timeout.ms)"
-            ) from None
-        elif isinstance(error, InstanceIdTaken):
-            raise WrongSetting(
-                f"group_instance_id {self._group_instance_id!r} is used by another process of this group, which has joined "
-                "later and goes on; each needs one of its own"
-            ) from None
-        elif isinstance(error, InconsistentGroupProtocolError):
-            raise Rejoin(
-                f"group {self._group_id} has members that share out partitions in another way: another application uses "
-                "this group_id, and one of the two needs one of its own"
-            ) from error
-        elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
-            raise Rejoin(_one_line(error)) from error  # the coordination has ended
-        elif not (isinstance(error, NOT_THE_COORDINATOR) or self._is_coordinator_away or who in self._lost):
-            self._health.trouble("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
         await self._topic_identity.identify(assignment.tp)
@@ -542,7 +448,7 @@ class Source:
         else:
             offset = committed
         consumer.seek(assignment.tp, offset)
-        self._placeless = 0
+        self._standstill.has_begun()
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
         if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
             # Where this process began, and in which topic, holds, also if it dies before its first result.
@@ -640,17 +546,19 @@ class Source:
             self._metrics.forget_partition(tp.topic, tp.partition)
             self._assignments[tp].heard_at = now  # its silence counts from when its end is known again
         if not is_answered and all(isinstance(error, UNANSWERED) for error in errors.values()):
-            self._away_at = now
+            self._outages.brokers_away_at = now
             if now - self._answered_at > LAG_TIMEOUT_S:
                 self._health.trouble("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
             return  # single partitions add nothing
         self._answered_at = now
         self._health.well("kafka", "lag")
-        if errors and now - self._away_at <= LAG_TIMEOUT_S:
+        if errors and now - self._outages.brokers_away_at <= LAG_TIMEOUT_S:
             return  # the brokers are just back, and their leaders may not be
-        self._lost = {tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)}
-        if self._lost:  # who reads tells of a missing permission
-            self._health.trouble("partitions", _why_lost(self._lost))
+        self._outages.partitions = {
+            tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)
+        }
+        if self._outages.partitions:  # who reads tells of a missing permission
+            self._health.trouble("partitions", _why_lost(self._outages.partitions))
         else:
             self._health.well("partitions")
 
@@ -661,10 +569,10 @@ class Source:
             await asyncio.sleep(GROUP_INTERVAL_S)
             now = self._clock()
             if answers.has_answered and now - answers.at <= patience_s:
-                self._is_coordinator_away = False
+                self._outages.is_coordinator_away = False
                 self._health.well("coordinator")
-            elif not answers.is_joining and now - max(answers.at, self._away_at) > patience_s:
-                self._is_coordinator_away = True
+            elif not answers.is_joining and now - max(answers.at, self._outages.brokers_away_at) > patience_s:
+                self._outages.is_coordinator_away = True
                 self._health.trouble(
                     "coordinator", f"the coordinator of group {self._group_id} has not answered for {patience_s:g} s"
                 )
@@ -682,19 +590,22 @@ class Source:
     def _known_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
         cluster = self._consumer.live._client.cluster
-        return next((name for name in self._topics if cluster.partitions_for_topic(name)), self._topics[0])
+        return next(
+            (name for name in self._subscription.topics if cluster.partitions_for_topic(name)),
+            self._subscription.topics[0],
+        )
 
     async def _look_after_membership(self) -> None:
         """Asks aiokafka for group errors, which it raises only to readers: without a partition nobody reads."""
-        nowhere = TopicPartition(self._topics[0], NO_PARTITION)
+        nowhere = TopicPartition(self._subscription.topics[0], NO_PARTITION)
         try:
             await within(LAG_TIMEOUT_S, self._consumer.live.getmany(nowhere, timeout_ms=0))
         except (TimeoutError, IllegalStateError):
             return  # a rebalance is going on
         except KafkaError as error:
-            self._judge(error, MEMBERSHIP)
+            self._errors.handle(error, MEMBERSHIP)
         else:
-            self._well(MEMBERSHIP)
+            self._errors.clear(MEMBERSHIP)
 
     async def _measure(self, assignment: Assignment, end: int) -> None:
         assignment.measured_at = self._clock()
@@ -740,32 +651,6 @@ class Source:
         return next((age for _, timestamp in assignment.waiting if (age := age_s(timestamp, now)) is not None), 0.0)
 
 
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """aiokafka only logs what a listener raises; here it ends the session."""
-
-    def __init__(
-        self,
-        on_revoked: Callable[[set[TopicPartition]], Coroutine[Any, Any, None]],
-        on_assigned: Callable[[set[TopicPartition]], Coroutine[Any, Any, None]],
-        fail: Callable[[BaseException], None],
-    ) -> None:
-        self._on_revoked = on_revoked
-        self._on_assigned = on_assigned
-        self._fail = fail
-
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._called(self._on_revoked(revoked))
-
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        await self._called(self._on_assigned(assigned))
-
-    async def _called(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001 - whatever it is, the session must not go on without it
-            self._fail(error)
-
-
 def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
     """Raises Rejoin if one of the consumer's own tasks has ended, and names its error."""
     for name, task in tasks.items():
@@ -788,7 +673,3 @@ def _why_lost(partitions: Mapping[TopicPartition, Exception]) -> str:
 def _few(partitions: list[TopicPartition]) -> str:
     more = len(partitions) - LISTED
     return partition_names(partitions[:LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
