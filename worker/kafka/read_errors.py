@@ -91,11 +91,7 @@ class ReadErrors:
             ) from error
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
-        elif not (
-            isinstance(error, NOT_THE_COORDINATOR)
-            or self._outages.is_coordinator_away
-            or who in self._outages.partitions
-        ):
+        elif not (isinstance(error, NOT_THE_COORDINATOR) or self._outages.explain(who)):
             self._health.trouble("kafka", unreachable(self._connection, error), who)
 
 

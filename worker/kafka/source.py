@@ -554,11 +554,10 @@ class Source:
         self._health.well("kafka", "lag")
         if errors and now - self._outages.brokers_away_at <= LAG_TIMEOUT_S:
             return  # the brokers are just back, and their leaders may not be
-        self._outages.partitions = {
-            tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)
-        }
-        if self._outages.partitions:  # who reads tells of a missing permission
-            self._health.trouble("partitions", _why_lost(self._outages.partitions))
+        lost = {tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)}
+        self._outages.partitions = lost
+        if lost:  # who reads tells of a missing permission
+            self._health.trouble("partitions", _why_lost(lost))
         else:
             self._health.well("partitions")
 
@@ -589,11 +588,8 @@ class Source:
 
     def _known_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
-        cluster = self._consumer.live._client.cluster
-        return next(
-            (name for name in self._subscription.topics if cluster.partitions_for_topic(name)),
-            self._subscription.topics[0],
-        )
+        cluster, topics = self._consumer.live._client.cluster, self._subscription.topics
+        return next((name for name in topics if cluster.partitions_for_topic(name)), topics[0])
 
     async def _look_after_membership(self) -> None:
         """Asks aiokafka for group errors, which it raises only to readers: without a partition nobody reads."""
