@@ -35,7 +35,8 @@ from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.group_consumer import Rejoin
-from worker.kafka.source import Source, UnreadableRecord
+from worker.kafka.partition_reader import UnreadableRecord
+from worker.kafka.source import Source
 from worker.kafka.standstill import Standstill
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled

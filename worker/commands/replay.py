@@ -41,8 +41,8 @@ from worker.kafka.connection import (
 )
 from worker.kafka.consumer import Consumer
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
+from worker.kafka.partition_reader import UNREADABLE
 from worker.kafka.sink import ProducerRecord, Sink
-from worker.kafka.source import UNREADABLE
 from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
 from worker.printable import printable
 from worker.runtime.tasks import cancelled, within

@@ -30,8 +30,9 @@ from worker.kafka.connection import (
 )
 from worker.kafka.delivery import Delivery
 from worker.kafka.exactly_once import ExactlyOnce
+from worker.kafka.partition_reader import UnreadableRecord
 from worker.kafka.sink import Sink
-from worker.kafka.source import Source, UnreadableRecord
+from worker.kafka.source import Source
 from worker.kafka.standstill import Standstill
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference, InferenceLost

@@ -6,37 +6,32 @@ until it is revoked, and each record belongs to one: what is read under one assi
 
 import asyncio
 import logging
-import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka.errors import (
-    CorruptRecordException,
     IllegalStateError,
     KafkaConnectionError,
     KafkaError,
     LeaderNotAvailableError,
     NodeNotReadyError,
-    NoOffsetForPartitionError,
-    OffsetOutOfRangeError,
-    RecordTooLargeError,
     RequestTimedOutError,
     TopicAuthorizationFailedError,
 )
 
 from worker.core.events import age_s
-from worker.core.topic_ids import with_topic_id, without_topic_id
 from worker.kafka.aiokafka_compat import (
     CoordinatorAnswers,
 )
 from worker.kafka.assignment import Assignment, Assignments, Chunk, partition_names
 from worker.kafka.commits import Commits
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import Backoff, Connection, unreachable
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, GroupTimeouts, Rejoin
-from worker.kafka.read_ahead import READ_RECORDS, ReadAhead
+from worker.kafka.partition_reader import PartitionReader
+from worker.kafka.read_ahead import ReadAhead
 from worker.kafka.read_errors import MEMBERSHIP, KnownOutages, ReadErrors
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.subscription import RebalanceListener, Subscription
@@ -50,7 +45,6 @@ from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-READ_TIMEOUT_MS: Final = 1_000
 LAG_INTERVAL_S: Final = 1.0
 SILENCE_S: Final = 60.0  # without a record although a partition has some: the consumer is replaced
 SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
@@ -62,20 +56,6 @@ MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
 LISTED: Final = 5  # partitions that a sentence names
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
 NO_PARTITION: Final = 2**31 - 1
-# what aiokafka raises where the bytes of a record or a batch are not as they should be
-UNREADABLE: Final = (
-    CorruptRecordException,
-    RecordTooLargeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    struct.error,
-)
-
-
-class UnreadableRecord(Exception):
-    """A record cannot be read from Kafka; the message says which. Exit code 1."""
 
 
 class Source:
@@ -111,10 +91,8 @@ class Source:
         self._connection = connection
         self._subscription = Subscription(topics, pattern, request_timeout_s=connection.request_timeout_s)
         self._group_id = group_id
-        self._turn_budget = turn_budget
         self._metrics = metrics
         self._health = health
-        self._auto_offset_reset = auto_offset_reset
         self._delivery = delivery
         self._clock = clock
         timeouts = GroupTimeouts.of(
@@ -159,6 +137,21 @@ class Source:
         )
         self._answered_at = clock()
         self._standstill = StandstillDetector(self._consumer, self._assignments)
+        self._partition_reader = PartitionReader(
+            self._consumer,
+            delivery,
+            self._assignments,
+            self._read_ahead,
+            self._topic_identity,
+            self._errors,
+            self._standstill,
+            restart=self.restart,
+            auto_offset_reset=auto_offset_reset,
+            request_timeout_s=connection.request_timeout_s,
+            turn_budget=turn_budget,
+            metrics=metrics,
+            clock=clock,
+        )
         health.hold("group", "not joined yet")
 
     # For the pipeline.
@@ -291,7 +284,7 @@ class Source:
     def _accept(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
         """Begins to read a partition; ``after`` its reader until now has ended."""
         assignment = self._assignments[tp] = Assignment(tp)
-        reader = self._readers[assignment] = asyncio.create_task(self._read_forever(assignment, after))
+        reader = self._readers[assignment] = asyncio.create_task(self._partition_reader.run(assignment, after))
         reader.add_done_callback(self._reader_ended)
 
     def restart(self, assignment: Assignment) -> None:
@@ -391,127 +384,9 @@ class Source:
         elif (error := reader.exception()) is not None:
             self._fail(error)
 
-    async def _read_forever(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
-        backoff = Backoff()
-        if after is not None and await cancelled([after]):
-            raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
-        while assignment.accepts and not self._assignments.is_draining:
-            try:
-                await self._find_place(assignment)
-                await self._read_ahead.until_room()
-                if assignment.accepts and not self._assignments.is_draining:
-                    await self._read(assignment)
-                self._errors.clear(assignment.tp)
-                backoff = Backoff()
-            except IllegalStateError:
-                return  # a rebalance has begun
-            except OffsetOutOfRangeError:
-                assignment.is_out_of_range = True
-            except NoOffsetForPartitionError:
-                if assignment.delivered is not None:
-                    self.restart(assignment)
-                    return
-            except UNREACHABLE as error:
-                if assignment.accepts:
-                    self._errors.handle(error, assignment.tp)
-                await backoff.wait()
-
-    async def _find_place(self, assignment: Assignment) -> None:
-        await self._topic_identity.identify(assignment.tp)
-        if assignment.delivered is None:
-            await self._begin(assignment)
-        elif assignment.is_out_of_range:
-            await self._until_idle(assignment)  # what was read before the gap is published and committed first
-            await self._reset(assignment)
-
-    async def _until_idle(self, assignment: Assignment) -> None:
-        while not assignment.is_idle():
-            self._assignments.settled.clear()
-            await self._assignments.settled.wait()
-
-    async def _begin(self, assignment: Assignment) -> None:
-        """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        topic_id = self._topic_identity.of(assignment.tp.topic)
-        assignment.metadata = with_topic_id(topic_id)
-        await self._delivery.begin(assignment)
-        consumer = self._consumer.live
-        found = await within(self._connection.request_timeout_s, consumer.committed_offsets([assignment.tp]))
-        commit = found[assignment.tp]
-        is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
-        if is_to_be_replaced:
-            await self._topic_identity.confirm(assignment.tp)
-        committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
-        self._delivery.resume(assignment, committed)
-        if committed is None:
-            offset = await self._end_to_begin_at(assignment.tp)
-            log.info("no committed offset", extra={"partition": assignment.name, "begin_at": offset})
-        else:
-            offset = committed
-        consumer.seek(assignment.tp, offset)
-        self._standstill.has_begun()
-        assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
-            # Where this process began, and in which topic, holds, also if it dies before its first result.
-            assignment.committed = None
-            self._assignments.acknowledged.set()
-
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
         await self._consumer.confirm_membership()
-
-    async def _reset(self, assignment: Assignment) -> None:
-        await self._topic_identity.identify(assignment.tp, anew=True)
-        gone = assignment.delivered
-        offset = await self._end_to_begin_at(assignment.tp)
-        self._metrics.offset_resets.inc()
-        log.error(
-            "the offset to resume from is gone: records may have been deleted before they were read",
-            extra={"partition": assignment.name, "offset": gone, "resume_at": offset},
-        )
-        self._consumer.live.seek(assignment.tp, offset)
-        assignment.is_out_of_range = False
-        assignment.delivered = assignment.acknowledged = offset
-        self._assignments.acknowledged.set()
-
-    async def _end_to_begin_at(self, tp: TopicPartition) -> int:
-        consumer = self._consumer.live
-        find = consumer.beginning_offsets if self._auto_offset_reset == "earliest" else consumer.end_offsets
-        offsets: dict[TopicPartition, int] = await within(self._connection.request_timeout_s, find([tp]))
-        return offsets[tp]
-
-    async def _read(self, assignment: Assignment) -> None:
-        # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
-        # Nothing may be awaited between the read and what follows, for the position has moved.
-        limit = (lambda: 1) if assignment.careful_reads else self._read_ahead.read_limit
-        try:
-            records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
-        except UNREADABLE as error:
-            self._be_careful(assignment, error)
-            return
-        self._turn_budget.after(len(records))
-        if not records or not assignment.accepts or self._assignments.is_draining:
-            return
-        now = self._clock()
-        assignment.careful_reads = max(0, assignment.careful_reads - 1)
-        assignment.delivered = records[-1].offset + 1
-        assignment.heard_at = now
-        assignment.waiting.append((assignment.delivered, records[0].timestamp))
-        self._read_ahead.add(assignment, records, now)
-
-    def _be_careful(self, assignment: Assignment, error: Exception) -> None:
-        """Seeks back to the next undelivered record, to read one by one; raises UnreadableRecord the second time.
-
-        Raises IllegalStateError if the partition is no longer this process's: its next owner meets the record.
-        """
-        self._metrics.kafka_errors.labels("read").inc()
-        assert assignment.delivered is not None  # it was known before anything was read
-        self._consumer.live.seek(assignment.tp, assignment.delivered)
-        if assignment.careful_reads:
-            raise UnreadableRecord(
-                f"the record of {assignment.name} at offset {assignment.delivered}, or in the batch that begins there, "
-                f"cannot be read ({type(error).__name__})"
-            ) from error
-        assignment.careful_reads = READ_RECORDS
 
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
