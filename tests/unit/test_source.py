@@ -29,8 +29,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.topic_ids import TopicRecreated, with_topic_id
 from worker.errors import WrongSetting
-from worker.kafka import source as module
-from worker.kafka import topic_identity
+from worker.kafka import group_health, lag, topic_identity
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.consumer import Consumer
@@ -226,7 +225,7 @@ async def test_a_reader_does_not_outlive_its_revocation(consumer: FakeConsumer, 
     consumer.reading.clear()
     stage = await staged(consumer)
     await stage.assign(TP)
-    reader = stage.source._readers[stage.source._assignments[TP]]
+    reader = stage.source._rebalances._readers[stage.source._assignments[TP]]
     await asyncio.sleep(0.01)
     consumer.knows_committed.set()
     for _ in range(turns):
@@ -370,13 +369,13 @@ async def test_a_timestamp_that_cannot_be_right_is_no_lag(consumer: FakeConsumer
     stage = await staged(consumer)
     await stage.assign(TP)
     await until(lambda: len(stage.source._read_ahead) == 10)
-    await stage.source._measure(stage.source._assignments[TP], 12)
+    await stage.source._lag.measure(stage.source._assignments[TP], 12)
     assert stage.metrics.lag_records.labels("t", 0)._value.get() == 12
     assert stage.metrics.lag_seconds.labels("t", 0)._value.get() == 0
     consumer.timestamp = int((time.time() - 100) * 1000)
     consumer.last_offset = 11
     await until(lambda: len(stage.source._read_ahead) == 11)
-    await stage.source._measure(stage.source._assignments[TP], 12)
+    await stage.source._lag.measure(stage.source._assignments[TP], 12)
     assert 99 < stage.metrics.lag_seconds.labels("t", 0)._value.get() < 160
 
 
@@ -389,7 +388,7 @@ async def test_lag_in_seconds_is_that_of_the_oldest_record_that_is_not_committed
     consumer.timestamp = int(time.time() * 1000)
     consumer.last_offset = 12
     await until(lambda: len(stage.source._read_ahead) == 2)
-    await stage.source._measure(stage.source._assignments[TP], 12)
+    await stage.source._lag.measure(stage.source._assignments[TP], 12)
     assert stage.metrics.lag_records.labels("t", 0)._value.get() == 2
     assert stage.metrics.lag_seconds.labels("t", 0)._value.get() < 60
 
@@ -441,7 +440,7 @@ async def test_what_a_rebalance_during_the_drain_leaves_uncommitted_is_told(
     chunks = await stage.take()
     stage.source.stop_taking()
     if is_late:
-        stage.source._revoke_timeout_s = 0
+        stage.source._rebalances._revoke_timeout_s = 0
         await stage.revoke(TP)
         stage.acknowledge(chunks)
     else:
@@ -479,7 +478,7 @@ async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> N
     stage = await staged(consumer)
     consumer.reading.clear()
     await stage.assign(TP)
-    reader = stage.source._readers[stage.source._assignments[TP]]
+    reader = stage.source._rebalances._readers[stage.source._assignments[TP]]
     await asyncio.sleep(0.01)
     consumer.swallows_cancel = True
     stage.source.stop_taking()
@@ -495,7 +494,7 @@ async def test_records_that_come_when_none_are_accepted_are_not_committed(consum
     consumer.reading.clear()
     await stage.assign(TP)
     assignment = stage.source._assignments[TP]
-    reader = stage.source._readers[assignment]
+    reader = stage.source._rebalances._readers[assignment]
     await asyncio.sleep(0.01)
     consumer.swallows_cancel = True
     if end == "drain":
@@ -505,7 +504,7 @@ async def test_records_that_come_when_none_are_accepted_are_not_committed(consum
         revoking = asyncio.create_task(stage.revoke(TP))
     await until(reader.done)
     assert consumer.positions[TP] > 0
-    await stage.source._measure(assignment, consumer.last_offset)
+    await stage.source._lag.measure(assignment, consumer.last_offset)
     if end == "revocation":
         stage.source.drop(assignment, 1)
         await revoking
@@ -551,7 +550,7 @@ async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owne
 ) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
-    reader = stage.source._readers[stage.source._assignments[TP]]
+    reader = stage.source._rebalances._readers[stage.source._assignments[TP]]
     await stage.take()
 
     async def unreadable(*_: object, **__: object) -> Any:
@@ -617,7 +616,7 @@ async def test_a_reader_that_others_cancel_is_noticed(consumer: FakeConsumer) ->
     stage = await staged(consumer)
     await stage.assign(TP)
     stage.acknowledge(await stage.take())
-    stage.source._readers[stage.source._assignments[TP]].cancel()
+    stage.source._rebalances._readers[stage.source._assignments[TP]].cancel()
     await until(lambda: "a reader was cancelled" in (stage.health.why_not_ready() or ""))
 
 
@@ -675,8 +674,8 @@ class Rejoined(FakeConsumer):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_S", 0.05)
-    monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.01)
+    monkeypatch.setattr(lag, "SILENCE_S", 0.05)
+    monkeypatch.setattr(lag, "LAG_INTERVAL_S", 0.01)
     monkeypatch.setattr(Backoff, "wait", lambda _: asyncio.sleep(0))
 
 
@@ -780,7 +779,7 @@ async def test_a_record_of_the_oldest_format_has_no_age(consumer: FakeConsumer) 
     stage = await staged(consumer)
     await stage.assign(TP)
     await stage.take()
-    await stage.source._measure(stage.source._assignments[TP], consumer.last_offset)
+    await stage.source._lag.measure(stage.source._assignments[TP], consumer.last_offset)
     assert b'lag_seconds{partition="0",topic="t"} 0.0' in stage.metrics.text()
 
 
@@ -1077,8 +1076,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
     """With watchers that look all the time."""
-    monkeypatch.setattr(module, "LAG_INTERVAL_S", 0.005)
-    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 0.005)
+    monkeypatch.setattr(lag, "LAG_INTERVAL_S", 0.005)
+    monkeypatch.setattr(group_health, "GROUP_INTERVAL_S", 0.005)
     caplog.set_level(logging.INFO, "worker.telemetry.health")
     return Clock()
 
@@ -1118,7 +1117,7 @@ def lags(stage: Stage) -> set[str]:
 async def test_a_partition_whose_end_is_not_known_is_named_and_the_others_are_watched(
     consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    monkeypatch.setattr(group_health, "GROUP_INTERVAL_S", 3_600)
     consumer.last_offset = 10
     stage = await staged(consumer, clock=clock)
     await stage.assign(TP, OTHER)
@@ -1157,7 +1156,7 @@ async def test_a_partition_that_comes_back_has_not_been_silent_meanwhile(consume
 async def test_brokers_that_are_away_are_no_partitions_without_a_leader(
     consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    monkeypatch.setattr(group_health, "GROUP_INTERVAL_S", 3_600)
     stage = await staged(consumer, clock=clock)
     await stage.assign(TP, OTHER)
     consumer.unknown = {TP: KafkaConnectionError(), OTHER: TimeoutError()}
@@ -1270,7 +1269,7 @@ async def test_joins_that_are_refused_at_once_are_a_rebalance_that_lasts(consume
 async def test_a_batch_that_waits_long_to_be_unpacked_is_told(
     consumer: FakeConsumer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GROUP_INTERVAL_S", 3_600)
+    monkeypatch.setattr(group_health, "GROUP_INTERVAL_S", 3_600)
     consumer.last_offset = 10
     stage = await staged(consumer, clock=clock)
     await stage.assign(TP)
