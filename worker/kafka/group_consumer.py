@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.client import ConnectionGroup
-from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError
-from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka import TopicPartition
+from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat import StaticMember, use_topics
+from worker.kafka.aiokafka_compat import StaticMember, confirm_membership, leave_group, use_topics
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, stopped, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
@@ -118,7 +116,8 @@ class GroupConsumer:
         try:
             _, waits = await asyncio.wait({stopping}, timeout=LEAVE_S)
             if waits:  # for a join, which waits for the slowest member of the group
-                await _leave(consumer)
+                with contextlib.suppress(*UNREACHABLE):
+                    await leave_group(consumer, LEAVE_S)
             await stopping
         finally:
             await cancelled([stopping])
@@ -146,12 +145,7 @@ class GroupConsumer:
 
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
-        coordinator = self.live._coordinator
-        if await within(self._connection.request_timeout_s, coordinator._do_heartbeat()):
-            return
-        if coordinator.generation <= 0:
-            raise IllegalStateError("no longer a member of the group")
-        raise GroupCoordinatorNotAvailableError
+        await confirm_membership(self.live, self._connection.request_timeout_s)
 
     async def _started(self) -> Consumer:
         backoff = Backoff()
@@ -187,13 +181,3 @@ class GroupConsumer:
                 if self._static_member:
                     self._static_member.guard(consumer)
                 return consumer
-
-
-async def _leave(consumer: AIOKafkaConsumer) -> None:
-    """Leaves the group on another connection, for the join under way blocks its own."""
-    coordinator, client = consumer._coordinator, consumer._client
-    if coordinator is None or coordinator.coordinator_id is None or coordinator._group_instance_id is not None:
-        return
-    request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
-    with contextlib.suppress(*UNREACHABLE):
-        await within(LEAVE_S, client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT))

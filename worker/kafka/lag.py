@@ -17,6 +17,7 @@ from aiokafka.errors import (
 )
 
 from worker.core.events import age_s
+from worker.kafka.aiokafka_compat import knows_topic
 from worker.kafka.assignment import Assignment, Assignments, partition_names
 from worker.kafka.connection import Connection, unreachable
 from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, Rejoin
@@ -109,8 +110,8 @@ class LagWatcher:
 
     def _known_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
-        cluster, topics = self._consumer.live._client.cluster, self._subscription.topics
-        return next((name for name in topics if cluster.partitions_for_topic(name)), topics[0])
+        consumer, topics = self._consumer.live, self._subscription.topics
+        return next((name for name in topics if knows_topic(consumer, name)), topics[0])
 
     async def _look_after_membership(self) -> None:
         """Asks aiokafka for group errors, which it raises only to readers: without a partition nobody reads."""
