@@ -746,7 +746,7 @@ async def test_what_is_not_known_for_a_moment_does_not_hide_a_standstill(
     await until(lambda: TP in consumer.positions)
 
     async def joined_again(*, has_end: bool = True) -> None:
-        stage.source._standstill.has_begun()
+        stage.source._standstill.partition_started()
         consumer.unknown = {} if has_end else {TP: LeaderNotAvailableError()}
         await stage.source._standstill.check(Rejoin("why"))
 

@@ -1,4 +1,4 @@
-"""When acknowledged offsets are committed. How that is done is the delivery's to know."""
+"""When acknowledged offsets are committed. The delivery knows how."""
 
 import asyncio
 import contextlib
@@ -27,13 +27,13 @@ class Commits:
         """Commits what is acknowledged, as soon as the commit before it has ended, until it is cancelled."""
         backoff = Backoff()
         while True:
-            await self._assignments.acknowledged.wait()
-            self._assignments.acknowledged.clear()
+            await self._assignments.commit_due.wait()
+            self._assignments.commit_due.clear()
             if await self._commit(self._request_timeout_s):
                 backoff = Backoff()
             else:
                 await backoff.wait()
-                self._assignments.acknowledged.set()
+                self._assignments.commit_due.set()
 
     async def commit_before(self, deadline: float) -> None:
         """The last commit; it may first have to wait for one under way. Raises nothing at the deadline.

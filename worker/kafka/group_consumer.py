@@ -1,4 +1,4 @@
-"""The consumer with which this process is a member of its group: started, replaced and stopped here."""
+"""The aiokafka consumer with which this process is a member of its group: starting, replacing and stopping it."""
 
 import asyncio
 import contextlib
@@ -19,8 +19,8 @@ from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
-LEAVE_S: Final = 1.0
-POSITION_S: Final = 1.0
+LEAVE_TIMEOUT_S: Final = 1.0  # to stop, before the group is left beside a join, and for that request
+POSITION_TIMEOUT_S: Final = 1.0
 ENDS_TIMEOUT_S: Final = 3.0  # of a request for the end offsets of partitions
 REBALANCE_SHARE: Final = 0.4  # of a request's timeout: as long as the group waits for a member to join again
 HEARTBEAT_SHARE: Final = 0.25  # of the rebalance's time, until a heartbeat tells the member of it
@@ -34,7 +34,7 @@ class Rejoin(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GroupTimeouts:
-    """How long a member may take for what.
+    """How long a member of the group may take for what.
 
     JoinGroup waits in a request for the slowest member: heartbeat + revoke deadline < rebalance timeout < request timeout.
     One that was killed and is back makes all others wait for the whole rebalance timeout.
@@ -53,7 +53,7 @@ class GroupTimeouts:
 
 
 class GroupConsumer:
-    """At most one consumer at a time, which is live from its start to its stop."""
+    """Holds at most one consumer at a time, which is live from ``start`` to ``stop``."""
 
     def __init__(
         self,
@@ -114,10 +114,10 @@ class GroupConsumer:
             return
         stopping = asyncio.create_task(stopped(consumer, "consumer", timeout_s))
         try:
-            _, waits = await asyncio.wait({stopping}, timeout=LEAVE_S)
+            _, waits = await asyncio.wait({stopping}, timeout=LEAVE_TIMEOUT_S)
             if waits:  # for a join, which waits for the slowest member of the group
                 with contextlib.suppress(*UNREACHABLE):
-                    await leave_group(consumer, LEAVE_S)
+                    await leave_group(consumer, LEAVE_TIMEOUT_S)
             await stopping
         finally:
             await cancelled([stopping])
@@ -134,7 +134,7 @@ class GroupConsumer:
     async def position(self, tp: TopicPartition) -> int | None:
         """The offset of the record to fetch next; None where it is not known within a second."""
         try:
-            position: int = await within(POSITION_S, self.live.position(tp))
+            position: int = await within(POSITION_TIMEOUT_S, self.live.position(tp))
         except (*UNREACHABLE, IllegalStateError):
             return None
         return position

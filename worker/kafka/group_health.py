@@ -1,4 +1,4 @@
-"""Whether the group works: its coordinator answers, and rebalances end."""
+"""Whether the consumer group works: its coordinator answers, and rebalances end."""
 
 import asyncio
 import time
@@ -12,13 +12,13 @@ from worker.kafka.rebalance import RebalanceHandler
 from worker.telemetry.health import Health
 
 GROUP_INTERVAL_S: Final = 1.0
-REJOINING_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
+MAX_REBALANCE_S: Final = 5.0  # a rebalance that lasts longer makes the worker not ready
 COORDINATOR_S: Final = 3.0  # the coordinator is away when it has not answered for so long, and for so many
 MISSED_HEARTBEATS: Final = 3  # heartbeats, whichever is longer
 
 
 class GroupHealth:
-    """Tells health what is wrong with the group."""
+    """Tells health that the group's coordinator is away, or that a rebalance takes long."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class GroupHealth:
         self._clock = clock
 
     async def watch(self, answers: CoordinatorAnswers) -> None:
-        """Tells health that the group's coordinator is away, or that a rebalance, in which nobody reads, takes long."""
+        """Looks every second until it is cancelled. Nobody reads during a rebalance, so one that takes long is reported."""
         while True:
             await asyncio.sleep(GROUP_INTERVAL_S)
             now = self._clock()
@@ -55,11 +55,15 @@ class GroupHealth:
                 )
             since = self._rebalances.rejoining_since
             is_rebalancing = answers.is_joining or self._rebalances.is_revoking()
-            is_known_why = not is_rebalancing and now - answers.at > REJOINING_S  # the coordinator, or Kafka, is away
+            is_known_why = (
+                not is_rebalancing and now - answers.at > MAX_REBALANCE_S
+            )  # the coordinator, or Kafka, is away
             if (
                 since is not None
                 and not is_known_why
                 and not self._assignments.is_draining
-                and now - since > REJOINING_S
+                and now - since > MAX_REBALANCE_S
             ):
-                self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
+                self._health.trouble(
+                    "group", f"rejoining for more than {MAX_REBALANCE_S:g} s: a member is gone or busy"
+                )

@@ -1,4 +1,4 @@
-"""The loop that reads one partition: where to begin, reading as there is room, and what to do where that fails."""
+"""The loop that reads one partition: where to start, reading while there is room, and what to do where that fails."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from worker.kafka.assignment import Assignment, Assignments
 from worker.kafka.connection import UNREACHABLE, Backoff
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, Rejoin
-from worker.kafka.read_ahead import READ_RECORDS, ReadAhead
+from worker.kafka.read_ahead import MAX_READ_RECORDS, ReadAhead
 from worker.kafka.read_errors import ReadErrors
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.topic_identity import TopicIdentity
@@ -49,7 +49,7 @@ class UnreadableRecord(Exception):
 
 
 class PartitionReader:
-    """Reads partitions into what is read ahead; for each assignment a task runs ``run``."""
+    """Reads partitions into the read-ahead buffer. The rebalance handler starts a task of ``run`` for each assignment."""
 
     def __init__(
         self,
@@ -83,12 +83,16 @@ class PartitionReader:
         self._clock = clock
 
     async def run(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
+        """Reads one partition until it is revoked or the drain begins, once the task ``after`` has ended.
+
+        Raises Rejoin, UnreadableRecord, TopicRecreated and WrongSetting.
+        """
         backoff = Backoff()
         if after is not None and await cancelled([after]):
             raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
         while assignment.accepts and not self._assignments.is_draining:
             try:
-                await self._find_place(assignment)
+                await self._ensure_offset(assignment)
                 await self._read_ahead.until_room()
                 if assignment.accepts and not self._assignments.is_draining:
                     await self._read(assignment)
@@ -107,49 +111,51 @@ class PartitionReader:
                     self._errors.handle(error, assignment.tp)
                 await backoff.wait()
 
-    async def _find_place(self, assignment: Assignment) -> None:
+    async def _ensure_offset(self, assignment: Assignment) -> None:
+        """Makes sure that the topic is the one that was read, and that there is an offset to read from."""
         await self._topic_identity.identify(assignment.tp)
         if assignment.delivered is None:
-            await self._begin(assignment)
+            await self._start(assignment)
         elif assignment.is_out_of_range:
-            await self._until_idle(assignment)  # what was read before the gap is published and committed first
-            await self._reset(assignment)
+            await self._until_acknowledged(assignment)  # what was read before the gap is published and committed first
+            await self._reset_offset(assignment)
 
-    async def _until_idle(self, assignment: Assignment) -> None:
+    async def _until_acknowledged(self, assignment: Assignment) -> None:
         while not assignment.is_idle():
             self._assignments.settled.clear()
             await self._assignments.settled.wait()
 
-    async def _begin(self, assignment: Assignment) -> None:
-        """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
+    async def _start(self, assignment: Assignment) -> None:
+        """Seeks to the committed offset, or else to where ``auto_offset_reset`` says, and has the delivery begin there."""
         topic_id = self._topic_identity.of(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
         await self._delivery.begin(assignment)
         consumer = self._consumer.live
         found = await within(self._request_timeout_s, consumer.committed_offsets([assignment.tp]))
         commit = found[assignment.tp]
-        is_to_be_replaced = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
-        if is_to_be_replaced:
+        lacks_topic_id = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
+        if lacks_topic_id:
             await self._topic_identity.confirm(assignment.tp)
         committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
         self._delivery.resume(assignment, committed)
         if committed is None:
-            offset = await self._end_to_begin_at(assignment.tp)
+            offset = await self._offset_by_reset_policy(assignment.tp)
             log.info("no committed offset", extra={"partition": assignment.name, "begin_at": offset})
         else:
             offset = committed
         consumer.seek(assignment.tp, offset)
-        self._standstill.has_begun()
+        self._standstill.partition_started()
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if is_to_be_replaced or (committed is None and self._auto_offset_reset == "latest"):
-            # Where this process began, and in which topic, holds, also if it dies before its first result.
+        if lacks_topic_id or (committed is None and self._auto_offset_reset == "latest"):
+            # The start, and the topic's id, are committed at once, so that they hold if this process dies before a result.
             assignment.committed = None
-            self._assignments.acknowledged.set()
+            self._assignments.commit_due.set()
 
-    async def _reset(self, assignment: Assignment) -> None:
+    async def _reset_offset(self, assignment: Assignment) -> None:
+        """Seeks to where ``auto_offset_reset`` says, as the broker no longer has the next offset to read."""
         await self._topic_identity.identify(assignment.tp, anew=True)
         gone = assignment.delivered
-        offset = await self._end_to_begin_at(assignment.tp)
+        offset = await self._offset_by_reset_policy(assignment.tp)
         self._metrics.offset_resets.inc()
         log.error(
             "the offset to resume from is gone: records may have been deleted before they were read",
@@ -158,9 +164,9 @@ class PartitionReader:
         self._consumer.live.seek(assignment.tp, offset)
         assignment.is_out_of_range = False
         assignment.delivered = assignment.acknowledged = offset
-        self._assignments.acknowledged.set()
+        self._assignments.commit_due.set()
 
-    async def _end_to_begin_at(self, tp: TopicPartition) -> int:
+    async def _offset_by_reset_policy(self, tp: TopicPartition) -> int:
         consumer = self._consumer.live
         find = consumer.beginning_offsets if self._auto_offset_reset == "earliest" else consumer.end_offsets
         offsets: dict[TopicPartition, int] = await within(self._request_timeout_s, find([tp]))
@@ -169,33 +175,33 @@ class PartitionReader:
     async def _read(self, assignment: Assignment) -> None:
         # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
         # Nothing may be awaited between the read and what follows, for the position has moved.
-        limit = (lambda: 1) if assignment.careful_reads else self._read_ahead.read_limit
+        limit = (lambda: 1) if assignment.single_record_reads else self._read_ahead.read_limit
         try:
             records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         except UNREADABLE as error:
-            self._be_careful(assignment, error)
+            self._retry_one_by_one(assignment, error)
             return
         self._turn_budget.after(len(records))
         if not records or not assignment.accepts or self._assignments.is_draining:
             return
         now = self._clock()
-        assignment.careful_reads = max(0, assignment.careful_reads - 1)
+        assignment.single_record_reads = max(0, assignment.single_record_reads - 1)
         assignment.delivered = records[-1].offset + 1
-        assignment.heard_at = now
-        assignment.waiting.append((assignment.delivered, records[0].timestamp))
+        assignment.silent_since = now
+        assignment.unacknowledged_reads.append((assignment.delivered, records[0].timestamp))
         self._read_ahead.add(assignment, records, now)
 
-    def _be_careful(self, assignment: Assignment, error: Exception) -> None:
-        """Seeks back to the next undelivered record, to read one by one; raises UnreadableRecord the second time.
+    def _retry_one_by_one(self, assignment: Assignment, error: Exception) -> None:
+        """Seeks back to the next record to read, and has records read one by one; raises UnreadableRecord the second time.
 
         Raises IllegalStateError if the partition is no longer this process's: its next owner meets the record.
         """
         self._metrics.kafka_errors.labels("read").inc()
         assert assignment.delivered is not None  # it was known before anything was read
         self._consumer.live.seek(assignment.tp, assignment.delivered)
-        if assignment.careful_reads:
+        if assignment.single_record_reads:
             raise UnreadableRecord(
                 f"the record of {assignment.name} at offset {assignment.delivered}, or in the batch that begins there, "
                 f"cannot be read ({type(error).__name__})"
             ) from error
-        assignment.careful_reads = READ_RECORDS
+        assignment.single_record_reads = MAX_READ_RECORDS

@@ -1,4 +1,4 @@
-"""What has been read and not been taken by the pipeline: it bounds how far partitions are read ahead."""
+"""The buffer between the readers of partitions and the pipeline: it bounds how far partitions are read ahead."""
 
 import asyncio
 import time
@@ -11,13 +11,16 @@ from worker.kafka.reader import Record
 from worker.runtime.tasks import within
 from worker.telemetry.metrics import Metrics
 
-READ_RECORDS: Final = 1_000
-LEAST_READ: Final = 16
-SHARES: Final = 4  # one read takes at most this part of what is read ahead
+MAX_READ_RECORDS: Final = 1_000
+MIN_READ_RECORDS: Final = 16
+READS_PER_CAPACITY: Final = 4  # so many reads fill the buffer: then partitions take turns
 
 
 class ReadAhead:
-    """Gathers records into micro-batches. Readers add, while there is room, and the pipeline takes."""
+    """Gathers records into micro-batches. Readers add records while there is room, and the pipeline takes batches.
+
+    It holds two micro-batches, and at most one read more for each reader.
+    """
 
     def __init__(
         self,
@@ -66,16 +69,16 @@ class ReadAhead:
         self._arrived.set()
 
     def discard(self, assignment: Assignment) -> None:
-        """Drops what has been read of a partition. Readers that wait for room go on waiting until ``admit``."""
+        """Drops what has been read of a partition. Readers that wait for room go on waiting until ``admit`` is called."""
         self._batcher.discard(assignment)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
 
     def admit(self) -> None:
-        """Readers go on, for what was discarded may have made room."""
+        """Lets the readers go on, whether or not there is room."""
         self._room.set()
 
     def admit_if_room(self) -> None:
-        """Readers go on, if there is room."""
+        """Lets the readers go on, if there is room."""
         if len(self._batcher) < self._capacity:
             self._room.set()
 
@@ -94,7 +97,7 @@ class ReadAhead:
     def read_limit(self) -> int:
         """How many records one read takes: small reads cost more per record, large ones make other partitions wait."""
         room = self._capacity - len(self._batcher)
-        return min(READ_RECORDS, max(LEAST_READ, min(room, self._capacity // SHARES)))
+        return min(MAX_READ_RECORDS, max(MIN_READ_RECORDS, min(room, self._capacity // READS_PER_CAPACITY)))
 
     def _taken(self, now: float) -> list[Chunk]:
         self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest() or now))

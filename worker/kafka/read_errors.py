@@ -1,4 +1,4 @@
-"""What becomes of a call that failed while partitions were read, or while there were none to read."""
+"""What to do about a call to Kafka that failed while partitions were read, or while there were none to read."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -22,12 +22,12 @@ from worker.kafka.group_consumer import Rejoin
 from worker.kafka.subscription import Subscription
 from worker.telemetry.health import Health
 
-MEMBERSHIP: Final = "membership"  # who has the trouble, where no partition does
+MEMBERSHIP: Final = "membership"  # who has the trouble, where it is no partition
 
 
 @dataclass(slots=True)
 class KnownOutages:
-    """What the watchers of lag and group have found to be unavailable, and have told health about themselves."""
+    """What the watchers of the lag and the group know to be unavailable; they have told health about it themselves."""
 
     brokers_away_at: float = -math.inf  # when no broker answered the last time
     is_coordinator_away: bool = False
@@ -39,7 +39,7 @@ class KnownOutages:
 
 
 class ReadErrors:
-    """Tells health of a failed call, or ends the session or the process."""
+    """Decides whether a failed call is tried again, replaces the consumer, or ends the process; tells health of it."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SETTLING_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
+IN_FLIGHT_SHARE: Final = 0.75  # of a revocation's time, for what is under way; the rest is for the commit
 
 
 class RebalanceHandler:
@@ -63,7 +63,7 @@ class RebalanceHandler:
         self._health = health
         self._clock = clock
         self._readers: dict[Assignment, asyncio.Task[None]] = {}
-        self._retiring: set[asyncio.Task[None]] = set()  # readers of assignments that were begun anew
+        self._cancelled_readers: set[asyncio.Task[None]] = set()  # of assignments that were restarted, until they end
         self._revoking = asyncio.Lock()
         self._has_joined = False
         self.rejoining_since: float | None = None  # by the clock; None while this process is a member of the group
@@ -83,22 +83,23 @@ class RebalanceHandler:
             self._discard(assignment)
 
     def release_all(self) -> None:
-        """Gives all partitions up, as at the end of the process."""
+        """Releases all partitions without waiting for what is under way, at the end of the process."""
         for assignment in list(self._assignments.values()):
             self._release(assignment)
 
     async def on_assigned(self, partitions: set[TopicPartition]) -> None:
+        """The group has assigned these partitions, and no others: starts to read them."""
         self._metrics.rebalances.inc()
         self._metrics.assigned_partitions.set(len(partitions))
         self._has_joined, self.rejoining_since = True, None
         if not partitions:
-            self._standstill.has_begun()
+            self._standstill.partition_started()
         if self._assignments.is_draining or not self._consumer.is_live:
             return
         self._topic_identity.ask_again(tp.topic for tp in partitions)
         self._errors.clear(MEMBERSHIP)
         for tp in sorted(partitions):
-            self._accept(tp)
+            self._start_reader(tp)
         self._health.well("group")
         log.info("assigned", extra={"partitions": partition_names(partitions)})
         exactly_once = self._delivery.has_producer_per_partition
@@ -107,12 +108,14 @@ class RebalanceHandler:
             log.warning("%s", files)
 
     async def on_revoked(self, partitions: set[TopicPartition]) -> None:
+        """Ends reading these partitions; publishes and commits what is under way, at most until the revoke deadline."""
         if self.rejoining_since is None and self._has_joined:
             self.rejoining_since = self._clock()
         async with self._revoking:  # the group and the end of a session may both call
             await self._revoke([self._assignments[tp] for tp in partitions if tp in self._assignments])
 
     async def revoke_all(self) -> None:
+        """Gives all partitions up, as if the group had revoked them."""
         while self._assignments:
             await self.on_revoked(set(self._assignments))
 
@@ -123,8 +126,8 @@ class RebalanceHandler:
         """
         if self._assignments.get(assignment.tp) is not assignment:
             return
-        is_to_go_on = assignment.accepts and not self._assignments.is_draining
-        if not is_to_go_on:
+        will_continue = assignment.accepts and not self._assignments.is_draining
+        if not will_continue:
             self._release(assignment)  # the revocation finds nothing to release any more
         else:
             self._delivery.abandon(assignment)
@@ -136,14 +139,14 @@ class RebalanceHandler:
         reader = self._readers.pop(assignment, None)
         if reader is not None:
             reader.cancel()
-            self._retiring.add(reader)
-            reader.add_done_callback(self._retiring.discard)
-        if is_to_go_on:
-            self._accept(assignment.tp, reader)
+            self._cancelled_readers.add(reader)
+            reader.add_done_callback(self._cancelled_readers.discard)
+        if will_continue:
+            self._start_reader(assignment.tp, reader)
         self._assignments.settled.set()
 
-    def _accept(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
-        """Begins to read a partition; ``after`` its reader until now has ended."""
+    def _start_reader(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
+        """Begins an assignment, which is read once the task ``after``, its reader until now, has ended."""
         assignment = self._assignments[tp] = Assignment(tp)
         reader = self._readers[assignment] = asyncio.create_task(self._partition_reader.run(assignment, after))
         reader.add_done_callback(self._reader_ended)
@@ -163,21 +166,21 @@ class RebalanceHandler:
         for assignment in assignments:
             assignment.accepts = False
         # Readers end first: one that lives on would take records of the next assignment.
-        # A revocation that was cut short by a session's end has taken them from the dict already.
+        # A revocation that the end of a session cut short has already taken them from the dict.
         readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
-        if await cancelled([*readers, *self._retiring]):
+        if await cancelled([*readers, *self._cancelled_readers]):
             self._fail(Rejoin("a reader does not end"))
         for assignment in assignments:
             self._discard(assignment)
         self._read_ahead.admit()
         self._delivery.flush(assignments)
-        await self._until_settled(assignments, started + self._revoke_timeout_s * SETTLING_SHARE)
+        await self._until_nothing_under_way(assignments, started + self._revoke_timeout_s * IN_FLIGHT_SHARE)
         await self._commits.commit_before(started + self._revoke_timeout_s)
         for assignment in assignments:
             self._release(assignment)
         log.info("revoked", extra={"partitions": partition_names(partitions)})
 
-    async def _until_settled(self, assignments: list[Assignment], deadline: float) -> None:
+    async def _until_nothing_under_way(self, assignments: list[Assignment], deadline: float) -> None:
         while any(assignment.under_way for assignment in assignments):
             self._assignments.settled.clear()
             try:
@@ -190,10 +193,12 @@ class RebalanceHandler:
                 return
 
     def _discard(self, assignment: Assignment) -> None:
+        """Drops what was read of a partition and not taken by the pipeline."""
         self._read_ahead.discard(assignment)
         self._consumer.release(assignment.tp)
 
     def _release(self, assignment: Assignment) -> None:
+        """Ends an assignment: nothing of it is published or committed from now on."""
         if not assignment.is_owned:
             return
         assignment.accepts = assignment.is_owned = False

@@ -1,4 +1,4 @@
-"""Kafka in: assignment, reading with backpressure, commit, lag.
+"""The input of the pipeline: a member of the consumer group that reads the input topics and commits offsets.
 
 The event loop owns everything here. An ``Assignment`` lasts from the moment the group assigns a partition to this process
 until it is revoked, and each record belongs to one: what is read under one assignment is never committed under another.
@@ -12,9 +12,7 @@ from typing import Any
 
 from aiokafka import TopicPartition
 
-from worker.kafka.aiokafka_compat import (
-    CoordinatorAnswers,
-)
+from worker.kafka.aiokafka_compat import CoordinatorAnswers
 from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.commits import Commits
 from worker.kafka.connection import Backoff, Connection
@@ -41,10 +39,11 @@ log = logging.getLogger(__name__)
 class Source:
     """Reads the input topics as a member of the group, and commits what the pipeline says has been acknowledged.
 
-    ``run`` does the work; the pipeline calls ``next_batch``, ``acknowledge`` and ``drop``. A revocation drops the records
-    that have not reached the network; the others are published and committed, within its deadline.
+    ``run`` does the work; the pipeline calls ``next_batch`` and ``drop``, the delivery what ``Owner`` lists. A revocation
+    drops the records that have not reached the model; the others are published and committed, within its deadline.
 
-    How results are published and offsets committed is the delivery's to know.
+    Each part of the work has a class of its own. This one puts them together and runs them, session by session: a session
+    lasts as long as one consumer, which is replaced where it no longer works.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class Source:
 
     def records_held(self) -> int:
         """How many have been read and are neither dropped nor acknowledged."""
-        return len(self._read_ahead) + sum(assignment.under_way for assignment in self._assignments.values())
+        return len(self._read_ahead) + self._assignments.under_way()
 
     def stop_taking(self) -> None:
         """Ends reading; ``next_batch`` then answers None. What no micro-batch has is left to the partition's next owner."""
@@ -192,11 +191,12 @@ class Source:
         self._rebalances.stop_reading()
         self._read_ahead.end()
 
-    # The consumer's life.
+    # The session.
 
     async def run(self) -> None:
-        """Keeps a consumer in the group until ``close``. Raises UnreadableRecord, Standstill, TopicRecreated,
-        WrongSetting.
+        """Keeps a consumer in the group until ``close``.
+
+        Raises UnreadableRecord, Standstill, TopicRecreated and WrongSetting.
         """
         backoff = Backoff()
         while not self._stopping.is_set():
@@ -216,13 +216,13 @@ class Source:
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
         await self._commits.commit_before(deadline)
-        uncommitted = sum(assignment.uncommitted + assignment.under_way for assignment in self._assignments.values())
-        uncommitted += self._assignments.read_again
+        uncommitted = self._assignments.uncommitted()
         self._rebalances.release_all()
         await self._consumer.stop(max(1.0, deadline - time.monotonic()))
         return uncommitted
 
     async def _session(self) -> None:
+        """Runs one consumer until ``close``, or until it has to be replaced: then it raises Rejoin."""
         self._fault = asyncio.get_running_loop().create_future()
         consumer = await self._consumer.start()
         listener = RebalanceListener(self._rebalances.on_revoked, self._rebalances.on_assigned, self._fail)
@@ -253,13 +253,14 @@ class Source:
             raise
         finally:
             if not self._fault.cancel():
-                self._fault.exception()  # taken, or asyncio says on stderr that nobody has
+                self._fault.exception()  # else asyncio says on stderr that nobody has retrieved it
             await cancelled((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._rebalances.on_revoked(set(self._assignments))
                 await self._consumer.stop(self._connection.request_timeout_s)
 
     def _fail(self, error: BaseException) -> None:
+        """Ends the session with an error; the first one counts."""
         if self._fault is not None and not self._fault.done():
             self._fault.set_exception(error)
 

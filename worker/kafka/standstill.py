@@ -1,4 +1,4 @@
-"""Whether joining the group again helps where records are not read."""
+"""Detects that nothing is read although the consumer was replaced several times."""
 
 import asyncio
 from collections import Counter
@@ -9,7 +9,7 @@ from aiokafka import TopicPartition
 from worker.kafka.assignment import Assignments, partition_names
 from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, Rejoin
 
-REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
+MAX_REJOINS: Final = 3  # in a row without progress in a partition that has records: the process ends
 
 
 class Standstill(Exception):
@@ -17,28 +17,29 @@ class Standstill(Exception):
 
 
 class StandstillDetector:
-    """Compares the positions of partitions from one session of the consumer to the next."""
+    """Compares the positions of the partitions at the end of one session of the source with those of the next."""
 
     def __init__(self, consumer: GroupConsumer, assignments: Assignments) -> None:
         self._consumer = consumer
         self._assignments = assignments
         self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
         self._sessions_unmoved: Counter[TopicPartition] = Counter()  # in a row in which it did not move, with records
-        self._sessions_not_begun = 0  # in a row in which no partition was begun
+        self._sessions_not_started = 0  # in a row in which no partition was started
 
-    def has_begun(self) -> None:
-        """A partition is read from a known offset, or the group has left this process none."""
-        self._sessions_not_begun = 0
+    def partition_started(self) -> None:
+        """A partition is read from a known offset, or the group has assigned no partition to this process."""
+        self._sessions_not_started = 0
 
     async def check(self, reason: Rejoin) -> None:
         """Is called when a session ends for ``reason``, with its consumer still live.
 
-        Raises Standstill where joining again has not moved a partition for REJOINS times, and it has records to read. Or
-        has led to none at all. What is not known of a partition, as its end, changes nothing about it.
+        Raises Standstill where the group was joined again MAX_REJOINS times in a row, and either a partition that has
+        records has not moved, or no partition was started at all. A partition whose position or end is not known does
+        not count.
         """
-        self._sessions_not_begun += 1
-        if self._sessions_not_begun > REJOINS:
-            raise Standstill(f"nothing is read, although the group was joined again {REJOINS} times: {reason}")
+        self._sessions_not_started += 1
+        if self._sessions_not_started > MAX_REJOINS:
+            raise Standstill(f"nothing is read, although the group was joined again {MAX_REJOINS} times: {reason}")
         assignments = list(self._assignments.values())
         found = await asyncio.gather(*(self._consumer.position(each.tp) for each in assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
@@ -46,11 +47,11 @@ class StandstillDetector:
             is_unmoved = is_behind and self._positions.get(tp) == positions[tp]
             self._sessions_unmoved[tp] = self._sessions_unmoved[tp] + 1 if is_unmoved else 0
         self._positions |= positions
-        stuck = [tp for tp in positions if self._sessions_unmoved[tp] == REJOINS]
+        stuck = [tp for tp in positions if self._sessions_unmoved[tp] == MAX_REJOINS]
         if stuck:
             raise Standstill(
                 f"nothing of {partition_names(stuck)} is read any more, although there are records and the group was "
-                f"joined again {REJOINS} times: {reason}"
+                f"joined again {MAX_REJOINS} times: {reason}"
             )
 
     async def _behind(self, positions: dict[TopicPartition, int]) -> dict[TopicPartition, bool]:

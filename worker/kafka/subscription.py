@@ -46,7 +46,7 @@ class RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 class Subscription:
-    """``topics`` and, if there is a ``pattern``, those that match it later."""
+    """The topics to subscribe to: ``topics`` and, if there is a ``pattern``, those that come later and match it."""
 
     def __init__(self, topics: Iterable[str], pattern: str | None, *, request_timeout_s: float) -> None:
         self.topics = tuple(topics)
@@ -71,7 +71,7 @@ class Subscription:
             try:
                 names = await within(self._request_timeout_s, consumer.topic_names())
             except UNREACHABLE:
-                continue  # who looks at the lag tells
+                continue  # the lag watcher reports it
             took_s = time.monotonic() - started
             found = [name for name in matching(pattern, names) if name not in self.topics]
             if found:

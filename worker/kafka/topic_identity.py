@@ -1,4 +1,4 @@
-"""Which topic an input topic's name stands for now: one that was deleted and made again has the same name."""
+"""Which topic an input topic's name stands for: a topic that was deleted and created again has the same name."""
 
 import asyncio
 import contextlib
@@ -55,15 +55,18 @@ class TopicIdentity:
         self._topic_ids.ask_again(topics)
 
     async def watch(self, consumer: Consumer) -> None:
-        """Raises TopicRecreated. Commits until then name the old topic's id, so the next start ignores them."""
+        """Compares the ids of the topics that are read, until it is cancelled. Raises TopicRecreated.
+
+        Commits until then name the old topic's id, so the next start ignores them.
+        """
         while True:
             await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
             topics = {tp.topic for tp in self._assignments}
-            with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
+            with contextlib.suppress(*UNREACHABLE):  # the lag watcher reports it
                 self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
 
     async def identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
-        """Waits until it is certain which topic has this name; it is asked once for all that are read.
+        """Waits until it is certain which topic has this name. One request serves all topics that are read.
 
         Raises TopicRecreated, and what is in UNREACHABLE.
         """
@@ -79,7 +82,7 @@ class TopicIdentity:
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
                 if not self._topic_ids.is_certain(topic):
-                    self._tell_of_doubt(tp)
+                    self._report_disagreement(tp)
                     await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
     async def confirm(self, tp: TopicPartition) -> None:
@@ -100,7 +103,7 @@ class TopicIdentity:
                 if agreed is not None and self._topic_ids.is_certain(topic):
                     self._confirmed[topic] += 1
                 else:
-                    self._tell_of_doubt(tp)
+                    self._report_disagreement(tp)
 
     def offset_of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
@@ -118,5 +121,5 @@ class TopicIdentity:
             return None
         return committed.offset if committed.offset >= 0 else None
 
-    def _tell_of_doubt(self, tp: TopicPartition) -> None:
+    def _report_disagreement(self, tp: TopicPartition) -> None:
         self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
