@@ -82,18 +82,18 @@ class Assignments(dict[TopicPartition, Assignment]):
         return self._not_committed_in_drain + sum(each.uncommitted + each.under_way for each in self.values())
 
     def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
-        """As of ``Source.acknowledge``."""
+        """As of ``Owner.acknowledge``."""
         assignment.under_way -= records
         if assignment.is_owned:
             assignment.acknowledge_to(next_offset)
             assignment.uncommitted += records
             self.commit_due.set()
         else:
-            self.repeat(records)
+            self.count_duplicates(records)
         self.settled.set()
 
     def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
-        """As of ``Source.advance``."""
+        """As of ``Owner.advance``."""
         assignment.under_way -= records
         if records:  # an offset alone is acknowledged already, and perhaps a later one too
             assignment.acknowledge_to(next_offset)
@@ -101,13 +101,13 @@ class Assignments(dict[TopicPartition, Assignment]):
         self.settled.set()
 
     def drop(self, assignment: Assignment, records: int) -> None:
-        """As of ``Source.drop``."""
+        """As of ``Owner.drop``."""
         assignment.under_way -= records
         if self.is_draining:
             self._not_committed_in_drain += records
         self.settled.set()
 
-    def repeat(self, records: int) -> None:
+    def count_duplicates(self, records: int) -> None:
         """Counts records that are published and not committed: the partition's next owner publishes them again."""
         self._metrics.duplicates_possible.inc(records)
         if self.is_draining:

@@ -140,7 +140,7 @@ class LagWatcher:
         if assignment.is_owned:
             self._metrics.lag(assignment.tp.topic, assignment.tp.partition, lag, age_s)
         now = self._clock()
-        unpacking_since = self._unpacking_since(assignment, now)
+        unpacking_since = self._note_unpacking(assignment, now)
         if unpacking_since is not None and now - unpacking_since > SILENCE_S:  # joining again would not make room
             why = f"{assignment.name} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
             self._health.trouble("read", why, assignment.tp)
@@ -149,7 +149,8 @@ class LagWatcher:
         elif now - assignment.silent_since > SILENCE_S:
             raise Rejoin(f"{assignment.name} has {lag} records and has sent none for {SILENCE_S:g} s")
 
-    def _unpacking_since(self, assignment: Assignment, now: float) -> float | None:
+    def _note_unpacking(self, assignment: Assignment, now: float) -> float | None:
+        """Since when the partition's reader waits for a batch to be unpacked; None if it does not."""
         is_unpacking = self._consumer.is_unpacking(assignment.tp)
         since = now if assignment.unpacking_since is None else assignment.unpacking_since
         assignment.unpacking_since = since if is_unpacking else None

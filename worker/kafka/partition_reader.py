@@ -133,8 +133,8 @@ class PartitionReader:
         consumer = self._consumer.live
         found = await within(self._request_timeout_s, consumer.committed_offsets([assignment.tp]))
         commit = found[assignment.tp]
-        lacks_topic_id = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
-        if lacks_topic_id:
+        lacks_this_topic_id = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
+        if lacks_this_topic_id:
             await self._topic_identity.confirm(assignment.tp)
         committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
         self._delivery.resume(assignment, committed)
@@ -146,7 +146,7 @@ class PartitionReader:
         consumer.seek(assignment.tp, offset)
         self._standstill.partition_started()
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
-        if lacks_topic_id or (committed is None and self._auto_offset_reset == "latest"):
+        if lacks_this_topic_id or (committed is None and self._auto_offset_reset == "latest"):
             # The start, and the topic's id, are committed at once, so that they hold if this process dies before a result.
             assignment.committed = None
             self._assignments.commit_due.set()

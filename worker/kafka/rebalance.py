@@ -131,7 +131,7 @@ class RebalanceHandler:
             self._release(assignment)  # the revocation finds nothing to release any more
         else:
             self._delivery.abandon(assignment)
-            self._assignments.repeat(assignment.uncommitted)
+            self._assignments.count_duplicates(assignment.uncommitted)
         assignment.accepts = assignment.is_owned = False
         self._discard(assignment)
         self._read_ahead.admit_if_room()
@@ -203,7 +203,7 @@ class RebalanceHandler:
             return
         assignment.accepts = assignment.is_owned = False
         self._delivery.release(assignment)
-        self._assignments.repeat(assignment.uncommitted)
+        self._assignments.count_duplicates(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)
         if self._assignments.get(assignment.tp) is assignment:
             del self._assignments[assignment.tp]

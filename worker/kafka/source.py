@@ -72,6 +72,8 @@ class Source:
         self._metrics = metrics
         self._health = health
         self._clock = clock
+        self._fault: asyncio.Future[None] | None = None  # what ends the session
+        self._stopping = asyncio.Event()
         timeouts = GroupTimeouts.of(
             request_timeout_ms=connection.request_timeout_ms, session_timeout_ms=session_timeout_ms
         )
@@ -93,8 +95,6 @@ class Source:
             self._consumer, self._assignments, auto_offset_reset=auto_offset_reset, metrics=metrics, health=health
         )
         self._commits = Commits(self._consumer, delivery, self._assignments, connection.request_timeout_s)
-        self._fault: asyncio.Future[None] | None = None
-        self._stopping = asyncio.Event()
         self._outages = KnownOutages()
         self._errors = ReadErrors(
             connection,
@@ -169,18 +169,6 @@ class Source:
         """
         return await self._read_ahead.next_batch()
 
-    def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
-        """Everything of this partition before ``next_offset`` has been published, the last ``records`` records just now."""
-        self._assignments.acknowledge(assignment, next_offset, records)
-
-    def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
-        """Everything of this partition before ``next_offset`` has been published and committed."""
-        self._assignments.advance(assignment, next_offset, records)
-
-    def drop(self, assignment: Assignment, records: int) -> None:
-        """These records are discarded, as their partition is revoked or begins again, and will be read again."""
-        self._assignments.drop(assignment, records)
-
     def records_held(self) -> int:
         """How many have been read and are neither dropped nor acknowledged."""
         return len(self._read_ahead) + self._assignments.under_way()
@@ -190,6 +178,26 @@ class Source:
         self._assignments.is_draining = True
         self._rebalances.stop_reading()
         self._read_ahead.end()
+
+    # For the delivery: as of ``Owner``.
+
+    def acknowledge(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        self._assignments.acknowledge(assignment, next_offset, records)
+
+    def advance(self, assignment: Assignment, next_offset: int, records: int) -> None:
+        self._assignments.advance(assignment, next_offset, records)
+
+    def drop(self, assignment: Assignment, records: int) -> None:
+        self._assignments.drop(assignment, records)
+
+    def restart(self, assignment: Assignment) -> None:
+        self._rebalances.restart(assignment)
+
+    async def confirm_membership(self) -> None:
+        await self._consumer.confirm_membership()
+
+    async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        await self._consumer.commit_offsets(offsets)
 
     # The session.
 
@@ -263,23 +271,6 @@ class Source:
         """Ends the session with an error; the first one counts."""
         if self._fault is not None and not self._fault.done():
             self._fault.set_exception(error)
-
-    # For the delivery.
-
-    def restart(self, assignment: Assignment) -> None:
-        """Discards what was read of a partition, and begins again at its committed offset.
-
-        During a revocation or drain, it only discards.
-        """
-        self._rebalances.restart(assignment)
-
-    async def confirm_membership(self) -> None:
-        """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
-        await self._consumer.confirm_membership()
-
-    async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
-        """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
-        await self._consumer.commit_offsets(offsets)
 
 
 def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
