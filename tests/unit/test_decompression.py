@@ -37,7 +37,7 @@ from worker.kafka.decompression import (
     unpack_into,
     unpack_snappy,
 )
-from worker.kafka.source import UNREADABLE
+from worker.kafka.partition_reader import UNREADABLE
 
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
 KINDS = [(DefaultRecordBatch, DefaultRecordBatchBuilder), (_DefaultRecordBatchPy, _DefaultRecordBatchBuilderPy)]

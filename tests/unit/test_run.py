@@ -93,10 +93,10 @@ FAILING = """
 import sys
 from worker import settings
 from worker.commands import run as service
-from worker.kafka import source
+from worker.kafka.standstill import Standstill
 from worker.cli import main
 
-error = {"Standstill": source.Standstill, "WrongSetting": settings.WrongSetting}[sys.argv.pop()]
+error = {"Standstill": Standstill, "WrongSetting": settings.WrongSetting}[sys.argv.pop()]
 
 async def started(*_):
     raise error("it is so")

@@ -40,8 +40,10 @@ from worker.kafka.connection import (
     why_unreachable,
 )
 from worker.kafka.consumer import Consumer
+from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
+from worker.kafka.partition_reader import UNREADABLE
 from worker.kafka.sink import ProducerRecord, Sink
-from worker.kafka.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
+from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
 from worker.printable import printable
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ReplaySettings, moment_ms

@@ -24,7 +24,8 @@ from worker.http.access import Guard
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
 from worker.http.server import Monitor
-from worker.kafka.source import Standstill, UnreadableRecord
+from worker.kafka.partition_reader import UnreadableRecord
+from worker.kafka.standstill import Standstill
 from worker.pipeline.inference import Inference, InferenceLost
 from worker.pipeline.publishing import DeadLetterRefused
 from worker.pipeline.stages import DrainTimeout, Pipeline

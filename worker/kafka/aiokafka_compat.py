@@ -24,6 +24,7 @@ from aiokafka.errors import (
     BrokerResponseError,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
+    IllegalStateError,
     KafkaConnectionError,
     KafkaError,
     LeaderNotAvailableError,
@@ -37,7 +38,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import SendProduceReqHandler
 from aiokafka.protocol.api import Request, RequestStruct, Response
-from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
+from aiokafka.protocol.group import JoinGroupRequest, LeaveGroupRequest, SyncGroupRequest
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
 from aiokafka.protocol.types import (
     Array,
@@ -714,3 +715,39 @@ def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
     accumulator = producer._message_accumulator
     while (waiting := accumulator._batches.get(tp)) and waiting[0]._builder not in _in_doubt:
         accumulator._pop_batch(tp).failure(UnknownTopicOrPartitionError(f"{tp.topic}-{tp.partition}"))
+
+
+# The group, as the source needs it.
+
+
+async def leave_group(consumer: AIOKafkaConsumer, timeout_s: float) -> None:
+    """Leaves the group on another connection than the group's own, which a join under way blocks.
+
+    Does nothing for a static member, which keeps its place, and where no coordinator is known. Raises KafkaError, OSError
+    and TimeoutError. Upstream would have to do it in ``stop``, whose LeaveGroup waits behind the JoinGroup.
+    """
+    coordinator = consumer._coordinator
+    if coordinator is None or coordinator.coordinator_id is None or coordinator._group_instance_id is not None:
+        return
+    request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
+    sending = consumer._client.send(coordinator.coordinator_id, request, group=ConnectionGroup.DEFAULT)
+    await within(timeout_s, sending)
+
+
+async def confirm_membership(consumer: AIOKafkaConsumer, timeout_s: float) -> None:
+    """Returns if the coordinator says that the consumer is a member of its group, by a heartbeat that is sent now.
+
+    Raises IllegalStateError where it is none any more, GroupCoordinatorNotAvailableError where it is not known, and
+    TimeoutError. Upstream would have to offer it.
+    """
+    coordinator = consumer._coordinator
+    if await within(timeout_s, coordinator._do_heartbeat()):
+        return
+    if coordinator.generation <= 0:
+        raise IllegalStateError("no longer a member of the group")
+    raise GroupCoordinatorNotAvailableError
+
+
+def knows_topic(client: Any, topic: str) -> bool:
+    """Whether the metadata that a started client has got list the topic, with partitions. Never blocks."""
+    return bool(inner(client).cluster.partitions_for_topic(topic))

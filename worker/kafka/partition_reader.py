@@ -1,0 +1,207 @@
+"""The loop that reads one partition: where to start, reading while there is room, and what to do where that fails."""
+
+import asyncio
+import logging
+import struct
+import time
+from collections.abc import Callable
+from typing import Final
+
+from aiokafka import TopicPartition
+from aiokafka.errors import (
+    CorruptRecordException,
+    IllegalStateError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RecordTooLargeError,
+)
+
+from worker.core.topic_ids import with_topic_id, without_topic_id
+from worker.kafka.assignment import Assignment, Assignments
+from worker.kafka.connection import UNREACHABLE, Backoff
+from worker.kafka.delivery import Delivery
+from worker.kafka.group_consumer import GroupConsumer, Rejoin
+from worker.kafka.read_ahead import MAX_READ_RECORDS, ReadAhead
+from worker.kafka.read_errors import ReadErrors
+from worker.kafka.standstill import StandstillDetector
+from worker.kafka.topic_identity import TopicIdentity
+from worker.runtime.loop_budget import TurnBudget
+from worker.runtime.tasks import cancelled, within
+from worker.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+READ_TIMEOUT_MS: Final = 1_000
+# what aiokafka raises where the bytes of a record or a batch are not as they should be
+UNREADABLE: Final = (
+    CorruptRecordException,
+    RecordTooLargeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    struct.error,
+)
+
+
+class UnreadableRecord(Exception):
+    """A record cannot be read from Kafka; the message says which. Exit code 1."""
+
+
+class PartitionReader:
+    """Reads partitions into the read-ahead buffer. The rebalance handler starts a task of ``run`` for each assignment."""
+
+    def __init__(
+        self,
+        consumer: GroupConsumer,
+        delivery: Delivery,
+        assignments: Assignments,
+        read_ahead: ReadAhead,
+        topic_identity: TopicIdentity,
+        errors: ReadErrors,
+        standstill: StandstillDetector,
+        *,
+        restart: Callable[[Assignment], None],
+        auto_offset_reset: str,
+        request_timeout_s: float,
+        turn_budget: TurnBudget,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._consumer = consumer
+        self._delivery = delivery
+        self._assignments = assignments
+        self._read_ahead = read_ahead
+        self._topic_identity = topic_identity
+        self._errors = errors
+        self._standstill = standstill
+        self._restart = restart
+        self._auto_offset_reset = auto_offset_reset
+        self._request_timeout_s = request_timeout_s
+        self._turn_budget = turn_budget
+        self._metrics = metrics
+        self._clock = clock
+
+    async def run(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
+        """Reads one partition until it is revoked or the drain begins, once the task ``after`` has ended.
+
+        Raises Rejoin, UnreadableRecord, TopicRecreated and WrongSetting.
+        """
+        backoff = Backoff()
+        if after is not None and await cancelled([after]):
+            raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
+        while assignment.accepts and not self._assignments.is_draining:
+            try:
+                await self._ensure_offset(assignment)
+                await self._read_ahead.until_room()
+                if assignment.accepts and not self._assignments.is_draining:
+                    await self._read(assignment)
+                self._errors.clear(assignment.tp)
+                backoff = Backoff()
+            except IllegalStateError:
+                return  # a rebalance has begun
+            except OffsetOutOfRangeError:
+                assignment.is_out_of_range = True
+            except NoOffsetForPartitionError:
+                if assignment.delivered is not None:
+                    self._restart(assignment)
+                    return
+            except UNREACHABLE as error:
+                if assignment.accepts:
+                    self._errors.handle(error, assignment.tp)
+                await backoff.wait()
+
+    async def _ensure_offset(self, assignment: Assignment) -> None:
+        """Makes sure that the topic is the one that was read, and that there is an offset to read from."""
+        await self._topic_identity.identify(assignment.tp)
+        if assignment.delivered is None:
+            await self._start(assignment)
+        elif assignment.is_out_of_range:
+            await self._until_acknowledged(assignment)  # what was read before the gap is published and committed first
+            await self._reset_offset(assignment)
+
+    async def _until_acknowledged(self, assignment: Assignment) -> None:
+        while not assignment.is_idle():
+            self._assignments.settled.clear()
+            await self._assignments.settled.wait()
+
+    async def _start(self, assignment: Assignment) -> None:
+        """Seeks to the committed offset, or else to where ``auto_offset_reset`` says, and has the delivery begin there."""
+        topic_id = self._topic_identity.of(assignment.tp.topic)
+        assignment.metadata = with_topic_id(topic_id)
+        await self._delivery.begin(assignment)
+        consumer = self._consumer.live
+        found = await within(self._request_timeout_s, consumer.committed_offsets([assignment.tp]))
+        commit = found[assignment.tp]
+        lacks_this_topic_id = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
+        if lacks_this_topic_id:
+            await self._topic_identity.confirm(assignment.tp)
+        committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
+        self._delivery.resume(assignment, committed)
+        if committed is None:
+            offset = await self._offset_by_reset_policy(assignment.tp)
+            log.info("no committed offset", extra={"partition": assignment.name, "begin_at": offset})
+        else:
+            offset = committed
+        consumer.seek(assignment.tp, offset)
+        self._standstill.partition_started()
+        assignment.delivered = assignment.acknowledged = assignment.committed = offset
+        if lacks_this_topic_id or (committed is None and self._auto_offset_reset == "latest"):
+            # The start, and the topic's id, are committed at once, so that they hold if this process dies before a result.
+            assignment.committed = None
+            self._assignments.commit_due.set()
+
+    async def _reset_offset(self, assignment: Assignment) -> None:
+        """Seeks to where ``auto_offset_reset`` says, as the broker no longer has the next offset to read."""
+        await self._topic_identity.identify(assignment.tp, anew=True)
+        gone = assignment.delivered
+        offset = await self._offset_by_reset_policy(assignment.tp)
+        self._metrics.offset_resets.inc()
+        log.error(
+            "the offset to resume from is gone: records may have been deleted before they were read",
+            extra={"partition": assignment.name, "offset": gone, "resume_at": offset},
+        )
+        self._consumer.live.seek(assignment.tp, offset)
+        assignment.is_out_of_range = False
+        assignment.delivered = assignment.acknowledged = offset
+        self._assignments.commit_due.set()
+
+    async def _offset_by_reset_policy(self, tp: TopicPartition) -> int:
+        consumer = self._consumer.live
+        find = consumer.beginning_offsets if self._auto_offset_reset == "earliest" else consumer.end_offsets
+        offsets: dict[TopicPartition, int] = await within(self._request_timeout_s, find([tp]))
+        return offsets[tp]
+
+    async def _read(self, assignment: Assignment) -> None:
+        # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
+        # Nothing may be awaited between the read and what follows, for the position has moved.
+        limit = (lambda: 1) if assignment.single_record_reads else self._read_ahead.read_limit
+        try:
+            records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+        except UNREADABLE as error:
+            self._retry_one_by_one(assignment, error)
+            return
+        self._turn_budget.after(len(records))
+        if not records or not assignment.accepts or self._assignments.is_draining:
+            return
+        now = self._clock()
+        assignment.single_record_reads = max(0, assignment.single_record_reads - 1)
+        assignment.delivered = records[-1].offset + 1
+        assignment.silent_since = now
+        assignment.unacknowledged_reads.append((assignment.delivered, records[0].timestamp))
+        self._read_ahead.add(assignment, records, now)
+
+    def _retry_one_by_one(self, assignment: Assignment, error: Exception) -> None:
+        """Seeks back to the next record to read, and has records read one by one; raises UnreadableRecord the second time.
+
+        Raises IllegalStateError if the partition is no longer this process's: its next owner meets the record.
+        """
+        self._metrics.kafka_errors.labels("read").inc()
+        assert assignment.delivered is not None  # it was known before anything was read
+        self._consumer.live.seek(assignment.tp, assignment.delivered)
+        if assignment.single_record_reads:
+            raise UnreadableRecord(
+                f"the record of {assignment.name} at offset {assignment.delivered}, or in the batch that begins there, "
+                f"cannot be read ({type(error).__name__})"
+            ) from error
+        assignment.single_record_reads = MAX_READ_RECORDS
