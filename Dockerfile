@@ -35,7 +35,7 @@ RUN echo triton >unused && version=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' require
     rm -rf /opt/worker/lib/python3*/site-packages/torch/include && /opt/worker/bin/python -c 'import torch'
 
 FROM ${BASE} AS cpu
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sentiment-worker" \
       org.opencontainers.image.description="Scores the sentiment of texts from Kafka to Kafka, on a CPU" \
@@ -65,7 +65,7 @@ RUN echo triton >unused && uv pip install --require-hashes --excludes unused -r 
     rm -rf /opt/worker/lib/python3*/site-packages/torch/include && /opt/worker/bin/python -c 'import torch'
 
 FROM ${BASE} AS cuda
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sentiment-worker" \
       org.opencontainers.image.description="Scores the sentiment of texts from Kafka to Kafka, on an NVIDIA GPU" \

@@ -1,19 +1,26 @@
-"""The documents keep up with the code: generated pages, alerts, modules, links, and the commands in them."""
+"""The documents keep up with the code: settings, metrics, reasons, commands, dependencies, alerts, modules, links."""
 
 import re
 import runpy
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.deploy.manifests import alerts
+from worker.cli import COMMANDS
+from worker.core.events import Reason
 from worker.settings import RunSettings
 from worker.telemetry.metrics import PREFIX, Metrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "deploy" / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "deploy/README.md")),
+    *sorted(DOCS.glob("*.md")),
+]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REFERENCE: dict[str, Any] = runpy.run_path(str(DOCS / "reference.py"))
 FAMILIES = [family for family in Metrics("test")._registry.collect() if family.name.startswith(PREFIX)]
 
@@ -34,6 +41,77 @@ def rows(page: str) -> dict[str, list[str]]:
     """The cells of each table row of a generated page, by the first one, without its backticks and labels."""
     lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| `")]
     return {re.split(r"\{", line[0].replace("`", ""))[0]: line for line in reversed(lines)}
+
+
+def first_cells(page: str) -> dict[str, str]:
+    """The first cell of each table row of a page in docs/, without backticks → the row."""
+    lines = [line for line in text_of(DOCS / page).splitlines() if line.startswith("| ")]
+    return {line.split("|")[1].replace("`", "").strip(): line for line in lines}
+
+
+def metric_rows() -> dict[str, str]:
+    """The rows of docs/operating.md, by the first cell without labels."""
+    return {re.split(r"\{", cell)[0]: row for cell, row in first_cells("operating.md").items()}
+
+
+def metric_name(family: Any) -> str:
+    return str(family.name).removeprefix(PREFIX) + ("_total" if family.type == "counter" else "")
+
+
+SETTINGS_SHOWN = [name for name in RunSettings.model_fields if name in first_cells("commands.md")]
+METRICS_SHOWN = [family for family in FAMILIES if metric_name(family) in metric_rows()]
+
+
+def test_the_settings_and_metrics_that_most_need_stand_there() -> None:
+    assert {"bootstrap_servers", "input_topics", "output_topic", "dead_letter_topic", "group_id", "model"} <= set(
+        SETTINGS_SHOWN
+    )
+    assert {"ready", "consumer_lag_seconds", "dead_letters_total"} <= {metric_name(family) for family in METRICS_SHOWN}
+
+
+@pytest.mark.parametrize("name", SETTINGS_SHOWN)
+def test_a_setting_that_most_need_stands_there_with_its_default(name: str) -> None:
+    field = RunSettings.model_fields[name]
+    shown = "–" if field.default is None else f"`{field.default}`"
+    _, _, default, meaning, _ = first_cells("commands.md")[name].split("|")
+    assert (default.strip(), meaning.strip()) == (shown, field.description)
+
+
+@pytest.mark.parametrize("family", METRICS_SHOWN, ids=lambda family: str(family.name))
+def test_a_metric_that_most_need_stands_there_with_its_type_and_meaning(family: Any) -> None:
+    _, _, kind, meaning, _ = metric_rows()[metric_name(family)].split("|")
+    assert (kind.strip(), meaning.strip()) == (family.type, family.documentation)
+
+
+@pytest.mark.parametrize("reason", get_args(Reason))
+def test_each_reason_stands_there(reason: str) -> None:
+    assert any(reason in cell.split(", ") for cell in first_cells("records.md"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_stands_there(command: str) -> None:
+    assert command in first_cells("commands.md")
+
+
+def test_each_dependency_has_its_reason() -> None:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=; ]", word)[0] for group in groups for word in group}
+    cells = {name.strip() for cell in first_cells("contributing.md") for name in re.split(r"[,(]", cell)}
+    assert names <= cells, names - cells
+
+
+def test_the_locks_name_no_index_and_have_hashes() -> None:
+    for lock in (ROOT / "requirements").glob("*.txt"):
+        text = lock.read_text()
+        assert "://" not in text
+        assert text.count("--hash=sha256:") >= len(re.findall(r"^[a-z].*==", text, re.MULTILINE)) > 0
+
+
+def test_the_changelog_begins_with_the_version_and_the_image_has_it() -> None:
+    version = PROJECT["version"]
+    assert re.findall(r"^## \[(\d.*?)\]", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
+    assert f"\n### {version}\n" in text_of(DOCS / "upgrading.md")
+    assert set(re.findall(r"^ARG VERSION=(.*)$", text_of(ROOT / "Dockerfile"), re.MULTILINE)) == {version}
 
 
 @pytest.mark.parametrize("path", REFERENCE["built"](), ids=lambda path: str(path.name))

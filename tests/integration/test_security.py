@@ -255,7 +255,7 @@ def test_a_key_with_a_password(secure: SecureKafka) -> None:
 
 # --- The whole worker ---
 
-NEEDED = {  # what the README says a worker needs
+NEEDED = {  # what docs/operating.md says a worker needs
     "input": (TOPIC, (READ,)),
     "output": (TOPIC, (WRITE,)),
     "dead_letters": (TOPIC, (WRITE,)),

@@ -1,4 +1,4 @@
-"""Records that nobody asked for, from a seed, and what the README says becomes of each.
+"""Records that nobody asked for, from a seed, and what docs/records.md says becomes of each.
 
 The oracle shares nothing with the worker: the standard library's JSON reader, made strict, and rules of its own.
 """

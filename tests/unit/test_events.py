@@ -1,4 +1,4 @@
-"""Records in, results and dead letters out, byte for byte as the README's section on records says."""
+"""Records in, results and dead letters out, byte for byte as docs/records.md says."""
 
 import json
 import sys
