@@ -117,12 +117,12 @@ def worker_module() -> str:
 @pytest.fixture
 def workers(broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the shared broker."""
-    with workers_in(broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
+    with workers_in(broker.bootstrap, checkpoint, tmp_path, worker_module, is_forked=True) as workers:
         yield workers
 
 
 @pytest.fixture
 def fragile_workers(fragile_broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the broker that the test stops."""
-    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
+    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path, worker_module, is_forked=True) as workers:
         yield workers

@@ -85,7 +85,7 @@ def service(two_addresses: tuple[Broker, int, int]) -> Iterator[Service]:
 
 @pytest.fixture
 def workers_of_service(service: Service, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(service.bootstrap, checkpoint, tmp_path, COSTLESS) as workers:
+    with workers_in(service.bootstrap, checkpoint, tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 

@@ -3,11 +3,10 @@
 import orjson
 import pytest
 
-from tests.support.process import Workers
+from tests.support.process import Workers, forked
 from tests.support.scenario import letter_place, places, result_place, worked
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
-from tests.test_command_line import call
 
 pytestmark = pytest.mark.kafka
 COSTLESS = {"module": "tests.support.costless_model", "cache_size": 0}  # a model that is there at once
@@ -123,12 +122,12 @@ def test_check_looks_at_every_topic_of_a_pattern(kafka: Kafka, topics: Topics) -
         "--output-topic", topics.output, "--dead-letter-topic", topics.dead_letters,
         "--input-pattern", rf"{topics.input}\.\d",
     ]  # fmt: skip
-    done = call("check", *flags)
+    done = forked("check", *flags)
     assert done.returncode == 1
     assert "no topic has a name that matches" in done.stdout
     for number in range(2):
         kafka.create(f"{topics.input}.{number}", 3)
-    done = call("check", *flags)
+    done = forked("check", *flags)
     assert done.returncode == 0, done.stdout
     assert all(f"READ on topic {topics.input}.{number}" in done.stdout for number in range(2))
     assert "work for up to 6" in done.stdout
