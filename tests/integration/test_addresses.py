@@ -35,8 +35,8 @@ def outside(lost_broker: Broker) -> str:
 
 
 @pytest.fixture
-def lost_workers(lost_broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(lost_broker.bootstrap, checkpoint, tmp_path, COSTLESS, is_forked=True) as workers:
+def lost_workers(lost_broker: Broker, tmp_path: Path) -> Iterator[Workers]:
+    with workers_in(lost_broker.bootstrap, Path("builtin"), tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 

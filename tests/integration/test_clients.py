@@ -84,8 +84,8 @@ def service(two_addresses: tuple[Broker, int, int]) -> Iterator[Service]:
 
 
 @pytest.fixture
-def workers_of_service(service: Service, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(service.bootstrap, checkpoint, tmp_path, COSTLESS, is_forked=True) as workers:
+def workers_of_service(service: Service, tmp_path: Path) -> Iterator[Workers]:
+    with workers_in(service.bootstrap, Path("builtin"), tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 

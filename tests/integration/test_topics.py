@@ -3,13 +3,18 @@
 import orjson
 import pytest
 
-from tests.support.process import Workers, forked
+from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import letter_place, places, result_place, worked
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
-COSTLESS = {"module": "tests.support.costless_model", "cache_size": 0}  # a model that is there at once
+NO_CACHE = {"cache_size": 0}
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 def create_outputs(kafka: Kafka, topics: Topics) -> None:
@@ -50,7 +55,7 @@ def test_a_topic_that_comes_later_is_read_and_nothing_is_repeated(
     pattern = rf"{topics.input}\.\d"
     pair = [
         workers.start(
-            topics, input_topics=None, input_pattern=pattern, delivery=delivery, max_batch_texts=64, **COSTLESS
+            topics, input_topics=None, input_pattern=pattern, delivery=delivery, max_batch_texts=64, **NO_CACHE
         )
         for _ in range(2)
     ]
@@ -100,7 +105,7 @@ def test_a_topic_of_a_pattern_that_is_deleted_leaves_the_others_at_work(
     stays, goes = f"{topics.input}.2", f"{topics.input}.1"
     for name in (stays, goes):
         kafka.create(name)
-    worker = workers.start(topics, input_topics=None, input_pattern=rf"{topics.input}\.\d", **COSTLESS)
+    worker = workers.start(topics, input_topics=None, input_pattern=rf"{topics.input}\.\d", **NO_CACHE)
     worker.wait_until_assigned(2)
     kafka.send(goes, map(numbered, range(10)))
     wait_for(lambda: kafka.count(topics.output) == 10, "the results")

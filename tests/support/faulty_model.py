@@ -1,6 +1,6 @@
 """The worker, with a model that breaks once a file appears: `python -m tests.support.faulty_model run …`, for tests.
 
-`FAULT` is what happens then: `hang` (the network never answers), `lost` (every pass fails, as on a device that is gone),
+`FAULT` is what happens then: `hang` (the model never answers), `lost` (every pass fails, as on a device that is gone),
 `nan` (every logit is no number), `bug` (an error that nobody foresaw, with a text in its words). `FAULT_FILE` is the file.
 """
 
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.cli import main
-from worker.commands import run as service
+from tests.support.command_line import main_with
 from worker.settings import RunSettings
 
 SECRET_TEXT = "никому не показывать"
@@ -49,11 +48,11 @@ class FaultyModel:
         return 0
 
 
+def load(settings: RunSettings) -> FaultyModel:
+    from worker.model.sentiment_model import SentimentModel
+
+    return FaultyModel(SentimentModel.load_as_set(settings))
+
+
 if __name__ == "__main__":
-    load = service._loaded
-
-    def load_faulty(settings: RunSettings) -> Any:
-        return FaultyModel(load(settings))
-
-    service._loaded = load_faulty  # type: ignore[assignment]
-    main()
+    main_with(load)

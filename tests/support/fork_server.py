@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-START_SECONDS = 60
+START_SECONDS = 180
 REQUEST_BYTES = 1 << 17
 NUMBER_BYTES = 16
 FIRST_VARIABLES = tuple(os.environ)
