@@ -14,6 +14,27 @@ from tests.support.checkpoint import Oracle, make_checkpoint
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
+LONGEST = (  # of `make test`, each more than twenty seconds, the longest first
+    "test_partial_outages.py",
+    "test_exactly_once.py",
+    "test_console_page.py",
+    "test_run.py",
+    "test_security.py",
+    "test_outputs.py",
+    "test_topics.py",
+    "test_replay.py",
+    "test_records.py",
+    "test_outages.py",
+    "test_command_line.py",
+    "test_check.py",
+    "test_faults.py",
+    "test_refusals.py",
+    "test_clients.py",
+    "test_reload.py",
+    "test_waiting.py",
+    "test_prometheus.py",
+    "test_demo_command.py",
+)
 used_brokers = pytest.StashKey[list[str]]()
 
 
@@ -24,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Nor do tests depend on what ``nohup`` and a shell's ``&`` have children ignore: workers under test are sent both.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: of several processes that share the files none is left with a long one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

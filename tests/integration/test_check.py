@@ -10,7 +10,6 @@ from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Topics, numbered
 from tests.support.waiting import wait_for
-from tests.test_command_line import MODULE, call
 
 pytestmark = pytest.mark.kafka
 
@@ -53,8 +52,7 @@ def test_what_is_fit_is_said_to_be_and_nothing_is_written(kafka: Kafka, topics: 
 
 def test_few_open_files_for_many_partitions_are_warned_of(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics, 40)
-    limited = ("bash", "-c", 'ulimit -Sn 100 && ulimit -Hn 120 && exec "$@"', "-", *MODULE)
-    done = call("check", *flags(kafka, topics), "--delivery", "exactly-once", program=limited)
+    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once", open_files=(100, 120))
     assert lines_of(done.stdout)["files"] == "warn", done.stdout + done.stderr
     assert "120 files may be open, and 40 partitions may need 147" in done.stdout
     assert done.returncode == 0

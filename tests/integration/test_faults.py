@@ -69,7 +69,7 @@ def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_withou
     assert worker.wait(30) == 1
     (line,) = [json.loads(line) for line in worker.output.splitlines() if "nobody foresaw" in line]
     assert (line["level"], line["error"]) == ("CRITICAL", "LookupError")
-    assert line["at"].startswith("faulty.py:")
+    assert line["at"].startswith("faulty_model.py:")
     assert SECRET_TEXT not in worker.output
     assert "Traceback" not in worker.output
     assert committed_and_published(kafka, topics) == (100, 100, 0)

@@ -121,7 +121,7 @@ STORIES: dict[str, tuple[dict[str, Case], dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def module_workers(broker: Broker, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    with workers_in(broker.bootstrap, checkpoint, tmp_path_factory.mktemp("workers")) as workers:
+    with workers_in(broker.bootstrap, checkpoint, tmp_path_factory.mktemp("workers"), is_forked=True) as workers:
         yield workers
 
 

@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -85,15 +86,19 @@ class ForkServer:
         stdout: IO[bytes],
         stderr: IO[bytes],
         stdin: IO[bytes] | None = None,
+        open_files: tuple[int, int] | None = None,
     ) -> ForkedProcess:
-        """Runs a module as `python -m` does; it reads `stdin`, if there is one. Blocks until it has begun."""
+        """Runs a module as `python -m` does; it reads `stdin`, if there is one. Blocks until it has begun.
+
+        `open_files` are the soft and the hard limit of its open files, if not those of this process.
+        """
         with self._lock:
             server = self._started(env)
-        request = json.dumps({"arguments": [module, *arguments], "env": dict(env), "cwd": str(cwd)}).encode()
+        request = {"arguments": [module, *arguments], "env": dict(env), "cwd": str(cwd), "open_files": open_files}
         status, told = os.pipe()
         with Path(os.devnull).open("rb") as nothing:
             streams = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno()]
-            socket.send_fds(server, [request], [*streams, told])
+            socket.send_fds(server, [json.dumps(request).encode()], [*streams, told])
         os.close(told)
         return ForkedProcess(status)
 
@@ -190,6 +195,8 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> NoReturn:
             del os.environ[name]
         os.environ.update(request["env"])  # beside what the imported modules have set for themselves
         os.chdir(request["cwd"])
+        if request["open_files"]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["open_files"]))
         sys.argv = request["arguments"]
         sys.path[0] = request["cwd"]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -252,7 +252,11 @@ def workers_in(
 
 
 def forked(
-    *arguments: object, stdin: bytes = b"", folder: Path | None = None, **variables: str
+    *arguments: object,
+    stdin: bytes = b"",
+    folder: Path | None = None,
+    open_files: tuple[int, int] | None = None,
+    **variables: str,
 ) -> "subprocess.CompletedProcess[str]":
     """What `python -m worker` with these arguments answers, without the seconds in which it imports a model's libraries."""
     server = WITHOUT_MODEL if arguments[0] == "replay" else WITH_MODEL
@@ -267,6 +271,7 @@ def forked(
             stdin=given,
             stdout=output,
             stderr=errors,
+            open_files=open_files,
         )
         try:
             code = process.wait(150)
