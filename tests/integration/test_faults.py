@@ -46,7 +46,7 @@ def committed_and_published(kafka: Kafka, topics: Topics) -> tuple[int, int, int
     return committed, len(published), kafka.count(topics.dead_letters)
 
 
-def test_a_network_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
+def test_a_model_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
     worker, kafka, topics = broken("hang")
     wait_for(lambda: worker.status("/livez") == 503, "/livez to answer 503", 15, every=0.02)
     assert worker.status("/readyz") in (503, 0)

@@ -8,6 +8,7 @@ import cProfile
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +54,9 @@ if __name__ == "__main__":
     if "PROFILE" in os.environ:
         run = service.run
 
-        def profiled(settings: RunSettings) -> int:
+        def profiled(settings: RunSettings, **options: Any) -> int:
             with cProfile.Profile() as profile:
-                code = run(settings)
+                code = run(settings, **options)
             profile.dump_stats(os.environ["PROFILE"])
             return code
 
