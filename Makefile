@@ -17,10 +17,14 @@ SUITE ?= engine tokenizers worker load loop end_to_end
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test chaos fuzz bench compare check audit format lock image image-test dashboard docs clean
+.PHONY: demo unit test chaos fuzz bench compare check audit format lock image image-test dashboard docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
+
+# Without a broker: what one module does.
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(TESTS),tests/unit)
 
 # Most tests wait for a broker more than they compute; each of JOBS processes has a broker of its own.
 test: $(INSTALLED)
@@ -32,8 +36,10 @@ chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
 
-# Ten minutes on the decoder; what it finds stays in .fuzz. On what atheris has no package for it says so.
+# 10,000 hostile payloads each for the decoder and for the worker, of which `make test` has 1,500; then ten minutes on the
+# decoder. What these find stays in .fuzz. On what atheris has no package for it says so.
 fuzz: $(INSTALLED)
+	HOSTILE_PAYLOADS=10000 $(BIN)/python -m pytest -k hostile tests/unit/test_events.py tests/integration/test_hostile_input.py
 	$(UV) --require-hashes -r requirements/fuzz.txt
 	mkdir -p .fuzz
 	$(BIN)/python -m tests.fuzz.decoder .fuzz/corpus -dict=tests/fuzz/json.dict -artifact_prefix=.fuzz/ \

@@ -73,9 +73,9 @@ def parsed_options() -> argparse.Namespace:
 
 def plumbing(sent: Sequence[Record], lag_file: Path) -> list[Case]:
     def costless(more: dict[str, str] | None = None, **settings: object) -> Start:
-        variables = {"LAG_FILE": str(lag_file), **(more or {})}
+        variables = {"LAG_FILE": str(lag_file), "PROBED": "tests.support.costless_model", **(more or {})}
         return worker(
-            "tests.support.costless_model",
+            "benchmarks.probed",
             PLUMBING_WINDOW,
             variables=variables,
             **{"cache_size": CACHE_SIZE, **settings},

@@ -1,4 +1,6 @@
-"""The worker with a probe on its event loop: `python -m benchmarks.probed run …`; tests.support.costless_model takes it too.
+"""The worker with a probe on its event loop: `python -m benchmarks.probed run …`.
+
+`PROBED` is the module that is run, if not `worker`: one with the same command line.
 
 With `LAG_FILE` the probe asks to be called every 5 ms, and adds a line to that file at the end, in ms: how late it was at
 worst, for 99 of 100 calls, and at worst by what its own thread computed at most (the rest is other threads and programs).
@@ -8,13 +10,13 @@ the worker is.
 
 import asyncio
 import os
+import runpy
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial, partialmethod
 from pathlib import Path
 
-from worker.cli import main
 from worker.pipeline.stages import Pipeline
 from worker.runtime import garbage_collection as garbage
 
@@ -62,4 +64,4 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    main()
+    runpy.run_module(os.environ.get("PROBED", "worker"), run_name="__main__")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,27 @@ from tests.support.checkpoint import Oracle, make_checkpoint
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
+LONGEST = (  # of `make test`, each more than twenty seconds, the longest first
+    "test_partial_outages.py",
+    "test_exactly_once.py",
+    "test_console_page.py",
+    "test_run.py",
+    "test_security.py",
+    "test_outputs.py",
+    "test_topics.py",
+    "test_replay.py",
+    "test_records.py",
+    "test_outages.py",
+    "test_command_line.py",
+    "test_check.py",
+    "test_faults.py",
+    "test_refusals.py",
+    "test_clients.py",
+    "test_reload.py",
+    "test_waiting.py",
+    "test_prometheus.py",
+    "test_demo_command.py",
+)
 used_brokers = pytest.StashKey[list[str]]()
 
 
@@ -23,6 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # Nor do tests depend on what ``nohup`` and a shell's ``&`` have children ignore: workers under test are sent both.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: of several processes that share the files none is left with a long one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Beside other processes torch's threads wait for each other, far longer than they compute."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -73,18 +106,18 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     broker.close()
 
 
-@pytest.fixture(scope="module")
-def module_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+@pytest.fixture(scope="session")
+def second_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     broker = broker_or_reason(request.config, controllable=True)
     yield broker
     broker.close()
 
 
 @pytest.fixture
-def fragile_broker(module_broker: Broker) -> Iterator[Broker]:
+def fragile_broker(second_broker: Broker) -> Iterator[Broker]:
     """A broker for a test that stops, kills or pauses it; it runs again before the next test."""
-    yield module_broker
-    module_broker.restore()
+    yield second_broker
+    second_broker.restore()
 
 
 @pytest.fixture
@@ -115,14 +148,23 @@ def worker_module() -> str:
 
 
 @pytest.fixture
-def workers(broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
+def model(request: pytest.FixtureRequest, worker_module: str) -> Path:
+    """The checkpoint of the workers. Those whose model costs nothing read none, and need not wait for one to be made."""
+    if worker_module != "worker":
+        return Path("builtin")
+    made: Path = request.getfixturevalue("checkpoint")
+    return made
+
+
+@pytest.fixture
+def workers(broker: Broker, model: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the shared broker."""
-    with workers_in(broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
+    with workers_in(broker.bootstrap, model, tmp_path, worker_module, is_forked=True) as workers:
         yield workers
 
 
 @pytest.fixture
-def fragile_workers(fragile_broker: Broker, checkpoint: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
+def fragile_workers(fragile_broker: Broker, model: Path, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
     """Starts workers on the broker that the test stops."""
-    with workers_in(fragile_broker.bootstrap, checkpoint, tmp_path, worker_module) as workers:
+    with workers_in(fragile_broker.bootstrap, model, tmp_path, worker_module, is_forked=True) as workers:
         yield workers

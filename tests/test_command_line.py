@@ -14,7 +14,7 @@ from typing import IO, Any
 import pytest
 
 from tests.support.checkpoint import POISON, Oracle
-from tests.support.process import environment
+from tests.support.process import environment, forked
 
 MODULE = (sys.executable, "-m", "worker")
 COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
@@ -40,7 +40,7 @@ def call(
 
 def refused(*arguments: object, **variables: str) -> str:
     """The one sentence of a process that does not begin; of a command whose logs are JSON a line of the log."""
-    done = call(*arguments, **variables)
+    done = forked(*arguments, **variables)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     if not line.startswith("{"):
@@ -379,8 +379,8 @@ def test_classify_reads_the_lines_of_a_file_and_of_standard_input_alike(
 ) -> None:
     content = "Хорошо, но дорого\r\n\n  \n".encode() + b"\xff\n" + "«плохо»".encode()
     (tmp_path / "texts.txt").write_bytes(content)
-    from_file = results(call("classify", "--model", checkpoint, "--file", "texts.txt", folder=tmp_path))
-    from_input = results(call("classify", "--model", checkpoint, "-", stdin=content))
+    from_file = results(forked("classify", "--model", checkpoint, "--file", "texts.txt", folder=tmp_path))
+    from_input = results(forked("classify", "--model", checkpoint, "-", stdin=content))
     assert without_time(from_file) == without_time(from_input)
     outcomes = [line.get("reason", "scored") for line in from_file]
     assert outcomes == ["scored", "empty_text", "empty_text", "invalid_utf8", "scored"]
@@ -394,14 +394,14 @@ def test_classify_reads_what_a_byte_order_mark_names(
     encoding: str, checkpoint: Path, oracle: Oracle, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.txt").write_text("Хорошо, но дорого\r\n«плохо»", encoding=encoding, newline="")
-    lines = results(call("classify", "--model", checkpoint, "--file", tmp_path / "texts.txt"))
+    lines = results(forked("classify", "--model", checkpoint, "--file", tmp_path / "texts.txt"))
     assert len(lines) == 2
     check_result(lines[0], "Хорошо, но дорого", checkpoint, oracle)
     check_result(lines[1], "«плохо»", checkpoint, oracle)
 
 
 def test_classify_fails_where_no_text_could_be_scored(checkpoint: Path) -> None:
-    done = call("classify", "--model", checkpoint, "-", stdin=b"\xff\n \n", WORKER_LOG_FORMAT="console")
+    done = forked("classify", "--model", checkpoint, "-", stdin=b"\xff\n \n", WORKER_LOG_FORMAT="console")
     assert [json.loads(line)["reason"] for line in done.stdout.splitlines()] == ["invalid_utf8", "empty_text"]
     assert (done.returncode, done.stderr) == (
         1,
@@ -437,7 +437,7 @@ def test_an_output_that_is_full_is_told_in_a_line(checkpoint: Path) -> None:
 
 
 def test_a_misspelt_variable_is_told_by_every_command(checkpoint: Path) -> None:
-    done = call("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATON="softmax", WORKER_LINGER_MS="5")
+    done = forked("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATON="softmax", WORKER_LINGER_MS="5")
     assert json.loads(done.stderr)["message"] == (
         "the variable WORKER_ACTIVATON sets nothing; perhaps WORKER_ACTIVATION is meant"
     )
@@ -445,7 +445,7 @@ def test_a_misspelt_variable_is_told_by_every_command(checkpoint: Path) -> None:
 
 
 def test_settings_come_from_variables_too(checkpoint: Path) -> None:
-    (line,) = results(call("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATION="softmax"))
+    (line,) = results(forked("classify", "да", WORKER_MODEL=str(checkpoint), WORKER_ACTIVATION="softmax"))
     assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
@@ -467,7 +467,7 @@ def test_a_reader_that_has_seen_enough_hears_no_complaint(checkpoint: Path, tmp_
 def test_bench_measures_every_engine_and_prints_settings_that_the_worker_takes(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    done = call("bench", "--model", checkpoint, "--seconds", "0.05", "--json")
+    done = forked("bench", "--model", checkpoint, "--seconds", "0.05", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     engines = {(engine["backend"], engine["dtype"]) for engine in report["engines"]}
@@ -478,13 +478,13 @@ def test_bench_measures_every_engine_and_prints_settings_that_the_worker_takes(
     assert list(report["latency_ms"]) == ["1", "8", "32", "128", "512"]
     assert report["hours_per_million"] > 0
     (tmp_path / "worker.toml").write_text(report["settings"])
-    with_settings = call("classify", "--config", tmp_path / "worker.toml", "--model", checkpoint, "да")
+    with_settings = forked("classify", "--config", tmp_path / "worker.toml", "--model", checkpoint, "да")
     assert results(with_settings)[0]["id"] == "1"
 
 
 def test_bench_shows_a_table_and_lines_to_paste(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Хорошо, но дорого\n\nплохо\n")
-    done = call("bench", "--model", checkpoint, "--seconds", "0.05", "--file", tmp_path / "texts.txt")
+    done = forked("bench", "--model", checkpoint, "--seconds", "0.05", "--file", tmp_path / "texts.txt")
     assert done.returncode == 0, done.stderr
     assert re.search(r"torch float32 +│", done.stdout)
     assert re.search(r"^max_batch_tokens = \d+$", done.stdout, re.MULTILINE)

@@ -12,7 +12,6 @@ lower the limits of those names.
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from numpy.typing import NDArray
 
 from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
+from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
-from worker.cli import main
-from worker.commands import run as service
 from worker.kafka import sink, source
 from worker.kafka.consumer import Consumer
 from worker.kafka.reader import Fetched
@@ -122,10 +120,9 @@ def fail_fetches(times: int) -> None:
 
 
 if __name__ == "__main__":
-    service.run = partial(service.run, load_model=load)
     lower_limits()
     answer_with_census(Path.cwd())
     fail_fetches(int(os.environ.get("FETCH_FAULTS", "0")))
     if "MUTE_FILE" in os.environ:
         mute_first_consumer(Path(os.environ["MUTE_FILE"]))
-    main()
+    main_with(load)

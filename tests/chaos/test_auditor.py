@@ -21,19 +21,19 @@ def audited(output: list[Seen], letters: list[Seen] = LETTERS) -> Audit:
     return audit(GIVEN, output, letters)
 
 
-def test_all_is_well() -> None:
+def test_the_auditor_finds_nothing_where_nothing_is_wrong() -> None:
     found = audited(RESULTS)
     assert found.failures("exactly-once") == []
     assert (found.events, found.kinds) == (20, {"result": 16, "missing_text": 4})
 
 
-def test_a_loss() -> None:
+def test_the_auditor_finds_a_lost_result() -> None:
     found = audited(RESULTS[:3] + RESULTS[4:])
     assert found.lost == 1
     assert "event 4 (0-2, result)" in found.failures("at-least-once")[0]
 
 
-def test_a_lost_dead_letter() -> None:
+def test_the_auditor_finds_a_lost_dead_letter() -> None:
     assert audited(RESULTS, LETTERS[1:]).lost == 1
 
 
@@ -49,7 +49,7 @@ def test_repeats_do_not_break_the_order() -> None:
     assert audited(RESULTS[:8] + RESULTS[2:]).disordered == 0
 
 
-def test_a_result_that_overtakes_another_of_its_key() -> None:
+def test_the_auditor_finds_a_result_that_overtakes_another_of_its_key() -> None:
     first, second = (place for place, seen in enumerate(RESULTS) if seen.key == b"key 0" and seen.number in (4, 12))
     swapped = list(RESULTS)
     swapped[first], swapped[second] = swapped[second], swapped[first]
@@ -71,12 +71,12 @@ def test_events_of_different_keys_have_no_order() -> None:
     ],
     ids=["dead letter", "key", "place", "stranger", "score"],
 )
-def test_an_outcome_that_is_not_what_it_had_to_be(change: Callable[[Seen], Seen]) -> None:
+def test_the_auditor_finds_an_outcome_that_is_wrong(change: Callable[[Seen], Seen]) -> None:
     found = audited([change(RESULTS[0]), *RESULTS[1:]])
     assert (found.wrong, found.lost) == (1, 1)
 
 
-def test_a_dead_letter_of_the_wrong_reason() -> None:
+def test_the_auditor_finds_a_dead_letter_with_a_wrong_reason() -> None:
     assert audited(RESULTS, [LETTERS[0]._replace(kind="empty_text"), *LETTERS[1:]]).wrong == 1
 
 

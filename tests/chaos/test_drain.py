@@ -18,7 +18,7 @@ DRAIN_S = 20  # drain_timeout_s
 
 
 @pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
-def test_sigterm_again_and_again(
+def test_sigterm_under_load_loses_nothing_time_after_time(
     kafka: Kafka, topics: Topics, light: Workers, begin_feed: BeginFeed, delivery: str
 ) -> None:
     kafka.create_all(topics, 6)

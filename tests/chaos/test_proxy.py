@@ -42,11 +42,11 @@ async def echoed(streams: Streams, sent: bytes) -> bytes:
     return await soon(streams[0].read(1000))  # type: ignore[no-any-return]
 
 
-async def test_it_passes_bytes_on(proxy: Proxy) -> None:
+async def test_the_proxy_passes_bytes_on(proxy: Proxy) -> None:
     assert await echoed(await connected(proxy), b"hello") == b"hello"
 
 
-async def test_a_reset_ends_what_is_open(proxy: Proxy) -> None:
+async def test_the_proxy_resets_open_connections(proxy: Proxy) -> None:
     streams = await connected(proxy)
     assert await echoed(streams, b"hello") == b"hello"
     await asyncio.to_thread(proxy.reset)
@@ -55,7 +55,7 @@ async def test_a_reset_ends_what_is_open(proxy: Proxy) -> None:
     assert await echoed(await connected(proxy), b"again") == b"again"
 
 
-async def test_what_it_swallows_comes_later(proxy: Proxy) -> None:
+async def test_the_proxy_holds_bytes_back_and_sends_them_later(proxy: Proxy) -> None:
     streams = await connected(proxy)
     await asyncio.to_thread(proxy.set, swallows=True)
     streams[1].write(b"hello")
@@ -66,14 +66,14 @@ async def test_what_it_swallows_comes_later(proxy: Proxy) -> None:
     assert await soon(answer) == b"hello"
 
 
-async def test_it_refuses(proxy: Proxy) -> None:
+async def test_the_proxy_refuses_connections(proxy: Proxy) -> None:
     await asyncio.to_thread(proxy.set, refuses=True)
     with pytest.raises(ConnectionResetError):  # noqa: PT012 - by the connect or by the read, whichever is later
         reader, _ = await connected(proxy)
         assert await soon(reader.read(1000))
 
 
-async def test_a_cut_lets_half_through(proxy: Proxy) -> None:
+async def test_the_proxy_cuts_a_message_in_half(proxy: Proxy) -> None:
     streams = await connected(proxy)
     await asyncio.to_thread(proxy.cut)
     with pytest.raises((ConnectionResetError, AssertionError)):

@@ -26,7 +26,7 @@ def test_the_image_answers_to_others_than_itself() -> None:
     assert loaded(of_the_image()).http_host == "0.0.0.0"
 
 
-def test_compose() -> None:
+def test_compose_sets_what_the_worker_takes() -> None:
     worker = read(DEPLOY / "compose.yaml")["services"]["worker"]
     given = {name: str(value) for name, value in worker["environment"].items()}
     settings = loaded(of_the_image() | given)
@@ -39,7 +39,7 @@ def test_compose_lets_no_service_take_the_machine() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kubernetes(overlay: str) -> None:
+def test_each_overlay_sets_what_the_worker_takes(overlay: str) -> None:
     (command, *flags) = container(overlay)["args"]
     assert command == "run"
     loaded(settings_of_the_pod(overlay), *flags)

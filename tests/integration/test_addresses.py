@@ -9,10 +9,9 @@ import pytest
 
 from tests.conftest import broker_or_reason
 from tests.support.broker import Broker, Extras, free_port
-from tests.support.process import COSTLESS, Workers, workers_in
+from tests.support.process import COSTLESS, Workers, forked, workers_in
 from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
-from tests.test_command_line import call
 
 pytestmark = pytest.mark.kafka
 
@@ -36,8 +35,8 @@ def outside(lost_broker: Broker) -> str:
 
 
 @pytest.fixture
-def lost_workers(lost_broker: Broker, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(lost_broker.bootstrap, checkpoint, tmp_path, COSTLESS) as workers:
+def lost_workers(lost_broker: Broker, tmp_path: Path) -> Iterator[Workers]:
+    with workers_in(lost_broker.bootstrap, Path("builtin"), tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 
@@ -48,12 +47,12 @@ def names_of(topics: Topics) -> list[str]:
 def replayed(topics: Topics, bootstrap: str) -> "subprocess.CompletedProcess[str]":
     flags = ["--bootstrap-servers", bootstrap, "--request-timeout-ms", "1000"]
     names = ["--dead-letter-topic", topics.dead_letters, "--group-id", topics.group]
-    return call("replay", *flags, *names)
+    return forked("replay", *flags, *names)
 
 
 def test_check_says_that_the_brokers_own_address_is_wrong(topics: Topics, outside: str) -> None:
     flags = ["--bootstrap-servers", outside, "--model", "builtin", "--http-port", "0", "--request-timeout-ms", "3000"]
-    done = call("check", *flags, *names_of(topics))
+    done = forked("check", *flags, *names_of(topics))
     (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["fail", "brokers"]]
     assert ADVERTISED in line
     assert "set advertised.listeners of that broker" in line

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.broker import free_port
-from tests.support.process import COSTLESS, Workers
+from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Topics, numbered
 from tests.support.waiting import wait_for
-from tests.test_command_line import MODULE, call
 
 pytestmark = pytest.mark.kafka
 
@@ -40,7 +39,7 @@ def flags(kafka: Kafka, topics: Topics) -> list[object]:
 @pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
 def test_what_is_fit_is_said_to_be_and_nothing_is_written(kafka: Kafka, topics: Topics, delivery: str) -> None:
     kafka.create_all(topics)
-    done = call("check", *flags(kafka, topics), "--delivery", delivery)
+    done = forked("check", *flags(kafka, topics), "--delivery", delivery)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(lines_of(done.stdout)) == {
         "settings", "disk", "http", "model", "brokers", "topics", "replicas", "files", "workers", "offsets", "permissions"
@@ -53,19 +52,18 @@ def test_what_is_fit_is_said_to_be_and_nothing_is_written(kafka: Kafka, topics: 
 
 def test_few_open_files_for_many_partitions_are_warned_of(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics, 40)
-    limited = ("bash", "-c", 'ulimit -Sn 100 && ulimit -Hn 120 && exec "$@"', "-", *MODULE)
-    done = call("check", *flags(kafka, topics), "--delivery", "exactly-once", program=limited)
+    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once", open_files=(100, 120))
     assert lines_of(done.stdout)["files"] == "warn", done.stdout + done.stderr
     assert "120 files may be open, and 40 partitions may need 147" in done.stdout
     assert done.returncode == 0
 
 
 def test_a_missing_topic_fails_and_is_not_created(kafka: Kafka, topics: Topics) -> None:
-    done = call("check", *flags(kafka, topics))
+    done = forked("check", *flags(kafka, topics))
     assert done.returncode == 1
     assert lines_of(done.stdout)["topics"] == "fail"
     assert f"output_topic: topic {topics.output} does not exist" in done.stdout
-    again = call("check", *flags(kafka, topics))
+    again = forked("check", *flags(kafka, topics))
     assert f"output_topic: topic {topics.output} does not exist" in again.stdout
 
 
@@ -76,7 +74,7 @@ def test_where_a_group_begins_is_said_with_the_records_that_are_before_it(
     kafka.create_all(topics, 2)
     kafka.send(topics.input, map(numbered, range(30)))
     new = f"group {topics.group} has no committed offset: it begins at the {reset}, 30 records in 2 partitions"
-    done = call("check", *flags(kafka, topics), "--auto-offset-reset", reset)
+    done = forked("check", *flags(kafka, topics), "--auto-offset-reset", reset)
     assert f"warn  offsets      {new}{' that are skipped' * (reset == 'latest')}\n" in done.stdout
     worker = workers.start(topics, auto_offset_reset=reset).wait_until_assigned(2)
     assert worker.lines(new)
@@ -86,7 +84,7 @@ def test_where_a_group_begins_is_said_with_the_records_that_are_before_it(
         wait_for(lambda: kafka.committed(topics.group, topics.input), "where it began is committed")
     assert worker.terminate() == 0
     kafka.send(topics.input, map(numbered, range(5)))
-    done = call("check", *flags(kafka, topics))
+    done = forked("check", *flags(kafka, topics))
     known = f"group {topics.group} goes on from its committed offsets: 5 records in 2 partitions"
     assert f"ok    offsets      {known}\n" in done.stdout
     again = workers.start(topics)
@@ -96,7 +94,7 @@ def test_where_a_group_begins_is_said_with_the_records_that_are_before_it(
 def test_a_topic_that_is_named_twice_counts_once(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics, 3)
     names = f"{topics.input},{topics.input}"
-    done = call("check", *flags(kafka, topics), "--input-topics", names)
+    done = forked("check", *flags(kafka, topics), "--input-topics", names)
     if done.returncode != 2:  # refused by the settings
         assert "work for up to 3" in done.stdout
         assert done.stdout.count(f"READ on topic {topics.input}") == 1
@@ -106,7 +104,7 @@ def test_it_fits_beside_a_running_worker(kafka: Kafka, topics: Topics, workers: 
     kafka.create_all(topics)
     worker = workers.start(topics).wait_for_status("/livez", 200)
     port = worker.url.rpartition(":")[2]
-    done = call("check", *flags(kafka, topics), "--http-port", port)
+    done = forked("check", *flags(kafka, topics), "--http-port", port)
     assert f"127.0.0.1:{port} is a sentiment-worker's that runs" in done.stdout
     assert (lines_of(done.stdout)["http"], done.returncode) == ("warn", 0)
 
@@ -114,13 +112,13 @@ def test_it_fits_beside_a_running_worker(kafka: Kafka, topics: Topics, workers: 
 def test_a_port_that_another_program_has_fails(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        done = call("check", *flags(kafka, topics), "--http-port", other.getsockname()[1])
+        done = forked("check", *flags(kafka, topics), "--http-port", other.getsockname()[1])
     assert (lines_of(done.stdout)["http"], done.returncode) == ("fail", 1)
 
 
 def test_brokers_that_are_away_fail(kafka: Kafka, topics: Topics) -> None:
     where = f"127.0.0.1:{free_port()}"
-    done = call("check", *flags(kafka, topics), "--bootstrap-servers", where, "--request-timeout-ms", 2_000)
+    done = forked("check", *flags(kafka, topics), "--bootstrap-servers", where, "--request-timeout-ms", 2_000)
     assert done.returncode == 1
     assert f"{where} refuses connections" in done.stdout
 
@@ -129,7 +127,7 @@ def test_a_checkpoint_that_is_none_fails_and_the_brokers_are_looked_at_all_the_s
     kafka: Kafka, topics: Topics
 ) -> None:
     kafka.create_all(topics)
-    done = call("check", *flags(kafka, topics), "--model", "/nowhere/at/all")
+    done = forked("check", *flags(kafka, topics), "--model", "/nowhere/at/all")
     assert done.returncode == 1
     assert lines_of(done.stdout)["model"] == "fail"
     assert "there is no such folder" in done.stdout
@@ -137,7 +135,9 @@ def test_a_checkpoint_that_is_none_fails_and_the_brokers_are_looked_at_all_the_s
 
 
 def test_each_wrong_setting_has_a_line(kafka: Kafka, topics: Topics) -> None:
-    done = call("check", *flags(kafka, topics), "--linger-ms", "-1", "--log-level", "loud", "--max-batch-texts", "many")
+    done = forked(
+        "check", *flags(kafka, topics), "--linger-ms", "-1", "--log-level", "loud", "--max-batch-texts", "many"
+    )
     assert (done.returncode, done.stderr) == (2, "")
     wrong = {"linger_ms", "log_level", "max_batch_texts"}
     assert sorted(line.split()[:3] for line in done.stdout.splitlines()) == [
@@ -149,7 +149,7 @@ def test_what_the_machine_cannot_use_is_a_line_too_and_the_rest_is_looked_at(
     kafka: Kafka, topics: Topics, tmp_path: Path
 ) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
-    done = call("check", *flags(kafka, topics), "--security-protocol", "SSL", "--ssl-cafile", tmp_path / "ca.pem")
+    done = forked("check", *flags(kafka, topics), "--security-protocol", "SSL", "--ssl-cafile", tmp_path / "ca.pem")
     assert (done.returncode, done.stderr) == (2, "")
     assert lines_of(done.stdout)["settings"] == "fail"
     assert "ssl_cafile" in done.stdout
@@ -158,7 +158,7 @@ def test_what_the_machine_cannot_use_is_a_line_too_and_the_rest_is_looked_at(
 
 def test_brokers_that_want_something_else_are_a_line_too(kafka: Kafka, topics: Topics) -> None:
     login = ["--security-protocol", "SASL_PLAINTEXT", "--sasl-mechanism", "PLAIN", "--sasl-username", "me"]
-    done = call("check", *flags(kafka, topics), *login, WORKER_SASL_PASSWORD="a-word")
+    done = forked("check", *flags(kafka, topics), *login, WORKER_SASL_PASSWORD="a-word")
     assert (done.returncode, done.stderr) == (2, "")
     assert lines_of(done.stdout)["brokers"] == "fail"
     assert "takes no login at this listener" in done.stdout

@@ -84,8 +84,8 @@ def service(two_addresses: tuple[Broker, int, int]) -> Iterator[Service]:
 
 
 @pytest.fixture
-def workers_of_service(service: Service, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(service.bootstrap, checkpoint, tmp_path, COSTLESS) as workers:
+def workers_of_service(service: Service, tmp_path: Path) -> Iterator[Workers]:
+    with workers_in(service.bootstrap, Path("builtin"), tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 
@@ -126,7 +126,9 @@ def test_a_replay_finds_brokers_under_other_addresses(service: Service, topics: 
     assert sorted(map(trace, service.kafka.read(topics.input))) == list(range(letters))
 
 
-async def test_brokers_that_are_silent_at_their_old_addresses(service: Service, topics: Topics) -> None:
+async def test_brokers_that_are_silent_at_their_old_addresses_are_found_at_the_new_ones(
+    service: Service, topics: Topics
+) -> None:
     """Connections to them stay open, and what was asked there does not wait for them."""
     service.kafka.create_all(topics, 1)
     client = AIOKafkaClient(bootstrap_servers=service.bootstrap, request_timeout_ms=60_000)
@@ -146,7 +148,7 @@ async def test_brokers_that_are_silent_at_their_old_addresses(service: Service, 
         await client.close()
 
 
-async def test_nobody_answers_anywhere(service: Service, topics: Topics) -> None:
+async def test_what_is_known_of_brokers_stays_where_none_answers(service: Service, topics: Topics) -> None:
     """Then what is known stays, for it may be right again."""
     client = AIOKafkaClient(bootstrap_servers=service.bootstrap, request_timeout_ms=60_000)
     await client.bootstrap()

@@ -6,12 +6,17 @@ import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event, to_binary_event, to_structured_event
 from cloudevents.core.v1.event import CloudEvent
 
-from tests.support.process import Workers
+from tests.support.process import COSTLESS, Workers
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 TRACE = ("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 def sent_as(message: KafkaMessage) -> Record:
@@ -36,9 +41,7 @@ def test_events_of_both_modes_and_plain_records_beside_each_other(
     batch = Record(b"[]", headers=(("content-type", b"application/cloudevents-batch+json"),))
     written = [sent_as(to_binary_event(event)), sent_as(to_structured_event(event)), numbered(0), batch]
     sent = kafka.send(topics.input, written)
-    worker = workers.start(
-        topics, output_format="cloudevents", module="tests.support.costless_model"
-    ).wait_until_ready()
+    worker = workers.start(topics, output_format="cloudevents").wait_until_ready()
     wait_for(lambda: worker.metrics.outcomes == 4, "four outcomes")
     assert worker.terminate() == 0
     (letter,) = kafka.read(topics.dead_letters)

@@ -3,11 +3,10 @@
 import pytest
 
 from tests.integration.test_check import flags, lines_of
-from tests.support.process import COSTLESS, Workers
+from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import letter_place, result_place, wait_until_committed
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
-from tests.test_command_line import call
 
 pytestmark = pytest.mark.kafka
 BOTH = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
@@ -62,9 +61,9 @@ def test_a_dead_letter_topic_that_is_compacted_is_refused(kafka: Kafka, topics: 
     assert "Traceback" not in worker.output
 
     asked = [*flags(kafka, topics), "--model", "/nowhere/at/all"]  # topics are looked at all the same
-    done = call("check", *asked)
+    done = forked("check", *asked)
     assert lines_of(done.stdout)["compaction"] == "fail"
     assert f"{topics.output} is compacted: results without a key become dead letters" in done.stdout
     kafka.set_config(topics.dead_letters, "cleanup.policy", "delete")
-    done = call("check", *asked)
+    done = forked("check", *asked)
     assert lines_of(done.stdout)["compaction"] == "warn"

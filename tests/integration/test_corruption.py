@@ -61,7 +61,9 @@ def assert_the_rest_is_there(kafka: Kafka, topics: Topics, workers: Workers) -> 
     assert len(everything - done) <= BAD + 1
 
 
-async def test_a_header_that_is_no_utf8(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+async def test_a_header_that_is_no_utf8_ends_the_worker_with_its_place(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
     await send_around(kafka, topics.input, Record(b'{"text": "bad"}', b"key", [("\udcff\udcfe", b"value")], 1))
     kafka.create(topics.output)
     kafka.create(topics.dead_letters)
@@ -69,7 +71,9 @@ async def test_a_header_that_is_no_utf8(kafka: Kafka, topics: Topics, workers: W
     assert_the_rest_is_there(kafka, topics, workers)
 
 
-async def test_a_bad_checksum(fragile_broker: Broker, topics: Topics, fragile_workers: Workers) -> None:
+async def test_a_bad_checksum_ends_the_worker_with_its_place(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers
+) -> None:
     kafka = Kafka(fragile_broker.bootstrap)
     await send_around(kafka, topics.input, Record(b'{"text": "wholesome"}', b"key", (), 1))
     kafka.create(topics.output)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,15 +36,15 @@ def assert_none_missing(kafka: Kafka, topics: Topics, sent: list[Record]) -> lis
     return results
 
 
-def test_a_killed_worker_loses_nothing(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+def test_a_killed_worker_loses_nothing(kafka: Kafka, topics: Topics, workers: Workers, checkpoint: Path) -> None:
     kafka.create_all(topics, 4)
     sent = kafka.send(topics.input, map(numbered, range(20_000)))
-    first = workers.start(topics, max_batch_texts=64, cache_size=0, module="worker")
+    first = workers.start(topics, max_batch_texts=64, cache_size=0, module="worker", model=checkpoint)
     wait_for(lambda: kafka.count(topics.output) >= 8_000, "8,000 results", every=0.02)
     first.kill()
     committed = sum(kafka.committed(topics.group, topics.input).values())
     assert 0 < committed < 20_000, "killed half-way"
-    workers.start(topics, cache_size=0, module="worker")
+    workers.start(topics, cache_size=0, module="worker", model=checkpoint)
     wait_until_committed(kafka, topics)
     results = assert_none_missing(kafka, topics, sent)
     assert len(results) <= 20_000 + 5_000, "only what was in flight may come twice"

@@ -77,7 +77,9 @@ def mixed(number: int) -> Record:
     return kinds.get(number % 100, record)
 
 
-def test_killed_workers(kafka: Kafka, topics: Topics, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_workers_lose_and_repeat_nothing(
+    kafka: Kafka, topics: Topics, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Results, dead letters and tombstones, with workers killed again and again in the middle of transactions."""
     monkeypatch.setenv("PASS_SECONDS", "0.01")  # of 64 texts each
     kafka.create_all(topics, 4)
@@ -96,7 +98,9 @@ def test_killed_workers(kafka: Kafka, topics: Topics, workers: Workers, monkeypa
     assert uncommitted > 0, "no worker was killed within a transaction: this has shown nothing"
 
 
-def test_a_zombie_and_workers_that_join_and_leave(kafka: Kafka, topics: Topics, workers: Workers, load: Load) -> None:
+def test_a_zombie_and_workers_that_join_and_leave_lose_and_repeat_nothing(
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
+) -> None:
     first = workers.start(topics, **EXACTLY).wait_until_assigned(4)
     load.start()
     wait_for(lambda: kafka.count(topics.output) >= 1_000, "1,000 results")
@@ -123,7 +127,7 @@ def test_a_zombie_and_workers_that_join_and_leave(kafka: Kafka, topics: Topics, 
     assert_once(kafka, topics, sent)
 
 
-def test_another_process_with_the_same_transactional_id(
+def test_another_process_with_the_same_transactional_id_fences_the_worker(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """It fences the worker, which is still the owner by the group: it takes the partition back, and the others go on."""
@@ -153,7 +157,9 @@ def test_another_process_with_the_same_transactional_id(
     assert_once(kafka, topics, sent)
 
 
-def test_records_that_the_broker_refuses_within_a_transaction(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
     """It cannot be foreseen how large a compressed batch is: the transaction is done again, with a dead letter in it."""
     kafka.create_all(topics, 1)
     worker = workers.start(topics, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
@@ -176,7 +182,9 @@ def test_records_that_the_broker_refuses_within_a_transaction(kafka: Kafka, topi
     assert offsets == [offset for offset in range(400) if offset not in (60, 61, 140)], "each once and in order"
 
 
-def test_sigterm_under_load(kafka: Kafka, topics: Topics, workers: Workers, load: Load) -> None:
+def test_sigterm_under_load_loses_and_repeats_nothing(
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
+) -> None:
     """What is under way is committed before it ends."""
     worker = workers.start(topics, transaction_ms=2_000, **EXACTLY).wait_until_assigned(4)
     load.start()
@@ -212,7 +220,9 @@ def test_a_drain_whose_last_transaction_is_lost_is_no_clean_end(kafka: Kafka, to
     assert_once(kafka, topics, sent)
 
 
-def test_the_broker_goes_away_under_load(fragile_broker: Broker, topics: Topics, fragile_workers: Workers) -> None:
+def test_a_broker_that_goes_away_under_load_loses_and_repeats_nothing(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers
+) -> None:
     kafka = Kafka(fragile_broker.bootstrap)
     kafka.create_all(topics, 4)
     worker = fragile_workers.start(topics, **EXACTLY).wait_until_assigned(4)

@@ -46,7 +46,7 @@ def committed_and_published(kafka: Kafka, topics: Topics) -> tuple[int, int, int
     return committed, len(published), kafka.count(topics.dead_letters)
 
 
-def test_a_network_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
+def test_a_model_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
     worker, kafka, topics = broken("hang")
     wait_for(lambda: worker.status("/livez") == 503, "/livez to answer 503", 15, every=0.02)
     assert worker.status("/readyz") in (503, 0)
@@ -69,7 +69,7 @@ def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_withou
     assert worker.wait(30) == 1
     (line,) = [json.loads(line) for line in worker.output.splitlines() if "nobody foresaw" in line]
     assert (line["level"], line["error"]) == ("CRITICAL", "LookupError")
-    assert line["at"].startswith("faulty.py:")
+    assert line["at"].startswith("faulty_model.py:")
     assert SECRET_TEXT not in worker.output
     assert "Traceback" not in worker.output
     assert committed_and_published(kafka, topics) == (100, 100, 0)

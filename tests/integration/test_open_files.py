@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.process import Workers
+from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Topics, numbered
 
@@ -15,6 +15,11 @@ pytestmark = [
 ]
 
 PARTITIONS = 40
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 @pytest.mark.parametrize(("hard", "is_enough"), [(160, True), (120, False)])

@@ -46,7 +46,7 @@ def test_kafka_is_not_there_at_the_start(
 
 
 @pytest.mark.parametrize("outage", [("stop", 20), ("kill", 5)], ids=["stop", "kill"])
-def test_the_broker_goes_away_under_load(
+def test_a_broker_that_goes_away_under_load_loses_and_repeats_nothing(
     fragile_broker: Broker,
     fragile_kafka: Kafka,
     topics: Topics,

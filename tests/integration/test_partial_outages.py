@@ -99,7 +99,7 @@ def pair_kafka(module_pair: tuple[Pair, Kafka]) -> Kafka:
 
 @pytest.fixture
 def pair_workers(pair: Pair, tmp_path: Path, worker_module: str) -> Iterator[Workers]:
-    with workers_in(pair.nodes[STAYS].bootstrap, Path("builtin"), tmp_path, worker_module) as workers:
+    with workers_in(pair.nodes[STAYS].bootstrap, Path("builtin"), tmp_path, worker_module, is_forked=True) as workers:
         yield workers
 
 

@@ -121,7 +121,7 @@ STORIES: dict[str, tuple[dict[str, Case], dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def module_workers(broker: Broker, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    with workers_in(broker.bootstrap, checkpoint, tmp_path_factory.mktemp("workers")) as workers:
+    with workers_in(broker.bootstrap, checkpoint, tmp_path_factory.mktemp("workers"), is_forked=True) as workers:
         yield workers
 
 
@@ -310,7 +310,7 @@ def test_results_say_what_the_model_says(json_story: Story, oracle: Oracle) -> N
     assert len(labels) > 1, "the test's checkpoint tells texts apart"
 
 
-def test_ids(json_story: Story) -> None:
+def test_the_id_of_a_json_event_is_from_its_field_its_header_or_its_place(json_story: Story) -> None:
     def place(name: str) -> str:
         return "{}-{}-{}".format(*json_story.sent[name].place)
 
@@ -350,13 +350,13 @@ def test_every_metric_is_there(json_story: Story) -> None:
     assert abs(success - time.time()) < 600
 
 
-def test_text_ids(text_story: Story) -> None:
+def test_the_id_of_a_text_is_from_its_header_or_its_place(text_story: Story) -> None:
     assert fields(text_story.result("header id"))["id"] == "from header"
     sent = text_story.sent["looks like JSON"]
     assert fields(text_story.result("looks like JSON"))["id"] == "{}-{}-{}".format(*sent.place)
 
 
-def test_text_is_the_value(text_story: Story, oracle: Oracle) -> None:
+def test_a_plain_text_is_scored_as_the_model_scores_it(text_story: Story, oracle: Oracle) -> None:
     for name in text_story.expected("result"):
         expected = oracle.probabilities((text_story.sent[name].value or b"").decode())
         found = fields(text_story.result(name))["probabilities"]

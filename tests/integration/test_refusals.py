@@ -50,7 +50,7 @@ def assert_small_ones_came_out(story: Story) -> None:
     assert story.exit_code == 0
 
 
-def test_a_timestamp_that_the_broker_refuses(kafka: Kafka, workers: Workers) -> None:
+def test_a_timestamp_that_the_broker_refuses_makes_a_dead_letter(kafka: Kafka, workers: Workers) -> None:
     ahead = int(time.time() * 1000) + TEN_HOURS
     cases = {
         **{f"before {number}": small(number) for number in range(100)},
@@ -76,7 +76,7 @@ def test_a_timestamp_that_the_broker_refuses(kafka: Kafka, workers: Workers) -> 
         assert abs(letter.timestamp / 1000 - time.time()) < 600, name
 
 
-def test_sizes_that_the_topics_refuse(kafka: Kafka, workers: Workers) -> None:
+def test_a_result_that_its_topic_refuses_for_its_size_is_a_dead_letter(kafka: Kafka, workers: Workers) -> None:
     """Topics that take little: one result that is too large costs itself, and many small ones are not too large
     together."""
     sizes = TopicSizes((1, 1, 1), output={"max_message_bytes": 20_000}, dead_letters={"max_message_bytes": 60_000})
@@ -108,7 +108,7 @@ def test_sizes_that_the_topics_refuse(kafka: Kafka, workers: Workers) -> None:
         assert "error.value_bytes" not in error_headers(story.dead_letter(f"medium {number}"))
 
 
-def test_records_larger_than_a_fetch(kafka: Kafka, workers: Workers) -> None:
+def test_records_larger_than_a_fetch_are_read(kafka: Kafka, workers: Workers) -> None:
     """Larger than the consumer's default fetch of a partition (1 MiB): read all the same, neighbours too."""
     pad = "x" * 2_500_000
     cases = {
@@ -141,7 +141,7 @@ def test_enriched_records_meet_the_limit_of_their_topic(kafka: Kafka, workers: W
     assert story.dead_letter("grows").value == story.sent["grows"].value
 
 
-def test_limits_that_are_lowered_while_it_runs(kafka: Kafka, workers: Workers) -> None:
+def test_topic_limits_that_are_lowered_while_it_runs_hold(kafka: Kafka, workers: Workers) -> None:
     """The worker cannot know: the broker refuses whole batches, of which only what is too large or too early is dead."""
     sent, output, dead_letters, metrics = play_with_lowered_limits(kafka, workers)
     expected = {record.place for record in sent if record.key != b"bad"}

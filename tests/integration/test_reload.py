@@ -28,7 +28,7 @@ def folder(tmp_path: Path, checkpoint: Path) -> Path:
 
 @pytest.fixture
 def workers(broker: Broker, folder: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(broker.bootstrap, folder, tmp_path) as workers:
+    with workers_in(broker.bootstrap, folder, tmp_path, is_forked=True) as workers:
         yield workers
 
 

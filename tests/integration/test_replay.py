@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as PartitionToCommit
 from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 
-from tests.support.process import COSTLESS, Workers, environment
+from tests.support.process import COSTLESS, Workers, environment, forked
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Record, Topics, repeated
 from tests.support.waiting import wait_for
@@ -47,15 +47,17 @@ def dead_letter(number: int, topics: Topics, reason: str = "missing_text", *more
     return Record(b'{"id": %d, "text": 1}' % number, b"key %d" % (number % 20), headers)
 
 
-def command(kafka: Kafka, topics: Topics, *arguments: str) -> list[str]:
+def flags(kafka: Kafka, topics: Topics) -> list[str]:
     names = ["--dead-letter-topic", topics.dead_letters, "--group-id", topics.group]
-    return [sys.executable, "-m", "worker", "replay", "--bootstrap-servers", kafka.bootstrap, *names, *arguments]
+    return ["--bootstrap-servers", kafka.bootstrap, *names]
+
+
+def command(kafka: Kafka, topics: Topics, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "worker", "replay", *flags(kafka, topics), *arguments]
 
 
 def replay(kafka: Kafka, topics: Topics, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(kafka, topics, *arguments), env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    return forked("replay", *flags(kafka, topics), *arguments)
 
 
 def counted(done: "subprocess.CompletedProcess[str]") -> dict[str, list[int]]:

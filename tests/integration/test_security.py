@@ -47,7 +47,7 @@ def kafka(secure: SecureKafka) -> Kafka:
 
 @pytest.fixture
 def secure_workers(secure: SecureKafka, checkpoint: Path, tmp_path: Path) -> Iterator[Workers]:
-    with workers_in(secure.bootstrap, checkpoint, tmp_path, COSTLESS) as workers:
+    with workers_in(secure.bootstrap, checkpoint, tmp_path, COSTLESS, is_forked=True) as workers:
         yield workers
 
 

@@ -3,14 +3,19 @@
 import orjson
 import pytest
 
-from tests.support.process import Workers
+from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import letter_place, places, result_place, worked
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
-from tests.test_command_line import call
 
 pytestmark = pytest.mark.kafka
-COSTLESS = {"module": "tests.support.costless_model", "cache_size": 0}  # a model that is there at once
+NO_CACHE = {"cache_size": 0}
+OFTEN = {"INTERVALS": '{"TOPICS_INTERVAL_S": 2}'}  # a pattern is compared with the cluster's topics
+
+
+@pytest.fixture
+def worker_module() -> str:
+    return COSTLESS
 
 
 def create_outputs(kafka: Kafka, topics: Topics) -> None:
@@ -51,13 +56,13 @@ def test_a_topic_that_comes_later_is_read_and_nothing_is_repeated(
     pattern = rf"{topics.input}\.\d"
     pair = [
         workers.start(
-            topics, input_topics=None, input_pattern=pattern, delivery=delivery, max_batch_texts=64, **COSTLESS
+            topics, OFTEN, input_topics=None, input_pattern=pattern, delivery=delivery, max_batch_texts=64, **NO_CACHE
         )
         for _ in range(2)
     ]
     for worker in pair:
         worker.wait_until_assigned(2)
-    sent = kafka.send(names[0], map(numbered, range(60_000)))
+    sent = kafka.send(names[0], map(numbered, range(30_000)))
     kafka.send(f"another.{names[0]}", [numbered(0)])
     for name in names[1:]:
         kafka.create(name, 2)
@@ -65,7 +70,7 @@ def test_a_topic_that_comes_later_is_read_and_nothing_is_repeated(
     for worker in pair:
         worker.wait_until_assigned(4)
     before = kafka.count(topics.output)
-    assert before < 60_000, "all was done before the new topics were taken up: this has shown nothing"
+    assert before < 30_000, "all was done before the new topics were taken up: this has shown nothing"
     wait_for(lambda: sum(worker.metrics.outcomes for worker in pair) >= len(sent), "every record", 120)
     wait_for(
         lambda: {name for worker in pair for name in worker.metrics.by("topic", "consumer_lag_records")} == set(names),
@@ -101,7 +106,7 @@ def test_a_topic_of_a_pattern_that_is_deleted_leaves_the_others_at_work(
     stays, goes = f"{topics.input}.2", f"{topics.input}.1"
     for name in (stays, goes):
         kafka.create(name)
-    worker = workers.start(topics, input_topics=None, input_pattern=rf"{topics.input}\.\d", **COSTLESS)
+    worker = workers.start(topics, input_topics=None, input_pattern=rf"{topics.input}\.\d", **NO_CACHE)
     worker.wait_until_assigned(2)
     kafka.send(goes, map(numbered, range(10)))
     wait_for(lambda: kafka.count(topics.output) == 10, "the results")
@@ -123,12 +128,12 @@ def test_check_looks_at_every_topic_of_a_pattern(kafka: Kafka, topics: Topics) -
         "--output-topic", topics.output, "--dead-letter-topic", topics.dead_letters,
         "--input-pattern", rf"{topics.input}\.\d",
     ]  # fmt: skip
-    done = call("check", *flags)
+    done = forked("check", *flags)
     assert done.returncode == 1
     assert "no topic has a name that matches" in done.stdout
     for number in range(2):
         kafka.create(f"{topics.input}.{number}", 3)
-    done = call("check", *flags)
+    done = forked("check", *flags)
     assert done.returncode == 0, done.stdout
     assert all(f"READ on topic {topics.input}.{number}" in done.stdout for number in range(2))
     assert "work for up to 6" in done.stdout

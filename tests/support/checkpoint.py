@@ -1,4 +1,7 @@
-"""A tiny random checkpoint, quick to load and quick to run, and what it says of a text by an independent way."""
+"""A tiny random checkpoint, quick to load and quick to run, and what it says of a text by an independent way.
+
+Torch and transformers are imported where they are first needed: most tests do without the seconds that this takes.
+"""
 
 import json
 import shutil
@@ -9,11 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
-
-torch.set_num_threads(1)  # beside other processes torch's threads wait for each other, far longer than they compute
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "rubert-tiny-sentiment-balanced"
 LABELS = ("negative", "neutral", "positive")
@@ -24,6 +23,10 @@ POISON = "irrigation"  # one token of the vocabulary; a text with this word has 
 
 def make_checkpoint(folder: Path, seed: int = 7) -> Path:
     """A BERT of one layer with the real tokenizer; its answers differ from text to text."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    torch.set_num_threads(1)  # beside other processes torch's threads wait for each other, far longer than they compute
     torch.manual_seed(seed)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder)
@@ -81,11 +84,17 @@ class Oracle:
     """
 
     def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        torch.set_num_threads(1)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self.probabilities = lru_cache(maxsize=None)(self._probabilities)
         self._network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
 
     def _probabilities(self, text: str, composed: bool = True) -> NDArray[np.float64]:
+        import torch
+
         tokens = self._tokenizer(
             as_composed(text) if composed else text, return_tensors="pt", truncation=True, max_length=512
         )

@@ -1,21 +1,19 @@
 """The worker with a model that costs nothing: `python -m tests.support.costless_model run …`. What is left is the plumbing.
 
-With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
-With `PROFILE` the event loop is profiled into the file of that name. What benchmarks.probed takes holds too.
+With `PASS_SECONDS` a pass of the model takes so long, whatever is in it: a device whose cost two cores do not share.
+With `PROFILE` the event loop is profiled into the file of that name.
 """
 
 import cProfile
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import probed
-from worker.cli import main
+from tests.support.command_line import main_with
 from worker.commands import run as service
 from worker.settings import RunSettings
 
@@ -53,20 +51,14 @@ class CostlessModel:
 
 
 if __name__ == "__main__":
-
-    def load(_: RunSettings) -> Any:
-        return CostlessModel()
-
-    service.run = partial(service.run, load_model=load)
     if "PROFILE" in os.environ:
         run = service.run
 
-        def profiled(settings: RunSettings) -> int:
+        def profiled(settings: RunSettings, **options: Any) -> int:
             with cProfile.Profile() as profile:
-                code = run(settings)
+                code = run(settings, **options)
             profile.dump_stats(os.environ["PROFILE"])
             return code
 
         service.run = profiled
-    probed.install()
-    main()
+    main_with(lambda _: CostlessModel())

@@ -1,21 +1,19 @@
 """The worker, with a model that breaks once a file appears: `python -m tests.support.faulty_model run …`, for tests.
 
-`FAULT` is what happens then: `hang` (the network never answers), `lost` (every pass fails, as on a device that is gone),
+`FAULT` is what happens then: `hang` (the model never answers), `lost` (every pass fails, as on a device that is gone),
 `nan` (every logit is no number), `bug` (an error that nobody foresaw, with a text in its words). `FAULT_FILE` is the file.
 """
 
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.cli import main
-from worker.commands import run as service
+from tests.support.command_line import main_with
 from worker.commands.run_parts import load_model
 from worker.settings import RunSettings
 
@@ -51,10 +49,9 @@ class FaultyModel:
         return 0
 
 
+def load(settings: RunSettings) -> FaultyModel:
+    return FaultyModel(load_model(settings))
+
+
 if __name__ == "__main__":
-
-    def load_faulty(settings: RunSettings) -> Any:
-        return FaultyModel(load_model(settings))
-
-    service.run = partial(service.run, load_model=load_faulty)  # type: ignore[arg-type]
-    main()
+    main_with(load)

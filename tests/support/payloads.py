@@ -4,6 +4,7 @@ The oracle shares nothing with the worker: the standard library's JSON reader, m
 """
 
 import json
+import os
 import random
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 from tests.support.topics import Headers, Record
 
+PAYLOADS: Final = int(os.environ.get("HOSTILE_PAYLOADS", "1500"))  # of each test with them; `make fuzz` takes 10,000
 MAX_TEXT_CHARS: Final = 100_000
 MOST_VALUES = 100_000  # commas and opening brackets
 BRACKETS: Final = re.compile(r"[\[\]{}]")

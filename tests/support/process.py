@@ -1,26 +1,40 @@
-"""The worker as a process of its own, run as a person runs it."""
+"""The worker as a process of its own: run as a person runs it, or forked from one that has imported everything."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.broker import free_port
+from tests.support.fork_server import ForkedProcess, ForkServer
 from tests.support.topics import Topics
 from tests.support.waiting import wait_for
 
 PREFIX = "sentiment_worker_"
 COSTLESS = "tests.support.costless_model"
 READY_SECONDS = 180
+
+WITHOUT_MODEL = ForkServer("worker.commands.run", "worker.commands.replay")
+WITH_MODEL = ForkServer(
+    "worker.commands.run",
+    "worker.commands.check",
+    "worker.model.sentiment_model",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "onnxruntime",
+)
+MODULES_WITH_MODEL = ("worker", "tests.support.faulty_model")
 
 
 class Metrics:
@@ -57,30 +71,48 @@ class Metrics:
 class WorkerProcess:
     """`python -m worker run` with these settings, or another module with its command line; prints into `folder`.
 
-    `variables` are its environment's, beside those of `environment`.
+    `variables` are its environment's, beside those of `environment`. Where `is_forked` the process is forked from one that
+    has imported the worker, and begins a second earlier, or seven with the libraries of a real model.
     """
 
     def __init__(
-        self, folder: Path, module: str = "worker", variables: Mapping[str, str] | None = None, **settings: object
+        self,
+        folder: Path,
+        module: str = "worker",
+        variables: Mapping[str, str] | None = None,
+        *,
+        is_forked: bool = False,
+        **settings: object,
     ) -> None:
         port = settings.get("http_port") or free_port()
         self.folder = folder
         self.is_paused = False
         self.url = f"http://127.0.0.1:{port}"
         flags = {"http_port": port, "log_format": "json", **settings}
-        command = [sys.executable, "-m", module, "run"]
+        arguments = ["run"]
         for name, value in flags.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
         self._output, self._errors = folder / f"{port}.out", folder / f"{port}.err"
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                env={**environment(), **(variables or {})},
-                cwd=folder,
-            )
+            self._process = self._begun(module, arguments, output, errors, variables or {}, is_forked)
+
+    def _begun(
+        self,
+        module: str,
+        arguments: list[str],
+        output: IO[bytes],
+        errors: IO[bytes],
+        variables: Mapping[str, str],
+        is_forked: bool,
+    ) -> "subprocess.Popen[bytes] | ForkedProcess":
+        env = {**environment(), **variables}
+        if is_forked:
+            server = WITH_MODEL if module in MODULES_WITH_MODEL else WITHOUT_MODEL
+            return server.start(module, arguments, env=env, cwd=self.folder, stdout=output, stderr=errors)
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=env, cwd=self.folder
+        )
 
     @property
     def pid(self) -> int:
@@ -176,8 +208,9 @@ class WorkerProcess:
 class Workers:
     """Starts workers for tests and ends every one of them, whatever becomes of the test."""
 
-    def __init__(self, bootstrap: str, checkpoint: Path, folder: Path, module: str) -> None:
+    def __init__(self, bootstrap: str, checkpoint: Path, folder: Path, module: str, *, is_forked: bool) -> None:
         self._defaults = {
+            "is_forked": is_forked,
             "module": module,
             "bootstrap_servers": bootstrap,
             "model": checkpoint,
@@ -208,12 +241,45 @@ class Workers:
 
 
 @contextmanager
-def workers_in(bootstrap: str, checkpoint: Path, folder: Path, module: str = "worker") -> Iterator[Workers]:
-    workers = Workers(bootstrap, checkpoint, folder, module)
+def workers_in(
+    bootstrap: str, checkpoint: Path, folder: Path, module: str = "worker", *, is_forked: bool = False
+) -> Iterator[Workers]:
+    workers = Workers(bootstrap, checkpoint, folder, module, is_forked=is_forked)
     try:
         yield workers
     finally:
         workers.close()
+
+
+def forked(
+    *arguments: object,
+    stdin: bytes = b"",
+    folder: Path | None = None,
+    open_files: tuple[int, int] | None = None,
+    **variables: str,
+) -> "subprocess.CompletedProcess[str]":
+    """What `python -m worker` with these arguments answers, without the seconds in which it imports a model's libraries."""
+    server = WITHOUT_MODEL if arguments[0] == "replay" else WITH_MODEL
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        given.write(stdin)
+        given.seek(0)
+        process = server.start(
+            "worker",
+            [str(argument) for argument in arguments],
+            env=environment() | variables,
+            cwd=folder or Path.cwd(),
+            stdin=given,
+            stdout=output,
+            stderr=errors,
+            open_files=open_files,
+        )
+        try:
+            code = process.wait(150)
+        finally:
+            process.kill()
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read().decode(), errors.read().decode())
 
 
 def environment() -> dict[str, str]:

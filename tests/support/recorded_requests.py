@@ -6,7 +6,6 @@ producer's id fail, as they do while its coordinator is away. The model costs no
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
+from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
-from worker.cli import main
 from worker.commands import check
-from worker.commands import run as service
 from worker.kafka import connection as cluster
 from worker.kafka.aiokafka_compat import TopicsRequest
 
@@ -45,7 +43,6 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    service.run = partial(service.run, load_model=lambda _: CostlessModel())  # type: ignore[arg-type,return-value]
     check._model = lambda _: check.Finding("model", "ok", "costs nothing")
     install()
-    main()
+    main_with(lambda _: CostlessModel())

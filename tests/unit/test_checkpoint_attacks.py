@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.process import environment
+from tests.support.process import forked
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
 
@@ -234,10 +232,7 @@ def test_a_command_with_such_a_checkpoint_ends_with_a_sentence(
     checkpoint: Path, tmp_path: Path, trace: Path, name: str
 ) -> None:
     folder = attacked(checkpoint, tmp_path / "evil", REFUSED[name], trace)
-    command = [sys.executable, "-m", "worker", "classify", "--model", str(folder), "--log-format", "console", "да"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment(), cwd=folder, check=False, input=""
-    )
+    done = forked("classify", "--model", folder, "--log-format", "console", "да", folder=folder)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

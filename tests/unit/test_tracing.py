@@ -54,6 +54,7 @@ def test_what_is_switched_off_is_not_imported() -> None:
 def test_without_the_extra_it_says_what_to_install(command: str, missing: str) -> None:
     done = python(
         f"import sys; sys.modules['{missing}'] = None\n"
+        "from worker.commands import check; check._model = lambda _: check.Finding('model', 'ok', 'not loaded')\n"
         f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0', '--log-format=console'])"
     )
     assert done.returncode == 2
