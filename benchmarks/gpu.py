@@ -50,7 +50,7 @@ from tests.support.waiting import wait_for
 from worker.commands.demo.broker import ANSWER_S
 from worker.commands.demo.broker import start as start_mock
 from worker.model.bert import seconds
-from worker.model.cuda import CudaLane, Passes, Shapes, expected_agreement, pack
+from worker.model.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
 from worker.settings import RunSettings
@@ -156,8 +156,8 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
     passes = model._run
     if isinstance(passes, Passes):
         lane = passes._lane
-        assert isinstance(lane, CudaLane)
-        plain = CudaLane(lane._forward, model.device, labels=lane._labels, padding=lane._padding)
+        assert isinstance(lane, CudaPassDevice)
+        plain = CudaPassDevice(lane._forward, model.device, labels=lane._labels, padding=lane._padding)
         model._run = Passes(plain, passes._shapes)
     try:
         return model._all_logits(ids)
@@ -167,7 +167,7 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
 
 def graphs_of(model: SentimentModel) -> int:
     lane = getattr(model._run, "_lane", None)
-    return len(lane._graphs) if isinstance(lane, CudaLane) else 0
+    return len(lane._graphs) if isinstance(lane, CudaPassDevice) else 0
 
 
 # Engine.
@@ -253,7 +253,7 @@ def device_ms(model: SentimentModel, shaped: Sequence[Any], ids: Sequence[Any]) 
     passes = model._run
     assert isinstance(passes, Passes)
     lane = passes._lane
-    assert isinstance(lane, CudaLane)
+    assert isinstance(lane, CudaPassDevice)
     slots = [(lane.slot(shape), shape, [ids[index] for index in batch]) for batch, shape in shaped]
     ends = [pack(of_batch, shape, slot.wire) for slot, shape, of_batch in slots]
     times = []

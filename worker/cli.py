@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from worker.settings import CorpusSettings, LogSettings
-    from worker.training.dataset import Source
+    from worker.training.dataset import LabelledFile
 
 Answer = TypeVar("Answer")
 Logging = TypeVar("Logging", bound="LogSettings")
@@ -253,7 +253,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _sources(settings: "CorpusSettings") -> "list[Source]":
+def _sources(settings: "CorpusSettings") -> "list[LabelledFile]":
     from worker.training.dataset import parse_sources
 
     return _or_refuse(

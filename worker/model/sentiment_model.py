@@ -68,7 +68,7 @@ ROBERTA_LIKE = {
 }  # their positions begin behind the padding's id
 
 
-class Tokens(NamedTuple):
+class TokenizedTexts(NamedTuple):
     """N tokenized texts: their ids, each at most the model's maximum, and whether a text was cut for it."""
 
     ids: list[Ids]
@@ -233,10 +233,10 @@ class SentimentModel:
             use_one_thread()
         return model
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of N texts. Of a very long one only the beginning is looked at, as much as fills the maximum."""
         if not texts:
-            return Tokens([], [])
+            return TokenizedTexts([], [])
         prefix = self.max_tokens * CHARS_PER_TOKEN
         ids = self._encode([_prefix(text, prefix) for text in texts])
         padding = np.array([self._padding], dtype=np.int32)
@@ -246,7 +246,7 @@ class SentimentModel:
                 ids[index], truncated[index] = self._cut(text, ids[index], prefix)
             elif not len(ids[index]):
                 ids[index] = padding
-        return Tokens(ids, truncated)
+        return TokenizedTexts(ids, truncated)
 
     def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
         """The ids of one text, of which those of its first ``prefix`` characters are given, and whether it was cut."""

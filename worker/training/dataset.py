@@ -21,7 +21,7 @@ HoldOutBy = Literal["normalized", "exact"]
 
 
 @dataclass(frozen=True)
-class Source:
+class LabelledFile:
     """One labelled CSV file (UTF-8, comma, with a header line)."""
 
     name: str
@@ -70,7 +70,7 @@ def parse_sources(
     label_maps: Sequence[str] = (),
     text_columns: Sequence[str] = (),
     label_columns: Sequence[str] = (),
-) -> list[Source]:
+) -> list[LabelledFile]:
     """Sources from command-line words: `NAME=PATH` (or a bare path, named by its stem), `NAME:RAW=CLASS` (no class: the
     label's rows are dropped), and columns, `NAME=COLUMN` or one for all others.
 
@@ -95,7 +95,7 @@ def parse_sources(
         maps[name][raw] = wanted
     texts, labels = _columns("--text-column", text_columns, paths), _columns("--label-column", label_columns, paths)
     return [
-        Source(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
+        LabelledFile(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
         for name, path in paths.items()
     ]
 
@@ -130,7 +130,7 @@ def _parse_label_map(word: str) -> tuple[str, str, str]:
     return name, raw, wanted
 
 
-def read_source(source: Source) -> list[Example]:
+def read_source(source: LabelledFile) -> list[Example]:
     """All rows of a source whose text is not blank and whose label is not dropped, in the file's order. Blocks on the disk.
 
     ValueError, one sentence that names the source and never quotes a text: the file cannot be read, a column is
@@ -157,7 +157,7 @@ def read_source(source: Source) -> list[Example]:
     return examples
 
 
-def _label_ids(source: Source) -> dict[str, int | None]:
+def _label_ids(source: LabelledFile) -> dict[str, int | None]:
     """The class of each raw label; None for those whose rows are dropped."""
     unknown = sorted(set(source.label_map.values()) - {*CLASSES, ""})
     if unknown:
@@ -168,7 +168,7 @@ def _label_ids(source: Source) -> dict[str, int | None]:
     return {raw: CLASSES.index(name) if name else None for raw, name in (own | dict(source.label_map)).items()}
 
 
-def _rows(source: Source) -> Iterable[tuple[int, dict[str, str | None]]]:
+def _rows(source: LabelledFile) -> Iterable[tuple[int, dict[str, str | None]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with source.path.open(encoding="utf-8-sig", newline="") as file:

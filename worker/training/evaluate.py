@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker.printable import printable
-from worker.training.dataset import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
+from worker.training.dataset import CLASSES, Example, HoldOutBy, LabelledFile, is_held_out, read_source
 
 Matrix = NDArray[np.int64]
 """A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
@@ -49,7 +49,7 @@ def macro_f1(matrix: Matrix) -> float:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What a classifier reached: a confusion matrix per source, in the order of the sources."""
 
     matrices: Mapping[str, Matrix]
@@ -116,8 +116,8 @@ def _number(score: float) -> float | None:
 
 
 def evaluate(
-    predict: Predict, sources: Sequence[Source], *, held_out_only: bool = False, hold_out_by: HoldOutBy = "exact"
-) -> Report:
+    predict: Predict, sources: Sequence[LabelledFile], *, held_out_only: bool = False, hold_out_by: HoldOutBy = "exact"
+) -> EvaluationReport:
     """Score `predict` on every source, or on its held-out rows alone. Blocks; called by the command line.
 
     `predict` is called once per source with all its texts: it batches them itself. ValueError: a source cannot be read
@@ -132,7 +132,7 @@ def evaluate(
     return evaluate_examples(predict, rows)
 
 
-def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> Report:
+def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> EvaluationReport:
     """Score `predict` on examples that were already read, by source name. Blocks.
 
     ValueError: `predict` gives a label that is none of the three classes, or raises FloatingPointError.
@@ -147,7 +147,7 @@ def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -
                 "weights are damaged, or its training diverged"
             ) from None
         matrices[name] = confusion((e.label for e in examples), (_class_id(label) for label in labels))
-    return Report(matrices)
+    return EvaluationReport(matrices)
 
 
 def _class_id(label: str | None) -> int:

@@ -43,14 +43,14 @@ from worker.training.dataset import (
     CLASSES,
     Counts,
     Example,
-    Source,
+    LabelledFile,
     balanced_counts,
     draw,
     part_of,
     read_source,
     repetitions,
 )
-from worker.training.evaluate import Report, evaluate_examples
+from worker.training.evaluate import EvaluationReport, evaluate_examples
 
 __all__ = ["Diverged", "Interrupted", "Progress", "ProgressView", "Result", "train"]
 
@@ -92,7 +92,7 @@ class Result:
     """What `train` made: the folder, macro-F1 on the measured rows, how long it took, and whether Ctrl-C ended it early."""
 
     folder: Path
-    report: Report
+    report: EvaluationReport
     seconds: float
     interrupted: bool
 
@@ -161,7 +161,7 @@ class ProgressView:
             self._console.print(f"{progress.stage}: {progress.done}/{progress.total} {progress.note}".rstrip())
 
 
-def train(options: TrainSettings, sources: Sequence[Source], report: Show) -> Result:
+def train(options: TrainSettings, sources: Sequence[LabelledFile], report: Show) -> Result:
     """Train, write the checkpoint into `options.output`, and measure what was written. Blocks, for minutes to hours.
 
     Called by the command line, which makes the sources from the settings; `report` is called on the same thread after
@@ -202,7 +202,7 @@ def _trained(run: _Run, training: list[Example], counts: Counts) -> tuple[Any, A
         raise Interrupted("interrupted before the first step of fine-tuning: there is nothing to keep yet") from None
 
 
-def _split(run: _Run, sources: Sequence[Source]) -> tuple[list[Example], dict[str, list[Example]]]:
+def _split(run: _Run, sources: Sequence[LabelledFile]) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training examples, and the examples to measure on by source."""
     options = run.options
     measured_part, by = "development" if options.development else "held-out", options.rows_held_out_by(options.base)
@@ -658,7 +658,7 @@ def _predictor(run: _Run) -> Callable[[list[str]], list[str]]:
     return predict
 
 
-def command(options: TrainSettings, sources: Sequence[Source]) -> str:
+def command(options: TrainSettings, sources: Sequence[LabelledFile]) -> str:
     """The command line that does the same again, with file names in place of paths."""
     words = ["sentiment-worker", "train"]
     for source in sources:
@@ -666,7 +666,7 @@ def command(options: TrainSettings, sources: Sequence[Source]) -> str:
         for raw, name in source.label_map.items():
             words += ["--label-map", f"{source.name}:{raw}={name}"]
         for flag in ("text_column", "label_column"):
-            if getattr(source, flag) != Source.__dataclass_fields__[flag].default:
+            if getattr(source, flag) != LabelledFile.__dataclass_fields__[flag].default:
                 words += [f"--{flag.replace('_', '-')}", f"{source.name}={getattr(source, flag)}"]
     for name, field in TrainSettings.model_fields.items():
         value = getattr(options, name)
@@ -679,7 +679,12 @@ def command(options: TrainSettings, sources: Sequence[Source]) -> str:
 
 
 def model_card(
-    run: _Run, sources: Sequence[Source], result: Result, training: Sequence[Example], counts: Counts, network: Any
+    run: _Run,
+    sources: Sequence[LabelledFile],
+    result: Result,
+    training: Sequence[Example],
+    counts: Counts,
+    network: Any,
 ) -> str:
     """The README.md beside the weights: what it is, its table, its data, its recipe, its limits. Markdown."""
     options = run.options
@@ -726,7 +731,7 @@ tokens were cut in training. Nothing was done about bias in the data.
 """
 
 
-def _data_table(sources: Sequence[Source], training: Sequence[Example], counts: Counts) -> str:
+def _data_table(sources: Sequence[LabelledFile], training: Sequence[Example], counts: Counts) -> str:
     """How many rows of each source and class there are, and how many of them an epoch has."""
     there = Counter((example.source, example.label) for example in training)
     data = ["| Source | Training rows | " + " | ".join(CLASSES) + " |", "| --- | --- | --- | --- | --- |"]
