@@ -49,7 +49,7 @@ from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
 from worker.commands.demo.broker import ANSWER_S
 from worker.commands.demo.broker import start as start_mock
-from worker.model.bert import seconds
+from worker.model.bert import shortest_run_s
 from worker.model.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
@@ -198,7 +198,7 @@ def engine(checkpoint: Path, options: argparse.Namespace, texts: Sequence[str]) 
     return {
         "texts": len(texts),
         "dtype": model.dtype,
-        "tokenizer": type(model._encode).__name__,
+        "tokenizer": type(model._tokenizer.encode).__name__,
         "passes": model.passes,
         "graphs": graphs_of(model),
         "memory_mb": round(model.memory_bytes() / 1e6),
@@ -241,7 +241,7 @@ def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str,
         "passes, as the engine does": lambda: model._all_logits(ids),
         "logits to sentiments": lambda: to_sentiments(logits, model.activation),
     }
-    took = {name: round(1000 * seconds(step), 3) for name, step in steps.items()}
+    took = {name: round(1000 * shortest_run_s(step), 3) for name, step in steps.items()}
     if isinstance(model._run, Passes):
         took["device alone"] = round(device_ms(model, shaped, ids), 3)
     padded = sum(shape.rows * shape.width for _, shape in shaped)
@@ -279,7 +279,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return 4 * 2 * size**3 / seconds(product)
+    return 4 * 2 * size**3 / shortest_run_s(product)
 
 
 # Kafka.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.model.backends import choose_on_cuda
+from worker.model.backends import choose_cuda_forward
 from worker.model.cuda import (
     AGREEMENT,
     CapturedGraph,
@@ -217,12 +217,12 @@ def test_no_agreement_where_half_precision_gives_no_number_or_all_labels_tie() -
 
 def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not(builtin: Any) -> None:
     network, examples = builtin
-    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float16"
     assert choice.exact is not None
     with torch.no_grad():
         network.classifier.bias.fill_(1_000)  # where half precision has steps of a half
-    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float32"
     assert choice.exact is None
 

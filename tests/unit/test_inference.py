@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
 from worker.core.sentiment import LABELS, Activation, Label, Sentiment
-from worker.model.sentiment_model import TokenizedTexts
+from worker.model.truncation import TokenizedTexts
 from worker.pipeline import inference as inference_module
 from worker.pipeline.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.runtime.loop_budget import SLICE, TurnBudget

@@ -306,9 +306,9 @@ def _decoder(settings: RunSettings) -> Decoder:
 
 
 def _loaded(settings: RunSettings) -> "SentimentModel":
-    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+    from worker.commands.load_model import load_model  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
-    return SentimentModel.load_as_set(settings)
+    return load_model(settings)
 
 
 def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":

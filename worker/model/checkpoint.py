@@ -31,6 +31,7 @@ MOST: Final = {  # of what is built one by one, before any weight is looked at: 
         1_000,
     ),
 }  # fmt: skip
+MAX_CHARS: Final = 300  # of the words of a checkpoint or a library, in a message
 LFS: Final = b"version https://git-lfs.github.com/spec/"
 
 Find = Callable[[str], Path | None]
@@ -73,7 +74,7 @@ def folder_of(name: str, revision: str | None) -> Path | None:
     return None
 
 
-def found_in(folder: Path) -> Find:
+def find_in(folder: Path) -> Find:
     """A ``Find`` over the files of a folder."""
     return lambda name: folder / name if (folder / name).is_file() else None
 

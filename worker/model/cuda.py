@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.core.batching import TokenIds
-from worker.model.bert import Forward, LeanNetwork
+from worker.model.bert import BertClassifier, Forward
 
 log = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ def passes_on(
     """
     shapes = Shapes(longest, budget)
     lane = CudaPassDevice(forward, device, labels=labels, padding=padding)
-    if isinstance(forward, LeanNetwork):
+    if isinstance(forward, BertClassifier):
         lane.capture(shapes.all())
     if exact is None:
         return Passes(lane, shapes)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.model.autotune import cpu_has
-from worker.model.bert import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
+from worker.model.bert import NEVER, TOKEN_BY_TOKEN, BertClassifier, PlainLinear
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(
@@ -32,7 +32,7 @@ VERSION: Final = "3"  # of what this module writes
 
 
 class ExportedNetwork:
-    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; takes the calling thread alone.
+    """Token ids → logits by ONNX Runtime, called as a BertClassifier. Blocks; takes the calling thread alone.
 
     ``file`` is read by the process's own user or root's work alone: raises PermissionError for any other.
     """
@@ -58,7 +58,7 @@ def is_installed() -> bool:
 
 
 def export(network: Any, *, is_int8: bool) -> Path:
-    """The ONNX file of a network that LeanNetwork covers: from the cache folder, or written there first, in seconds.
+    """The ONNX file of a network that BertClassifier covers: from the cache folder, or written there first, in seconds.
 
     Where the folder cannot be written or is another user's, into a temporary one. Raises what torch's exporter raises.
     """
@@ -120,7 +120,7 @@ class _Module(nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self._lean = LeanNetwork(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
+        self._lean = BertClassifier(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self._lean(ids, lengths)
