@@ -232,7 +232,8 @@ def _train(argv: Sequence[str]) -> int:
     _log_as_asked(argv)
     settings = load(TrainSettings, argv, "sentiment-worker train")
     sources = _sources(settings)
-    from worker.training.train import ProgressView, train
+    from worker.training.progress import ProgressView
+    from worker.training.train import train
 
     with ProgressView() as view:
         result = _or_refuse(lambda: train(settings, sources, view))

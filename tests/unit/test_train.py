@@ -34,7 +34,11 @@ from worker.training.dataset import (
     sample_held_out,
 )
 from worker.training.evaluate import evaluate
-from worker.training.train import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
+from worker.training.model_card import command
+from worker.training.optimisation import shuffled_batches
+from worker.training.progress import Progress, ProgressView
+from worker.training.train import train
+from worker.training.training_run import Diverged, Interrupted
 
 BUILTIN = Path(worker.__file__).parent / "model" / "builtin"
 WORDS = {
@@ -257,7 +261,7 @@ def test_unreadable_sources_name_the_source_and_quote_no_text(tmp_path: Path) ->
 def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
     rng = random.Random(3)
     lengths = [rng.randint(2, 100) for _ in range(1000)]
-    batches = _shuffled_batches(lengths, 16, rng)
+    batches = shuffled_batches(lengths, 16, rng)
     assert sorted(place for batch in batches for place in batch) == list(range(1000))
     assert max(map(len, batches)) == 16
     padded = sum(max(lengths[place] for place in batch) * len(batch) for batch in batches)
