@@ -1,4 +1,4 @@
-"""ONNX Runtime gives the lean network's logits; which forward is taken, kept and refused."""
+"""ONNX Runtime gives the logits of BertClassifier; which forward is taken, kept and refused."""
 
 import csv
 import os

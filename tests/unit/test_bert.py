@@ -1,4 +1,4 @@
-"""The lean network gives the logits of the checkpoint's own, whatever the checkpoint, the lengths and their mixture."""
+"""BertClassifier gives the logits of the checkpoint's own model, whatever the checkpoint, the lengths and their mixture."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from worker.model import bert as lean
+from worker.model import bert as bert_module
 from worker.model.backends import PaddedPasses, choose_forward
 from worker.model.bert import (
     TEXT_BY_TEXT,
@@ -111,7 +111,7 @@ def test_mixed_lengths(network: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [PlainLinear, PackedLinear, ApartLinear])
-@pytest.mark.parametrize("fused_from", [0, lean.NEVER])
+@pytest.mark.parametrize("fused_from", [0, bert_module.NEVER])
 @pytest.mark.parametrize("order", [TEXT_BY_TEXT, TOKEN_BY_TOKEN])
 def test_whichever_way_was_measured_to_be_faster(
     network: Any, kind: type[PlainLinear], fused_from: int, order: int
@@ -123,8 +123,8 @@ def test_whichever_way_was_measured_to_be_faster(
 
 def test_what_is_not_given_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, fused_from in ((PlainLinear, 0), (PackedLinear, 77)):
-        monkeypatch.setattr(lean, "_fastest_linear", lambda _, kind=kind: kind)
-        monkeypatch.setattr(lean, "_fused_from", lambda *_, fused_from=fused_from: fused_from)
+        monkeypatch.setattr(bert_module, "_fastest_linear", lambda _, kind=kind: kind)
+        monkeypatch.setattr(bert_module, "_fused_from", lambda *_, fused_from=fused_from: fused_from)
         forward = BertClassifier(bert())
         assert type(forward._last._up) is kind
         assert forward._fused_from == fused_from
@@ -171,7 +171,7 @@ def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.L
     assert differences(network, forward, [7, 3]) < 1e-5
 
 
-def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
+def test_a_loaded_checkpoint_is_computed_by_bert_classifier(checkpoint: Path) -> None:
     for name in (str(checkpoint), "builtin"):
         run = SentimentModel.load(name, device="cpu", backend="torch")._run
         assert isinstance(run, PaddedPasses)
@@ -185,8 +185,8 @@ def test_widened_heads_give_the_same_logits(network: Any) -> None:
     ids = torch.randint(8, 300, (5, 33), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([33, 7, 1, 20, 12])
     with torch.inference_mode():
-        plain = BertClassifier(network, linear=PlainLinear, fused_from=lean.NEVER)(ids, lengths)
-        for fused_from in (0, lean.NEVER):
+        plain = BertClassifier(network, linear=PlainLinear, fused_from=bert_module.NEVER)(ids, lengths)
+        for fused_from in (0, bert_module.NEVER):
             for order in (TEXT_BY_TEXT, TOKEN_BY_TOKEN):
                 wide = BertClassifier(network, linear=PlainLinear, fused_from=fused_from, head_multiple=8, order=order)
                 assert wide._last.head_size % 8 == 0

@@ -229,7 +229,7 @@ def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not
 
 @pytest.fixture
 def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The builtin network, and the ids of reviews; what it sets for products stays as it was."""
+    """The builtin model, and the ids of reviews; what it sets for products stays as it was."""
     from transformers import AutoModelForSequenceClassification
 
     from worker.model.checkpoint import BUILTIN

@@ -31,7 +31,6 @@ from worker.training.dataset import (
     part_of,
     read_source,
     repetitions,
-    sample_held_out,
 )
 from worker.training.evaluate import evaluate
 from worker.training.model_card import command
@@ -104,16 +103,6 @@ def test_the_shipped_checkpoint_keeps_its_split() -> None:
     options = TrainSettings(output=Path("x"))
     assert (options.rows_held_out_by(None), options.rows_held_out_by("builtin")) == ("normalized", "exact")
     assert TrainSettings(output=Path("x"), hold_out_by="exact").rows_held_out_by(None) == "exact"
-
-
-def test_the_held_out_sample_is_fixed_and_even() -> None:
-    examples = [Example("a", f"отзыв {number}", number % 3) for number in range(600)]
-    sample = sample_held_out(examples, 5)
-    assert Counter(example.label for example in sample) == {0: 5, 1: 5, 2: 5}
-    assert all(is_held_out(example.text) for example in sample)
-    assert sample == sample_held_out(examples[::-1], 5)
-    with pytest.raises(ValueError, match="500 were asked for"):
-        sample_held_out(examples, 500)
 
 
 # --- balancing ---

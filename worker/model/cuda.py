@@ -1,4 +1,4 @@
-"""Passes of a network on a CUDA device: token ids in host memory → logits, with the host and the device at work at once.
+"""Passes of a model on a CUDA device: token ids in host memory → logits, with the host and the device at work at once.
 
 - Shapes are few: widths are powers of two and half as much again, rows the same way, so that each can have a CUDA graph.
 - What goes over is one vector of int32: the lengths, then the ids of all texts without padding. The device pads.
@@ -338,7 +338,7 @@ def passes_on(
     labels: int,
     padding: int,
 ) -> Passes:
-    """Passes of a network on its device, with graphs where it is the lean one; ``exact``: for what that gives no number for.
+    """Passes of a model on its device, with graphs for a BertClassifier; ``exact``: for what that gives no number for.
 
     ``longest``: the model's maximum; ``budget``: tokens in a pass; ``padding``: the id of it. Blocks for some seconds.
     """
