@@ -73,7 +73,7 @@ def test_what_a_pass_costs_in_tokens(
     assert tune_pass_tokens(never) == tokens
 
 
-def test_a_slow_network_is_not_measured_for_long() -> None:
+def test_a_slow_model_is_not_measured_for_long() -> None:
     calls = []
 
     def slow(ids: torch.Tensor, _: object) -> torch.Tensor:

@@ -149,7 +149,7 @@ def test_a_text_with_no_number_keeps_it_to_itself() -> None:
     assert finite.tolist() == [False, True, True]
 
 
-def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     assert not is_covered(network)
     with caplog.at_level(logging.INFO):
@@ -160,7 +160,7 @@ def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCap
     assert differences(network, forward, [7, 3]) < 1e-5
 
 
-def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     network = bert()
     torch.nn.init.normal_(network.bert.pooler.dense.weight)
     network.bert.pooler.activation = torch.nn.Identity()

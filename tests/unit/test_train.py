@@ -26,7 +26,7 @@ from worker.training.dataset import (
     balanced_counts,
     draw,
     is_held_out,
-    normalized,
+    near_copy_key,
     parse_sources,
     part_of,
     read_source,
@@ -90,8 +90,8 @@ def test_near_copies_of_a_text_are_held_out_together() -> None:
         "все было хорошо, мой друг ",
         "ВСЕ\u0308 БЫ\u0301ЛО ХОРОШО, МОИ\u0306 ДРУГ",
     ]
-    assert len({normalized(text) for text in copies}) == 1
-    assert normalized("мои друг") != normalized("мой друг")
+    assert len({near_copy_key(text) for text in copies}) == 1
+    assert near_copy_key("мои друг") != near_copy_key("мой друг")
     for number in range(200):
         assert len({part_of(f"{text} {number}", "normalized") for text in copies}) == 1
         assert part_of(f"все {number}", "normalized") == part_of(f"все {number}")

@@ -169,8 +169,8 @@ def _model(settings: RunSettings) -> Finding:
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:
         return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")
-    if model.doubt:
-        return Finding("model", "warn", model.doubt)
+    if model.warning:
+        return Finding("model", "warn", model.warning)
     return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")
 
 

@@ -28,18 +28,15 @@ from worker.model.autotune import TUNING_S, single_torch_thread
 from worker.model.library_errors import as_model_error
 from worker.model.reviews import read_reviews
 from worker.model.runner import PreparedRunner, prepare_runner
-from worker.model.tokenizer import Ids, choose_encode, normalizing
-from worker.model.transformers_loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words
+from worker.model.tokenizer import Ids, choose_encode, with_normalization
+from worker.model.transformers_loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
 from worker.runtime.threads import side_by_side
 from worker.settings import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
 
-DTYPES: Final = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}  # all others load float32, whatever the file holds
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
 ReturnType = Literal["label", "score", "proba"]
 Normalize = Literal["nfc", "none"]
 
@@ -49,7 +46,7 @@ class SentimentModel:
 
     ``name``: as in results, ``name@revision``. ``max_tokens``: of a text; longer ones are cut. ``max_batch_tokens``: of one
     pass, padding included. ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and
-    ``pass_tokens``: as for PassRunner. ``doubt``: a warning about a checkpoint that can be used; None if there is none.
+    ``pass_tokens``: as for PassRunner. ``warning``: a warning about a checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -61,11 +58,11 @@ class SentimentModel:
         device: torch.device,
         columns: Sequence[int],
         activation: Activation,
-        doubt: str | None,
+        warning: str | None,
         load_arguments: Mapping[str, Any],
     ) -> None:
         self.name = name
-        self.doubt = doubt
+        self.warning = warning
         self.activation: Activation = activation
         self.device = device
         self.backend = runner.backend
@@ -121,7 +118,7 @@ class SentimentModel:
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)
         checkpoint = load_checkpoint(name_or_path, revision, where, DTYPES.get(dtype, torch.float32))
-        tokenizer, examples, doubt = _prepare_tokenizer(name_or_path, checkpoint, normalize)
+        tokenizer, examples, warning = _prepare_tokenizer(name_or_path, checkpoint, normalize)
         runner = prepare_runner(
             checkpoint.model,
             columns=checkpoint.columns,
@@ -141,7 +138,7 @@ class SentimentModel:
             device=where,
             columns=checkpoint.columns,
             activation=activation,
-            doubt=doubt,
+            warning=warning,
             load_arguments=load_arguments | {"revision": checkpoint.commit},
         )
 
@@ -229,14 +226,14 @@ def _prepare_tokenizer(
         max_tokens = max_tokens_of(name, checkpoint.tokenizer, checkpoint.config)
         encode = choose_encode(checkpoint.tokenizer)
         examples = encode(read_reviews(), max_tokens)
-        doubt = unknown_words(name, checkpoint.tokenizer, examples)
+        warning = unknown_words_warning(name, checkpoint.tokenizer, examples)
         closing = closing_tokens_of(checkpoint.tokenizer)
-    if doubt:
-        log.warning("%s", doubt)
+    if warning:
+        log.warning("%s", warning)
     if normalize == "nfc":
-        encode = normalizing(encode)
+        encode = with_normalization(encode)
     padding = checkpoint.tokenizer.pad_token_id or 0
-    return TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=closing), examples, doubt
+    return TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=closing), examples, warning
 
 
 def _non_default(activation: Activation, normalize: Normalize) -> str:

@@ -72,7 +72,7 @@ class Encode(Protocol):
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]: ...
 
 
-def normalized(text: str) -> str:
+def normalize_text(text: str) -> str:
     """A text in NFC and without stress marks (U+0301 directly behind a Russian vowel).
 
     A run of more than 30 combining marks stays as it is; the text before and behind it is normalized.
@@ -103,9 +103,9 @@ def _has_long_run(text: str) -> bool:
     return False
 
 
-def normalizing(encode: Encode) -> Encode:
+def with_normalization(encode: Encode) -> Encode:
     """An Encode that normalizes each text before ``encode``."""
-    return lambda texts, max_length=None, /: encode(list(map(normalized, texts)), max_length)
+    return lambda texts, max_length=None, /: encode(list(map(normalize_text, texts)), max_length)
 
 
 def choose_encode(tokenizer: Any) -> Encode:

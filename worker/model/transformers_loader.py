@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 log = logging.getLogger(__name__)
 
 MAX_LABELS: Final = 5  # of a checkpoint, in a message
-DOUBTFUL: Final = 0.5  # share of unknown tokens in the shipped reviews from which on a warning is given
+UNKNOWN_SHARE: Final = 0.5  # share of unknown tokens in the shipped reviews from which on a warning is given
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -135,7 +135,7 @@ def _columns(name: str, config: Any) -> list[int]:
     return [names[label] for label in LABELS]
 
 
-def unknown_words(name: str, tokenizer: Any, examples: Sequence[Ids]) -> str | None:
+def unknown_words_warning(name: str, tokenizer: Any, examples: Sequence[Ids]) -> str | None:
     """A warning if the tokenizer knows few words of the shipped reviews, else None. Raises ModelError if it knows none.
 
     ``examples``: the token ids of each review.
@@ -150,7 +150,7 @@ def unknown_words(name: str, tokenizer: Any, examples: Sequence[Ids]) -> str | N
             f"model {name} cannot be used: its tokenizer knows no word of the shipped reviews; is its tokenizer.json (or "
             "vocab.txt, or its SentencePiece model) missing? copy it into the folder"
         )
-    if count <= DOUBTFUL * len(words):
+    if count <= UNKNOWN_SHARE * len(words):
         return None
     return (
         f"model {name}: {count / len(words):.0%} of the tokens of the shipped Russian reviews are unknown to its tokenizer; "

@@ -42,7 +42,7 @@ class Example:
     label: int
 
 
-def normalized(text: str) -> str:
+def near_copy_key(text: str) -> str:
     """A form that near copies of a text share: case, ё for е, stress marks, a decomposed й and spaces make no difference."""
     return " ".join(text.casefold().replace("и\u0306", "й").translate(SAME_LETTERS).split())
 
@@ -54,7 +54,7 @@ def part_of(text: str, by: HoldOutBy = "exact") -> str:
     together. `held-out` (below 26, a tenth): only ever measured on. `development` (26 to 51, a tenth): training rows that
     may be set aside to choose a recipe by. `training`: the rest.
     """
-    last = hashlib.sha256((text if by == "exact" else normalized(text)).encode()).digest()[-1]
+    last = hashlib.sha256((text if by == "exact" else near_copy_key(text)).encode()).digest()[-1]
     if last < HELD_OUT_BELOW:
         return "held-out"
     return "development" if last < DEVELOPMENT_BELOW else "training"
@@ -235,10 +235,10 @@ def draw(examples: Sequence[Example], counts: Counts, rng: random.Random) -> lis
 
 
 def repetitions(examples: Iterable[Example]) -> tuple[int, int]:
-    """How many rows repeat the (normalized) text of an earlier one, and how many texts have more than one label."""
+    """How many rows are near copies of an earlier one, and how many texts have more than one label."""
     labels: dict[str, set[int]] = {}
     rows = 0
     for example in examples:
-        labels.setdefault(normalized(example.text), set()).add(example.label)
+        labels.setdefault(near_copy_key(example.text), set()).add(example.label)
         rows += 1
     return rows - len(labels), sum(len(of_text) > 1 for of_text in labels.values())
