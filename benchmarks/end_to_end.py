@@ -51,8 +51,9 @@ from benchmarks.common import (
 from tests.support.broker import Broker, start_broker
 from tests.support.process import WorkerProcess, environment
 from tests.support.topics import Kafka, Record, Topics
-from worker.model.autotune import least_that_is_as_fast
-from worker.model.sentiment_model import SentimentModel, own_process
+from worker.commands.load_model import prepare_process
+from worker.model.autotune import smallest_at_full_speed
+from worker.model.sentiment_model import SentimentModel
 
 PARTITIONS = 4
 INTERVAL_S = 0.05
@@ -93,7 +94,7 @@ def main() -> None:
         checkpoint = make_checkpoint(folder / "card")
         engine = {name: getattr(options, name) for name in ("backend", "cpu_threads", "max_batch_tokens")}
         batches = best_batch(checkpoint, texts, engine) if options.events else before.get(BATCHES_KEY, {})
-        batch = least_that_is_as_fast(batches) if options.events else WINDOW
+        batch = smallest_at_full_speed(batches) if options.events else WINDOW
         cases = [
             model_case(checkpoint, texts, options.events, engine, batch),
             plumbing_case(texts, options.plumbing_events),
@@ -142,7 +143,7 @@ def model_case(checkpoint: Path, texts: Sequence[str], events: int, engine: dict
 
 def best_batch(checkpoint: Path, texts: Sequence[str], engine: dict[str, Any]) -> dict[int, float]:
     """Texts a second of our model class by the texts of a call: medians over turns."""
-    own_process()
+    prepare_process()
     model = SentimentModel.load(str(checkpoint), **engine)
     sample = texts[: max(BATCHES)]
     speeds: dict[int, list[float]] = {size: [] for size in BATCHES}
@@ -350,7 +351,7 @@ def table(figures: dict[str, Any]) -> str:
     batches = {int(size): speed for size, speed in figures[BATCHES_KEY].items()}
     if batches:
         tried = ", ".join(f"{size}: {speed:,.0f}" for size, speed in batches.items())
-        batch = least_that_is_as_fast(batches)
+        batch = smallest_at_full_speed(batches)
         head += f" Peers call our model class with {batch} texts (texts/s by their number: {tried})."
     lines = [head]
     for name, case in figures["cases"].items():

@@ -28,10 +28,11 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.worker import TORCH_THREADS, CardLoop
+from worker.commands.load_model import prepare_process
 from worker.model.bert import PackedLinear, PlainLinear
 from worker.model.checkpoint import BUILTIN
 from worker.model.onnx_export import is_installed
-from worker.model.sentiment_model import SentimentModel, own_process
+from worker.model.sentiment_model import SentimentModel
 
 Speed = Callable[[Sequence[str]], float]
 PEAK_S = 1.0  # of each product in a turn
@@ -64,7 +65,7 @@ def engines() -> dict[str, dict[str, str]]:
 
 def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, Any]:
     """Texts per second of each by round, their ratios to the card's loop, and the floor."""
-    own_process()
+    prepare_process()
     card, hugging_face = CardLoop(checkpoint), HuggingFacePipeline(checkpoint)
     ours = {name: SentimentModel.load(str(checkpoint), device="cpu", **wanted) for name, wanted in engines().items()}
     ways: dict[str, tuple[Speed, int]] = {"card loop": (card.speed, 256), "pipeline": (hugging_face.speed, 256)}

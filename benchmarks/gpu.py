@@ -49,8 +49,8 @@ from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
 from worker.commands.demo.broker import ANSWER_S
 from worker.commands.demo.broker import start as start_mock
-from worker.model.bert import seconds
-from worker.model.cuda import CudaLane, Passes, Shapes, expected_agreement, pack
+from worker.model.bert import shortest_run_s
+from worker.model.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
 from worker.settings import RunSettings
@@ -156,8 +156,8 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
     passes = model._run
     if isinstance(passes, Passes):
         lane = passes._lane
-        assert isinstance(lane, CudaLane)
-        plain = CudaLane(lane._forward, model.device, labels=lane._labels, padding=lane._padding)
+        assert isinstance(lane, CudaPassDevice)
+        plain = CudaPassDevice(lane._forward, model.device, labels=lane._labels, padding=lane._padding)
         model._run = Passes(plain, passes._shapes)
     try:
         return model._all_logits(ids)
@@ -167,7 +167,7 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
 
 def graphs_of(model: SentimentModel) -> int:
     lane = getattr(model._run, "_lane", None)
-    return len(lane._graphs) if isinstance(lane, CudaLane) else 0
+    return len(lane._graphs) if isinstance(lane, CudaPassDevice) else 0
 
 
 # Engine.
@@ -198,7 +198,7 @@ def engine(checkpoint: Path, options: argparse.Namespace, texts: Sequence[str]) 
     return {
         "texts": len(texts),
         "dtype": model.dtype,
-        "tokenizer": type(model._encode).__name__,
+        "tokenizer": type(model._tokenizer.encode).__name__,
         "passes": model.passes,
         "graphs": graphs_of(model),
         "memory_mb": round(model.memory_bytes() / 1e6),
@@ -241,7 +241,7 @@ def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str,
         "passes, as the engine does": lambda: model._all_logits(ids),
         "logits to sentiments": lambda: to_sentiments(logits, model.activation),
     }
-    took = {name: round(1000 * seconds(step), 3) for name, step in steps.items()}
+    took = {name: round(1000 * shortest_run_s(step), 3) for name, step in steps.items()}
     if isinstance(model._run, Passes):
         took["device alone"] = round(device_ms(model, shaped, ids), 3)
     padded = sum(shape.rows * shape.width for _, shape in shaped)
@@ -253,7 +253,7 @@ def device_ms(model: SentimentModel, shaped: Sequence[Any], ids: Sequence[Any]) 
     passes = model._run
     assert isinstance(passes, Passes)
     lane = passes._lane
-    assert isinstance(lane, CudaLane)
+    assert isinstance(lane, CudaPassDevice)
     slots = [(lane.slot(shape), shape, [ids[index] for index in batch]) for batch, shape in shaped]
     ends = [pack(of_batch, shape, slot.wire) for slot, shape, of_batch in slots]
     times = []
@@ -279,7 +279,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return 4 * 2 * size**3 / seconds(product)
+    return 4 * 2 * size**3 / shortest_run_s(product)
 
 
 # Kafka.

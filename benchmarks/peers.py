@@ -85,9 +85,10 @@ def hf(options: argparse.Namespace) -> Engine:
 
 def ours(options: argparse.Namespace) -> Engine:
     """This project's model on the whole batch: without the worker, but with all that it does for speed."""
-    from worker.model.sentiment_model import SentimentModel, own_process
+    from worker.commands.load_model import prepare_process
+    from worker.model.sentiment_model import SentimentModel
 
-    own_process()
+    prepare_process()
     model = SentimentModel.load(
         options.model,
         backend=options.backend,

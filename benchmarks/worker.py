@@ -38,8 +38,9 @@ from tests.support.broker import Broker, start_broker
 from tests.support.process import workers_in
 from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
+from worker.commands.load_model import prepare_process
 from worker.model.onnx_export import is_installed
-from worker.model.sentiment_model import SentimentModel, own_process
+from worker.model.sentiment_model import SentimentModel
 from worker.pipeline.inference import Inference
 from worker.telemetry.metrics import Metrics
 
@@ -86,7 +87,7 @@ def backlog(
     broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], events: int, rounds: int
 ) -> dict[str, Any]:
     """Texts per second of each, by round."""
-    own_process()
+    prepare_process()
     model = SentimentModel.load(str(checkpoint), backend=BACKEND)
     measured = {"backend": BACKEND, "cpu_threads": model.passes, "max_batch_tokens": model.max_batch_tokens}
     card = CardLoop(checkpoint)

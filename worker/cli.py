@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from worker.settings import CorpusSettings, LogSettings
-    from worker.training.dataset import Source
+    from worker.training.dataset import LabelledFile
 
 Answer = TypeVar("Answer")
 Logging = TypeVar("Logging", bound="LogSettings")
@@ -208,10 +208,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     settings = _configured(EvaluateSettings, argv, "evaluate")
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
-    from worker.model.sentiment_model import SentimentModel
+    from worker.commands.load_model import load_model
     from worker.training.evaluate import evaluate
 
-    model = SentimentModel.load_as_set(settings)
+    model = load_model(settings)
     by = settings.rows_held_out_by(settings.model)
     report = _or_refuse(
         lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
@@ -232,7 +232,8 @@ def _train(argv: Sequence[str]) -> int:
     _log_as_asked(argv)
     settings = load(TrainSettings, argv, "sentiment-worker train")
     sources = _sources(settings)
-    from worker.training.train import ProgressView, train
+    from worker.training.progress import ProgressView
+    from worker.training.train import train
 
     with ProgressView() as view:
         result = _or_refuse(lambda: train(settings, sources, view))
@@ -253,7 +254,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _sources(settings: "CorpusSettings") -> "list[Source]":
+def _sources(settings: "CorpusSettings") -> "list[LabelledFile]":
     from worker.training.dataset import parse_sources
 
     return _or_refuse(

@@ -27,7 +27,7 @@ def never(*_: object) -> torch.Tensor:
 def test_the_fewest_threads_that_are_about_as_fast(
     seconds: dict[int, float], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_took_side_by_side", lambda _, ids, count: seconds[count])
+    monkeypatch.setattr(tuning, "_concurrent_passes_s", lambda _, ids, count: seconds[count])
     monkeypatch.setattr(tuning, "available_cores", lambda: 8)
     assert tune_threads(never) == threads
 
@@ -35,7 +35,7 @@ def test_the_fewest_threads_that_are_about_as_fast(
 def test_the_smallest_budget_with_about_the_most_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     used = [budget // 48 * 48 for budget in tuning.CPU_BUDGETS]
     took = dict(zip(used, (1.0, 1.5, 2.0, 4.0, 8.1, 17.0), strict=True))
-    monkeypatch.setattr(tuning, "_took", lambda _, ids: took[ids.numel()])
+    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids: took[ids.numel()])
     assert tune_budget(never, CPU, 128) == 1_024
     assert tune_budget(never, CPU, 2_000) == 2_048
     took[10_000 // 48 * 48] = 1.0
@@ -48,37 +48,37 @@ def test_of_two_that_are_good_at_different_loads_the_ratios_decide() -> None:
     assert fastest({"torch": (1.0, 10.0), "onnx": (1.0, 10.0)}) == "torch"
 
 
-def test_more_patience_measures_more() -> None:
+def test_more_time_measures_more() -> None:
     def slow(ids: torch.Tensor, _: object) -> torch.Tensor:
         calls.append(ids.numel())
         time.sleep(0.01)
         return torch.zeros(1)
 
     measured = []
-    for patience_s in (0.0, 10.0):
+    for tuning_s in (0.0, 10.0):
         calls: list[int] = []
-        tune_budget(slow, CPU, 1, patience_s)
+        tune_budget(slow, CPU, 1, tuning_s)
         measured.append(len(set(calls)))
     assert measured == [1, len(tuning.CPU_BUDGETS)]
 
 
 @pytest.mark.parametrize(
     ("overhead_s", "token_s", "tokens"),
-    [(0.002, 0.0001, 20), (0, 0.0001, tuning.LEAST_PASS_TOKENS), (1, 0.0001, tuning.MOST_PASS_TOKENS), (1, 0, 128)],
+    [(0.002, 0.0001, 20), (0, 0.0001, tuning.MIN_PASS_TOKENS), (1, 0.0001, tuning.MAX_PASS_TOKENS), (1, 0, 128)],
 )
 def test_what_a_pass_costs_in_tokens(
     overhead_s: float, token_s: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_took", lambda _, ids: overhead_s + token_s * ids.numel())
+    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids: overhead_s + token_s * ids.numel())
     assert tune_pass_tokens(never) == tokens
 
 
-def test_a_slow_network_is_not_measured_for_long() -> None:
+def test_a_slow_model_is_not_measured_for_long() -> None:
     calls = []
 
     def slow(ids: torch.Tensor, _: object) -> torch.Tensor:
         calls.append(ids.numel())
-        time.sleep(tuning.PATIENCE_S)
+        time.sleep(tuning.TUNING_S)
         return torch.zeros(1)
 
     assert tune_budget(slow, CPU, 1) == tuning.CPU_BUDGETS[0]

@@ -1,4 +1,4 @@
-"""ONNX Runtime gives the lean network's logits; which forward is taken, kept and refused."""
+"""ONNX Runtime gives the logits of BertClassifier; which forward is taken, kept and refused."""
 
 import csv
 import os
@@ -13,8 +13,8 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 from tests.unit.test_bert import NETWORKS, SIZES, bert, differences, longest
 from worker.model import backends as backend
 from worker.model import onnx_export as exported
-from worker.model.backends import BackendError, choose
-from worker.model.bert import LeanNetwork
+from worker.model.backends import BackendError, choose_forward
+from worker.model.bert import BertClassifier
 from worker.model.checkpoint import BUILTIN
 from worker.model.onnx_export import ExportedNetwork, export
 from worker.model.sentiment_model import SentimentModel
@@ -46,7 +46,7 @@ def test_a_number_type_that_the_cpu_lacks_is_slow_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_it: bool
 ) -> None:
     monkeypatch.setattr(backend, "has_bfloat16", lambda: has_it)
-    choose(bert(num_hidden_layers=1).bfloat16(), backend="torch", is_int8=False)
+    choose_forward(bert(num_hidden_layers=1).bfloat16(), backend="torch", is_int8=False)
     assert ("slower here than float32" in caplog.text) != has_it
 
 
@@ -86,14 +86,14 @@ def test_a_cache_that_cannot_be_written_costs_an_export_and_no_more(
     assert "cannot be written" in caplog.text
 
 
-@pytest.mark.parametrize(("faster", "kind"), [("torch", LeanNetwork), ("onnx", ExportedNetwork)])
+@pytest.mark.parametrize(("faster", "kind"), [("torch", BertClassifier), ("onnx", ExportedNetwork)])
 def test_auto_takes_the_faster_one(faster: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_fast = {"torch": LeanNetwork, "onnx": ExportedNetwork}[faster]
-    monkeypatch.setattr(backend, "seconds", lambda forward, *_: 1.0 if isinstance(forward, is_fast) else 2.0)
-    assert isinstance(choose(bert(), backend="auto", is_int8=False), kind)
+    is_fast = {"torch": BertClassifier, "onnx": ExportedNetwork}[faster]
+    monkeypatch.setattr(backend, "shortest_run_s", lambda forward, *_: 1.0 if isinstance(forward, is_fast) else 2.0)
+    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), kind)
 
 
-@pytest.mark.parametrize(("full", "kind"), [(1.9, LeanNetwork), (2.1, ExportedNetwork)])
+@pytest.mark.parametrize(("full", "kind"), [(1.9, BertClassifier), (2.1, ExportedNetwork)])
 def test_auto_weighs_a_single_text_and_a_full_pass_alike(
     full: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,8 +106,8 @@ def test_auto_weighs_a_single_text_and_a_full_pass_alike(
             return 0.002 if is_onnx else 0.001
         return (noise.pop() if noise else 0.010) if is_onnx else 0.010 * full
 
-    monkeypatch.setattr(backend, "seconds", seconds)
-    assert isinstance(choose(bert(), backend="auto", is_int8=False), kind)
+    monkeypatch.setattr(backend, "shortest_run_s", seconds)
+    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), kind)
 
 
 def test_an_export_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,28 +115,28 @@ def test_an_export_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch, capl
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(exported, "export", fail)
-    assert isinstance(choose(bert(), backend="auto", is_int8=False), LeanNetwork)
+    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), BertClassifier)
     assert "cannot be exported" in caplog.text
 
 
 def test_without_the_extra_auto_is_torch_and_the_rest_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported, "is_installed", lambda: False)
-    assert isinstance(choose(bert(), backend="auto", is_int8=False), LeanNetwork)
+    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), BertClassifier)
     for asked in ({"backend": "onnx", "is_int8": False}, {"backend": "auto", "is_int8": True}):
         with pytest.raises(BackendError, match=r"sentiment-worker\[onnx\]"):
-            choose(bert(), **asked)  # type: ignore[arg-type]
+            choose_forward(bert(), **asked)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_done_is_refused_in_a_sentence() -> None:
     with pytest.raises(BackendError, match="backend is torch"):
-        choose(bert(), backend="torch", is_int8=True)
+        choose_forward(bert(), backend="torch", is_int8=True)
     with pytest.raises(BackendError, match="float32 or int8"):
-        choose(bert().bfloat16(), backend="onnx", is_int8=False)
+        choose_forward(bert().bfloat16(), backend="onnx", is_int8=False)
     albert = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     with pytest.raises(BackendError, match="BERT and RoBERTa classifiers alone"):
-        choose(albert, backend="onnx", is_int8=False)
+        choose_forward(albert, backend="onnx", is_int8=False)
     with pytest.raises(BackendError, match="dtype int8 covers"):
-        choose(albert, backend="auto", is_int8=True)
+        choose_forward(albert, backend="auto", is_int8=True)
 
 
 def planted(network: torch.nn.Module, cache: Path, mode: int) -> Path:

@@ -1,4 +1,4 @@
-"""The lean network gives the logits of the checkpoint's own, whatever the checkpoint, the lengths and their mixture."""
+"""BertClassifier gives the logits of the checkpoint's own model, whatever the checkpoint, the lengths and their mixture."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,13 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from worker.model import bert as lean
-from worker.model.backends import PaddedPasses, choose
+from worker.model import bert as bert_module
+from worker.model.backends import PaddedPasses, choose_forward
 from worker.model.bert import (
     TEXT_BY_TEXT,
     TOKEN_BY_TOKEN,
+    BertClassifier,
     Forward,
-    LeanNetwork,
     PackedLinear,
     PlainLinear,
     is_alike,
@@ -99,33 +99,33 @@ def longest(network: Any) -> int:
 
 
 def test_every_length_alone(network: Any) -> None:
-    forward = LeanNetwork(network)
+    forward = BertClassifier(network)
     assert max(differences(network, forward, [length]) for length in range(1, longest(network) + 1)) < 1e-5
 
 
 def test_mixed_lengths(network: Any) -> None:
-    forward = LeanNetwork(network)
+    forward = BertClassifier(network)
     draw = np.random.default_rng(5)
     for bound in (2, 9, 60, 200, longest(network)):
         assert differences(network, forward, draw.integers(1, min(bound, longest(network)) + 1, 9).tolist()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", [PlainLinear, PackedLinear, ApartLinear])
-@pytest.mark.parametrize("fused_from", [0, lean.NEVER])
+@pytest.mark.parametrize("fused_from", [0, bert_module.NEVER])
 @pytest.mark.parametrize("order", [TEXT_BY_TEXT, TOKEN_BY_TOKEN])
 def test_whichever_way_was_measured_to_be_faster(
     network: Any, kind: type[PlainLinear], fused_from: int, order: int
 ) -> None:
-    forward = LeanNetwork(network, linear=kind, fused_from=fused_from, order=order)
+    forward = BertClassifier(network, linear=kind, fused_from=fused_from, order=order)
     assert differences(network, forward, [7]) < 1e-5
     assert differences(network, forward, [40, 33, 2, 1]) < 1e-5
 
 
 def test_what_is_not_given_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, fused_from in ((PlainLinear, 0), (PackedLinear, 77)):
-        monkeypatch.setattr(lean, "_fastest_linear", lambda _, kind=kind: kind)
-        monkeypatch.setattr(lean, "_fused_from", lambda *_, fused_from=fused_from: fused_from)
-        forward = LeanNetwork(bert())
+        monkeypatch.setattr(bert_module, "_fastest_linear", lambda _, kind=kind: kind)
+        monkeypatch.setattr(bert_module, "_fused_from", lambda *_, fused_from=fused_from: fused_from)
+        forward = BertClassifier(bert())
         assert type(forward._last._up) is kind
         assert forward._fused_from == fused_from
 
@@ -136,7 +136,7 @@ def test_without_onednn_torch_s_own_product_is_taken(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(PackedLinear, "__init__", fail)
     network = bert()
-    assert is_alike(LeanNetwork(network), network)
+    assert is_alike(BertClassifier(network), network)
 
 
 def test_a_text_with_no_number_keeps_it_to_itself() -> None:
@@ -145,37 +145,37 @@ def test_a_text_with_no_number_keeps_it_to_itself() -> None:
         network.bert.embeddings.word_embeddings.weight[7] = torch.nan
     ids = torch.tensor([[9, 7, 9], [9, 9, 0], [9, 9, 9]])
     with torch.inference_mode():
-        finite = LeanNetwork(network)(ids, torch.tensor([3, 2, 3])).isfinite().all(-1)
+        finite = BertClassifier(network)(ids, torch.tensor([3, 2, 3])).isfinite().all(-1)
     assert finite.tolist() == [False, True, True]
 
 
-def test_a_network_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     assert not is_covered(network)
     with caplog.at_level(logging.INFO):
-        forward = choose(network, backend="auto", is_int8=False)
+        forward = choose_forward(network, backend="auto", is_int8=False)
     assert [record.message for record in caplog.records] == [
-        "the checkpoint takes its own forward: the lean one does not cover a AlbertForSequenceClassification"
+        "transformers computes this model: BertClassifier does not cover a AlbertForSequenceClassification"
     ]
     assert differences(network, forward, [7, 3]) < 1e-5
 
 
-def test_a_network_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     network = bert()
     torch.nn.init.normal_(network.bert.pooler.dense.weight)
     network.bert.pooler.activation = torch.nn.Identity()
     with caplog.at_level(logging.INFO):
-        forward = choose(network, backend="auto", is_int8=False)
-    assert not isinstance(forward, LeanNetwork)
+        forward = choose_forward(network, backend="auto", is_int8=False)
+    assert not isinstance(forward, BertClassifier)
     assert len(caplog.records) == 1
     assert differences(network, forward, [7, 3]) < 1e-5
 
 
-def test_a_loaded_checkpoint_takes_the_lean_forward(checkpoint: Path) -> None:
+def test_a_loaded_checkpoint_is_computed_by_bert_classifier(checkpoint: Path) -> None:
     for name in (str(checkpoint), "builtin"):
         run = SentimentModel.load(name, device="cpu", backend="torch")._run
         assert isinstance(run, PaddedPasses)
-        assert isinstance(run._forward, LeanNetwork)
+        assert isinstance(run._forward, BertClassifier)
         assert 8 <= run.pass_tokens <= 128
 
 
@@ -185,9 +185,9 @@ def test_widened_heads_give_the_same_logits(network: Any) -> None:
     ids = torch.randint(8, 300, (5, 33), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([33, 7, 1, 20, 12])
     with torch.inference_mode():
-        plain = LeanNetwork(network, linear=PlainLinear, fused_from=lean.NEVER)(ids, lengths)
-        for fused_from in (0, lean.NEVER):
+        plain = BertClassifier(network, linear=PlainLinear, fused_from=bert_module.NEVER)(ids, lengths)
+        for fused_from in (0, bert_module.NEVER):
             for order in (TEXT_BY_TEXT, TOKEN_BY_TOKEN):
-                wide = LeanNetwork(network, linear=PlainLinear, fused_from=fused_from, head_sizes=8, order=order)
+                wide = BertClassifier(network, linear=PlainLinear, fused_from=fused_from, head_multiple=8, order=order)
                 assert wide._last.head_size % 8 == 0
                 torch.testing.assert_close(wide(ids, lengths), plain, rtol=1e-5, atol=1e-5)

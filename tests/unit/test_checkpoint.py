@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 from tests.support.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
 from tests.support.process import environment
 from worker.model import tokenizer as tokenizing
-from worker.model.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, folder_of, found_in
-from worker.model.sentiment_model import SentimentModel, _or_refused
-from worker.model.tokenizer import normalized
+from worker.model.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, find_in, folder_of
+from worker.model.library_errors import as_model_error
+from worker.model.sentiment_model import SentimentModel
+from worker.model.tokenizer import normalize_text
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 Edit = Callable[[Path], None]
@@ -36,7 +37,7 @@ def load(folder: Path | str, **options: Any) -> SentimentModel:
 
 
 def examined(folder: Path) -> Checkpoint:
-    return Checkpoint(str(folder), found_in(folder))
+    return Checkpoint(str(folder), find_in(folder))
 
 
 def identity(folder: Path) -> str:
@@ -282,14 +283,14 @@ def test_labels_and_a_librarys_words_are_cut(folder: Path, monkeypatch: pytest.M
     with pytest.raises(ModelError, match="x and 19,995 more; if they mean these") as refusal:
         load(folder)
     assert len(str(refusal.value)) < 2_500
-    with pytest.raises(ModelError) as refusal, _or_refused("a/b", "loaded"):
+    with pytest.raises(ModelError) as refusal, as_model_error("a/b", "loaded"):
         raise ValueError("x" * 1_000_000)
     assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize(("name", "code"), [("a/b", 1), ("./b", 2), ("builtin", 2)])
 def test_only_a_name_of_the_hub_can_be_away_for_a_while(name: str, code: int) -> None:
-    with pytest.raises(ModelError) as refusal, _or_refused(name, "loaded"):
+    with pytest.raises(ModelError) as refusal, as_model_error(name, "loaded"):
         raise TimeoutError("too slow")
     assert refusal.value.exit_code == code
 
@@ -315,12 +316,12 @@ def few_words(folder: Path) -> None:
 
 
 def test_a_checkpoint_that_knows_few_words_is_doubted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load(folder).doubt is None
+    assert load(folder).warning is None
     few_words(folder)
-    doubt = load(folder).doubt
-    assert doubt is not None
-    assert re.search(r"\d\d% of the tokens of the shipped Russian reviews are unknown", doubt)
-    assert doubt in caplog.text
+    warning = load(folder).warning
+    assert warning is not None
+    assert re.search(r"\d\d% of the tokens of the shipped Russian reviews are unknown", warning)
+    assert warning in caplog.text
 
 
 def test_a_decoder_without_padding_is_refused(folder: Path) -> None:
@@ -364,7 +365,7 @@ def test_nfc_gives_what_the_card_gives_for_texts_that_are_normalized(folder: Pat
 
 def test_only_the_beginning_of_a_long_text_is_composed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     composed: list[str] = []
-    monkeypatch.setattr(tokenizing, "normalized", lambda text: composed.append(text) or normalized(text))
+    monkeypatch.setattr(tokenizing, "normalize_text", lambda text: composed.append(text) or normalize_text(text))
     model = load(folder)
     composed.clear()
     (ids,) = model.tokenize(["и\u0306од и е\u0308ж, " * 10_000]).ids

@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.model.backends import choose_on_cuda
-from worker.model.cuda import AGREEMENT, Graphs, Passes, Replay, Shape, Shapes, expected_agreement, pack, unpacked
+from worker.model.backends import choose_cuda_forward
+from worker.model.cuda import (
+    AGREEMENT,
+    CapturedGraph,
+    Graphs,
+    Passes,
+    Shape,
+    Shapes,
+    expected_agreement,
+    pack,
+    unpacked,
+)
 from worker.model.sentiment_model import SentimentModel
 
 TEXTS = st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=40), min_size=1, max_size=20)
@@ -71,8 +81,8 @@ def test_arrays_are_packed_as_lists_are() -> None:
 # Graphs.
 
 
-def replay() -> Replay:
-    return Replay(lambda: None, torch.zeros(1))
+def replay() -> CapturedGraph:
+    return CapturedGraph(lambda: None, torch.zeros(1))
 
 
 def test_a_shape_that_takes_too_much_memory_has_no_graph_and_smaller_ones_have() -> None:
@@ -85,7 +95,7 @@ def test_a_shape_that_takes_too_much_memory_has_no_graph_and_smaller_ones_have()
 
 
 def test_after_a_failed_capture_the_rest_takes_the_plain_forward() -> None:
-    def capture(shape: Shape) -> Replay:
+    def capture(shape: Shape) -> CapturedGraph:
         if shape.rows == 2:
             raise RuntimeError("operation not permitted when stream is capturing")
         return replay()
@@ -111,7 +121,7 @@ class HostSlot:
         self.answer: NDArray[np.float32] = np.empty(0, np.float32)
 
 
-class HostLane:
+class HostDevice:
     """Answers with a text's length and its first id; fails or breaks where it is told to."""
 
     def __init__(self, fails_on: int = -1, breaks_on: int = -1) -> None:
@@ -143,7 +153,7 @@ def answers(passes: Passes, texts: Sequence[Sequence[int]]) -> list[list[float]]
 
 
 def test_answers_come_in_order_and_buffers_are_used_again() -> None:
-    lane = HostLane()
+    lane = HostDevice()
     passes = Passes(lane, Shapes(64, 256))
     assert answers(passes, [[5, 6, 7], [8]]) == [[3, 5], [1, 8]]
     assert answers(passes, [[9]]) == [[1, 9]]
@@ -153,7 +163,7 @@ def test_answers_come_in_order_and_buffers_are_used_again() -> None:
 
 
 def test_a_failed_pass_settles_the_device_and_the_next_one_has_its_own_buffers() -> None:
-    lane = HostLane(fails_on=13)
+    lane = HostDevice(fails_on=13)
     passes = Passes(lane, Shapes(64, 256))
     with pytest.raises(RuntimeError, match="out of memory"):
         passes([[1], [13]])
@@ -162,12 +172,12 @@ def test_a_failed_pass_settles_the_device_and_the_next_one_has_its_own_buffers()
 
 
 def test_what_has_no_finite_logits_is_computed_exactly() -> None:
-    passes = Passes(HostLane(breaks_on=13), Shapes(64, 256), Passes(HostLane(), Shapes(64, 256)))
+    passes = Passes(HostDevice(breaks_on=13), Shapes(64, 256), Passes(HostDevice(), Shapes(64, 256)))
     assert answers(passes, [[1], [2, 13], [3]]) == [[1, 1], [2, 2], [1, 3]]
 
 
 def test_several_threads_may_be_in_a_pass() -> None:
-    passes, wrong = Passes(HostLane(), Shapes(64, 256)), []
+    passes, wrong = Passes(HostDevice(), Shapes(64, 256)), []
 
     def work(first: int) -> None:
         for length in range(1, 60):
@@ -207,19 +217,19 @@ def test_no_agreement_where_half_precision_gives_no_number_or_all_labels_tie() -
 
 def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not(builtin: Any) -> None:
     network, examples = builtin
-    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float16"
     assert choice.exact is not None
     with torch.no_grad():
         network.classifier.bias.fill_(1_000)  # where half precision has steps of a half
-    choice = choose_on_cuda(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float32"
     assert choice.exact is None
 
 
 @pytest.fixture
 def builtin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The builtin network, and the ids of reviews; what it sets for products stays as it was."""
+    """The builtin model, and the ids of reviews; what it sets for products stays as it was."""
     from transformers import AutoModelForSequenceClassification
 
     from worker.model.checkpoint import BUILTIN

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from worker.training.dataset import Source, is_held_out
-from worker.training.evaluate import Report, class_f1, confusion, evaluate, macro_f1
+from worker.training.dataset import LabelledFile, is_held_out
+from worker.training.evaluate import EvaluationReport, class_f1, confusion, evaluate, macro_f1
 
 HAND_COUNTED = np.array([[3, 1, 0], [1, 2, 1], [0, 0, 2]])
 
@@ -37,7 +37,7 @@ def test_confusion_counts_true_rows_and_predicted_columns() -> None:
 
 
 def test_report_sums_sources_and_speaks_table_markdown_and_json() -> None:
-    report = Report({"a": HAND_COUNTED, "b": np.diag([1, 1, 1])})
+    report = EvaluationReport({"a": HAND_COUNTED, "b": np.diag([1, 1, 1])})
     assert report.overall.tolist() == (HAND_COUNTED + np.eye(3, dtype=int)).tolist()
     assert report.macro_f1 == macro_f1(report.overall)
     assert report.markdown().splitlines()[0] == "| Source | Macro F1 |"
@@ -53,13 +53,13 @@ def test_report_sums_sources_and_speaks_table_markdown_and_json() -> None:
 
 
 def test_a_source_without_a_class_is_json_without_nan() -> None:
-    figures = Report({"two": np.array([[1, 0, 0], [0, 0, 0], [0, 0, 1]])}).as_json()
+    figures = EvaluationReport({"two": np.array([[1, 0, 0], [0, 0, 0], [0, 0, 1]])}).as_json()
     assert figures["sources"]["two"]["f1"] == {"negative": 1.0, "neutral": None, "positive": 1.0}
 
 
 def test_evaluate_maps_labels_and_predicts_once_per_source(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("плохо", "-1"), ("хорошо", "1"), ("никак", "0")])
-    source = Source("a", path, label_map={"-1": "negative", "0": "neutral", "1": "positive"})
+    source = LabelledFile("a", path, label_map={"-1": "negative", "0": "neutral", "1": "positive"})
     calls = []
 
     def predict(texts: list[str]) -> list[str]:
@@ -73,16 +73,18 @@ def test_evaluate_maps_labels_and_predicts_once_per_source(tmp_path: Path) -> No
 
 def test_evaluate_can_look_at_held_out_rows_alone(tmp_path: Path) -> None:
     texts = [f"текст {number}" for number in range(200)]
-    source = Source("a", write(tmp_path / "a.csv", [(text, "neutral") for text in texts]))
+    source = LabelledFile("a", write(tmp_path / "a.csv", [(text, "neutral") for text in texts]))
     report = evaluate(lambda asked: ["neutral"] * len(asked), [source], held_out_only=True)
     assert report.overall.sum() == sum(map(is_held_out, texts)) > 0
     kept = next(text for text in texts if not is_held_out(text))
     with pytest.raises(ValueError, match="'b' has no held-out row"):
-        evaluate(lambda asked: [], [Source("b", write(tmp_path / "b.csv", [(kept, "neutral")]))], held_out_only=True)
+        evaluate(
+            lambda asked: [], [LabelledFile("b", write(tmp_path / "b.csv", [(kept, "neutral")]))], held_out_only=True
+        )
 
 
 def test_a_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
-    source = Source("a", write(tmp_path / "a.csv", [("плохо", "negative")]))
+    source = LabelledFile("a", write(tmp_path / "a.csv", [("плохо", "negative")]))
     with pytest.raises(ValueError, match="'LABEL_0'"):
         evaluate(lambda texts: ["LABEL_0"], [source])
 
@@ -92,12 +94,12 @@ def test_a_model_that_answers_with_no_numbers_is_refused_with_a_sentence(tmp_pat
         raise FloatingPointError("the network answered with a logit that is not finite")
 
     with pytest.raises(ValueError, match="source 'a': the model does not answer with finite numbers"):
-        evaluate(predict, [Source("a", write(tmp_path / "a.csv", [("плохо", "negative")]))])
+        evaluate(predict, [LabelledFile("a", write(tmp_path / "a.csv", [("плохо", "negative")]))])
 
 
 def test_evaluate_holds_out_by_the_text_or_its_normal_form(tmp_path: Path) -> None:
     texts = [f"ТЕКСТ {number}" for number in range(200)]
-    source = Source("a", write(tmp_path / "a.csv", [(text, "neutral") for text in texts]))
+    source = LabelledFile("a", write(tmp_path / "a.csv", [(text, "neutral") for text in texts]))
     for by in ("exact", "normalized"):
         seen: list[str] = []
 

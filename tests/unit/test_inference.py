@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
 from worker.core.sentiment import LABELS, Activation, Label, Sentiment
-from worker.model.sentiment_model import Tokens
+from worker.model.truncation import TokenizedTexts
 from worker.pipeline import inference as inference_module
 from worker.pipeline.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
 from worker.runtime.loop_budget import SLICE, TurnBudget
@@ -44,11 +44,11 @@ class Model:
         self.seen: list[list[int]] = []
         self.tokenized: list[str] = []
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         self.tokenized.extend(texts)
         if any("☠" in text for text in texts):
             raise ValueError("a text that no tokenizer takes")
-        return Tokens([[ord(letter) for letter in text] for text in texts], [len(text) > 40 for text in texts])
+        return TokenizedTexts([[ord(letter) for letter in text] for text in texts], [len(text) > 40 for text in texts])
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         self.fault(ids)

@@ -11,8 +11,7 @@ from worker.commands.check import Finding
 from worker.commands.replay import Tally
 from worker.errors import UserError
 from worker.printable import printable
-from worker.training.evaluate import Report as Evaluation
-from worker.training.evaluate import confusion
+from worker.training.evaluate import EvaluationReport, confusion
 
 HOSTILE = '\x1b]0;gone\x07\n{"level": "INFO"}\r\x9b31m\u202e\u2028\udcff'
 
@@ -49,7 +48,7 @@ def test_names_in_tables_are_no_markup() -> None:
     name = "[/] [red]\x1b[31m"
     tally = Tally()
     tally.kept_back[name] += 1
-    for text in (shown(Evaluation({name: confusion([0], [0])}).table()), shown(tally.table("replayed"))):
+    for text in (shown(EvaluationReport({name: confusion([0], [0])}).table()), shown(tally.table("replayed"))):
         assert r"[/] [red]\u001b[31m" in text
 
 

@@ -153,14 +153,14 @@ def test_a_long_text_that_has_few_tokens_at_first_is_cut_as_the_library_cuts(
 
 def test_only_a_prefix_of_a_long_text_is_looked_at(model: SentimentModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
-    encode = model._encode
+    encode = model._tokenizer.encode
 
     def counting(texts: list[str], max_length: int | None = None) -> Any:
         nonlocal seen
         seen += sum(map(len, texts))
         return encode(texts, max_length)
 
-    monkeypatch.setattr(model, "_encode", counting)
+    monkeypatch.setattr(model._tokenizer, "encode", counting)
     model.tokenize(["очень длинный отзыв, " * 50_000])
     assert seen < 20_000
 

@@ -22,7 +22,7 @@ from worker.model.tokenizer import (
     WordPieceTokenizer,
     WrappedTokenizer,
     choose_encode,
-    normalized,
+    normalize_text,
     panics_as_errors,
 )
 
@@ -50,9 +50,9 @@ WITH_MARKS = st.text(
 @given(st.one_of(st.text(max_size=60), WITH_MARKS, st.lists(st.sampled_from(["и", "\u0301" * 30, "\u0306" * 31]))))
 def test_a_text_is_composed_as_documented(text: str | list[str]) -> None:
     text = "".join(text)
-    assert normalized(text) == as_composed(text)
+    assert normalize_text(text) == as_composed(text)
     if as_composed(text) == text:
-        assert normalized(text) is text or normalized(text) == text
+        assert normalize_text(text) is text or normalize_text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_text_is_composed_as_documented(text: str | list[str]) -> None:
     ],
 )
 def test_stress_marks_go_and_letters_are_composed(text: str, wanted: str) -> None:
-    assert normalized(text) == wanted
+    assert normalize_text(text) == wanted
 
 
 @pytest.mark.parametrize("marks", ["\u0301", "\u0306", "\u0301\u0327", "\u0327\u0301", "\U0001e8d0", "\u05b0\u0301"])
@@ -78,12 +78,12 @@ def test_many_combining_marks_cost_little(marks: str) -> None:
     """NFC is quadratic on them: 100,000 would take many seconds."""
     text = "и" + marks * (100_000 // len(marks))
     started = time.process_time()
-    assert normalized(text) == text
+    assert normalize_text(text) == text
     assert time.process_time() - started < 0.1
 
 
 def test_a_usual_text_stays_the_very_same_object() -> None:
-    assert all(normalized(review) is review for review in read_reviews())
+    assert all(normalize_text(review) is review for review in read_reviews())
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

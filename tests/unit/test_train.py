@@ -22,19 +22,22 @@ from worker.settings import EvaluateSettings, TrainSettings, load
 from worker.training.dataset import (
     CLASSES,
     Example,
-    Source,
+    LabelledFile,
     balanced_counts,
     draw,
     is_held_out,
-    normalized,
+    near_copy_key,
     parse_sources,
     part_of,
     read_source,
     repetitions,
-    sample_held_out,
 )
 from worker.training.evaluate import evaluate
-from worker.training.train import Diverged, Interrupted, Progress, ProgressView, _shuffled_batches, command, train
+from worker.training.model_card import command
+from worker.training.optimisation import shuffled_batches
+from worker.training.progress import Progress, ProgressView
+from worker.training.train import train
+from worker.training.training_run import Diverged, Interrupted
 
 BUILTIN = Path(worker.__file__).parent / "model" / "builtin"
 WORDS = {
@@ -61,13 +64,13 @@ def obvious(path: Path, count: int = 150) -> Path:
     return write(path, rows)
 
 
-def tiny(output: Path, source: Path, **changes: object) -> tuple[TrainSettings, list[Source]]:
+def tiny(output: Path, source: Path, **changes: object) -> tuple[TrainSettings, list[LabelledFile]]:
     settings: dict[str, object] = {
         "epochs": 6, "batch_texts": 16, "learning_rate": 3e-3, "max_tokens": 16, "token_masking": 0.0, "averaging": 0.5,
         "pretrain_epochs": 2, "pretrain_max_tokens": 16, "vocabulary": 120, "layers": 1, "hidden": 32, "threads": 1,
         "device": "cpu",
     }  # fmt: skip
-    return TrainSettings(output=output, **(settings | changes)), [Source("obvious", source)]  # type: ignore[arg-type]
+    return TrainSettings(output=output, **(settings | changes)), [LabelledFile("obvious", source)]  # type: ignore[arg-type]
 
 
 # --- the held-out rule ---
@@ -87,8 +90,8 @@ def test_near_copies_of_a_text_are_held_out_together() -> None:
         "все было хорошо, мой друг ",
         "ВСЕ\u0308 БЫ\u0301ЛО ХОРОШО, МОИ\u0306 ДРУГ",
     ]
-    assert len({normalized(text) for text in copies}) == 1
-    assert normalized("мои друг") != normalized("мой друг")
+    assert len({near_copy_key(text) for text in copies}) == 1
+    assert near_copy_key("мои друг") != near_copy_key("мой друг")
     for number in range(200):
         assert len({part_of(f"{text} {number}", "normalized") for text in copies}) == 1
         assert part_of(f"все {number}", "normalized") == part_of(f"все {number}")
@@ -100,16 +103,6 @@ def test_the_shipped_checkpoint_keeps_its_split() -> None:
     options = TrainSettings(output=Path("x"))
     assert (options.rows_held_out_by(None), options.rows_held_out_by("builtin")) == ("normalized", "exact")
     assert TrainSettings(output=Path("x"), hold_out_by="exact").rows_held_out_by(None) == "exact"
-
-
-def test_the_held_out_sample_is_fixed_and_even() -> None:
-    examples = [Example("a", f"отзыв {number}", number % 3) for number in range(600)]
-    sample = sample_held_out(examples, 5)
-    assert Counter(example.label for example in sample) == {0: 5, 1: 5, 2: 5}
-    assert all(is_held_out(example.text) for example in sample)
-    assert sample == sample_held_out(examples[::-1], 5)
-    with pytest.raises(ValueError, match="500 were asked for"):
-        sample_held_out(examples, 500)
 
 
 # --- balancing ---
@@ -169,8 +162,8 @@ def test_repeated_texts_and_those_with_two_labels_are_counted() -> None:
 def test_sources_are_parsed_from_command_line_words() -> None:
     maps = ["a:-1=negative", "a:x=y=positive", "a:skip="]
     one, two = parse_sources(["a=x/y.csv", "z.csv"], maps, ["body"], ["z=mark"])
-    assert one == Source("a", Path("x/y.csv"), "body", "label", {"-1": "negative", "x=y": "positive", "skip": ""})
-    assert two == Source("z", Path("z.csv"), "body", "mark", {})
+    assert one == LabelledFile("a", Path("x/y.csv"), "body", "label", {"-1": "negative", "x=y": "positive", "skip": ""})
+    assert two == LabelledFile("z", Path("z.csv"), "body", "mark", {})
     one, two = parse_sources(["a=x/y.csv", "z.csv"], (), ["a=x=y", "body"])
     assert (one.text_column, two.text_column) == ("x=y", "body")
 
@@ -217,14 +210,14 @@ def test_columns_are_set_by_flags_and_files(tmp_path: Path) -> None:
 def test_rows_of_a_dropped_label_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("Хорошо", "positive"), ("???", "skip"), ("плохо", "negative")])
     kept = [Example("a", "Хорошо", 2), Example("a", "плохо", 0)]
-    assert read_source(Source("a", path, label_map={"skip": ""})) == kept
+    assert read_source(LabelledFile("a", path, label_map={"skip": ""})) == kept
     whole = {"skip": "", "positive": "positive", "negative": "negative"}
-    assert read_source(Source("a", path, label_map=whole)) == kept
+    assert read_source(LabelledFile("a", path, label_map=whole)) == kept
 
 
 def test_a_source_is_read_with_its_own_columns_and_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("1", "Хорошо,\nда"), ("-1", "плохо"), ("0", "  ")], ("mark", "body"))
-    source = Source("a", path, "body", "mark", {"-1": "negative", "0": "neutral", "1": "positive"})
+    source = LabelledFile("a", path, "body", "mark", {"-1": "negative", "0": "neutral", "1": "positive"})
     assert read_source(source) == [Example("a", "Хорошо,\nда", 2), Example("a", "плохо", 0)]
 
 
@@ -235,7 +228,7 @@ def test_unreadable_sources_name_the_source_and_quote_no_text(tmp_path: Path) ->
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(ValueError, match="'shop'") as error:
-            read_source(Source("shop", path, **changes))  # type: ignore[arg-type]
+            read_source(LabelledFile("shop", path, **changes))  # type: ignore[arg-type]
         assert "тайна" not in str(error.value)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -257,7 +250,7 @@ def test_unreadable_sources_name_the_source_and_quote_no_text(tmp_path: Path) ->
 def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
     rng = random.Random(3)
     lengths = [rng.randint(2, 100) for _ in range(1000)]
-    batches = _shuffled_batches(lengths, 16, rng)
+    batches = shuffled_batches(lengths, 16, rng)
     assert sorted(place for batch in batches for place in batch) == list(range(1000))
     assert max(map(len, batches)) == 16
     padded = sum(max(lengths[place] for place in batch) * len(batch) for batch in batches)
@@ -462,7 +455,7 @@ def test_the_card_says_how_rows_were_balanced_and_what_is_odd_about_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = obvious(tmp_path / "obvious.csv")
-    rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(LabelledFile("o", source))]
     kept = [row for row in rows if not is_held_out(row[0], "normalized")]
     few = [row for row in kept if row[1] == "negative"][:10]
     copies = [(few[0][0].upper() + " ", "negative"), (few[1][0].replace("ё", "е"), "positive")]
@@ -486,7 +479,7 @@ def test_the_card_says_how_rows_were_balanced_and_what_is_odd_about_them(
 
 def test_near_copies_of_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
-    rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(LabelledFile("o", source))]
     copies = [(text.upper() + " ЪЪ", label) for text, label in rows if is_held_out(text + " ъъ", "normalized")]
     assert sum(not is_held_out(text) for text, _ in copies) > 10
     write(source, rows + copies)
@@ -498,7 +491,7 @@ def test_training_never_sees_a_held_out_word(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     train(*tiny(tmp_path / "one", source, pretrain_epochs=0, epochs=1, consistency=0), lambda progress: None)
     known = "".join(AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab())
-    rows = [(example.text, CLASSES[example.label]) for example in read_source(Source("o", source))]
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(LabelledFile("o", source))]
     strange = [(text + " щъыщ", label) if is_held_out(text, "normalized") else (text, label) for text, label in rows]
     held_out = [row for row in strange if "щъыщ" in row[0] and is_held_out(row[0], "normalized")]
     assert held_out
@@ -526,7 +519,7 @@ def test_options_out_of_range_are_refused(flags: list[str], message: str) -> Non
 def test_training_without_the_means_is_refused(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     (tmp_path / "file").touch()
-    two = read_source(Source("o", source))[:300]
+    two = read_source(LabelledFile("o", source))[:300]
     part = write(tmp_path / "part.csv", [(example.text, CLASSES[example.label]) for example in two])
     few = next(text for text in (f"отзыв {n}" for n in range(100)) if not is_held_out(text))
     for options, message in (
@@ -541,7 +534,9 @@ def test_training_without_the_means_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_of_a_card_names_what_differs_and_no_path() -> None:
-    source = Source("a", Path("/secret/place/a.csv"), label_column="mark", label_map={"-1": "negative", "skip": ""})
+    source = LabelledFile(
+        "a", Path("/secret/place/a.csv"), label_column="mark", label_map={"-1": "negative", "skip": ""}
+    )
     options = TrainSettings(
         output=Path("/secret/out"),
         seed=3,
@@ -589,7 +584,7 @@ def test_the_builtin_checkpoint_is_small_complete_and_as_good_as_it_says() -> No
                 labels[place] = network.config.id2label[label]
         return labels
 
-    demo = Source("demo", BUILTIN / "demo.csv")
+    demo = LabelledFile("demo", BUILTIN / "demo.csv")
     examples = read_source(demo)
     assert len(examples) >= 700
     assert all(is_held_out(example.text) for example in examples)

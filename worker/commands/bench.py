@@ -17,13 +17,14 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from worker.commands.classify import file_lines
+from worker.commands.load_model import prepare_process
 from worker.errors import WrongSetting
-from worker.model.autotune import PATIENCE_S, WORTH, candidate_budgets, fastest, least_that_is_as_fast
+from worker.model.autotune import MIN_GAIN, TUNING_S, candidate_budgets, fastest, smallest_at_full_speed
 from worker.model.backends import BackendError, has_bfloat16
 from worker.model.cuda import AGREEMENT
 from worker.model.onnx_export import is_installed
 from worker.model.reviews import read_reviews
-from worker.model.sentiment_model import SentimentModel, own_process
+from worker.model.sentiment_model import SentimentModel
 from worker.pipeline.inference import free_memory
 from worker.printable import printable
 from worker.settings import BenchSettings
@@ -63,7 +64,7 @@ class Measured:
     @property
     def budget(self) -> int:
         """The smallest that is about as fast as any: its device batches take less memory, and end sooner."""
-        return least_that_is_as_fast(self.texts_per_s)
+        return smallest_at_full_speed(self.texts_per_s)
 
     @property
     def speed(self) -> float:
@@ -166,7 +167,7 @@ class Steps:
 
 def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Report:
     """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
-    own_process()
+    prepare_process()
     first = _load(settings, FLOAT32)
     report = Report(first.name, str(first.device), len(texts))
     wanted = first.get_sentiment(list(texts[:SAMPLE]))
@@ -224,7 +225,7 @@ def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"]
         backend=engine.backend,
         cpu_threads=settings.cpu_threads,
         max_batch_tokens=budget,
-        patience_s=max(settings.seconds, PATIENCE_S),
+        tuning_s=max(settings.seconds, TUNING_S),
     )
 
 
@@ -287,7 +288,7 @@ def _print(report: Report) -> None:
     console.print("Settings for this machine, as lines of the file that --config names:\n", style="bold")
     console.print(report.settings() + "\n", markup=False, highlight=False)
     quick = max(report.engines, key=lambda each: each.speed)
-    if not quick.engine.is_exact and quick.speed > WORTH * report.best.speed:
+    if not quick.engine.is_exact and quick.speed > MIN_GAIN * report.best.speed:
         console.print(
             f'dtype = "{quick.engine.dtype}" is {quick.speed / report.best.speed:.1f} times as fast; '
             f"{quick.agreement:.2%} of its labels are the same."

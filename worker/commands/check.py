@@ -160,17 +160,17 @@ def _is_a_worker(host: str, port: int) -> bool:
 
 
 def _model(settings: RunSettings) -> Finding:
-    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
+    from worker.commands.load_model import load_model  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
 
     try:
-        model = SentimentModel.load_as_set(settings)
+        model = load_model(settings)
     except UserError as error:  # brokers and topics are worth a look all the same
         return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:
         return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")
-    if model.doubt:
-        return Finding("model", "warn", model.doubt)
+    if model.warning:
+        return Finding("model", "warn", model.warning)
     return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")
 
 

@@ -51,9 +51,9 @@ LoadModel = Callable[[RunSettings], "SentimentModel"]
 
 def load_model(settings: RunSettings) -> "SentimentModel":
     """The model that the settings name. Blocks for seconds; raises UserError."""
-    from worker.model.sentiment_model import SentimentModel  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+    from worker.commands import load_model as loading  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
-    return SentimentModel.load_as_set(settings)
+    return loading.load_model(settings)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Which forward a loaded network gets: the lean one in torch or in ONNX Runtime, or its own."""
+"""Chooses what computes a loaded model: BertClassifier in torch, the same in ONNX Runtime, or transformers' own code.
+
+In this module a *forward* is a function from padded token ids and lengths to logits (see ``worker.model.bert.Forward``).
+"""
 
 import copy
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,33 +15,24 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.errors import UserError
-from worker.model import onnx_export as exported
-from worker.model.autotune import cpu_has, fastest, one_thread
-from worker.model.bert import EXAMPLE_TOKENS, Forward, LeanNetwork, is_alike, is_covered, seconds
+from worker.model import onnx_export
+from worker.model.autotune import cpu_has, fastest, single_torch_thread
+from worker.model.bert import EXAMPLE_TOKENS, BertClassifier, Forward, is_alike, is_covered, shortest_run_s
 from worker.model.cuda import AGREEMENT, expected_agreement
 from worker.model.tokenizer import Ids
 
 log = logging.getLogger(__name__)
 
-EXAMPLE_LENGTH = 64
-TURNS = 3  # of the backends, so that a neighbour's noise meets both
-COMPARED_TOKENS = 8_192  # of a batch of examples
-
-
-class Run(Protocol):
-    """N token lists → logits (N, labels), in one pass.
-
-    ``widths``: those that texts are padded to; none if any. ``pass_tokens``: as cut_by_length takes them.
-    """
-
-    widths: Sequence[int]
-    pass_tokens: int
-
-    def __call__(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
+EXAMPLE_LENGTH = 64  # tokens
+TURNS = 3  # the backends are measured in turns, so that another process's load meets both
+COMPARED_TOKENS = 8_192  # a batch, in which number types are compared
 
 
 class Choice(NamedTuple):
-    """A forward, its number type, and another one for texts that it gives no finite logits for, if there is one."""
+    """A forward with its number type (as in settings).
+
+    ``exact`` computes texts again for which ``forward`` gives no finite logits; None where there is no more exact one.
+    """
 
     forward: Forward
     dtype: str
@@ -46,58 +40,57 @@ class Choice(NamedTuple):
 
 
 class BackendError(UserError):
-    """The backend that is asked for cannot run this network."""
+    """The backend or number type that the settings name cannot compute this model here."""
 
 
-@one_thread()
-def choose(network: Any, *, backend: str, is_int8: bool) -> Forward:
-    """The fastest forward of those that ``backend`` (auto, torch, onnx) allows; auto takes no other than exact ones.
+@single_torch_thread()
+def choose_forward(model: Any, *, backend: str, is_int8: bool) -> Forward:
+    """The fastest forward that ``backend`` (auto, torch, onnx) allows; auto takes none that computes less exactly.
 
-    On a CPU a pass takes one thread, the calling one.
-
-    Blocks: what is measured takes a second, a first export several. Raises BackendError.
+    ``model``: a transformers model, on a CPU or a GPU. On a CPU, a forward computes on the calling thread alone.
+    Blocks: measuring takes a second, a first export several. Raises BackendError.
     """
     wants_onnx = backend == "onnx" or is_int8
     if wants_onnx:
-        _refuse_what_onnx_cannot(network, backend, is_int8)
-    if network.device.type == "cpu" and network.dtype == torch.bfloat16 and not has_bfloat16():
+        _refuse_what_onnx_cannot(model, backend, is_int8)
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and not has_bfloat16():
         log.warning("this CPU does not compute in bfloat16 itself: dtype bfloat16 is slower here than float32")
-    lean = _lean(network)
-    if lean is None:
+    bert = _bert_classifier(model)
+    if bert is None:
         if wants_onnx:
             raise BackendError(
                 f"{_asked(backend, is_int8)} covers BERT and RoBERTa classifiers alone, and this checkpoint is a "
-                f"{type(network).__name__}; leave backend and dtype at auto"
+                f"{type(model).__name__}; leave backend and dtype at auto"
             )
-        log.info("the checkpoint takes its own forward: the lean one does not cover a %s", type(network).__name__)
-        return partial(_own_forward, network)
+        log.info("transformers computes this model: BertClassifier does not cover a %s", type(model).__name__)
+        return partial(_transformers_forward, model)
     if wants_onnx:
-        return _exported(network, is_int8=is_int8)
+        return _onnx_forward(model, is_int8=is_int8)
     if (
         backend == "torch"
-        or network.device.type != "cpu"
-        or network.dtype != torch.float32
-        or not exported.is_installed()
+        or model.device.type != "cpu"
+        or model.dtype != torch.float32
+        or not onnx_export.is_installed()
     ):
-        return lean
-    return _faster(network, lean)
+        return bert
+    return _faster(model, bert)
 
 
-def choose_on_cuda(
-    network: Any, *, backend: str, dtype: str, columns: Sequence[int], examples: Sequence[Ids]
+def choose_cuda_forward(
+    model: Any, *, backend: str, dtype: str, columns: Sequence[int], examples: Sequence[Ids]
 ) -> Choice:
-    """``choose`` for a network in float32 on a GPU where ``dtype`` is auto, for any other as it is.
+    """``choose_forward`` on a GPU, and the number type where ``dtype`` is auto: the model is then in float32.
 
-    Auto is half precision if labels are expected to agree on 99.9 % of texts like the examples, of which only ``columns`` of
-    the logits are looked at; else float32, with products in TF32. Half is float16: it has eight times bfloat16's precision,
-    and what does not fit its range shows, as a logit that is not finite, and is computed again in float32.
+    Auto takes float16 if labels are expected to agree on 99.9 % of texts like ``examples``, token ids of N texts, judged by
+    ``columns`` of the logits; else float32 with products in TF32. It prefers float16 to bfloat16, which is an eighth as
+    precise: what exceeds float16's range shows as a logit that is not finite, and is computed again in float32.
     """
-    torch.set_float32_matmul_precision("highest")  # whatever a model before this one has set
-    forward = choose(network, backend=backend, is_int8=dtype == "int8")
+    torch.set_float32_matmul_precision("highest")  # a model that was loaded before may have set another
+    forward = choose_forward(model, backend=backend, is_int8=dtype == "int8")
     if dtype != "auto":
-        return Choice(forward, name_of(network.dtype))
-    half = _lean_or_own(copy.deepcopy(network).half())
-    exact_logits, half_logits = (_logits_of(each, examples, network.device)[:, columns] for each in (forward, half))
+        return Choice(forward, name_of(model.dtype))
+    half = _torch_forward(copy.deepcopy(model).half())
+    exact_logits, half_logits = (_logits_of(each, examples, model.device)[:, columns] for each in (forward, half))
     agreement = expected_agreement(exact_logits, half_logits)
     log.info("compared half precision", extra={"expected_agreement": f"{agreement:.4%}", "texts": len(examples)})
     if agreement >= AGREEMENT:
@@ -107,22 +100,25 @@ def choose_on_cuda(
 
 
 def backend_of(forward: Forward) -> str:
-    """What runs it, as in settings."""
-    return "onnx" if isinstance(forward, exported.ExportedNetwork) else "torch"
+    """The forward's backend, as in settings: onnx or torch."""
+    return "onnx" if isinstance(forward, onnx_export.ExportedNetwork) else "torch"
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16 itself: else it is slower than float32."""
+    """Whether this CPU has instructions for bfloat16; without them it is slower than float32."""
     return cpu_has("avx512_bf16", "amx_bf16", "bf16")
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in settings."""
+    """A number type by its name in settings, such as float32."""
     return str(dtype).removeprefix("torch.")
 
 
 class PaddedPasses:
-    """Passes on a CPU, padded to the longest text. The calling thread computes; for any number of threads."""
+    """Token ids of N texts → logits (N, labels) on a CPU, in one pass padded to the longest text.
+
+    The calling thread computes; several threads may call at once. ``widths`` and ``pass_tokens``: as for PassRunner.
+    """
 
     widths: Sequence[int] = ()
 
@@ -133,7 +129,7 @@ class PaddedPasses:
 
     def __call__(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         padded, lengths = padded_ids(ids, self._padding)
-        with one_thread(), torch.inference_mode():
+        with single_torch_thread(), torch.inference_mode():
             output = self._forward(
                 torch.from_numpy(padded), None if lengths.min() == padded.shape[1] else torch.from_numpy(lengths)
             )
@@ -142,7 +138,7 @@ class PaddedPasses:
 
 
 def padded_ids(ids: Sequence[TokenIds], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token lists as ids (N, T), T the longest, and their lengths (N)."""
+    """Token ids of N texts → padded ids (N, T), T tokens in the longest text, and the lengths (N)."""
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     padded = np.full((len(ids), lengths.max()), padding, dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(ids)
@@ -160,54 +156,55 @@ def _logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) 
     return np.array([logits[index] for index in range(len(examples))])
 
 
-def _lean_or_own(network: Any) -> Forward:
-    return _lean(network) or partial(_own_forward, network)
+def _torch_forward(model: Any) -> Forward:
+    return _bert_classifier(model) or partial(_transformers_forward, model)
 
 
-def _lean(network: Any) -> LeanNetwork | None:
-    lean = LeanNetwork(network) if is_covered(network) else None
-    return lean if lean and is_alike(lean, network) else None
+def _bert_classifier(model: Any) -> BertClassifier | None:
+    bert = BertClassifier(model) if is_covered(model) else None
+    return bert if bert and is_alike(bert, model) else None
 
 
-def _faster(network: Any, lean: LeanNetwork) -> Forward:
+def _faster(model: Any, bert: BertClassifier) -> Forward:
+    """The faster one of torch and ONNX Runtime, for a model in float32 on a CPU."""
     try:
-        other = _exported(network, is_int8=False)
-    except Exception as error:  # noqa: BLE001 - whatever an exporter raises, there is a forward without it
-        log.warning("the network cannot be exported to ONNX Runtime", extra={"error": type(error).__name__})
-        return lean
-    took = _passes_seconds({"torch": lean, "onnx": other})
+        other = _onnx_forward(model, is_int8=False)
+    except Exception as error:  # noqa: BLE001 - whatever the exporter raises, torch computes without it
+        log.warning("the model cannot be exported to ONNX Runtime", extra={"error": type(error).__name__})
+        return bert
+    took = _passes_seconds({"torch": bert, "onnx": other})
     log.info(
-        "measured the backends, by a pass of one text and by a full one",
+        "measured the backends by a pass of one text and a full pass",
         extra={name: " and ".join(f"{1000 * each:.2f} ms" for each in passes) for name, passes in took.items()},
     )
-    return other if fastest(took) == "onnx" and is_alike(other, network) else lean
+    return other if fastest(took) == "onnx" and is_alike(other, model) else bert
 
 
 def _passes_seconds(forwards: dict[str, Forward]) -> dict[str, list[float]]:
-    """Of each, a pass of a single text and a full one: a light load has the former and a backlog the latter."""
+    """Seconds for each forward, of a pass of a single text and of a full one."""
     took: dict[str, list[float]] = {name: [] for name in forwards}
     with torch.inference_mode():
         for texts in (1, EXAMPLE_TOKENS // EXAMPLE_LENGTH):
             ids = torch.full((texts, EXAMPLE_LENGTH), 1)
-            turns = [[seconds(each, ids, None) for each in forwards.values()] for _ in range(TURNS)]
+            turns = [[shortest_run_s(each, ids, None) for each in forwards.values()] for _ in range(TURNS)]
             for name, of_one in zip(forwards, zip(*turns, strict=True), strict=True):
                 took[name].append(min(of_one))
     return took
 
 
-def _exported(network: Any, *, is_int8: bool) -> exported.ExportedNetwork:
-    return exported.ExportedNetwork(exported.export(network, is_int8=is_int8))
+def _onnx_forward(model: Any, *, is_int8: bool) -> onnx_export.ExportedNetwork:
+    return onnx_export.ExportedNetwork(onnx_export.export(model, is_int8=is_int8))
 
 
-def _refuse_what_onnx_cannot(network: Any, backend: str, is_int8: bool) -> None:
+def _refuse_what_onnx_cannot(model: Any, backend: str, is_int8: bool) -> None:
     asked = _asked(backend, is_int8)
     if backend == "torch":
         raise BackendError("dtype int8 is computed by ONNX Runtime, and backend is torch; set backend to auto or onnx")
-    if network.device.type != "cpu":
-        raise BackendError(f"{asked} runs on a CPU, and the device is {network.device}; set device to cpu")
-    if network.dtype != torch.float32:
+    if model.device.type != "cpu":
+        raise BackendError(f"{asked} runs on a CPU, and the device is {model.device}; set device to cpu")
+    if model.dtype != torch.float32:
         raise BackendError("backend onnx computes in float32 or int8; set dtype to one of them, or to auto")
-    if not exported.is_installed():
+    if not onnx_export.is_installed():
         raise BackendError(f"{asked} needs the extra onnx: pip install 'sentiment-worker[onnx]'")
 
 
@@ -215,9 +212,9 @@ def _asked(backend: str, is_int8: bool) -> str:
     return "dtype int8" if is_int8 else f"backend {backend}"
 
 
-def _own_forward(network: Any, ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+def _transformers_forward(model: Any, ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     mask = torch.ones_like(ids)
     if lengths is not None:
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    logits: torch.Tensor = network(input_ids=ids, attention_mask=mask).logits
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, whether they can be read, and which name results give it. Needs no torch.
+"""The files of a checkpoint: where they are, whether they can be used, and the revision that results name. Needs no torch.
 
 Every function here that opens a file blocks.
 """
@@ -19,9 +19,9 @@ BUILTIN: Final = Path(__file__).parent / "builtin"
 WEIGHTS: Final = (  # in the order in which transformers looks for them
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-READ: Final = (".json", ".txt", ".model", ".codes", ".spm", ".tokenizer")  # what configurations and tokenizers end in
+READ: Final = (".json", ".txt", ".model", ".codes", ".spm", ".tokenizer")  # endings of configurations and tokenizers
 COUNTS: Final = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-MOST: Final = {  # of what is built one by one, before any weight is looked at: more would take hours, or all memory
+MAX_COUNTS: Final = {  # transformers builds so many parts before it looks at a weight: more would take hours, or all memory
     "num_labels": 100_000,
     **dict.fromkeys(
         (
@@ -31,6 +31,7 @@ MOST: Final = {  # of what is built one by one, before any weight is looked at: 
         1_000,
     ),
 }  # fmt: skip
+MAX_CHARS: Final = 300  # of the words of a checkpoint or a library, in a message
 LFS: Final = b"version https://git-lfs.github.com/spec/"
 
 Find = Callable[[str], Path | None]
@@ -50,8 +51,8 @@ class HubUnreachable(ModelError):
 def folder_of(name: str, revision: str | None) -> Path | None:
     """The folder that a model's name means; None for a name on the hub.
 
-    Raises ModelError if the folder is missing, if the name could mean either, or if a ``revision`` is given for a model
-    that is not on the hub.
+    Raises ModelError if the folder is missing, if the name could mean a folder or the hub, or if a ``revision`` is given
+    for a model that is not on the hub.
     """
     fault = revision_fault(name, revision)
     if fault:
@@ -73,13 +74,13 @@ def folder_of(name: str, revision: str | None) -> Path | None:
     return None
 
 
-def found_in(folder: Path) -> Find:
+def find_in(folder: Path) -> Find:
     """A ``Find`` over the files of a folder."""
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
 class Checkpoint:
-    """The files of one checkpoint that decide what is loaded. ``name`` is for error messages."""
+    """The files of one checkpoint that transformers reads. ``name`` is for error messages."""
 
     def __init__(self, name: str, find: Find) -> None:
         """Reads and checks the files. Raises ModelError if one is missing or wrong."""
@@ -91,7 +92,7 @@ class Checkpoint:
         self._refuse_wrong_config()
         self._refuse_wrong_tokenizer()
         self.weights = self._weights()
-        """Names of the files with the weights, including their index."""
+        """Names of the files with the weights, and of their index."""
 
     def identity(self, folder: Path) -> str:
         """The first 12 hex digits of the SHA-256 of what ``sha256sum`` prints for the files that are read, by name."""
@@ -119,9 +120,9 @@ class Checkpoint:
         return sorted({first, *shards.values()})
 
     def _refuse_wrong_config(self) -> None:
-        for field in (*COUNTS, *MOST):
+        for field in (*COUNTS, *MAX_COUNTS):
             self._refuse_wrong_count("config.json", self._config, field)
-        for field, most in MOST.items():
+        for field, most in MAX_COUNTS.items():
             if (self._config.get(field) or 0) > most:
                 self._refuse(f"{field} in config.json is {_shown(self._config[field])}; it should be {most:,} at most")
         if self._config.get("max_position_embeddings") != -1:  # which says that there is no maximum
@@ -165,7 +166,7 @@ class Checkpoint:
             self._refuse(f"{field} in {file} is {_shown(value)}; it should be a whole number, 1 or more")
 
     def _refuse_outside(self, file: str, names: Iterable[Any]) -> None:
-        """Judges names, not where links lead: in the hub's cache all files are links to elsewhere."""
+        """Checks names, and not where links lead: in the hub's cache, all files are links to elsewhere."""
         for name in names if isinstance(names, Iterable) else [names]:
             path = PurePosixPath(name) if isinstance(name, str) else None
             if not path or path.is_absolute() or ".." in path.parts or not path.name:

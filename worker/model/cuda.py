@@ -1,4 +1,4 @@
-"""Passes of a network on a CUDA device: token ids in host memory → logits, with the host and the device at work at once.
+"""Passes of a model on a CUDA device: token ids in host memory → logits, with the host and the device at work at once.
 
 - Shapes are few: widths are powers of two and half as much again, rows the same way, so that each can have a CUDA graph.
 - What goes over is one vector of int32: the lengths, then the ids of all texts without padding. The device pads.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.core.batching import TokenIds
-from worker.model.bert import Forward, LeanNetwork
+from worker.model.bert import BertClassifier, Forward
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Slot(Protocol):
     wire: NDArray[np.int32]
 
 
-class Lane(Protocol):
+class PassDevice(Protocol):
     """Where passes run. All but ``slot`` may be called by several threads at once."""
 
     def slot(self, shape: Shape) -> Any:
@@ -140,7 +140,7 @@ class Passes:
     precision does not; None if there is no other.
     """
 
-    def __init__(self, lane: Lane, shapes: Shapes, exact: "Passes | None" = None) -> None:
+    def __init__(self, lane: PassDevice, shapes: Shapes, exact: "Passes | None" = None) -> None:
         self.widths: Sequence[int] = shapes.widths
         self.pass_tokens = A_PASS_TOKENS
         self._lane = lane
@@ -178,7 +178,7 @@ class Passes:
 # The device.
 
 
-class Replay(NamedTuple):
+class CapturedGraph(NamedTuple):
     """A captured graph, and the tensor that its replay fills."""
 
     run: Callable[[], None]
@@ -189,20 +189,20 @@ class Graphs:
     """Which shapes have a graph. Knows no CUDA: how one is captured, and what it would take, is given."""
 
     def __init__(self) -> None:
-        self._replays: dict[Shape, Replay] = {}
+        self._graphs: dict[Shape, CapturedGraph] = {}
 
     def __len__(self) -> int:
-        return len(self._replays)
+        return len(self._graphs)
 
-    def get(self, shape: Shape) -> Replay | None:
-        return self._replays.get(shape)
+    def get(self, shape: Shape) -> CapturedGraph | None:
+        return self._graphs.get(shape)
 
     def fill(
         self,
         shapes: Iterable[Shape],
         *,
         needs: Callable[[Shape], int],
-        capture: Callable[[Shape], Replay],
+        capture: Callable[[Shape], CapturedGraph],
         most_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -217,7 +217,7 @@ class Graphs:
                 return
             try:
                 if needs(shape) <= most_bytes:
-                    self._replays[shape] = capture(shape)
+                    self._graphs[shape] = capture(shape)
             except Exception as error:  # noqa: BLE001 - torch raises what it likes; there is the plain forward
                 log.warning(
                     "no CUDA graph can be captured: the plain forward is used", extra={"error": str(error)[:200]}
@@ -243,7 +243,7 @@ class CudaSlot:
             self.is_sent.record(stream)
 
 
-class CudaLane:
+class CudaPassDevice:
     """A CUDA device: a stream for copies to it, one for passes."""
 
     def __init__(self, forward: Forward, device: torch.device, *, labels: int, padding: int) -> None:
@@ -317,7 +317,7 @@ class CudaLane:
         self._passes.synchronize()
         return torch.cuda.max_memory_allocated(self._device) - before
 
-    def _captured(self, shape: Shape, pool: Any) -> Replay:
+    def _captured(self, shape: Shape, pool: Any) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._passes):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -325,7 +325,7 @@ class CudaLane:
                 output = self._computed(self._input, shape)
             finally:
                 graph.capture_end()
-        return Replay(graph.replay, output)
+        return CapturedGraph(graph.replay, output)
 
 
 def passes_on(
@@ -338,17 +338,17 @@ def passes_on(
     labels: int,
     padding: int,
 ) -> Passes:
-    """Passes of a network on its device, with graphs where it is the lean one; ``exact``: for what that gives no number for.
+    """Passes of a model on its device, with graphs for a BertClassifier; ``exact``: for what that gives no number for.
 
     ``longest``: the model's maximum; ``budget``: tokens in a pass; ``padding``: the id of it. Blocks for some seconds.
     """
     shapes = Shapes(longest, budget)
-    lane = CudaLane(forward, device, labels=labels, padding=padding)
-    if isinstance(forward, LeanNetwork):
+    lane = CudaPassDevice(forward, device, labels=labels, padding=padding)
+    if isinstance(forward, BertClassifier):
         lane.capture(shapes.all())
     if exact is None:
         return Passes(lane, shapes)
-    return Passes(lane, shapes, Passes(CudaLane(exact, device, labels=labels, padding=padding), shapes))
+    return Passes(lane, shapes, Passes(CudaPassDevice(exact, device, labels=labels, padding=padding), shapes))
 
 
 # Half precision.

@@ -1,4 +1,4 @@
-"""The lean network in ONNX Runtime, on a CPU: float32, or int8 weights with activations quantized as they come.
+"""BertClassifier in ONNX Runtime, on a CPU: float32, or int8 weights with activations quantized as they come.
 
 Exported once into a cache folder, by a name that changes with the weights and with whatever makes the file.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.model.autotune import cpu_has
-from worker.model.bert import NEVER, TOKEN_BY_TOKEN, LeanNetwork, PlainLinear
+from worker.model.bert import NEVER, TOKEN_BY_TOKEN, BertClassifier, PlainLinear
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(
@@ -32,7 +32,7 @@ VERSION: Final = "3"  # of what this module writes
 
 
 class ExportedNetwork:
-    """Token ids → logits by ONNX Runtime, called as a LeanNetwork. Blocks; takes the calling thread alone.
+    """Token ids → logits by ONNX Runtime, called as a BertClassifier. Blocks; takes the calling thread alone.
 
     ``file`` is read by the process's own user or root's work alone: raises PermissionError for any other.
     """
@@ -58,7 +58,7 @@ def is_installed() -> bool:
 
 
 def export(network: Any, *, is_int8: bool) -> Path:
-    """The ONNX file of a network that LeanNetwork covers: from the cache folder, or written there first, in seconds.
+    """The ONNX file of a model that BertClassifier covers: from the cache folder, or written there first, in seconds.
 
     Where the folder cannot be written or is another user's, into a temporary one. Raises what torch's exporter raises.
     """
@@ -66,7 +66,7 @@ def export(network: Any, *, is_int8: bool) -> Path:
     folder = _cache_folder()
     if not (_is_own(folder) and _is_own(folder / name)):
         folder = _writable(folder)
-        log.info("exporting the network for ONNX Runtime", extra={"file": str(folder / name)})
+        log.info("exporting the model for ONNX Runtime", extra={"file": str(folder / name)})
         with tempfile.TemporaryDirectory(dir=folder) as workplace:
             _write(network, Path(workplace), name, is_int8)
             (Path(workplace) / name).chmod(0o600)
@@ -120,10 +120,10 @@ class _Module(nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self._lean = LeanNetwork(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
+        self._bert = BertClassifier(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return self._lean(ids, lengths)
+        return self._bert(ids, lengths)
 
 
 def _digest(network: Any) -> str:

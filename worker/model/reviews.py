@@ -1,4 +1,4 @@
-"""The reviews that are shipped with the package: examples for measuring and for comparing. See builtin/README.md."""
+"""The reviews that ship with the package, to measure and compare models and tokenizers on; see builtin/README.md."""
 
 import csv
 from functools import cache

@@ -1,13 +1,13 @@
 """Texts → token ids, by the fastest tokenizer that gives the same ids as the checkpoint's own. Every call here blocks.
 
-Three ways, the first that holds for this checkpoint and installation:
+There are three, of which the first is taken that is installed and can take the checkpoint's tokenizer:
 
 - nanotoken (extra ``fast``), WordPiece alone, 20 to 30 times as fast as transformers;
-- the ``tokenizers`` library that transformers wraps, without the wrapper: measured 1.2 times as fast with the card's
-  tokenizer, 1.5 times with builtin's;
+- the ``tokenizers`` library that transformers wraps, without the wrapper: 1.2 times as fast with the card's tokenizer,
+  1.5 times with builtin's;
 - transformers' own call, for tokenizers that are plain Python.
 
-The first two are compared with transformers' on the shipped reviews and on odd texts before they are used.
+The first two are used only if they give transformers' ids for the shipped reviews and for odd texts.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int32]
 
-CACHED_WORDS: Final = 1 << 17  # of nanotoken's, per thread and level: at most some 16 MB each
+CACHED_WORDS: Final = 1 << 17  # in a cache of nanotoken, per thread and level: at most some 16 MB each
 ODD_TEXTS: Final = (
     "", " ", "Ё", "и\u0306 е\u0308", "[CLS] внутри [SEP][MASK]", "слово" * 60, "a\u200bб\u00a0в\u2028г\x00д\ufeff",
     "日本語のテキスト", "😀👍🏽 :)", "ПРИВЕТ, МИР!!!", "ﬁ №5 ½ café", "«кавычки» — тире…", "\t\n\r\v\f",
@@ -44,14 +44,14 @@ STRESSED: Final = re.compile("(?<=[аеёиоуыэюяАЕЁИОУЫЭЮЯ])\u0
 
 
 class TokenizerPanicked(Exception):
-    """The tokenizer's Rust code gave up on a text."""
+    """The tokenizer's Rust code panicked on a text."""
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raises TokenizerPanicked for a panic of Rust, which is a BaseException: nothing that handles errors would see it.
+    """Raises TokenizerPanicked for a panic of Rust, which is a BaseException that no handler of errors would see.
 
-    Its words are left out, for they may hold a text.
+    Its message is left out, for it may quote a text.
     """
     try:
         yield
@@ -64,15 +64,18 @@ def panics_as_errors() -> Iterator[None]:
 
 
 class Encode(Protocol):
-    """N texts → their ids, special tokens among them; cut to ``max_length`` tokens if it is given. For any thread."""
+    """N texts → the token ids of each, special tokens among them, cut to ``max_length`` tokens if that is given.
+
+    A call blocks; several threads may call at once.
+    """
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]: ...
 
 
-def normalized(text: str) -> str:
-    """A text without stress marks (U+0301 directly behind a Russian vowel), in NFC; itself where it is that already.
+def normalize_text(text: str) -> str:
+    """A text in NFC and without stress marks (U+0301 directly behind a Russian vowel).
 
-    A run of more than 30 combining marks stays as it is, and what is before and behind it is normalized by itself.
+    A run of more than 30 combining marks stays as it is; the text before and behind it is normalized.
     """
     if not _has_long_run(text):
         return _composed(text)
@@ -87,7 +90,7 @@ def _composed(text: str) -> str:
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether more than 30 combining marks follow each other. Each such run has one of every 31st character."""
+    """Whether more than 30 combining marks follow each other. Samples each 31st character, which such a run covers."""
     sample = list(map(unicodedata.combining, text[MARKS :: MARKS + 1]))
     if not any(sample):
         return False
@@ -100,15 +103,15 @@ def _has_long_run(text: str) -> bool:
     return False
 
 
-def normalizing(encode: Encode) -> Encode:
-    """``encode`` of normalized texts."""
-    return lambda texts, max_length=None, /: encode(list(map(normalized, texts)), max_length)
+def with_normalization(encode: Encode) -> Encode:
+    """An Encode that normalizes each text before ``encode``."""
+    return lambda texts, max_length=None, /: encode(list(map(normalize_text, texts)), max_length)
 
 
 def choose_encode(tokenizer: Any) -> Encode:
-    """The fastest way for a tokenizer that transformers has loaded. Takes some hundred milliseconds.
+    """The fastest Encode for a tokenizer that transformers has loaded. Blocks for some hundred milliseconds.
 
-    Its calls raise TokenizerPanicked where the tokenizer panics, as this one does.
+    Raises TokenizerPanicked where the tokenizer panics, and so do calls of what it answers.
     """
     _outlive_forks()
     own: Encode = WrappedTokenizer(tokenizer)
@@ -127,7 +130,7 @@ def choose_encode(tokenizer: Any) -> Encode:
             is_same = all(
                 _are_same(encode(texts, length), ids) for length, ids in zip((None, limit), wanted, strict=True)
             )
-        except Exception as error:  # noqa: BLE001 - it covers some tokenizers only, and there is another way
+        except Exception as error:  # noqa: BLE001 - it takes some tokenizers only, and another way is left
             log.debug("%s does not take this tokenizer", name, extra={"error": type(error).__name__})
             continue
         if is_same:
@@ -139,7 +142,7 @@ def choose_encode(tokenizer: Any) -> Encode:
 
 @cache
 def _outlive_forks() -> None:
-    """A child has the pool of the library ``tokenizers`` and none of its threads, and would wait for them for ever."""
+    """Has a forked child tokenize without threads: it has the pool of ``tokenizers`` without its threads, and would hang."""
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
@@ -148,7 +151,7 @@ class WrappedTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()  # it sets the length at the tokenizer, for each call
+        self._lock = threading.Lock()  # each call sets the maximum length at the tokenizer
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
         with self._lock, panics_as_errors():
@@ -165,7 +168,7 @@ class WrappedTokenizer:
 
 
 class BareTokenizer:
-    """The library under transformers' call, without what that adds for each text."""
+    """The library ``tokenizers``, without what transformers adds for each text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -184,7 +187,7 @@ class BareTokenizer:
 
 
 class WordPieceTokenizer:
-    """nanotoken. Raises what its loader raises for a tokenizer that is no WordPiece."""
+    """nanotoken, for WordPiece tokenizers; for others, its loader raises."""
 
     def __init__(self, tokenizer: Any) -> None:
         import nanotoken  # noqa: PLC0415 - an extra

@@ -1,4 +1,4 @@
-"""Labelled texts: reading CSV sources, the held-out rule, balancing sources and classes. Pure: no torch, no network."""
+"""Labelled texts: reads CSV files, decides which rows are held out, balances sources and classes. Needs no torch."""
 
 import csv
 import hashlib
@@ -15,22 +15,22 @@ CLASSES = ("negative", "neutral", "positive")
 
 HELD_OUT_BELOW = 26
 DEVELOPMENT_BELOW = 52
-LIKE = str.maketrans({"ё": "е", "\u0308": None, "\u0301": None})  # the dots of a decomposed ё, and stress marks
+SAME_LETTERS = str.maketrans({"ё": "е", "\u0308": None, "\u0301": None})  # the dots of a decomposed ё, and stress marks
 
 HoldOutBy = Literal["normalized", "exact"]
 
 
 @dataclass(frozen=True)
-class Source:
+class LabelledFile:
     """One labelled CSV file (UTF-8, comma, with a header line)."""
 
     name: str
-    """What the tables call it."""
+    """As in tables of results."""
     path: Path
     text_column: str = "text"
     label_column: str = "label"
     label_map: Mapping[str, str] = field(default_factory=dict)
-    """Raw label -> class name, or empty to drop its rows. No class name: the labels are the class names themselves."""
+    """Label in the file → class name, or "" to drop its rows. If it names no class, the labels are the class names."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Example:
     label: int
 
 
-def normalized(text: str) -> str:
-    """What near copies of a text share: case, ё and е, stress marks, how й is composed and spaces make no difference."""
-    return " ".join(text.casefold().replace("и\u0306", "й").translate(LIKE).split())
+def near_copy_key(text: str) -> str:
+    """A form that near copies of a text share: case, ё for е, stress marks, a decomposed й and spaces make no difference."""
+    return " ".join(text.casefold().replace("и\u0306", "й").translate(SAME_LETTERS).split())
 
 
 def part_of(text: str, by: HoldOutBy = "exact") -> str:
@@ -54,14 +54,14 @@ def part_of(text: str, by: HoldOutBy = "exact") -> str:
     together. `held-out` (below 26, a tenth): only ever measured on. `development` (26 to 51, a tenth): training rows that
     may be set aside to choose a recipe by. `training`: the rest.
     """
-    last = hashlib.sha256((text if by == "exact" else normalized(text)).encode()).digest()[-1]
+    last = hashlib.sha256((text if by == "exact" else near_copy_key(text)).encode()).digest()[-1]
     if last < HELD_OUT_BELOW:
         return "held-out"
     return "development" if last < DEVELOPMENT_BELOW else "training"
 
 
 def is_held_out(text: str, by: HoldOutBy = "exact") -> bool:
-    """Whether nothing may be trained on this text or chosen by it."""
+    """Whether a text is only measured on: nothing is trained on it or chosen by it."""
     return part_of(text, by) == "held-out"
 
 
@@ -70,11 +70,11 @@ def parse_sources(
     label_maps: Sequence[str] = (),
     text_columns: Sequence[str] = (),
     label_columns: Sequence[str] = (),
-) -> list[Source]:
-    """Sources from command-line words: `NAME=PATH` (or a bare path, named by its stem), `NAME:RAW=CLASS` (no class: the
-    label's rows are dropped), and columns, `NAME=COLUMN` or one for all others.
+) -> list[LabelledFile]:
+    """The labelled files that the flags of the command line describe; reads none of them.
 
-    Called by the command line; reads no file. ValueError says which word is wrong and what would be right.
+    `sources`: `NAME=PATH`, or a path, named by its stem. `label_maps`: `NAME:RAW=CLASS`, without a class to drop the rows.
+    Columns: `NAME=COLUMN`, or one for all others. Raises ValueError, which says what is wrong and what would be right.
     """
     paths: dict[str, str] = {}
     for word in sources:
@@ -95,13 +95,13 @@ def parse_sources(
         maps[name][raw] = wanted
     texts, labels = _columns("--text-column", text_columns, paths), _columns("--label-column", label_columns, paths)
     return [
-        Source(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
+        LabelledFile(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
         for name, path in paths.items()
     ]
 
 
 def _columns(flag: str, words: Sequence[str], sources: Iterable[str]) -> dict[str, str]:
-    """Each source's column, where the words give it one."""
+    """The column of each source that the values of a flag give one to."""
     pairs = [(name, column) for name, equals, column in (word.partition("=") for word in words) if equals]
     others = [word for word in words if "=" not in word]
     for name, column in pairs:
@@ -130,11 +130,11 @@ def _parse_label_map(word: str) -> tuple[str, str, str]:
     return name, raw, wanted
 
 
-def read_source(source: Source) -> list[Example]:
+def read_source(source: LabelledFile) -> list[Example]:
     """All rows of a source whose text is not blank and whose label is not dropped, in the file's order. Blocks on the disk.
 
-    ValueError, one sentence that names the source and never quotes a text: the file cannot be read, a column is
-    missing, a label is unknown, no row is left.
+    Raises ValueError where the file cannot be read, a column is missing, a label is unknown or no row is left: one
+    sentence that names the source and never quotes a text.
     """
     mapping = _label_ids(source)
     examples = []
@@ -157,8 +157,8 @@ def read_source(source: Source) -> list[Example]:
     return examples
 
 
-def _label_ids(source: Source) -> dict[str, int | None]:
-    """The class of each raw label; None for those whose rows are dropped."""
+def _label_ids(source: LabelledFile) -> dict[str, int | None]:
+    """The class of each label in the file; None for those whose rows are dropped."""
     unknown = sorted(set(source.label_map.values()) - {*CLASSES, ""})
     if unknown:
         raise ValueError(
@@ -168,7 +168,7 @@ def _label_ids(source: Source) -> dict[str, int | None]:
     return {raw: CLASSES.index(name) if name else None for raw, name in (own | dict(source.label_map)).items()}
 
 
-def _rows(source: Source) -> Iterable[tuple[int, dict[str, str | None]]]:
+def _rows(source: LabelledFile) -> Iterable[tuple[int, dict[str, str | None]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with source.path.open(encoding="utf-8-sig", newline="") as file:
@@ -189,7 +189,7 @@ def _rows(source: Source) -> Iterable[tuple[int, dict[str, str | None]]]:
 
 
 def require_classes(examples: Iterable[Example]) -> None:
-    """ValueError when one of the three classes has no example."""
+    """Raises ValueError when one of the three classes has no example."""
     missing = set(range(len(CLASSES))) - {example.label for example in examples}
     if missing:
         name = CLASSES[min(missing)]
@@ -201,11 +201,11 @@ Counts = dict[tuple[str, int], int]
 
 
 def balanced_counts(examples: Sequence[Example], max_repeats: int, per_class: int | None = None) -> Counts:
-    """How many rows of each source and class make one epoch: each class as many, and in it each source as many.
+    """How many rows of each source and class make one epoch, so that classes, and sources within a class, have equally many.
 
-    `per_class` is the number of rows of each class (default: a third of all there are, so the total stays). No row
-    stands more than `max_repeats` times: what a source lacks the others of its class give, and where all of them together
-    lack rows, the class has fewer. ValueError when a class has no row at all.
+    `per_class`: rows of each class; by default a third of all rows. No row is repeated more than `max_repeats` times: what
+    a source lacks, the other sources of its class give, and if all of them lack rows, the class has fewer. Raises
+    ValueError when a class has no row.
     """
     require_classes(examples)
     sizes = Counter((example.source, example.label) for example in examples)
@@ -220,7 +220,10 @@ def balanced_counts(examples: Sequence[Example], max_repeats: int, per_class: in
 
 
 def draw(examples: Sequence[Example], counts: Counts, rng: random.Random) -> list[int]:
-    """One epoch: places of so many rows of each source and class. Those of one are repeated equally often, but for one."""
+    """The places of one epoch's rows, as many of each source and class as `counts` says.
+
+    Within a source and class, rows are taken equally often, some of them once more.
+    """
     places: dict[tuple[str, int], list[int]] = {}
     for place, example in enumerate(examples):
         places.setdefault((example.source, example.label), []).append(place)
@@ -232,29 +235,10 @@ def draw(examples: Sequence[Example], counts: Counts, rng: random.Random) -> lis
 
 
 def repetitions(examples: Iterable[Example]) -> tuple[int, int]:
-    """How many rows repeat the (normalized) text of an earlier one, and how many texts have more than one label."""
+    """How many rows are near copies of an earlier one, and how many texts have more than one label."""
     labels: dict[str, set[int]] = {}
     rows = 0
     for example in examples:
-        labels.setdefault(normalized(example.text), set()).add(example.label)
+        labels.setdefault(near_copy_key(example.text), set()).add(example.label)
         rows += 1
     return rows - len(labels), sum(len(of_text) > 1 for of_text in labels.values())
-
-
-def sample_held_out(examples: Sequence[Example], per_class: int) -> list[Example]:
-    """A fixed sample of the held-out examples: of each class the first `per_class` by SHA-256, in that order.
-
-    Made for the package's `builtin/demo.csv`. ValueError when a class has too few.
-    """
-    held_out = [example for example in examples if is_held_out(example.text)]
-    chosen = []
-    for label, name in enumerate(CLASSES):
-        of_class = sorted((example for example in held_out if example.label == label), key=_digest)[:per_class]
-        if len(of_class) < per_class:
-            raise ValueError(f"only {len(of_class)} held-out rows have the class {name!r}; {per_class} were asked for")
-        chosen += of_class
-    return sorted(chosen, key=_digest)
-
-
-def _digest(example: Example) -> bytes:
-    return hashlib.sha256(example.text.encode()).digest()

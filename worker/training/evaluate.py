@@ -11,17 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker.printable import printable
-from worker.training.dataset import CLASSES, Example, HoldOutBy, Source, is_held_out, read_source
+from worker.training.dataset import CLASSES, Example, HoldOutBy, LabelledFile, is_held_out, read_source
 
 Matrix = NDArray[np.int64]
 """A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
 
 Predict = Callable[[list[str]], Sequence[str | None]]
-"""N texts -> N labels, each one of `CLASSES` (upper or lower case)."""
+"""N texts → N labels, each one of `CLASSES` (upper or lower case)."""
 
 
 def confusion(truth: Iterable[int], predicted: Iterable[int]) -> Matrix:
-    """Counts of (true class, predicted class) from two equally long runs of class ids."""
+    """Counts of (true class, predicted class), from the class ids of N texts and those predicted for them."""
     matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     for true, guess in zip(truth, predicted, strict=True):
         matrix[true, guess] += 1
@@ -39,7 +39,7 @@ def class_f1(matrix: Matrix) -> NDArray[np.float64]:
 
 
 def macro_f1(matrix: Matrix) -> float:
-    """The mean of the classes' F1 over the classes that have true rows (a source may lack one); NaN without any row.
+    """The mean F1 of the classes that have true rows (a source may lack one); NaN without any row.
 
     The mean of F1s, not the F1 of mean precision and recall: Opitz and Burst, "Macro F1 and Macro F1", 2019.
     """
@@ -49,8 +49,8 @@ def macro_f1(matrix: Matrix) -> float:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a classifier reached: a confusion matrix per source, in the order of the sources."""
+class EvaluationReport:
+    """The figures of a classifier: a confusion matrix per source, in the order of the sources."""
 
     matrices: Mapping[str, Matrix]
 
@@ -116,12 +116,12 @@ def _number(score: float) -> float | None:
 
 
 def evaluate(
-    predict: Predict, sources: Sequence[Source], *, held_out_only: bool = False, hold_out_by: HoldOutBy = "exact"
-) -> Report:
-    """Score `predict` on every source, or on its held-out rows alone. Blocks; called by the command line.
+    predict: Predict, sources: Sequence[LabelledFile], *, held_out_only: bool = False, hold_out_by: HoldOutBy = "exact"
+) -> EvaluationReport:
+    """Measures `predict` on every source, or on its held-out rows alone. Blocks.
 
-    `predict` is called once per source with all its texts: it batches them itself. ValueError: a source cannot be read
-    (see `corpus.read_source`), has no held-out row, or see `evaluate_examples`.
+    `predict` is called once per source with all its texts, and batches them itself. Raises ValueError where a source has
+    no held-out row, and as `read_source` and `evaluate_examples` do.
     """
     rows = {source.name: read_source(source) for source in sources}
     if held_out_only:
@@ -132,10 +132,10 @@ def evaluate(
     return evaluate_examples(predict, rows)
 
 
-def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> Report:
-    """Score `predict` on examples that were already read, by source name. Blocks.
+def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> EvaluationReport:
+    """Measures `predict` on examples by source name. Blocks.
 
-    ValueError: `predict` gives a label that is none of the three classes, or raises FloatingPointError.
+    Raises ValueError where `predict` gives a label that is none of the three classes, or raises FloatingPointError.
     """
     matrices = {}
     for name, examples in rows.items():
@@ -147,7 +147,7 @@ def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -
                 "weights are damaged, or its training diverged"
             ) from None
         matrices[name] = confusion((e.label for e in examples), (_class_id(label) for label in labels))
-    return Report(matrices)
+    return EvaluationReport(matrices)
 
 
 def _class_id(label: str | None) -> int:

@@ -1,0 +1,38 @@
+"""Loads the model for a command, in a process that is the worker's own."""
+
+import logging
+
+from worker.model.autotune import use_single_torch_thread
+from worker.model.sentiment_model import SentimentModel
+from worker.runtime.memory import keep_blocks
+from worker.settings import ModelSettings
+
+
+def load_model(settings: ModelSettings) -> SentimentModel:
+    """The model that the settings name. Blocks for seconds. Raises ModelError, BackendError."""
+    prepare_process()
+    model = SentimentModel.load(
+        settings.model,
+        revision=settings.revision,
+        activation=settings.activation,
+        normalize=settings.normalize,
+        device=settings.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        cpu_threads=settings.cpu_threads,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+    if model.device.type == "cpu":
+        use_single_torch_thread()
+    return model
+
+
+def prepare_process() -> None:
+    """Sets this process up for scoring, which SentimentModel.load leaves to whoever owns the process.
+
+    Freed memory is kept, and the log lines of transformers and of the hub's client go where the worker's go.
+    """
+    keep_blocks()
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True

@@ -1,0 +1,110 @@
+"""Texts → token ids of at most the model's maximum, without tokenizing all of a very long text."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from worker.model.checkpoint import ModelError
+from worker.model.tokenizer import Encode, Ids
+
+CHARS_PER_TOKEN: Final = 8  # Russian words have about four: a prefix of so many nearly always fills the model's maximum
+WORD_TOKENS: Final = 128  # more than one word has: only the last so many tokens of a prefix depend on what follows it
+NO_MAXIMUM: Final = 2**31  # numbers from here on say that there is no maximum, as transformers' 1e30 does
+ROBERTA_LIKE: Final = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+}  # positions begin behind the padding's id
+SURROGATES: Final = re.compile("[\ud800-\udfff]")  # halves of a character: no tokenizer takes them
+
+
+class TokenizedTexts(NamedTuple):
+    """N tokenized texts: the ids of each, at most the model's maximum, and whether the text was cut to fit."""
+
+    ids: list[Ids]
+    truncated: list[bool]
+
+
+class TruncatingTokenizer:
+    """Texts → token ids, special tokens among them. Blocks; several threads may call at once.
+
+    ``max_tokens``: of a text, special tokens among them. ``padding``: the id that stands for an empty text.
+    ``closing``: the number of special tokens behind each text, such as [SEP].
+    """
+
+    def __init__(self, encode: Encode, *, max_tokens: int, padding: int, closing: int) -> None:
+        self.max_tokens = max_tokens
+        self.padding = padding
+        self.encode = encode
+        self._closing = closing
+
+    def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenizes N texts. Raises TokenizerPanicked; a text with a lone surrogate raises what the tokenizer raises."""
+        if not texts:
+            return TokenizedTexts([], [])
+        prefix = self.max_tokens * CHARS_PER_TOKEN
+        ids = self.encode([_prefix(text, prefix) for text in texts])
+        truncated = [False] * len(texts)
+        for index, text in enumerate(texts):
+            if len(text) > prefix or len(ids[index]) > self.max_tokens:
+                ids[index], truncated[index] = self._cut(text, ids[index], prefix)
+            elif not len(ids[index]):
+                ids[index] = np.array([self.padding], dtype=np.int32)
+        return TokenizedTexts(ids, truncated)
+
+    def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
+        """The ids of one text, given those of its first ``prefix`` characters, and whether it was cut."""
+        length = prefix
+        while len(ids) <= self.max_tokens + WORD_TOKENS and length < len(text):
+            length = length * 4 if length == prefix else len(text)  # so no text is tokenized more than three times
+            (ids,) = self.encode([_prefix(text, length)])
+        if len(ids) <= self.max_tokens:
+            return ids, False
+        if length == prefix:
+            return self.encode([_prefix(text, length)], self.max_tokens)[0], True
+        last = len(ids) - self._closing  # cutting here saves tokenizing a long text once more
+        return np.concatenate([ids[: self.max_tokens - self._closing], ids[last:]]), True
+
+
+def closing_tokens_of(tokenizer: Any) -> int:
+    """The number of special tokens that a tokenizer of transformers puts behind each text."""
+    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(mask[::-1].index(0)) if 0 in mask else 0
+
+
+def max_tokens_of(name: str, tokenizer: Any, config: Any) -> int:
+    """The most tokens that a text may have, by a checkpoint's tokenizer and configuration, as transformers loads them.
+
+    Special tokens are among them. Raises ModelError where nothing states a maximum, or no text would fit.
+    """
+    limits = {"model_max_length in tokenizer_config.json": tokenizer.model_max_length}
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions not in (None, -1):
+        behind = (config.pad_token_id or 0) + 1 if config.model_type in ROBERTA_LIKE else 0
+        limits["max_position_embeddings in config.json"] = positions - behind
+    least = len(tokenizer("", verbose=False)["input_ids"]) + 1
+    for field, limit in limits.items():
+        if limit < least:
+            raise ModelError(
+                f"model {name} cannot be used: {field} leaves room for {limit} tokens, and the shortest text has {least}"
+            )
+    maximum = int(min(limits.values()))
+    if maximum >= NO_MAXIMUM:
+        raise ModelError(
+            f"model {name} cannot be used: nothing says how many tokens a text may have; set model_max_length in its "
+            "tokenizer_config.json"
+        )
+    return maximum
+
+
+def _prefix(text: str, length: int) -> str:
+    """At most ``length`` characters, cut at white space, where no token of the beginning depends on what follows."""
+    if len(text) <= length:
+        return text
+    for end in range(length, length // 2, -1):
+        if text[end].isspace():
+            return text[:end]
+    return text[:length]
