@@ -306,9 +306,9 @@ def _decoder(settings: RunSettings) -> Decoder:
 
 
 def _loaded(settings: RunSettings) -> "SentimentModel":
-    from worker.commands.load_model import load_model  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
 
-    return load_model(settings)
+    return load_from_settings(settings)
 
 
 def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
