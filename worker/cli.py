@@ -208,10 +208,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     settings = _configured(EvaluateSettings, argv, "evaluate")
     sources = _sources(settings)
     _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
-    from worker.commands.load_model import load_model
+    from worker.commands.load_model import load_from_settings
     from worker.training.evaluate import evaluate
 
-    model = load_model(settings)
+    model = load_from_settings(settings)
     by = settings.rows_held_out_by(settings.model)
     report = _or_refuse(
         lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)

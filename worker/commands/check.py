@@ -160,10 +160,10 @@ def _is_a_worker(host: str, port: int) -> bool:
 
 
 def _model(settings: RunSettings) -> Finding:
-    from worker.commands.load_model import load_model  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
 
     try:
-        model = load_model(settings)
+        model = load_from_settings(settings)
     except UserError as error:  # brokers and topics are worth a look all the same
         return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from worker.commands.load_model import load_model
+from worker.commands.load_model import load_from_settings
 from worker.core.events import is_empty, iso_time, result_fields
 from worker.errors import UserError, WrongSetting
 from worker.model.sentiment_model import SentimentModel
@@ -42,7 +42,7 @@ def run(settings: ClassifySettings) -> int:
     ModelError; NothingScored where there are such lines alone; OSError of the output.
     """
     texts = _texts(settings)
-    model = load_model(settings)
+    model = load_from_settings(settings)
     read, scored = _write(model, texts)
     if read and not scored:
         raise NothingScored("no text could be scored; the reason of each is in its line of the output")

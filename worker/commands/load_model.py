@@ -8,7 +8,7 @@ from worker.runtime.memory import keep_blocks
 from worker.settings import ModelSettings
 
 
-def load_model(settings: ModelSettings) -> SentimentModel:
+def load_from_settings(settings: ModelSettings) -> SentimentModel:
     """The model that the settings name. Blocks for seconds. Raises ModelError, BackendError."""
     prepare_process()
     model = SentimentModel.load(

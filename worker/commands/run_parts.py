@@ -51,9 +51,9 @@ LoadModel = Callable[[RunSettings], "SentimentModel"]
 
 def load_model(settings: RunSettings) -> "SentimentModel":
     """The model that the settings name. Blocks for seconds; raises UserError."""
-    from worker.commands import load_model as loading  # noqa: PLC0415 - torch takes seconds, and /livez answers meanwhile
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds, /livez answers meanwhile
 
-    return loading.load_model(settings)
+    return load_from_settings(settings)
 
 
 @dataclass(frozen=True)
