@@ -11,30 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.core import events
-from worker.core.events import (
-    MOST_VALUES,
-    Decoded,
-    Decoder,
-    Encoder,
-    Event,
-    Failure,
-    Headers,
-    Null,
-    Outgoing,
-    Reason,
-    age_s,
-    dead_letter,
-    has_timestamp,
-    is_empty,
-    iso_time,
-    original,
-    result_fields,
-    revived,
-    smaller_dead_letters,
-    tombstone,
-)
+from worker.core.dead_letters import dead_letter, original, revived, smaller_dead_letters
+from worker.core.decoder import Decoder
+from worker.core.empty_text import is_empty
+from worker.core.encoder import Encoder, result_fields, tombstone
+from worker.core.events import Decoded, Event, Failure, Headers, Null, Outgoing, Reason
+from worker.core.json_input import MOST_VALUES
 from worker.core.sentiment import LABELS, Sentiment
+from worker.core.timestamps import age_s, has_timestamp, iso_time
 
 CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
 MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"
@@ -845,7 +829,7 @@ def holding(many: int) -> dict[str, bytes]:
 def test_a_value_of_very_many_values_is_not_even_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[bytes] = []
     loads = orjson.loads
-    monkeypatch.setattr(events.orjson, "loads", lambda value: read.append(value) or loads(value))
+    monkeypatch.setattr(orjson, "loads", lambda value: read.append(value) or loads(value))
     just, more = holding(MOST_VALUES)[kind], holding(MOST_VALUES + 1)[kind]
     assert isinstance(decode(just), Event)
     assert len(read) == 1
@@ -861,7 +845,7 @@ def test_nor_is_that_of_a_cloud_event(content_type: str, monkeypatch: pytest.Mon
     attributes = [(f"ce_{name}", value) for name, value in CE_ATTRIBUTES.items()]
     headers = [("content-type", content_type.encode()), *attributes]
     read: list[bytes] = []
-    monkeypatch.setattr(events.orjson, "loads", read.append)
+    monkeypatch.setattr(orjson, "loads", read.append)
     failure = decode(b'{"text":"a","data":[' + b"1," * MOST_VALUES + b"1]}", headers)
     assert isinstance(failure, Failure)
     assert (failure.reason, read) == ("too_large", [])
@@ -882,7 +866,7 @@ def test_a_number_of_a_million_digits_is_looked_at_twice_at_most(
     """As it is, and once more with another number in its place; and it never becomes one of Python's integers."""
     read: list[int] = []
     loads = orjson.loads
-    monkeypatch.setattr(events.orjson, "loads", lambda value: read.append(len(value)) or loads(value))
+    monkeypatch.setattr(orjson, "loads", lambda value: read.append(len(value)) or loads(value))
     assert isinstance(decode(b'{"text":"a","x":' + digits + b"}"), Event)
     assert len(read) <= 2
     assert sum(size > 1_000 for size in read) == 1

@@ -10,7 +10,7 @@ from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
 from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
-from worker.core.events import Original
+from worker.core.dead_letters import Original
 from worker.core.replay_progress import Replayed
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S

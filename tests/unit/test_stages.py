@@ -11,7 +11,9 @@ import pytest
 from aiokafka import TopicPartition
 
 from worker.core.dead_letter_limit import DeadLetterLimit
-from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Decoded, Event, Failure, Outgoing, Reason, Stage
 from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment

@@ -25,7 +25,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.core.events import Decoder, Original, original, revived
+from worker.core.dead_letters import Original, original, revived
+from worker.core.decoder import Decoder
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError

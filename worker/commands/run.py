@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
-from worker.core.events import Decoder, Encoder
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
 from worker.http.access import Guard

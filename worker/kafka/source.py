@@ -41,7 +41,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.batching import MicroBatcher
-from worker.core.events import age_s
+from worker.core.timestamps import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat import (

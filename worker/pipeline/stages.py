@@ -20,21 +20,12 @@ from operator import attrgetter
 from typing import Any, Final, cast
 
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
-from worker.core.events import (
-    Decoded,
-    Decoder,
-    Encoder,
-    Event,
-    Failure,
-    Null,
-    Outgoing,
-    Reason,
-    dead_letter,
-    iso_time,
-    rows,
-    smaller_dead_letters,
-)
+from worker.core.dead_letters import dead_letter, smaller_dead_letters
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Reason, rows
 from worker.core.sentiment import Sentiment
+from worker.core.timestamps import iso_time
 from worker.kafka.connection import NO_LIMIT
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Record
