@@ -16,7 +16,7 @@ from worker.core.decoder import Decoder
 from worker.core.empty_text import is_empty
 from worker.core.encoder import Encoder, result_fields, tombstone
 from worker.core.events import Decoded, Event, Failure, Headers, Null, Outgoing, Reason
-from worker.core.json_input import MOST_VALUES
+from worker.core.json_input import MAX_VALUES
 from worker.core.sentiment import LABELS, Sentiment
 from worker.core.timestamps import age_s, has_timestamp, iso_time
 
@@ -830,7 +830,7 @@ def test_a_value_of_very_many_values_is_not_even_read(kind: str, monkeypatch: py
     read: list[bytes] = []
     loads = orjson.loads
     monkeypatch.setattr(orjson, "loads", lambda value: read.append(value) or loads(value))
-    just, more = holding(MOST_VALUES)[kind], holding(MOST_VALUES + 1)[kind]
+    just, more = holding(MAX_VALUES)[kind], holding(MAX_VALUES + 1)[kind]
     assert isinstance(decode(just), Event)
     assert len(read) == 1
     failure = decode(more)
@@ -846,7 +846,7 @@ def test_nor_is_that_of_a_cloud_event(content_type: str, monkeypatch: pytest.Mon
     headers = [("content-type", content_type.encode()), *attributes]
     read: list[bytes] = []
     monkeypatch.setattr(orjson, "loads", read.append)
-    failure = decode(b'{"text":"a","data":[' + b"1," * MOST_VALUES + b"1]}", headers)
+    failure = decode(b'{"text":"a","data":[' + b"1," * MAX_VALUES + b"1]}", headers)
     assert isinstance(failure, Failure)
     assert (failure.reason, read) == ("too_large", [])
 
@@ -855,7 +855,7 @@ CE_ATTRIBUTES = {"specversion": b"1.0", "id": b"1", "source": b"s", "type": b"t"
 
 
 def test_a_text_is_not_json_and_may_have_any_commas() -> None:
-    text = "," * (MOST_VALUES + 1)
+    text = "," * (MAX_VALUES + 1)
     assert isinstance(decode(text, input_format="text", max_text_chars=10**6), Event)
 
 
@@ -900,7 +900,7 @@ def test_a_number_of_a_million_digits_is_looked_at_twice_at_most(
         b'{"a": {"b": "1"}, "id": 1}',
         b'{"a": {"b": "1", "id": 3}}',
         b'{"text": "1", "id": 1, "n": 1e999}',
-        b'{"text": "1", "id": 1, "n": [%b1]}' % (b"1," * MOST_VALUES),
+        b'{"text": "1", "id": 1, "n": [%b1]}' % (b"1," * MAX_VALUES),
     ],
 )
 def test_records_decoded_together_are_what_each_is_alone(strange: bytes | None, options: dict[str, Any]) -> None:

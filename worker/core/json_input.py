@@ -1,145 +1,148 @@
-"""JSON objects from the bytes of a record, numbers of any size among them, and the fields in them. Pure."""
+"""JSON objects from the bytes of a record, with numbers of any size in them, and the values at a path. Pure."""
 
 import codecs
 import re
 from collections.abc import Callable
-from functools import partial
-from operator import itemgetter
+from operator import methodcaller
 from typing import Any, Final
 
 import orjson
 
 from worker.core.events import Failure, Reason
 
-MOST_VALUES: Final = 100_000  # in one record: each becomes an object of Python's, while all else waits
+MAX_VALUES: Final = 100_000  # of one record: each becomes a Python object, while the event loop waits
 MISSING: Final = object()
-# A number beyond any float has one or the other: with fewer digits and a smaller exponent it stays below 1e299.
+# A number that is too large for a float has 200 digits or an exponent of three: all others stay below 1e299.
 _LARGE_NUMBER: Final = re.compile(rb"(?<!\d)\d{200}|[eE]\+?\d{3}")
-# Strings with what stands between them, an unfinished one to the end; or a number that may be too large for 64 bits or for
-# a float, or -0: its whole part and the rest. Possessive, and strings are taken many at once, so that it stays quick.
+# Matches one of two things. Either strings with what stands between them, so that nothing in a string is taken for a
+# number; an unfinished string reaches to the end. Or a number that may be too large for 64 bits or for a float, or -0:
+# its whole part is group 1, the rest group 2. Possessive quantifiers, and many strings at once, keep it linear and quick.
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+'
-_LITERAL: Final = re.compile(
+_STRINGS_OR_NUMBER: Final = re.compile(
     rb"%b(?:[^\"0-9-]*+%b)*+"
     rb"|(?<![\d.eE+-])(?=-0|-?\d{19}|-?\d++(?:\.\d++)?+[eE]\+?+\d{3})"
     rb"(-?+(?:0|[1-9]\d*+))((?:\.\d++)?+(?:[eE][+-]?+\d++)?+)" % (_STRING, _STRING),
     re.DOTALL,
 )
-_DIGITS_OF_64_BITS: Final = 18  # so many always fit
-_FRAME: Final = 5  # bytes: a zero, and a schema's id in a schema registry
+_SAFE_DIGITS: Final = 18  # an integer of so many digits fits into 64 bits
+_FRAME_BYTES: Final = 5  # a zero byte and a schema id, which clients of a schema registry put in front of a value
 
 
-def failure_to_decode(reason: Reason, message: str) -> Failure:
-    return Failure("decode", reason, message)
+class FieldPath:
+    """Where a value is in a JSON object: a name, or names joined by dots that lead through objects.
 
+    ``get`` answers with the value, or with MISSING where the object has none there.
+    """
 
-_TOO_MUCH: Final = failure_to_decode("too_large", f"the value has more than {MOST_VALUES} commas and opening brackets")
+    def __init__(self, dotted: str) -> None:
+        self._dotted = dotted
+        self._names = dotted.split(".")
+        # The usual path has one name, which native code looks up.
+        self.get: Callable[[dict[str, Any]], Any] = (
+            self._walk if "." in dotted else methodcaller("get", dotted, MISSING)
+        )
 
+    def __str__(self) -> str:
+        return self._dotted
 
-def may_hold_too_much(value: bytes) -> bool:
-    """Each value but the first stands behind a comma or a bracket. Those in strings count too: it is quick, not exact."""
-    return len(value) > MOST_VALUES and sum(map(value.count, (b",", b"[", b"{"))) > MOST_VALUES
+    def is_null(self, fields: Any) -> bool:
+        """Whether the value is null, or one that the path leads through is."""
+        for name in self._names:
+            if type(fields) is not dict:
+                return False
+            fields = fields.get(name, MISSING)
+            if fields is None:
+                return True
+        return False
 
-
-def loads(value: bytes) -> Any:
-    """JSON to Python. orjson refuses numbers beyond any float, which are JSON too: it is given smaller ones."""
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as error:
-        if not _LARGE_NUMBER.search(value):
-            raise
-        try:
-            return orjson.loads(_LITERAL.sub(_smaller, value))
-        except orjson.JSONDecodeError:
-            raise error from None  # its position is one in the value
-
-
-def loads_with_digits(value: bytes) -> Any:
-    """Valid JSON to Python, with strings of digits for integers of more than 18 digits and for -0."""
-    return orjson.loads(_LITERAL.sub(_quoted, value))
-
-
-def _smaller(literal: re.Match[bytes]) -> bytes:
-    if literal[1] is None or not _LARGE_NUMBER.search(literal[0]):
-        return literal[0]
-    return b"-1e300" if literal[0].startswith(b"-") else b"1e300"
-
-
-def _quoted(literal: re.Match[bytes]) -> bytes:
-    whole = literal[1]
-    if whole and not literal[2] and (len(whole) > _DIGITS_OF_64_BITS or whole == b"-0"):
-        return b'"%b"' % whole
-    return _smaller(literal)
-
-
-def finder(path: list[str]) -> Callable[[dict[str, Any]], Any]:
-    """Finds a field of an object by its path; answers with MISSING where it is not."""
-    if len(path) > 1:
-        return partial(look_up, path=path)
-    return lambda fields: fields.get(path[0], MISSING)
-
-
-def getter(path: list[str]) -> Callable[[Any], Any]:
-    """As ``finder``, but raises KeyError where there is no such field, and is native code for a path of one name."""
-    return itemgetter(path[0]) if len(path) == 1 else partial(_got, path=path)
-
-
-def _got(fields: Any, path: list[str]) -> Any:
-    found = look_up(fields, path)
-    if found is MISSING:
-        raise KeyError
-    return found
-
-
-def look_up(fields: Any, path: list[str]) -> Any:
-    for name in path:
-        if not isinstance(fields, dict) or name not in fields:
-            return MISSING
-        fields = fields[name]
-    return fields
-
-
-def is_null(fields: Any, path: list[str]) -> bool:
-    """Whether the value at a path is null, or one that it leads through."""
-    for name in path:
-        if not isinstance(fields, dict) or name not in fields:
-            return False
-        fields = fields[name]
-        if fields is None:
-            return True
-    return False
+    def _walk(self, fields: Any) -> Any:
+        for name in self._names:
+            if type(fields) is not dict:
+                return MISSING
+            fields = fields.get(name, MISSING)
+        return fields
 
 
 def read_object(value: bytes) -> dict[str, Any] | Failure:
-    """The fields of a JSON object, or why it is none that is read."""
-    if may_hold_too_much(value):
-        return _TOO_MUCH
+    """The fields of a JSON object, or why there are none. A number that is too large for a float is read as 1e300."""
+    if len(value) > MAX_VALUES and _has_too_many_values(value):
+        return _TOO_MANY_VALUES
     try:
-        fields = loads(value)
+        fields = orjson.loads(value)
     except orjson.JSONDecodeError as error:
-        return _unreadable(value, error.pos)
-    return (
-        fields if type(fields) is dict else failure_to_decode("not_an_object", "the value is JSON, but not an object")
-    )
+        fields = _read_with_large_numbers(value)
+        if fields is MISSING:
+            return _unreadable(value, error.pos)
+    if type(fields) is not dict:
+        return decode_failure("not_an_object", "the value is JSON, but not an object")
+    return fields
+
+
+def read_with_digits(value: bytes) -> Any:
+    """The value of valid JSON, with a string of digits for each integer of more than 18 digits and for each -0.
+
+    orjson reads the former as floats where they exceed 64 bits, and the latter as 0.
+    """
+    return orjson.loads(_STRINGS_OR_NUMBER.sub(_quoted, value))
+
+
+def decode_failure(reason: Reason, message: str) -> Failure:
+    return Failure("decode", reason, message)
+
+
+_TOO_MANY_VALUES: Final = decode_failure(
+    "too_large", f"the value has more than {MAX_VALUES} commas and opening brackets"
+)
+
+
+def _has_too_many_values(value: bytes) -> bool:
+    """Each value but the first follows a comma or a bracket. Those in strings count too: the check is quick, not exact."""
+    return sum(map(value.count, (b",", b"[", b"{"))) > MAX_VALUES
+
+
+def _read_with_large_numbers(value: bytes) -> Any:
+    """What orjson refuses because a number is too large for a float, with a smaller one in its place; else MISSING."""
+    if not _LARGE_NUMBER.search(value):
+        return MISSING
+    try:
+        return orjson.loads(_STRINGS_OR_NUMBER.sub(_smaller, value))
+    except orjson.JSONDecodeError:
+        return MISSING
+
+
+def _smaller(match: re.Match[bytes]) -> bytes:
+    if match[1] is None or not _LARGE_NUMBER.search(match[0]):
+        return match[0]
+    return b"-1e300" if match[0].startswith(b"-") else b"1e300"
+
+
+def _quoted(match: re.Match[bytes]) -> bytes:
+    whole = match[1]
+    if whole and not match[2] and (len(whole) > _SAFE_DIGITS or whole == b"-0"):
+        return b'"%b"' % whole
+    return _smaller(match)
 
 
 def _unreadable(value: bytes, position: int) -> Failure:
-    begin = _beginning(value)
-    # Of a frame in front of JSON the id may be no UTF-8; that a producer's letters have one reason should not hang on it.
-    is_framed = value.startswith(b"\0") and value[_FRAME:].lstrip().startswith((b"{", b"["))
-    skipped = _FRAME if is_framed else 0
+    """Why a value is no JSON; orjson stopped at ``position``."""
+    prefix = _known_prefix(value)
+    # A schema id may be no UTF-8 by chance. Only what follows it is checked, so that all of a producer's dead letters
+    # have the same reason.
+    is_framed = value.startswith(b"\0") and value[_FRAME_BYTES:].lstrip().startswith((b"{", b"["))
+    begin = _FRAME_BYTES if is_framed else 0
     try:
-        value[skipped:].decode()
+        value[begin:].decode()
     except UnicodeDecodeError as error:
-        return failure_to_decode("invalid_utf8", f"the value is not UTF-8 at byte {skipped + error.start}{begin}")
-    return failure_to_decode("invalid_json", f"the value is not JSON at character {position}{begin}")
+        return decode_failure("invalid_utf8", f"the value is not UTF-8 at byte {begin + error.start}{prefix}")
+    return decode_failure("invalid_json", f"the value is not JSON at character {position}{prefix}")
 
 
-def _beginning(value: bytes) -> str:
-    """What a producer has put in front of a value, as the end of a sentence; nothing if it is nothing that is known."""
+def _known_prefix(value: bytes) -> str:
+    """What a producer has put in front of the JSON, as the end of a sentence; empty where nothing is recognised."""
     if value.startswith(codecs.BOM_UTF8):
         return ": it begins with a byte order mark, which JSON has not"
-    if value.startswith(b"\0") and len(value) > _FRAME:
-        schema = int.from_bytes(value[1:_FRAME], "big")
+    if value.startswith(b"\0") and len(value) > _FRAME_BYTES:
+        schema = int.from_bytes(value[1:_FRAME_BYTES], "big")
         return (
             f": it begins with Confluent's framing, a zero byte and the id of a schema ({schema}), which JSON has not"
         )
