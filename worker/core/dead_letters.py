@@ -1,10 +1,10 @@
-"""Dead letters: written of records, read back, and their records published again. Pure."""
+"""Dead letters: writing them, reading the original record back from one, and that record as a replay publishes it. Pure."""
 
 import re
 from typing import Final, NamedTuple
 
 from worker.core.events import COUNT_HEADER, ID_HEADER, TIMESTAMP_HEADER, Failure, Headers, Outgoing, Record
-from worker.core.timestamps import first_time, has_timestamp
+from worker.core.timestamps import json_time_in, timestamp_ms
 
 _ERROR_HEADERS: Final = {
     "error.stage",
@@ -17,31 +17,16 @@ _ERROR_HEADERS: Final = {
     "source.timestamp",
     "worker.version",
 }
-_TOPIC_SAID: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
-_DIGITS_SAID: Final = re.compile(rb"\d{1,19}")
-_REASON_SAID: Final = re.compile(rb"[a-z0-9_]{1,64}")  # also one of another version
+_TOPIC: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
+_NUMBER: Final = re.compile(rb"\d{1,19}")
+_REASON: Final = re.compile(rb"[a-z0-9_]{1,64}")  # another version of the worker may have other reasons
 
 
-def dead_letter(record: Record, failure: Failure, version: str) -> Outgoing:
-    """The record untouched, with the reason in its headers. Its timestamp is when it is published."""
-    return Outgoing(record.key, record.value, [*record.headers, *_error_headers(record, failure, version)], None)
+class OriginalRecord(NamedTuple):
+    """The record that a dead letter was made from, and the reason. The timestamp is in ms, -1 for none.
 
-
-def smaller_dead_letters(record: Record, failure: Failure, version: str) -> list[Outgoing]:
-    """What to send, one after the other, where the broker refuses a dead letter for its size.
-
-    First with empty bytes for the value (a null would be a tombstone), then without the input's headers too.
+    ``is_whole`` says whether the dead letter has its value; where the broker refused that for its size, it is empty.
     """
-    errors = _error_headers(record, failure, version)
-    errors.append(("error.value_bytes", _ascii(len(record.value or b""))))
-    return [
-        Outgoing(record.key, b"", [*record.headers, *errors], None),
-        Outgoing(record.key, b"", errors, None),
-    ]
-
-
-class Original(NamedTuple):
-    """The record that a dead letter was made of, and why it was. ``is_whole``: its value has been kept."""
 
     topic: str
     partition: int
@@ -54,62 +39,94 @@ class Original(NamedTuple):
     is_whole: bool
 
 
-def original(letter: Record) -> Original | None:
-    """What a dead letter was made of; None for a record that is no dead letter.
+def dead_letter(record: Record, failure: Failure, version: str) -> Outgoing:
+    """The record untouched, with the failure in its headers. It gets the timestamp of its publishing."""
+    return Outgoing(record.key, record.value, [*record.headers, *_error_headers(record, failure, version)], None)
 
-    What the worker has added is what stands behind the last ``error.stage``; the input may have headers of such names too.
-    Whoever may write to the topic may write anything there: what the worker never says is not believed.
+
+def smaller_dead_letters(record: Record, failure: Failure, version: str) -> list[Outgoing]:
+    """Two smaller forms of a dead letter, to be tried in turn where the broker refuses it for its size.
+
+    The first has empty bytes for the value (a null would be a tombstone), the second lacks the record's headers too.
+    """
+    errors = _error_headers(record, failure, version)
+    errors.append(("error.value_bytes", _ascii(len(record.value or b""))))
+    return [
+        Outgoing(record.key, b"", [*record.headers, *errors], None),
+        Outgoing(record.key, b"", errors, None),
+    ]
+
+
+def read_dead_letter(letter: Record) -> OriginalRecord | None:
+    """The record that a dead letter was made from; None for a record that is no dead letter.
+
+    The worker's headers begin at the last ``error.stage``, for the original record may have headers of the same names.
+    Anyone who may write to the topic can forge them, so a value that the worker would never write makes it no dead letter.
     """
     names = [name for name, _ in letter.headers]
     if "error.stage" not in names:
         return None
     begin = len(names) - 1 - names[::-1].index("error.stage")
-    added = {name: value or b"" for name, value in letter.headers[begin:]}
+    own, added = letter.headers[:begin], letter.headers[begin:]
+    values = {name: value or b"" for name, value in added}
     try:
-        return Original(
-            _said(added["source.topic"], _TOPIC_SAID),
-            _number_said(added["source.partition"], 32),
-            _number_said(added["source.offset"], 64),
-            -1 if added["source.timestamp"] == b"-1" else _number_said(added["source.timestamp"], 64),
-            letter.key,
-            letter.value,
-            [
-                *letter.headers[:begin],
-                *(header for header in letter.headers[begin:] if header[0] not in _ERROR_HEADERS),
-            ],
-            _said(added["error.reason"], _REASON_SAID),
-            "error.value_bytes" not in added,
+        return OriginalRecord(
+            topic=_checked(values["source.topic"], _TOPIC),
+            partition=_number(values["source.partition"], 32),
+            offset=_number(values["source.offset"], 64),
+            timestamp=-1 if values["source.timestamp"] == b"-1" else _number(values["source.timestamp"], 64),
+            key=letter.key,
+            value=letter.value,
+            headers=[*own, *(header for header in added if header[0] not in _ERROR_HEADERS)],
+            reason=_checked(values["error.reason"], _REASON),
+            is_whole="error.value_bytes" not in values,
         )
     except (KeyError, ValueError):
         return None
 
 
-def _said(value: bytes, form: re.Pattern[bytes]) -> str:
-    """A header's value. Raises ValueError for one that the worker would not have written."""
-    if not form.fullmatch(value):
-        raise ValueError
-    return value.decode()
+def record_to_replay(record: OriginalRecord, id: str) -> Outgoing:
+    """The record to publish again: untouched, with headers for its event's id and for how often it has been replayed.
 
-
-def _number_said(value: bytes, bits: int) -> int:
-    number = int(_said(value, _DIGITS_SAID))
-    if number >= 2 ** (bits - 1):
-        raise ValueError
-    return number
-
-
-def revived(record: Original, id: str) -> Outgoing:
-    """The record to publish again: as it was, with its event's id in a header, and how often it has been replayed.
-
-    It has the present time, for with its own the topic's retention might delete it before anyone reads it; its first
-    timestamp goes into a header, unless an earlier replay has put it there.
+    It gets the timestamp of its publishing, for with its own the topic's retention might delete it before it is read. Its
+    own goes into a header, unless an earlier replay has put it there.
     """
     times = max((_count(value) for name, value in record.headers if name == COUNT_HEADER), default=0) + 1
     headers = [header for header in record.headers if header[0] not in (ID_HEADER, COUNT_HEADER)]
     headers += [(ID_HEADER, id.encode()), (COUNT_HEADER, _ascii(times))]
-    if has_timestamp(record) and first_time(record.headers) is None:
-        headers.append((TIMESTAMP_HEADER, _ascii(record.timestamp)))
+    timestamp = timestamp_ms(record)
+    if timestamp is not None and json_time_in(record.headers) is None:
+        headers.append((TIMESTAMP_HEADER, _ascii(timestamp)))
     return Outgoing(record.key, record.value, headers, None)
+
+
+def _error_headers(record: Record, failure: Failure, version: str) -> list[tuple[str, bytes | None]]:
+    timestamp = timestamp_ms(record)
+    return [
+        ("error.stage", failure.stage.encode()),
+        ("error.reason", failure.reason.encode()),
+        ("error.message", failure.message.encode()),
+        ("source.topic", record.topic.encode()),
+        ("source.partition", _ascii(record.partition)),
+        ("source.offset", _ascii(record.offset)),
+        ("source.timestamp", _ascii(-1 if timestamp is None else timestamp)),
+        ("worker.version", version.encode()),
+    ]
+
+
+def _checked(value: bytes, pattern: re.Pattern[bytes]) -> str:
+    """A header's value as text. Raises ValueError for one that the worker would never write."""
+    if not pattern.fullmatch(value):
+        raise ValueError
+    return value.decode()
+
+
+def _number(value: bytes, bits: int) -> int:
+    """A header's value as a number, if it fits into a signed integer of so many bits. Raises ValueError otherwise."""
+    number = int(_checked(value, _NUMBER))
+    if number >= 2 ** (bits - 1):
+        raise ValueError
+    return number
 
 
 def _count(value: bytes | None) -> int:
@@ -118,16 +135,3 @@ def _count(value: bytes | None) -> int:
 
 def _ascii(number: int) -> bytes:
     return str(number).encode()
-
-
-def _error_headers(record: Record, failure: Failure, version: str) -> list[tuple[str, bytes | None]]:
-    return [
-        ("error.stage", failure.stage.encode()),
-        ("error.reason", failure.reason.encode()),
-        ("error.message", failure.message.encode()),
-        ("source.topic", record.topic.encode()),
-        ("source.partition", _ascii(record.partition)),
-        ("source.offset", _ascii(record.offset)),
-        ("source.timestamp", _ascii(record.timestamp if has_timestamp(record) else -1)),
-        ("worker.version", version.encode()),
-    ]

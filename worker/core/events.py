@@ -1,4 +1,7 @@
-"""The data types that travel between the stages: records, events, failures and what is published. Pure."""
+"""The data types that travel between the stages: records, events, failures and what is published. Pure.
+
+The documentation's chapter on records describes the formats.
+"""
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -22,17 +25,19 @@ Reason = Literal[
     "key_required",
 ]
 Headers = Sequence[tuple[str, bytes | None]]
-Row = TypeVar("Row", bound=tuple[Any, ...])
 
 CONTENT_TYPE: Final = "content-type"
 ID_HEADER: Final = "event.id"
 COUNT_HEADER: Final = "replay.count"
-TIMESTAMP_HEADER: Final = "event.timestamp"  # the first timestamp of a replayed record, ms since 1970 in ASCII
+TIMESTAMP_HEADER: Final = "event.timestamp"  # of a replayed record: its first timestamp, in ms since 1970, in ASCII
 ENRICHED_FIELD: Final = "sentiment"
 
 
 class Record(Protocol):
-    """What is needed of a consumed record; aiokafka's ConsumerRecord fits. The timestamp is in ms, negative for none."""
+    """A consumed record, as far as it is needed; aiokafka's ConsumerRecord fits.
+
+    The timestamp is in ms since 1970. It is negative or, in Kafka's oldest format, None where the record has none.
+    """
 
     @property
     def topic(self) -> str: ...
@@ -41,7 +46,7 @@ class Record(Protocol):
     @property
     def offset(self) -> int: ...
     @property
-    def timestamp(self) -> int: ...
+    def timestamp(self) -> int | None: ...
     @property
     def key(self) -> bytes | None: ...
     @property
@@ -51,14 +56,14 @@ class Record(Protocol):
 
 
 class Event(NamedTuple):
-    """A record whose text can be scored."""
+    """The id and the text of a record that can be scored."""
 
     id: str
     text: str
 
 
 class Failure(NamedTuple):
-    """Why a record becomes a dead letter. The message never holds any of its text."""
+    """Why a record becomes a dead letter. The message never holds any of the record's text."""
 
     stage: Stage
     reason: Reason
@@ -66,17 +71,20 @@ class Failure(NamedTuple):
 
 
 class Null(Enum):
-    """A record with a null value, or with a null text where the setting ``on_null_text`` is skip."""
+    """What becomes of a record with a null value, or with a null text where the setting ``on_null_text`` is skip."""
 
-    TOMBSTONE = "forwarded as it is: it has a key"
-    SKIPPED = "skipped: a null with no key, or a null text, says nothing"
+    TOMBSTONE = "forwarded: a null value with a key"
+    SKIPPED = "skipped: a null value without a key, or a null text"
 
 
 Decoded = Event | Failure | Null
 
 
 class Outgoing(NamedTuple):
-    """A record to publish. ``timestamp`` in ms, None for now. Its headers are a list: aiokafka takes nothing else."""
+    """A record to publish: a result, a tombstone, a dead letter or a replayed record.
+
+    The timestamp is in ms since 1970, None for that of its publishing. The headers are a list: aiokafka takes nothing else.
+    """
 
     key: bytes | None
     value: bytes | None
@@ -84,10 +92,14 @@ class Outgoing(NamedTuple):
     timestamp: int | None
 
 
-def rows(kind: type[Row], *columns: Iterable[Any]) -> list[Row]:
-    """Named tuples from columns, in half the time that calling ``kind`` for each would take."""
-    return list(map(tuple.__new__, repeat(kind), zip(*columns)))  # noqa: B905 - a column may repeat without end
+NamedTupleT = TypeVar("NamedTupleT", bound=tuple[Any, ...])
+
+
+def named_tuples(kind: type[NamedTupleT], *columns: Iterable[Any]) -> list[NamedTupleT]:
+    """N named tuples from columns of N values, in half the time that N calls of ``kind`` take. A column may be endless."""
+    return list(map(tuple.__new__, repeat(kind), zip(*columns)))  # noqa: B905 - a column may be endless
 
 
 def place(record: Record) -> str:
+    """Where a record is, as text; the id of an event that has none."""
     return f"{record.topic}-{record.partition}-{record.offset}"
