@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.core.dead_letters import dead_letter, original, revived, smaller_dead_letters
+from worker.core.dead_letters import dead_letter, read_dead_letter, record_to_replay, smaller_dead_letters
 from worker.core.decoder import Decoder
 from worker.core.empty_text import is_empty
-from worker.core.encoder import Encoder, result_fields, tombstone
+from worker.core.encoder import Encoder, result_fields
 from worker.core.events import Decoded, Event, Failure, Headers, Null, Outgoing, Reason
 from worker.core.json_input import MAX_VALUES
 from worker.core.sentiment import LABELS, Sentiment
-from worker.core.timestamps import age_s, has_timestamp, iso_time
+from worker.core.timestamps import age_s, iso_time, timestamp_ms
 
 CARD = Sentiment("negative", -0.58949463, (0.7870447, 0.4947824, 0.19755007))
 MODEL = "cointegrated/rubert-tiny-sentiment-balanced@0123456789ab"
@@ -105,7 +105,7 @@ def test_a_record_without_a_timestamp_has_a_null_event_time_and_goes_out_without
     outgoing = encode(record, Event("42", "да"))
     assert outgoing.value == RESULT.replace(b'"2026-11-23T10:00:00.000Z"', b"null")
     assert outgoing.timestamp is None
-    assert not has_timestamp(record)
+    assert timestamp_ms(record) is None
 
 
 def test_the_first_moment_of_1970_is_a_timestamp() -> None:
@@ -384,9 +384,9 @@ def test_a_null_is_a_tombstone_with_a_key_and_skipped_without(input_format: str)
 def test_a_tombstone_goes_on_as_it_is() -> None:
     headers = [("content-type", b"text/plain"), ("x", None)]
     record = FakeRecord(None, headers=tuple(headers))
-    assert tombstone(record) == Outgoing(b"k", None, headers, TEN)
-    assert tombstone(replace(record, timestamp=-1)).timestamp is None
-    assert isinstance(tombstone(record).headers, list)
+    assert Encoder().tombstone(record) == Outgoing(b"k", None, headers, TEN)
+    assert Encoder().tombstone(replace(record, timestamp=-1)).timestamp is None
+    assert isinstance(Encoder().tombstone(record).headers, list)
 
 
 # --- Enriched ---
@@ -586,10 +586,10 @@ def as_letter(outgoing: Outgoing) -> FakeRecord:
 def test_a_dead_letter_gives_its_record_back(timestamp: int) -> None:
     own = [("trace", b"1"), ("error.stage", b"the input's"), ("source.topic", None), ("event.id", b"me")]
     record = FakeRecord(b"{", b"k", own, timestamp)
-    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    found = read_dead_letter(as_letter(dead_letter(record, FAILURE, "1.0")))
     assert found is not None
     assert found == (record.topic, 3, 1201, timestamp, b"k", b"{", own, "too_large", True)
-    outgoing = revived(found, Decoder().id_of(found))
+    outgoing = record_to_replay(found, Decoder().id_of(found))
     assert outgoing.timestamp is None, "with its own, retention would delete it"
     first = [("event.timestamp", b"%d" % timestamp)] if timestamp >= 0 else []
     assert outgoing.headers == [*own[:3], ("event.id", b"me"), ("replay.count", b"1"), *first]
@@ -602,17 +602,17 @@ NOT_A_MOMENT = (None, b"", b"x", b"-1", b"1.5", b" 1", b"1_0", "١".encode(), b"
 @pytest.mark.parametrize("before", [b"0", b"1700000000000", b"%d" % (AFTER_YEAR_9999 - 1)])
 def test_a_second_replay_keeps_the_first_timestamp(before: bytes) -> None:
     record = FakeRecord(b"{", headers=[("event.timestamp", before), ("h", b"1")])
-    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    found = read_dead_letter(as_letter(dead_letter(record, FAILURE, "1.0")))
     assert found is not None
-    assert [value for name, value in revived(found, "1").headers if name == "event.timestamp"] == [before]
+    assert [value for name, value in record_to_replay(found, "1").headers if name == "event.timestamp"] == [before]
 
 
 @pytest.mark.parametrize("before", NOT_A_MOMENT)
 def test_what_is_no_timestamp_does_not_keep_the_first_one_away(before: bytes | None) -> None:
     record = FakeRecord(b"{", headers=[("event.timestamp", before)])
-    found = original(as_letter(dead_letter(record, FAILURE, "1.0")))
+    found = read_dead_letter(as_letter(dead_letter(record, FAILURE, "1.0")))
     assert found is not None
-    kept = [value for name, value in revived(found, "1").headers if name == "event.timestamp"]
+    kept = [value for name, value in record_to_replay(found, "1").headers if name == "event.timestamp"]
     assert kept == [before, b"%d" % TEN]
 
 
@@ -660,7 +660,7 @@ LATER_REASONS = ("unknown_schema", "invalid_avro", "key_required", "invalid_utf1
 
 @pytest.mark.parametrize("reason", [*get_args(Reason), *LATER_REASONS])
 def test_a_dead_letter_of_every_reason_is_one(reason: Reason) -> None:
-    found = original(as_letter(dead_letter(FakeRecord(b"{"), FAILURE._replace(reason=reason), "1.0")))
+    found = read_dead_letter(as_letter(dead_letter(FakeRecord(b"{"), FAILURE._replace(reason=reason), "1.0")))
     assert found is not None
     assert found.reason == reason
 
@@ -684,21 +684,23 @@ def test_a_timestamp_that_cannot_be_right_says_nothing_about_an_age(timestamp: i
 def test_headers_that_others_have_added_behind_are_kept() -> None:
     letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
     letter.headers.append(("mirrored.by", b"x"))
-    found = original(as_letter(letter))
+    found = read_dead_letter(as_letter(letter))
     assert found is not None
     assert found.headers == [("mirrored.by", b"x")]
 
 
 @pytest.mark.parametrize(("before", "after"), [(b"1", b"2"), (b"41", b"42"), (b"x", b"1"), (None, b"1")])
 def test_a_replay_counts_on(before: bytes | None, after: bytes) -> None:
-    found = original(as_letter(dead_letter(FakeRecord(b"{", headers=[("replay.count", before)]), FAILURE, "1.0")))
+    found = read_dead_letter(
+        as_letter(dead_letter(FakeRecord(b"{", headers=[("replay.count", before)]), FAILURE, "1.0"))
+    )
     assert found is not None
-    assert revived(found, "1").headers[:2] == [("event.id", b"1"), ("replay.count", after)]
+    assert record_to_replay(found, "1").headers[:2] == [("event.id", b"1"), ("replay.count", after)]
 
 
 @pytest.mark.parametrize("smaller", [0, 1])
 def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
-    found = original(as_letter(smaller_dead_letters(FakeRecord(b"{"), FAILURE, "1.0")[smaller]))
+    found = read_dead_letter(as_letter(smaller_dead_letters(FakeRecord(b"{"), FAILURE, "1.0")[smaller]))
     assert found is not None
     assert not found.is_whole
 
@@ -707,7 +709,7 @@ def test_a_value_that_was_not_kept_is_known(smaller: int) -> None:
     "headers", [[], [("error.stage", b"decode")], [("error.stage", b"x"), ("source.offset", b"y")]]
 )
 def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
-    assert original(FakeRecord(b"{}", headers=headers)) is None
+    assert read_dead_letter(FakeRecord(b"{}", headers=headers)) is None
 
 
 @pytest.mark.parametrize(
@@ -723,9 +725,9 @@ def test_what_is_no_dead_letter_is_known(headers: Headers) -> None:
 def test_a_dead_letter_that_the_worker_never_wrote_is_none(name: str, value: bytes) -> None:
     """Believed, such a number would end the replay, each time anew, and such a reason its table."""
     letter = dead_letter(FakeRecord(b"{"), FAILURE, "1.0")
-    assert original(as_letter(letter)) is not None
+    assert read_dead_letter(as_letter(letter)) is not None
     letter = letter._replace(headers=[(own, value if own == name else said) for own, said in letter.headers])
-    assert original(as_letter(letter)) is None
+    assert read_dead_letter(as_letter(letter)) is None
 
 
 @pytest.mark.parametrize(
@@ -804,11 +806,11 @@ def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, mo
     results = Encoder().encode(records, events, sentiments, truncated, model, PROCESSED_AT)
     for record, event, sentiment, is_cut, result in zip(records, events, sentiments, truncated, results, strict=True):
         source = {"topic": topic, "partition": record.partition, "offset": record.offset}
-        event_time = iso_time(record.timestamp) if has_timestamp(record) else None
+        event_time = iso_time(record.timestamp) if timestamp_ms(record) is not None else None
         fields = result_fields(event.id, sentiment, is_cut, model, source, event_time, PROCESSED_AT)
         assert isinstance(result, Outgoing)
         assert result.value == orjson.dumps(fields)
-        assert result.timestamp == (record.timestamp if has_timestamp(record) else None)
+        assert result.timestamp == (record.timestamp if timestamp_ms(record) is not None else None)
 
 
 # What would hold up its neighbours.

@@ -10,13 +10,13 @@ from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
 from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
-from worker.core.dead_letters import Original
+from worker.core.dead_letters import OriginalRecord
 from worker.core.replay_progress import Replayed
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
 from worker.settings import ReplaySettings, load
 
-LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
+LETTER = OriginalRecord("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
 
 
 async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

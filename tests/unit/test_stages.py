@@ -14,7 +14,7 @@ from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.events import Decoded, Event, Failure, Outgoing, Reason, Stage
-from worker.kafka.reader import Record
+from worker.kafka.reader import FetchedRecord
 from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
 from worker.pipeline import stages as module
@@ -114,7 +114,7 @@ def piped(source: FakeSource, sink: FakeSink, transactions: FakeTransactions | N
 
 def part_of(assignment: Assignment, count: int) -> Part:
     tp = assignment.tp
-    records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
+    records = [FetchedRecord(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
     outcomes = [
         Outcome(record, ProducerRecord("out", Outgoing(b"k", b"v", [], 0), record.partition, record.offset))
         for record in records
@@ -214,13 +214,13 @@ class NotingGauge(DeadLetterLimit):
         super().__init__(limit=0.5, window=10_000)
         self.looked_at: list[tuple[int, dict[Reason, int]]] = []
 
-    def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
+    def observe(self, records: int, reasons: Mapping[Reason, int]) -> None:
         self.looked_at.append((records, dict(reasons)))
 
 
 def scored(offsets: range) -> MicroBatch:
     """Where the records at even offsets cannot be decoded, and the others cannot be scored."""
-    records = [Record("t", 0, offset, 0, None, b"", ()) for offset in offsets]
+    records = [FetchedRecord("t", 0, offset, 0, None, b"", ()) for offset in offsets]
     decoded: list[Decoded] = [
         Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
     ]

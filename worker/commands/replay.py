@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.core.dead_letters import Original, original, revived
+from worker.core.dead_letters import OriginalRecord, read_dead_letter, record_to_replay
 from worker.core.decoder import Decoder
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
@@ -329,11 +329,11 @@ class Replay:
         self._progress.advance(self._bar, reached - lane.next)
         lane.next = reached
 
-    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> tuple[list[Original], list[int]]:
+    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> tuple[list[OriginalRecord], list[int]]:
         """What is to be published, and the offsets of what is not recognised: it may be of any reason."""
         due, kept_back = [], []
         for letter in letters:
-            record = original(letter)
+            record = read_dead_letter(letter)
             reason = record.reason if record else NO_REASON
             if record and self._reasons and reason not in self._reasons:
                 continue
@@ -350,7 +350,7 @@ class Replay:
                 self._tally.not_kept[reason] += 1
         return due, kept_back
 
-    async def _send(self, due: list[Original]) -> None:
+    async def _send(self, due: list[OriginalRecord]) -> None:
         missing = {record.topic for record in due} - self._topics
         if missing:
             await self._unless_stopped(
@@ -364,7 +364,7 @@ class Replay:
                 )
             self._topics |= missing
         producer_records = [
-            ProducerRecord(record.topic, revived(record, self._decoder.id_of(record)), record.partition)
+            ProducerRecord(record.topic, record_to_replay(record, self._decoder.id_of(record)), record.partition)
             for record in due
         ]
         for record, refusal in zip(due, await self._sink.publish(producer_records), strict=True):

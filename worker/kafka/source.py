@@ -55,7 +55,7 @@ from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, 
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.exactly_once import Transactions
-from worker.kafka.reader import Reader, Record
+from worker.kafka.reader import FetchedRecord, Reader
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
@@ -152,7 +152,7 @@ class Assignment:
         return self.delivered is not None and self.acknowledged == self.delivered
 
 
-Chunk = tuple[Assignment, list[Record]]
+Chunk = tuple[Assignment, list[FetchedRecord]]
 
 
 class Source:
@@ -205,7 +205,7 @@ class Source:
         self._rebalance_timeout_ms = int(connection.request_timeout_ms * REBALANCE_SHARE)
         self._revoke_timeout_s = self._rebalance_timeout_ms / 1000 * REVOKE_SHARE
         self._heartbeat_ms = min(3_000, session_timeout_ms // 3, int(self._rebalance_timeout_ms * HEARTBEAT_SHARE))
-        self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
+        self._batcher: MicroBatcher[Assignment, FetchedRecord] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
         self._unpacking = Budget(max_unpacked_bytes)
         self._consumer: AIOKafkaConsumer | None = None

@@ -23,12 +23,11 @@ from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.dead_letters import dead_letter, smaller_dead_letters
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
-from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Reason, rows
+from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Reason, Record, named_tuples
 from worker.core.sentiment import Sentiment
 from worker.core.timestamps import iso_time
 from worker.kafka.connection import NO_LIMIT
 from worker.kafka.exactly_once import Transactions
-from worker.kafka.reader import Record
 from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
 from worker.kafka.source import Assignment, Chunk, Source
 from worker.pipeline.inference import Inference, Job
@@ -303,7 +302,7 @@ class Pipeline:
             if not batch.parts:
                 continue
             failures, new = batch.failures(), batch.beyond(self._seen)
-            self._flood.look_at(len(new), failures if len(new) == len(batch) else new.failures())
+            self._flood.observe(len(new), failures if len(new) == len(batch) else new.failures())
             for part in batch.parts:
                 async for outcomes in self._outcomes(part, batch.job):
                     if self._transactions:  # which count and acknowledge them once they are committed
@@ -396,7 +395,7 @@ class Pipeline:
             sentiments = cast("list[Sentiment]", answers)
             results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
             if set(map(type, results)) == {Outgoing}:
-                producer_records = rows(
+                producer_records = named_tuples(
                     ProducerRecord,
                     repeat(self._output_topic),
                     results,
@@ -508,7 +507,7 @@ class Pipeline:
             new += some[bisect_left(some, counted, key=attrgetter("record.offset")) :]
             self._counted[tp] = max(counted, some[-1].record.offset + 1)
         try:
-            self._flood_of_published.look_at(len(new), Counter(o.failure.reason for o in new if o.failure))
+            self._flood_of_published.observe(len(new), Counter(o.failure.reason for o in new if o.failure))
         except TooManyDeadLetters as flood:
             if is_refused:
                 self._published_flood = flood
