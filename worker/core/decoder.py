@@ -169,9 +169,9 @@ def _id_from_record(record: Record) -> str:
 def _cloud_event(record: Record, value: bytes, mode: cloudevents.Mode) -> cloudevents.CloudEvent | Failure:
     try:
         if mode == "binary":
-            return cloudevents.binary(record.headers, value)
-        cloudevents.look_at_format(record.headers)
+            return cloudevents.read_binary(record.headers, value)
+        cloudevents.check_format(record.headers)
         fields = read_object(value)
-        return fields if isinstance(fields, Failure) else cloudevents.structured(fields)
-    except cloudevents.Malformed as error:
+        return fields if isinstance(fields, Failure) else cloudevents.read_structured(fields)
+    except cloudevents.InvalidCloudEvent as error:
         return decode_failure("invalid_cloudevent", str(error))

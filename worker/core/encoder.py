@@ -98,7 +98,7 @@ class Encoder:
         if self._is_cloud_event:
             return [
                 cloudevents.without_attributes(record.headers)
-                + cloudevents.attributes(place(record), self._source, event.id, processed_at)
+                + cloudevents.result_headers(place(record), self._source, event.id, processed_at)
                 for record, event in zip(records, events, strict=True)
             ]
         of_result = _enriched_headers if self._is_enriched else _json_headers
