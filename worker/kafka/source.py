@@ -419,7 +419,7 @@ class Source:
             await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
             topics = {tp.topic for tp in self._assignments}
             with contextlib.suppress(*UNREACHABLE):  # who looks at the lag tells
-                self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
+                self._topic_ids.update(await consumer.topic_ids(topics) if topics else {})
 
     async def _started_consumer(self) -> Consumer:
         backoff = Backoff()
@@ -481,7 +481,7 @@ class Source:
             self._placeless = 0
         if self._is_stopping or self._consumer is None:
             return
-        self._topic_ids.ask_again(tp.topic for tp in partitions)
+        self._topic_ids.invalidate(tp.topic for tp in partitions)
         self._well(MEMBERSHIP)
         for tp in sorted(partitions):
             self._accept(tp)
@@ -675,7 +675,7 @@ class Source:
 
     async def _begin(self, assignment: Assignment) -> None:
         """Where to begin: the committed offset, else as ``auto_offset_reset`` says; records are accepted from there on."""
-        topic_id = self._topic_ids.of(assignment.tp.topic)
+        topic_id = self._topic_ids.get(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
         if self._transactions:
             await self._confirm_membership()
@@ -709,16 +709,16 @@ class Source:
         """
         topic = tp.topic
         if anew:
-            self._topic_ids.ask_again([topic])
-        while not self._topic_ids.is_certain(topic):
+            self._topic_ids.invalidate([topic])
+        while not self._topic_ids.is_confirmed(topic):
             async with self._identifying:
-                if self._topic_ids.is_certain(topic):
+                if self._topic_ids.is_confirmed(topic):
                     return
                 answer = await self._live_consumer().topic_ids({topic, *(tp.topic for tp in self._assignments)})
-                self._topic_ids.note(answer)
+                self._topic_ids.update(answer)
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
-                if not self._topic_ids.is_certain(topic):
+                if not self._topic_ids.is_confirmed(topic):
                     self._tell_of_doubt(tp)
                     await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
@@ -736,8 +736,8 @@ class Source:
                 await asyncio.sleep(TOPIC_IDS_DOUBT_S)
                 agreed = await self._live_consumer().agreed_topic_id(topic)
                 if agreed is not None:
-                    self._topic_ids.note({topic: agreed})
-                if agreed is not None and self._topic_ids.is_certain(topic):
+                    self._topic_ids.update({topic: agreed})
+                if agreed is not None and self._topic_ids.is_confirmed(topic):
                     self._confirmed[topic] += 1
                 else:
                     self._tell_of_doubt(tp)
@@ -747,7 +747,7 @@ class Source:
 
     def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
-        if not is_of(self._topic_ids.of(tp.topic), committed.metadata):
+        if not is_of(self._topic_ids.get(tp.topic), committed.metadata):
             self._metrics.offset_resets.inc()
             log.warning(
                 "the input topic was deleted and made again since this offset was committed: it counts as none"
