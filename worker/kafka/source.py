@@ -850,7 +850,7 @@ class Source:
     # Micro-batches.
 
     def _taken(self, now: float) -> list[Chunk]:
-        self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest() or now))
+        self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest_arrival() or now))
         chunks = self._batcher.take()
         for assignment, records in chunks:
             assignment.under_way += len(records)
