@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.payloads import PAYLOADS
 from worker.core.dead_letters import dead_letter, read_dead_letter, record_to_replay, smaller_dead_letters
 from worker.core.decoder import Decoder
 from worker.core.empty_text import is_empty
@@ -482,7 +483,7 @@ def written(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
 
 
-PAYLOADS = st.one_of(
+VALUES = st.one_of(
     objects().map(written),
     objects().map(lambda value: json.dumps(value).encode()),
     json_values().map(written),
@@ -531,20 +532,20 @@ def check(name: str, record: FakeRecord) -> Decoded:
     return decoded
 
 
-def test_ten_thousand_payloads_never_raise_and_no_message_has_any_of_their_text() -> None:
+def test_hostile_payloads_never_raise_and_no_message_has_any_of_their_text() -> None:
     seen = Seen()
 
     @settings(
-        max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        max_examples=PAYLOADS, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
-    @given(PAYLOADS, st.none() | st.binary(max_size=4))
+    @given(VALUES, st.none() | st.binary(max_size=4))
     def run(value: bytes | None, key: bytes | None) -> None:
         seen.payloads += 1
         for name in DECODERS:
             seen.add(name, check(name, FakeRecord(value, key=key)))
 
     run()
-    assert seen.payloads >= 10_000
+    assert seen.payloads >= PAYLOADS
     assert {"Event", "Null", "invalid_json"} <= set(seen.kinds["enrich"])
     assert {"Event", "Null", "invalid_utf8"} <= set(seen.kinds["text"])
 
