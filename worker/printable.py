@@ -1,4 +1,4 @@
-"""Makes text from files, brokers or records safe to print: no escape sequences, no line breaks."""
+"""Text from files, brokers or records, made safe to print: without escape sequences and line breaks."""
 
 import json
 
@@ -6,7 +6,7 @@ import json
 def printable(text: str) -> str:
     r"""The text with each unprintable character escaped as in JSON (``\n``, ``\u001b``); spaces stay.
 
-    A line of JSON stays valid and keeps its meaning. Text without such characters is returned as it is.
+    A line of JSON stays valid and keeps its meaning. Text without such characters is returned as the same object.
     """
     if text.isprintable():
         return text

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["worker.core.events", "tests.support.payloads"]):
+with atheris.instrument_imports(include=["worker", "tests"]):
     from tests.support.payloads import RESULT, SKIPPED, TOMBSTONE, records, verdict
-    from worker.core.events import Decoder, Encoder, Event, Failure, Null
+    from worker.core.decoder import Decoder
+    from worker.core.encoder import Encoder
+    from worker.core.events import Event, Failure, Null
 
 import orjson
 

@@ -1,6 +1,6 @@
-"""Records that nobody asked for, from a seed, and what docs/records.md says becomes of each.
+"""Hostile records, made from a seed, and an oracle that says what has to become of each.
 
-The oracle shares nothing with the worker: the standard library's JSON reader, made strict, and rules of its own.
+The oracle shares nothing with the worker: it has the standard library's JSON reader, made strict, and rules of its own.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from tests.support.topics import Headers, Record
 
-PAYLOADS: Final = int(os.environ.get("HOSTILE_PAYLOADS", "1500"))  # of each test with them; `make fuzz` takes 10,000
+PAYLOADS: Final = int(os.environ.get("HOSTILE_PAYLOADS", "1500"))  # of one test; `make fuzz` takes 10,000
 MAX_TEXT_CHARS: Final = 100_000
-MOST_VALUES = 100_000  # commas and opening brackets
+MAX_VALUES: Final = 100_000  # commas and opening brackets
 BRACKETS: Final = re.compile(r"[\[\]{}]")
 STRINGS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)', re.DOTALL)
 DEEPEST: Final = 1_024  # levels of JSON that are read
@@ -51,7 +51,7 @@ def verdict(record: Record, input_format: str, output_mode: str) -> Verdict:
     """What the worker, with these settings and defaults else, has to make of a record."""
     if record.value is None:
         return Verdict(SKIPPED if record.key is None else TOMBSTONE)
-    if input_format == "json" and sum(byte in b",[{" for byte in record.value) > MOST_VALUES:
+    if input_format == "json" and sum(byte in b",[{" for byte in record.value) > MAX_VALUES:
         return Verdict("too_large")
     try:
         string = record.value.decode()

@@ -60,7 +60,7 @@ class AnyUse(RuleBasedStateMachine):
 
     @invariant()
     def it_knows_its_oldest(self) -> None:
-        assert self.batcher.oldest() == (self.waiting[0][2] if self.waiting else None)
+        assert self.batcher.oldest_arrival() == (self.waiting[0][2] if self.waiting else None)
 
     @invariant()
     def it_closes_at_linger_after_the_oldest_or_at_once_when_full(self) -> None:

@@ -16,9 +16,11 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_events import CARD, MODEL, PROCESSED_AT, RESULT, FakeRecord
+from tests.support.events import CARD, MODEL, PROCESSED_AT, RESULT, FakeRecord
 from worker.core.cloudevents import end_of_data, source_of
-from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Headers, Null, Outgoing
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Decoded, Event, Failure, Headers, Null, Outgoing
 
 STRUCTURED = (("content-type", b"application/cloudevents+json; charset=utf-8"),)
 BINARY = (

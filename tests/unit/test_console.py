@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 from aiokafka import ConsumerRecord
 
-from worker.core.events import Decoder, Failure
+from worker.core.decoder import Decoder
+from worker.core.events import Failure
 from worker.core.sentiment import Sentiment
 from worker.http import console as console_module
 from worker.http.access import Guard

@@ -20,7 +20,8 @@ from worker.commands.demo.errors import DemoError
 from worker.commands.demo.ledger import Books, Ledger, Speed, discrepancies, summary
 from worker.commands.demo.messages import BROKEN, Message, Review, endless, lap, reviews
 from worker.commands.demo.views import LinesView, LiveView, bar
-from worker.core.events import Decoder, Event, Failure, Null
+from worker.core.decoder import Decoder
+from worker.core.events import Event, Failure, Null
 from worker.core.sentiment import LABELS
 from worker.telemetry.metrics import Metrics
 from worker.training.dataset import is_held_out

@@ -6,12 +6,12 @@ from aiokafka.partitioner import murmur2 as murmur2_of_aiokafka
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.partitioner import LONGEST_TOGETHER, murmur2, partitions_for
+from worker.core.partitioner import MAX_PADDED_BYTES, murmur2, partitions_for
 
 
 @given(
     st.lists(
-        st.binary(max_size=70) | st.binary(min_size=LONGEST_TOGETHER - 2, max_size=LONGEST_TOGETHER + 9), max_size=9
+        st.binary(max_size=70) | st.binary(min_size=MAX_PADDED_BYTES - 2, max_size=MAX_PADDED_BYTES + 9), max_size=9
     )
 )
 def test_hashes_are_those_of_kafka(keys: list[bytes]) -> None:
@@ -19,7 +19,7 @@ def test_hashes_are_those_of_kafka(keys: list[bytes]) -> None:
 
 
 def test_every_length_beside_every_other() -> None:
-    keys = [random.Random(length).randbytes(length) for length in range(LONGEST_TOGETHER + 10)]
+    keys = [random.Random(length).randbytes(length) for length in range(MAX_PADDED_BYTES + 10)]
     assert murmur2(keys).tolist() == [murmur2_of_aiokafka(key) & 0xFFFFFFFF for key in keys]
 
 

@@ -22,7 +22,7 @@ from aiokafka.record.memory_records import MemoryRecords
 import worker.kafka.connection  # noqa: F401 - sets the bound
 from worker.kafka import decompression as unpacking
 from worker.kafka.decompression import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
-from worker.kafka.reader import Fetched, Reader, Record
+from worker.kafka.reader import Fetched, FetchedRecord, Reader
 from worker.runtime.tasks import cancelled
 
 TP = TopicPartition("texts", 3)
@@ -60,7 +60,7 @@ def fetched(data: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] =
     return PartitionRecords(TP, MemoryRecords(data), list(aborted), position, None, None, True, READ_COMMITTED)
 
 
-def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[Record]], list[int], int]:
+def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[FetchedRecord]], list[int], int]:
     """The runs, the position after each, and the one after all."""
     store = Fetched(Budget(0))
     store.limits[TP] = lambda: limit
@@ -221,7 +221,7 @@ class Partitions:
             del self.store[tp]
         return {tp: runs}
 
-    async def run(self, partition: int, limit: int = 1_000) -> list[Record]:
+    async def run(self, partition: int, limit: int = 1_000) -> list[FetchedRecord]:
         return await self.reader.read(TopicPartition("texts", partition), timeout_ms=1, limit=lambda: limit)
 
 
@@ -282,7 +282,7 @@ async def test_batches_behind_a_packed_one_that_holds_much_are_their_own(codec: 
     large = [(b"k%d" % number, b"%d" % number * 50_000, []) for number in range(30)]
     data = batch(0, large, codec=codec) + batch(30, plain(5)) + batch(35, plain(3), codec=codec) + batch(38, plain(2))
     partitions = Partitions(Budget(0), {0: data})
-    rows: list[Record] = []
+    rows: list[FetchedRecord] = []
     async with asyncio.timeout(30):
         while run := await partitions.run(0, 256):
             rows += run

@@ -10,13 +10,13 @@ from aiokafka.structs import OffsetAndMetadata
 from rich.progress import Progress
 
 from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
-from worker.core.events import Original
-from worker.core.replay_progress import Replayed
+from worker.core.dead_letters import OriginalRecord
+from worker.core.replay_progress import ReplayProgress
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
 from worker.settings import ReplaySettings, load
 
-LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
+LETTER = OriginalRecord("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
 
 
 async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
 ) -> None:
     replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
     tp = TopicPartition("dead", 0)
-    lane = replay._lanes[tp] = Lane(Replayed(3), 3, 5)
+    lane = replay._lanes[tp] = Lane(ReplayProgress(3), 3, 5)
     sought: list[int] = []
     assigned: set[TopicPartition] = set()
 
@@ -87,7 +87,7 @@ async def test_what_was_done_is_done_again_only_where_the_brokers_agree_that_the
     async def committed_offsets(_: Any) -> dict[TopicPartition, OffsetAndMetadata]:
         return {tp: OffsetAndMetadata(7, with_topic_id(ID))}
 
-    async def states() -> dict[TopicPartition, Replayed]:
+    async def states() -> dict[TopicPartition, ReplayProgress]:
         replay._topic_id = await replay._agreed_id()
         return await replay._states([tp])
 

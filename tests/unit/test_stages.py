@@ -11,12 +11,14 @@ import pytest
 from aiokafka import TopicPartition
 
 from worker.core.dead_letter_limit import DeadLetterLimit
-from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Decoded, Event, Failure, Outgoing, Reason, Stage
 from worker.kafka import at_least_once
 from worker.kafka.assignment import Assignment
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.delivery import Outcome
-from worker.kafka.reader import Record
+from worker.kafka.reader import FetchedRecord
 from worker.kafka.sink import ProducerRecord
 from worker.pipeline import stages as module
 from worker.pipeline.accounting import Accounting
@@ -130,7 +132,7 @@ def pipeline_of(source: FakeSource, delivery: Any = None, limit: DeadLetterLimit
 
 def part_of(assignment: Assignment, count: int) -> Part:
     tp = assignment.tp
-    records = [Record(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
+    records = [FetchedRecord(tp.topic, tp.partition, offset, 0, b"k", b"v", ()) for offset in range(count)]
     return Part(assignment, records, [], 0)
 
 
@@ -267,13 +269,13 @@ class NotingLimit(DeadLetterLimit):
         super().__init__(limit=0.5, window=10_000)
         self.looked_at: list[tuple[int, dict[Reason, int]]] = []
 
-    def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
+    def observe(self, records: int, reasons: Mapping[Reason, int]) -> None:
         self.looked_at.append((records, dict(reasons)))
 
 
 def scored(offsets: range) -> MicroBatch:
     """Where the records at even offsets cannot be decoded, and the others cannot be scored."""
-    records = [Record("t", 0, offset, 0, None, b"", ()) for offset in offsets]
+    records = [FetchedRecord("t", 0, offset, 0, None, b"", ()) for offset in offsets]
     decoded: list[Decoded] = [
         Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
     ]

@@ -1,4 +1,4 @@
-"""A topic's id in a commit's metadata, and when another id is a verdict."""
+"""A topic's id in a commit's metadata, and when another id means another topic."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ ID, OTHER_ID = "a-_0aaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
 
 
 @given(st.text(), st.sampled_from([ID, OTHER_ID]))
-def test_metadata_says_what_it_said_and_the_id(metadata: str, topic_id: str) -> None:
+def test_metadata_and_id_are_read_back(metadata: str, topic_id: str) -> None:
     assert without_topic_id(with_topic_id(topic_id, metadata)) == (topic_id, metadata)
 
 
@@ -22,10 +22,10 @@ def test_metadata_without_an_id_stays_as_it_is(metadata: str) -> None:
     assert with_topic_id("", metadata) == metadata
 
 
-def noted(*answers: dict[str, str]) -> TopicIds:
+def topic_ids_after(*answers: dict[str, str]) -> TopicIds:
     ids = TopicIds()
     for answer in answers:
-        ids.note(answer)
+        ids.update(answer)
     return ids
 
 
@@ -40,31 +40,31 @@ def noted(*answers: dict[str, str]) -> TopicIds:
         [{"t": ID}, {"t": OTHER_ID}, {"t": ID}, {"t": OTHER_ID}, {"t": ID}],
     ],
 )
-def test_no_verdict(answers: list[dict[str, str]]) -> None:
-    ids = noted(*answers)
-    assert (ids.of("t"), ids.is_certain("t")) == (ID, True)
+def test_the_topic_is_still_the_same(answers: list[dict[str, str]]) -> None:
+    ids = topic_ids_after(*answers)
+    assert (ids.get("t"), ids.is_confirmed("t")) == (ID, True)
 
 
-def test_one_answer_alone_is_a_doubt() -> None:
-    ids = noted({"t": ID, "u": ID}, {"t": OTHER_ID, "u": ID})
-    assert (ids.is_certain("t"), ids.is_certain("u"), ids.is_certain("v")) == (False, True, False)
+def test_one_answer_with_another_id_is_a_doubt() -> None:
+    ids = topic_ids_after({"t": ID, "u": ID}, {"t": OTHER_ID, "u": ID})
+    assert (ids.is_confirmed("t"), ids.is_confirmed("u"), ids.is_confirmed("v")) == (False, True, False)
 
 
 @pytest.mark.parametrize("between", [[], [{}], [{"t": ""}]])
-def test_two_answers_that_agree_are_a_verdict(between: list[dict[str, str]]) -> None:
-    ids = noted({"t": ID}, {"t": OTHER_ID}, *between)
+def test_two_answers_with_the_same_new_id_raise(between: list[dict[str, str]]) -> None:
+    ids = topic_ids_after({"t": ID}, {"t": OTHER_ID}, *between)
     with pytest.raises(TopicRecreated, match=f"topic t was deleted and made again: its id was {ID} and is {OTHER_ID}"):
-        ids.note({"t": OTHER_ID})
+        ids.update({"t": OTHER_ID})
 
 
-def test_no_id_is_certain_too() -> None:
-    ids = noted({"t": ""})
-    assert (ids.of("t"), ids.is_certain("t")) == ("", True)
+def test_a_topic_without_an_id_is_confirmed_too() -> None:
+    ids = topic_ids_after({"t": ""})
+    assert (ids.get("t"), ids.is_confirmed("t")) == ("", True)
 
 
-def test_after_a_rebalance_it_is_asked_again() -> None:
-    ids = noted({"t": ID, "u": ID})
-    ids.ask_again(["t"])
-    assert (ids.is_certain("t"), ids.is_certain("u")) == (False, True)
-    ids.note({"t": ID})
-    assert ids.is_certain("t")
+def test_an_invalidated_id_is_confirmed_by_the_next_answer() -> None:
+    ids = topic_ids_after({"t": ID, "u": ID})
+    ids.invalidate(["t"])
+    assert (ids.is_confirmed("t"), ids.is_confirmed("u")) == (False, True)
+    ids.update({"t": ID})
+    assert ids.is_confirmed("t")

@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 import orjson
 
 from worker.commands.load_model import load_from_settings
-from worker.core.events import is_empty, iso_time, result_fields
+from worker.core.empty_text import is_empty
+from worker.core.encoder import result_fields
+from worker.core.timestamps import iso_time
 from worker.errors import UserError, WrongSetting
 from worker.model.sentiment_model import SentimentModel
 from worker.settings import ClassifySettings

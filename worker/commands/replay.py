@@ -25,8 +25,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.core.events import Decoder, Original, original, revived
-from worker.core.replay_progress import Replayed, TooManySpans
+from worker.core.dead_letters import OriginalRecord, read_dead_letter, record_to_replay
+from worker.core.decoder import Decoder
+from worker.core.replay_progress import ProgressTooLarge, ReplayProgress
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError
 from worker.kafka.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
@@ -97,7 +98,7 @@ class Tally:
 class Lane:
     """One partition of dead letters: what of it has been replayed, and from where to where this replay goes."""
 
-    done: Replayed
+    done: ReplayProgress
     next: int
     end: int
 
@@ -262,7 +263,7 @@ class Replay:
         found = await self._consumer.offsets_for_times(dict.fromkeys(tps, max(0, moment)))
         return {tp: found[tp].offset if found.get(tp) else ends[tp] for tp in tps}
 
-    async def _states(self, tps: list[TopicPartition]) -> dict[TopicPartition, Replayed]:
+    async def _states(self, tps: list[TopicPartition]) -> dict[TopicPartition, ReplayProgress]:
         commits = await self._consumer.committed_offsets(tps)
         if not all(is_of(self._topic_id, commit.metadata) for commit in commits.values()):
             await asyncio.sleep(TOPIC_IDS_DOUBT_S)
@@ -276,12 +277,12 @@ class Replay:
             raise ReplayFailed(f"the brokers do not agree on which topic has the name {self._topic}; try again later")
         return topic_id
 
-    def _done(self, commit: OffsetAndMetadata) -> Replayed:
+    def _done(self, commit: OffsetAndMetadata) -> ReplayProgress:
         _, state = without_topic_id(commit.metadata)
         if not is_of(self._topic_id, commit.metadata):
             log.warning("the topic %s was deleted and made again: all of it is replayed", self._topic)
-            return Replayed(0)
-        return Replayed.read(max(0, commit.offset), state)
+            return ReplayProgress(0)
+        return ReplayProgress.read(max(0, commit.offset), state)
 
     # Go through.
 
@@ -330,11 +331,11 @@ class Replay:
         self._progress.advance(self._bar, reached - lane.next)
         lane.next = reached
 
-    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> tuple[list[Original], list[int]]:
+    def _due(self, lane: Lane, letters: list[ConsumerRecord]) -> tuple[list[OriginalRecord], list[int]]:
         """What is to be published, and the offsets of what is not recognised: it may be of any reason."""
         due, kept_back = [], []
         for letter in letters:
-            record = original(letter)
+            record = read_dead_letter(letter)
             reason = record.reason if record else NO_REASON
             if record and self._reasons and reason not in self._reasons:
                 continue
@@ -351,7 +352,7 @@ class Replay:
                 self._tally.not_kept[reason] += 1
         return due, kept_back
 
-    async def _send(self, due: list[Original]) -> None:
+    async def _send(self, due: list[OriginalRecord]) -> None:
         missing = {record.topic for record in due} - self._topics
         if missing:
             await self._unless_stopped(
@@ -365,16 +366,16 @@ class Replay:
                 )
             self._topics |= missing
         producer_records = [
-            ProducerRecord(record.topic, revived(record, self._decoder.id_of(record)), record.partition)
+            ProducerRecord(record.topic, record_to_replay(record, self._decoder.id_of(record)), record.partition)
             for record in due
         ]
         for record, refusal in zip(due, await self._sink.publish(producer_records), strict=True):
             (self._tally.refused if refusal else self._tally.sent)[record.reason] += 1
 
-    def _metadata(self, done: Replayed) -> str:
+    def _metadata(self, done: ReplayProgress) -> str:
         try:
             return with_topic_id(self._topic_id, done.metadata())
-        except TooManySpans:
+        except ProgressTooLarge:
             raise ReplayFailed(
                 f"the group {self._group_id} cannot remember so many gaps in what it has replayed; replay all, or, where "
                 "they are records that are no dead letters, what is newer (since) with another replay_group_id"

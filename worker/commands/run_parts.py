@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from worker.commands.version import worker_version
 from worker.core.dead_letter_limit import DeadLetterLimit
-from worker.core.events import Decoder, Encoder
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
 from worker.http.console import Tap
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import tell_backlog

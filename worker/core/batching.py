@@ -1,8 +1,4 @@
-"""When a micro-batch closes, and how it is cut into device batches. Pure: the caller brings the time.
-
-Gathering is first in, first out within each source, and sources keep their records apart, so that those of a source that
-is gone (a revoked partition) can be dropped without touching the others.
-"""
+"""Micro-batches: when one closes, what is in it, and how it is cut into device batches. Pure: the caller brings the time."""
 
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -12,49 +8,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 TokenIds = Sequence[int] | NDArray[np.int32]
-"""Of one text."""
+"""The token ids of one text."""
 
-Source = TypeVar("Source", bound=Hashable)
-Item = TypeVar("Item")
+SourceT = TypeVar("SourceT", bound=Hashable)
+ItemT = TypeVar("ItemT")
 
 
-class MicroBatcher(Generic[Source, Item]):
+class MicroBatcher(Generic[SourceT, ItemT]):
     """Gathers items until ``max_items`` are there, or the oldest has waited ``linger_s`` seconds.
 
-    It never waits itself: ``closes_at`` says when the next micro-batch is due, ``take`` takes it. What has piled up while
-    its reader was busy leaves at once, up to ``max_items``: a freed device takes all that fits.
+    It never waits itself: ``closes_at`` says when the next micro-batch is due, and ``take`` takes it. What has piled up
+    while the device was busy leaves at once, up to ``max_items``, for a device that is free takes all that fits.
+
+    Items are taken in the order of their arrival. They belong to sources, in the worker to assigned partitions, so that
+    those of a revoked partition can be discarded without touching the others.
     """
 
     def __init__(self, max_items: int, linger_s: float) -> None:
         self._max_items = max_items
         self._linger_s = linger_s
-        self._chunks: deque[tuple[Source, Sequence[Item], float]] = deque()
+        self._chunks: deque[tuple[SourceT, Sequence[ItemT], float]] = deque()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
-    def add(self, source: Source, items: Sequence[Item], now: float) -> None:
-        """Items of one source, in order, that arrived at ``now``, in seconds of any steady clock."""
+    def add(self, source: SourceT, items: Sequence[ItemT], now: float) -> None:
+        """Adds items of one source, in order, that arrived at ``now``, in seconds of a monotonic clock."""
         if items:
             self._chunks.append((source, items, now))
             self._size += len(items)
 
-    def oldest(self) -> float | None:
+    def oldest_arrival(self) -> float | None:
         """When the oldest item arrived, on the clock of ``add``; None if there is none."""
         return self._chunks[0][2] if self._chunks else None
 
     def closes_at(self) -> float | None:
         """When the next micro-batch is due; in the past if it is full; None if there is none."""
-        arrived = self.oldest()
+        arrived = self.oldest_arrival()
         if arrived is None:
             return None
         return arrived if self._size >= self._max_items else arrived + self._linger_s
 
-    def take(self) -> list[tuple[Source, list[Item]]]:
-        """The oldest items, at most ``max_items``, as runs of one source each, in order of arrival."""
+    def take(self) -> list[tuple[SourceT, list[ItemT]]]:
+        """Takes the oldest items, at most ``max_items``, as runs of one source each, in order of arrival."""
         room = self._max_items
-        taken: list[tuple[Source, list[Item]]] = []
+        taken: list[tuple[SourceT, list[ItemT]]] = []
         while self._chunks and room:
             source, items, arrived = self._chunks.popleft()
             run = items[:room]
@@ -68,8 +67,8 @@ class MicroBatcher(Generic[Source, Item]):
         self._size -= self._max_items - room
         return taken
 
-    def discard(self, source: Source) -> list[Item]:
-        """Takes back all that a source has waiting; answers with it."""
+    def discard(self, source: SourceT) -> list[ItemT]:
+        """Removes all items of a source, and answers with them."""
         dropped = [item for owner, items, _ in self._chunks if owner == source for item in items]
         self._chunks = deque(chunk for chunk in self._chunks if chunk[0] != source)
         self._size -= len(dropped)
@@ -79,13 +78,14 @@ class MicroBatcher(Generic[Source, Item]):
 def cut_by_length(
     lengths: Sequence[int], max_tokens: int, pass_tokens: int, widths: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Cuts texts into device batches, longest first, each at most ``max_tokens`` when padded to its longest.
+    """Cuts N texts into device batches, each of at most ``max_tokens`` tokens when padded to its longest text.
 
-    ``lengths`` are in tokens. Answers with lists of indices into ``lengths``, each index once; a text that is longer than
-    ``max_tokens`` goes alone. Longest first, so that memory that does not suffice is found out at once.
+    ``lengths`` are the texts' tokens. The answer is a list of device batches, each a list of indices into ``lengths``, in
+    which every index occurs once. A text longer than ``max_tokens`` goes alone. The longest texts come first, so that a
+    device with too little memory fails at once.
 
-    ``pass_tokens`` is what the device computes in the time that one more pass costs: a device batch ends where its padding
-    would come to more than that. ``widths``, ascending, are those that the device pads to, if it is not any.
+    ``pass_tokens`` is how many tokens the device computes in the time that one more pass costs; a device batch ends where
+    its padding would exceed that. ``widths``, ascending, are the lengths that the device pads to, where it has fixed ones.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-tokens, kind="stable")

@@ -1,18 +1,19 @@
-"""CloudEvents 1.0 by the protocol binding for Kafka: which records are ones, what is in them, headers of new ones. Pure.
+"""CloudEvents 1.0 in Kafka records: telling which records are ones, reading them, and the headers of new ones. Pure.
 
+The protocol binding for Kafka says how:
 https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md
 """
 
 import base64
 import binascii
 import re
-from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import quote
 
 import orjson
 
-Headers = Sequence[tuple[str, bytes | None]]
+from worker.core.events import Headers
+
 Mode = Literal["binary", "structured"]
 
 PREFIX: Final = "ce_"
@@ -21,18 +22,21 @@ RESULT_TYPE: Final = "sentiment-worker.result"
 STRUCTURED: Final = b"application/cloudevents"
 _CONTENT_TYPES: Final = ("content-type", "Content-Type")
 _SHORTEST: Final = len(STRUCTURED)
-_SIGNS: Final = frozenset({"ce_specversion", *_CONTENT_TYPES})
-# Of the input's extensions: what places a record, and the trace that it belongs to
+_MODE_HEADERS: Final = frozenset({"ce_specversion", *_CONTENT_TYPES})
+# A result keeps two extensions of its input: the key that chooses its partition, and the trace that it belongs to.
 _KEPT: Final = frozenset({"ce_partitionkey", "ce_traceparent", "ce_tracestate"})
 _TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]:,]', re.DOTALL)
 
 
-class Malformed(Exception):
-    """It says that it is a CloudEvent, and is none that can be read; the message holds nothing of it."""
+class InvalidCloudEvent(Exception):
+    """A record says that it is a CloudEvent, and cannot be read as one; the message holds nothing of it."""
 
 
 class CloudEvent(NamedTuple):
-    """An event's id and its data: bytes of a media type (``""`` where none is named), or what was JSON already."""
+    """The id and the data of an event.
+
+    The data is bytes of ``media_type``, which is empty where the event names none, or what has been read from JSON already.
+    """
 
     id: str
     media_type: str
@@ -43,47 +47,47 @@ NO_DATA: Final = object()
 
 
 def mode(headers: Headers) -> Mode | None:
-    """How a record is a CloudEvent, if it is one: by its content type, else by ``ce_specversion``."""
-    found: Mode | None = None
+    """How a record holds a CloudEvent; None if it holds none. Its content type tells, else the header ``ce_specversion``."""
+    by_header: Mode | None = None
     for name, value in headers:
-        if name in _SIGNS:
+        if name in _MODE_HEADERS:
             if name == "ce_specversion":
-                found = "binary"
+                by_header = "binary"
             elif value and len(value) >= _SHORTEST and value[:_SHORTEST].lower() == STRUCTURED:
                 return "structured"
-    return found
+    return by_header
 
 
-def binary(headers: Headers, value: bytes) -> CloudEvent:
-    """Attributes in the headers, data in the value. Raises Malformed."""
+def read_binary(headers: Headers, value: bytes) -> CloudEvent:
+    """The event that has its attributes in the headers and its data in the value. Raises InvalidCloudEvent."""
     attributes = {name: _text(written) for name, written in headers if name.startswith(PREFIX)}
-    id = _checked({name.removeprefix(PREFIX): written for name, written in attributes.items()})
+    id = _checked_id({name.removeprefix(PREFIX): written for name, written in attributes.items()})
     return CloudEvent(id, _media_type(_content_type(headers)), value)
 
 
-def look_at_format(headers: Headers) -> None:
-    """Raises Malformed for a structured event that is written in something else than JSON."""
+def check_format(headers: Headers) -> None:
+    """Raises InvalidCloudEvent for a structured event in another format than JSON."""
     media_type = _media_type(_content_type(headers))
     if media_type.startswith("application/cloudevents-batch"):
-        raise Malformed("a batch of events in one record is not of the binding for Kafka")
+        raise InvalidCloudEvent("a batch of events in one record is not of the binding for Kafka")
     if media_type != "application/cloudevents+json":
-        raise Malformed("a structured event is read as JSON alone")
+        raise InvalidCloudEvent("a structured event is read as JSON alone")
 
 
-def structured(fields: dict[str, Any]) -> CloudEvent:
-    """All in the value, which is ``fields``; ``data`` is NO_DATA where there is none. Raises Malformed."""
-    id = _checked(fields)
+def read_structured(fields: dict[str, Any]) -> CloudEvent:
+    """The event that a value's JSON ``fields`` hold; its data is NO_DATA where it has none. Raises InvalidCloudEvent."""
+    id = _checked_id(fields)
     content_type = fields.get("datacontenttype") or "application/json"
     if not isinstance(content_type, str):
-        raise Malformed("the attribute datacontenttype is not a string")
+        raise InvalidCloudEvent("the attribute datacontenttype is not a string")
     if fields.get("data_base64") is None:
         return CloudEvent(id, _media_type(content_type), fields.get("data", NO_DATA))
     if fields.get("data") is not None:
-        raise Malformed("the event has both data and data_base64")
+        raise InvalidCloudEvent("the event has both data and data_base64")
     try:
         data = base64.b64decode(fields["data_base64"], validate=True)
     except (TypeError, ValueError, binascii.Error):
-        raise Malformed("data_base64 is not Base64") from None
+        raise InvalidCloudEvent("data_base64 is not Base64") from None
     return CloudEvent(id, _media_type(content_type), data)
 
 
@@ -96,7 +100,10 @@ def is_text(media_type: str) -> bool:
 
 
 def end_of_data(value: bytes) -> int:
-    """Where the last brace of the object ``data`` is, in a structured event; of several the last, as readers of JSON do."""
+    """The offset of the brace that closes the object ``data`` of a structured event.
+
+    Where the name ``data`` stands there several times, it is the last one's, as readers of JSON have it.
+    """
     depth, end = 0, -1
     is_data = False
     name = b""
@@ -117,12 +124,12 @@ def end_of_data(value: bytes) -> int:
 
 
 def source_of(group_id: str) -> bytes:
-    """The attribute ``source`` of a group's results: a URI reference."""
+    """The attribute ``source`` of the results of a consumer group: a URI reference."""
     return f"/sentiment-worker/{quote(group_id, safe='')}".encode()
 
 
 def without_attributes(headers: Headers) -> list[tuple[str, bytes | None]]:
-    """The headers of a record without content type and without the attributes of the event that it may be."""
+    """A record's headers without the content type, and without most attributes of the event that it may be."""
     return [
         header
         for header in headers
@@ -130,8 +137,8 @@ def without_attributes(headers: Headers) -> list[tuple[str, bytes | None]]:
     ]
 
 
-def attributes(id: str, source: bytes, subject: str, time: str) -> list[tuple[str, bytes | None]]:
-    """The headers of a result in binary mode. A subject may not be empty."""
+def result_headers(id: str, source: bytes, subject: str, time: str) -> list[tuple[str, bytes | None]]:
+    """The headers that make a result a CloudEvent in binary mode. An empty subject is left out, for it may not be empty."""
     headers: list[tuple[str, bytes | None]] = [
         ("ce_specversion", VERSION.encode()),
         ("ce_id", id.encode()),
@@ -145,21 +152,21 @@ def attributes(id: str, source: bytes, subject: str, time: str) -> list[tuple[st
     return headers
 
 
-def _checked(attributes: dict[str, Any]) -> str:
-    """The id of an event whose required attributes are all there."""
+def _checked_id(attributes: dict[str, Any]) -> str:
+    """The id of an event that has all required attributes. Raises InvalidCloudEvent."""
     if attributes.get("specversion") != VERSION:
-        raise Malformed(f"the attribute specversion is not {VERSION}")
+        raise InvalidCloudEvent(f"the attribute specversion is not {VERSION}")
     for name in ("id", "source", "type"):
         if not isinstance(attributes.get(name), str) or not attributes[name]:
-            raise Malformed(f"the attribute {name} is missing or empty")
+            raise InvalidCloudEvent(f"the attribute {name} is missing or empty")
     id: str = attributes["id"]
     return id
 
 
 def _content_type(headers: Headers) -> str:
-    """The last one, if it is named at all."""
-    found = [value for name, value in headers if name in _CONTENT_TYPES and value]
-    return found[-1].decode(errors="replace") if found else ""
+    """The last content type of the headers; empty where there is none."""
+    values = [value for name, value in headers if name in _CONTENT_TYPES and value]
+    return values[-1].decode(errors="replace") if values else ""
 
 
 def _media_type(content_type: str) -> str:
@@ -172,4 +179,4 @@ def _text(value: bytes | None) -> str | None:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise Malformed("an attribute is not UTF-8") from None
+        raise InvalidCloudEvent("an attribute is not UTF-8") from None

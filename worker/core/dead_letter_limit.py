@@ -1,4 +1,4 @@
-"""When dead letters are a flood rather than an exception: their share of the newest records. Pure."""
+"""The limit on dead letters: it is exceeded where their share of the newest records is too large. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ class TooManyDeadLetters(Exception):
 
 
 class DeadLetterLimit:
-    """Looks at each micro-batch before any of it is published; another one at what has been published, for what was refused.
+    """Watches the share of dead letters among the newest records.
 
-    The window is the newest micro-batches that together have at least ``window`` records; before there are so many, nothing
-    is judged. ``limit`` is the share of dead letters, 0 to 1, at which it is a flood; 0: never.
+    ``limit`` is the share, from 0 to 1, at which ``observe`` raises; with 0 it never does. The newest records are those of
+    the newest micro-batches that together have at least ``window`` records; before there are so many, it does not raise.
     """
 
     def __init__(self, *, limit: float, window: int) -> None:
@@ -24,28 +24,31 @@ class DeadLetterLimit:
         self._records = 0
         self._reasons: Counter[Reason] = Counter()
 
-    def look_at(self, records: int, reasons: Mapping[Reason, int]) -> None:
-        """Looks at so many more records, and how many of them fail for which reason. Raises TooManyDeadLetters."""
+    def observe(self, records: int, reasons: Mapping[Reason, int]) -> None:
+        """Takes the size of one more micro-batch, and how many of its records fail for each reason.
+
+        Raises TooManyDeadLetters where the limit is reached.
+        """
         if not self._limit:
             return
         self._add(records, Counter(reasons))
         while self._batches and self._records - self._batches[0][0] >= self._window:
-            self._forget_oldest()
+            self._remove_oldest()
         failed = self._reasons.total()
         if self._records >= self._window and failed >= self._limit * self._records:
-            raise TooManyDeadLetters(self._sentence(failed))
+            raise TooManyDeadLetters(self._message(failed))
 
     def _add(self, records: int, reasons: Counter[Reason]) -> None:
         self._batches.append((records, reasons))
         self._records += records
         self._reasons += reasons
 
-    def _forget_oldest(self) -> None:
+    def _remove_oldest(self) -> None:
         records, reasons = self._batches.popleft()
         self._records -= records
         self._reasons -= reasons
 
-    def _sentence(self, failed: int) -> str:
+    def _message(self, failed: int) -> str:
         (reason, times), *_ = self._reasons.most_common(1)
         return (
             f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "

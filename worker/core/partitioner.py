@@ -1,4 +1,4 @@
-"""Which output partition a record goes to: Kafka's default partitioner, for many records at once. Pure; numpy alone."""
+"""Kafka's default partitioner, for many records at once: which output partition a record goes to. Pure."""
 
 from collections.abc import Sequence
 from itertools import compress
@@ -11,15 +11,15 @@ SEED: Final = np.uint32(0x9747B28C)
 FACTOR: Final = np.uint32(0x5BD1E995)
 WORD: Final = 4
 POSITIVE: Final = np.uint32(0x7FFFFFFF)
-LONGEST_TOGETHER: Final = 256  # bytes: keys are padded to the longest of those that are hashed together
+MAX_PADDED_BYTES: Final = 256  # keys are padded to the longest one; longer keys are hashed one by one
 
 Hashes = NDArray[np.uint32]
 
 
 def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partitions: int) -> Hashes:
-    """The output partitions of N records, shape (N,), each below ``partitions``.
+    """The output partitions of N records, shape (N,): murmur2 of the key modulo ``partitions``.
 
-    By murmur2 of the key; where that is null, the input partition modulo the output's partitions.
+    Where the key is null, it is the record's input partition, of ``origins``, modulo ``partitions``.
     """
     hashes = murmur2([key or b"" for key in keys] if None in keys else keys) & POSITIVE  # type: ignore[arg-type]
     if None in keys:
@@ -28,20 +28,18 @@ def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partiti
 
 
 def murmur2(keys: Sequence[bytes]) -> Hashes:
-    """The hash of each, as Kafka's Java client has it, unsigned."""
+    """The hashes of N keys, unsigned, shape (N,), as Kafka's Java client computes them."""
     lengths = np.fromiter(map(len, keys), np.int64, len(keys))
-    if len(keys) and lengths.max() <= LONGEST_TOGETHER:
-        return _together(keys, lengths)
     hashes = np.empty(len(keys), np.uint32)
-    is_short = lengths <= LONGEST_TOGETHER
-    hashes[is_short] = _together(list(compress(keys, is_short)), lengths[is_short])
+    is_short = lengths <= MAX_PADDED_BYTES
+    hashes[is_short] = _hash_padded(list(compress(keys, is_short)), lengths[is_short])
     for place in np.flatnonzero(~is_short).tolist():
-        hashes[place] = _together([keys[place]], lengths[place : place + 1])[0]
+        hashes[place] = _hash_padded([keys[place]], lengths[place : place + 1])[0]
     return hashes
 
 
-def _together(keys: Sequence[bytes], lengths: NDArray[np.int64]) -> Hashes:
-    """A column of words after the other, for all keys that reach so far."""
+def _hash_padded(keys: Sequence[bytes], lengths: NDArray[np.int64]) -> Hashes:
+    """The same for keys of similar length: all are hashed at once, four bytes after four bytes."""
     if not len(keys):
         return np.empty(0, np.uint32)
     columns = int(lengths.max()) // WORD + 1

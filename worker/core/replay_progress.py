@@ -1,7 +1,7 @@
-"""What of one partition of dead letters has been replayed already, by offset and reason. Pure.
+"""Which dead letters of a partition have been replayed already, by offset and reason. Pure.
 
-A replay of some reasons or of some time leaves gaps, which a later one may fill: an offset to resume from does not say
-enough. What goes beyond it is kept as spans in the commit's metadata.
+A replay of some reasons, or of some time, leaves gaps that a later one may fill. So the committed offset alone does not say
+what has been done; what has been done beyond it is kept as ranges of offsets in the commit's metadata.
 """
 
 import re
@@ -9,93 +9,95 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Final
 
-Span = tuple[int, int]  # from an offset to before another
+OffsetRange = tuple[int, int]
+"""From the first offset to before the second."""
 
-EVERY: Final = "*"  # whatever the reason
-METADATA_BYTES: Final = 4_000  # a broker takes 4,096
-_STATE: Final = re.compile(r"(?:[a-z0-9_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
-# Earlier versions read no state that has a digit in a reason: 0 to 9 are written as *a to *j
-_WITHOUT_DIGITS: Final = str.maketrans({str(digit): f"*{letter}" for digit, letter in enumerate("abcdefghij")})
-_DIGIT: Final = re.compile(r"\*([a-j])")
-
-
-class TooManySpans(Exception):
-    """The state no longer fits into a commit."""
+ANY_REASON: Final = "*"
+MAX_METADATA_BYTES: Final = 4_000  # a broker takes 4,096
+_METADATA: Final = re.compile(r"(?:[a-z0-9_*]+=\d+-\d+(?:,\d+-\d+)*(?:;|$))*")
+# Earlier versions read no metadata with a digit in a reason, so 0 to 9 are written as *a to *j.
+_ESCAPES: Final = str.maketrans({str(digit): f"*{letter}" for digit, letter in enumerate("abcdefghij")})
+_ESCAPED_DIGIT: Final = re.compile(r"\*([a-j])")
 
 
-class Replayed:
-    """Everything before ``offset`` has been done, and of ``spans``' reasons what lies in their spans."""
+class ProgressTooLarge(Exception):
+    """The ranges no longer fit into a commit's metadata."""
 
-    def __init__(self, offset: int, spans: Mapping[str, Iterable[Span]] | None = None) -> None:
+
+class ReplayProgress:
+    """What has been replayed of one partition: everything before ``offset``, and the ranges of each reason."""
+
+    def __init__(self, offset: int, ranges: Mapping[str, Iterable[OffsetRange]] | None = None) -> None:
         self.offset = offset
-        self._spans = {reason: sorted(of_reason) for reason, of_reason in (spans or {}).items()}
+        self._ranges = {reason: sorted(of_reason) for reason, of_reason in (ranges or {}).items()}
         self._tidy()
 
     @classmethod
-    def read(cls, offset: int, metadata: str) -> "Replayed":
-        """From a commit. Metadata that is not of ``metadata`` counts as none."""
-        spans: dict[str, list[Span]] = {}
-        if _STATE.fullmatch(metadata):
+    def read(cls, offset: int, metadata: str) -> "ReplayProgress":
+        """The progress that a commit holds. Metadata that ``metadata`` would not write counts as none."""
+        ranges: dict[str, list[OffsetRange]] = {}
+        if _METADATA.fullmatch(metadata):
             for of_reason in filter(None, metadata.split(";")):
                 reason, _, listed = of_reason.partition("=")
                 if any(map(str.isdigit, reason)):
-                    continue  # of a version that took such dead letters for none, and never sent them
-                pairs = (span.split("-") for span in listed.split(","))
-                reason = _DIGIT.sub(lambda letter: str(ord(letter[1]) - ord("a")), reason)
-                spans[reason] = [(int(begin), int(end)) for begin, end in pairs]
-        return cls(offset, spans)
+                    continue  # an earlier version wrote it, which did not send such dead letters
+                reason = _ESCAPED_DIGIT.sub(lambda letter: str(ord(letter[1]) - ord("a")), reason)
+                pairs = (pair.split("-") for pair in listed.split(","))
+                ranges[reason] = [(int(begin), int(end)) for begin, end in pairs]
+        return cls(offset, ranges)
 
     def metadata(self) -> str:
-        """The spans, for the commit of ``offset``. Raises TooManySpans."""
+        """The ranges, for the commit of ``offset``. Raises ProgressTooLarge."""
         text = ";".join(
-            f"{reason.translate(_WITHOUT_DIGITS)}={','.join(f'{begin}-{end}' for begin, end in spans)}"
-            for reason, spans in self._spans.items()
+            f"{reason.translate(_ESCAPES)}={','.join(f'{begin}-{end}' for begin, end in ranges)}"
+            for reason, ranges in self._ranges.items()
         )
-        if len(text) > METADATA_BYTES:
-            raise TooManySpans
+        if len(text) > MAX_METADATA_BYTES:
+            raise ProgressTooLarge
         return text
 
     def has(self, offset: int, reason: str) -> bool:
-        """Whether the dead letter at an offset has been done."""
+        """Whether the dead letter at an offset, which has this reason, has been replayed."""
         if offset < self.offset:
             return True
-        spans = [*self._spans.get(reason, ()), *self._spans.get(EVERY, ())]
-        return any(begin <= offset < end for begin, end in spans)
+        ranges = [*self._ranges.get(reason, ()), *self._ranges.get(ANY_REASON, ())]
+        return any(begin <= offset < end for begin, end in ranges)
 
     def add(self, begin: int, end: int, reasons: Iterable[str] = (), kept_back: Iterable[int] = ()) -> None:
-        """Dead letters from ``begin`` to before ``end`` are done: those of these reasons, or all.
+        """Adds the dead letters from ``begin`` to before ``end``, those of the given reasons or else all.
 
-        Not so what is at the offsets ``kept_back``.
+        The offsets ``kept_back`` are left out.
         """
         edges = [begin - 1, *sorted(kept_back), end]
-        for reason in tuple(reasons) or (EVERY,):
-            self._spans.setdefault(reason, []).extend((before + 1, after) for before, after in pairwise(edges))
+        for reason in tuple(reasons) or (ANY_REASON,):
+            self._ranges.setdefault(reason, []).extend((before + 1, after) for before, after in pairwise(edges))
         self._tidy()
 
     def forget_before(self, offset: int) -> None:
-        """Dead letters before ``offset`` are gone from the topic."""
+        """Dead letters before ``offset`` are gone from the topic, so that nothing needs to be known about them."""
         self.offset = max(self.offset, offset)
         self._tidy()
 
     def _tidy(self) -> None:
-        for begin, end in joined(self._spans.get(EVERY, ())):
+        """Moves ``offset`` on where it can be, and keeps only ranges beyond it, as few as can be."""
+        for begin, end in merge(self._ranges.get(ANY_REASON, ())):
             if begin <= self.offset:
                 self.offset = max(self.offset, end)
-        trimmed = {
-            reason: joined((max(begin, self.offset), end) for begin, end in spans if end > self.offset)
-            for reason, spans in self._spans.items()
+        beyond = {
+            reason: merge((max(begin, self.offset), end) for begin, end in ranges if end > self.offset)
+            for reason, ranges in self._ranges.items()
         }
-        self._spans = {reason: spans for reason, spans in sorted(trimmed.items()) if spans}
+        self._ranges = {reason: ranges for reason, ranges in sorted(beyond.items()) if ranges}
 
 
-def joined(spans: Iterable[Span]) -> list[Span]:
-    """The same offsets in as few spans as can be, in order."""
-    found: list[Span] = []
-    for begin, end in sorted(spans):
+def merge(ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
+    """The same offsets in as few ranges as possible, in order."""
+    merged: list[OffsetRange] = []
+    for begin, end in sorted(ranges):
         if begin >= end:
             continue
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
-            found.append((begin, end))
-    return found
+            merged.append((begin, end))
+    return merged

@@ -1,15 +1,16 @@
-"""The card's arithmetic: logits → probabilities → label and score. Pure; numpy alone.
+"""The arithmetic of the model card: from logits to probabilities, and from these to a label and a score. Pure.
 
-Source: the model card of cointegrated/rubert-tiny-sentiment-balanced. Probabilities are the sigmoid of each logit (not a
+The card is that of cointegrated/rubert-tiny-sentiment-balanced. Probabilities are the sigmoid of each logit (not a
 softmax, whatever the checkpoint's ``problem_type`` suggests), the label is that of the largest, and the score is
 ``probabilities · [-1, 0, 1]``.
 """
 
-from itertools import repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from worker.core.events import named_tuples
 
 Label = Literal["negative", "neutral", "positive"]
 Activation = Literal["sigmoid", "softmax"]
@@ -20,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 class Sentiment(NamedTuple):
-    """What the model says of one text. Probabilities are in the order of LABELS; the score is from -1 to 1."""
+    """The sentiment of one text. Probabilities are in the order of LABELS; the score is from -1 to 1."""
 
     label: Label
     score: float
@@ -28,7 +29,7 @@ class Sentiment(NamedTuple):
 
 
 def to_probabilities(logits: NDArray[np.floating], activation: Activation = "sigmoid") -> Floats:
-    """Logits, any shape whose last axis is LABELS, to probabilities of the same shape, in float64."""
+    """Probabilities of logits, in float64. Both have the same shape, whose last axis has the order of LABELS."""
     wide = np.asarray(logits, dtype=np.float64)
     if activation == "softmax":
         powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
@@ -39,24 +40,23 @@ def to_probabilities(logits: NDArray[np.floating], activation: Activation = "sig
 
 
 def to_scores(probabilities: Floats) -> Floats:
-    """Probabilities (…, 3) to scores (…) from -1, very negative, to 1, very positive."""
+    """Scores (…) of probabilities (…, 3), from -1, very negative, to 1, very positive."""
     return probabilities[..., 2] - probabilities[..., 0]
 
 
 def to_labels(probabilities: Floats) -> list[Label | None]:
-    """Probabilities (N, 3) to N labels; None for a row with NaN."""
+    """The N labels of probabilities (N, 3); None for a row with NaN."""
     best = np.where(np.isnan(probabilities).any(axis=-1), -1, probabilities.argmax(axis=-1))
     return [None if label < 0 else LABELS[label] for label in best.tolist()]
 
 
 def to_sentiments(logits: NDArray[np.floating], activation: Activation = "sigmoid") -> list[Sentiment | None]:
-    """Logits (N, 3) to N sentiments; None where a logit is not finite, for that is no answer."""
+    """The N sentiments of logits (N, 3); None where a logit is not finite."""
     finite = np.isfinite(logits).all(axis=-1)
     probabilities = to_probabilities(np.where(finite[:, None], logits, 0.0), activation)
     labels = map(LABELS.__getitem__, probabilities.argmax(axis=-1).tolist())
-    rows = zip(*probabilities.T.tolist(), strict=True)
-    columns = zip(labels, to_scores(probabilities).tolist(), rows, strict=True)
-    sentiments: list[Sentiment | None] = list(map(tuple.__new__, repeat(Sentiment), columns))
+    of_texts = zip(*probabilities.T.tolist(), strict=True)
+    sentiments: list[Sentiment | None] = [*named_tuples(Sentiment, labels, to_scores(probabilities).tolist(), of_texts)]
     for place in np.flatnonzero(~finite).tolist():
         sentiments[place] = None
     return sentiments

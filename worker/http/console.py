@@ -20,8 +20,10 @@ import orjson
 from aiohttp import web
 from pydantic import SecretStr
 
-from worker.core.events import Decoder, Event, Failure, Record, age_s
+from worker.core.decoder import Decoder
+from worker.core.events import Event, Failure, Record
 from worker.core.sentiment import Sentiment
+from worker.core.timestamps import age_s
 from worker.runtime.tasks import cancelled, within
 from worker.settings import Settings
 from worker.telemetry.health import Health

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from aiokafka import TopicPartition
 
-from worker.kafka.reader import Record
+from worker.kafka.reader import FetchedRecord
 from worker.telemetry.metrics import Metrics
 
 
@@ -56,7 +56,7 @@ class Assignment:
         return self.delivered is not None and self.acknowledged == self.delivered
 
 
-Chunk = tuple[Assignment, list[Record]]
+Chunk = tuple[Assignment, list[FetchedRecord]]
 
 
 class Assignments(dict[TopicPartition, Assignment]):

@@ -6,10 +6,9 @@ from typing import Protocol
 
 from aiokafka import TopicPartition
 
-from worker.core.events import Failure
+from worker.core.events import Failure, Record
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
-from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord, Sink
 
 

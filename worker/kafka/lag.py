@@ -16,7 +16,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from worker.core.events import age_s
+from worker.core.timestamps import age_s
 from worker.kafka.aiokafka_compat import knows_topic
 from worker.kafka.assignment import Assignment, Assignments, partition_names
 from worker.kafka.connection import Connection, unreachable

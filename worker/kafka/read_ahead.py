@@ -7,7 +7,7 @@ from typing import Final
 
 from worker.core.batching import MicroBatcher
 from worker.kafka.assignment import Assignment, Chunk
-from worker.kafka.reader import Record
+from worker.kafka.reader import FetchedRecord
 from worker.runtime.tasks import within
 from worker.telemetry.metrics import Metrics
 
@@ -30,7 +30,7 @@ class ReadAhead:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batcher: MicroBatcher[Assignment, Record] = MicroBatcher(max_batch_texts, linger_s)
+        self._batcher: MicroBatcher[Assignment, FetchedRecord] = MicroBatcher(max_batch_texts, linger_s)
         self._capacity = 2 * max_batch_texts
         self._metrics = metrics
         self._clock = clock
@@ -60,7 +60,7 @@ class ReadAhead:
         self._has_ended = True
         self._arrived.set()
 
-    def add(self, assignment: Assignment, records: list[Record], now: float) -> None:
+    def add(self, assignment: Assignment, records: list[FetchedRecord], now: float) -> None:
         """Records of one partition, in the order of their offsets, that arrived at ``now`` by the clock."""
         self._batcher.add(assignment, records, now)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
@@ -100,7 +100,7 @@ class ReadAhead:
         return min(MAX_READ_RECORDS, max(MIN_READ_RECORDS, min(room, self._capacity // READS_PER_CAPACITY)))
 
     def _taken(self, now: float) -> list[Chunk]:
-        self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest() or now))
+        self._metrics.stage_seconds["wait"].observe(now - (self._batcher.oldest_arrival() or now))
         chunks = self._batcher.take()
         for assignment, records in chunks:
             assignment.under_way += len(records)

@@ -21,13 +21,13 @@ from worker.core.events import Headers
 from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
 
 
-class Record(NamedTuple):
-    """A record as it was read. ``timestamp`` in ms since 1970; negative, or None in the oldest format, for none."""
+class FetchedRecord(NamedTuple):
+    """A record as it was read. The timestamp is in ms since 1970; negative, or None in the oldest format, for none."""
 
     topic: str
     partition: int
     offset: int
-    timestamp: int
+    timestamp: int | None
     key: bytes | None
     value: bytes | None
     headers: Headers
@@ -45,7 +45,7 @@ class Reader:
         if fetcher is not None and isinstance(getattr(fetcher, "_records", None), OrderedDict):
             self._fetched = fetcher._records = Fetched(budget)
 
-    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Record]:
+    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[FetchedRecord]:
         """The next records of a partition; none after so many ms. Raises what ``getmany`` raises.
 
         ``limit`` says, once they are there, how many are taken at most. The consumer's position has moved past them, and
@@ -53,11 +53,12 @@ class Reader:
         """
         if self._fetched is None:  # another aiokafka than we know: its own records will do
             fetched = await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit())
-            records: list[Record] = fetched.get(tp, [])
+            records: list[FetchedRecord] = fetched.get(tp, [])
             return records
         self._fetched.limits[tp] = limit
         while True:
-            runs: list[list[Record]] = (await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=1)).get(tp)
+            fetched = await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=1)
+            runs: list[list[FetchedRecord]] = fetched.get(tp)
             if not runs or runs[0]:
                 return runs[0] if runs else []
             waits_for = self._fetched.runs(tp)
@@ -116,9 +117,9 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         # By a proxy, for an iterator that holds its owner is a reference cycle: one that is dropped unread stays long
         self._records_iterator = Runs._runs(weakref.proxy(self))  # type: ignore[arg-type]
 
-    def __next__(self) -> list[Record]:
+    def __next__(self) -> list[FetchedRecord]:
         try:
-            run: list[Record] = super().__next__()
+            run: list[FetchedRecord] = super().__next__()
         except (AssertionError, UnsupportedCodecError) as error:  # of formats that no broker of today takes
             raise CorruptRecordException(f"{error} - {self._tp}") from error
         return run
@@ -141,8 +142,8 @@ class Runs(PartitionRecords):  # type: ignore[misc]
             self.close()  # the thread goes on, and takes the batch's first record
             raise
 
-    def _runs(self) -> Iterator[list[Record]]:
-        run: list[Record] = []
+    def _runs(self) -> Iterator[list[FetchedRecord]]:
+        run: list[FetchedRecord] = []
         limit = self._limits[self._tp]()
         held = 0  # by the batches of this run
         while self._records.has_next():
@@ -193,7 +194,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
                 return False
         return not batch.is_control_batch
 
-    def _rows(self, records: list[Any]) -> list[Record]:
+    def _rows(self, records: list[Any]) -> list[FetchedRecord]:
         position = self.next_fetch_offset
         if records[0].offset < position:
             records = [record for record in records if record.offset >= position]
@@ -203,7 +204,7 @@ class Runs(PartitionRecords):  # type: ignore[misc]
         new = tuple.__new__
         return [
             new(
-                Record,
+                FetchedRecord,
                 (
                     topic,
                     partition,

@@ -48,11 +48,11 @@ class TopicIdentity:
 
     def of(self, topic: str) -> str:
         """The topic's id, empty if the brokers have none."""
-        return self._topic_ids.of(topic)
+        return self._topic_ids.get(topic)
 
     def ask_again(self, topics: Iterable[str]) -> None:
         """Which topics these are is no longer certain."""
-        self._topic_ids.ask_again(topics)
+        self._topic_ids.invalidate(topics)
 
     async def watch(self, consumer: Consumer) -> None:
         """Compares the ids of the topics that are read, until it is cancelled. Raises TopicRecreated.
@@ -63,7 +63,7 @@ class TopicIdentity:
             await asyncio.sleep(TOPIC_IDS_INTERVAL_S)
             topics = {tp.topic for tp in self._assignments}
             with contextlib.suppress(*UNREACHABLE):  # the lag watcher reports it
-                self._topic_ids.note(await consumer.topic_ids(topics) if topics else {})
+                self._topic_ids.update(await consumer.topic_ids(topics) if topics else {})
 
     async def identify(self, tp: TopicPartition, *, anew: bool = False) -> None:
         """Waits until it is certain which topic has this name. One request serves all topics that are read.
@@ -72,16 +72,16 @@ class TopicIdentity:
         """
         topic = tp.topic
         if anew:
-            self._topic_ids.ask_again([topic])
-        while not self._topic_ids.is_certain(topic):
+            self._topic_ids.invalidate([topic])
+        while not self._topic_ids.is_confirmed(topic):
             async with self._identifying:
-                if self._topic_ids.is_certain(topic):
+                if self._topic_ids.is_confirmed(topic):
                     return
                 answer = await self._consumer.live.topic_ids({topic, *(tp.topic for tp in self._assignments)})
-                self._topic_ids.note(answer)
+                self._topic_ids.update(answer)
                 if topic not in answer:
                     raise UnknownTopicOrPartitionError  # for a moment
-                if not self._topic_ids.is_certain(topic):
+                if not self._topic_ids.is_confirmed(topic):
                     self._report_disagreement(tp)
                     await asyncio.sleep(TOPIC_IDS_DOUBT_S)
 
@@ -99,15 +99,15 @@ class TopicIdentity:
                 await asyncio.sleep(TOPIC_IDS_DOUBT_S)
                 agreed = await self._consumer.live.agreed_topic_id(topic)
                 if agreed is not None:
-                    self._topic_ids.note({topic: agreed})
-                if agreed is not None and self._topic_ids.is_certain(topic):
+                    self._topic_ids.update({topic: agreed})
+                if agreed is not None and self._topic_ids.is_confirmed(topic):
                     self._confirmed[topic] += 1
                 else:
                     self._report_disagreement(tp)
 
     def offset_of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
-        if not is_of(self._topic_ids.of(tp.topic), committed.metadata):
+        if not is_of(self._topic_ids.get(tp.topic), committed.metadata):
             self._metrics.offset_resets.inc()
             log.warning(
                 "the input topic was deleted and made again since this offset was committed: it counts as none"

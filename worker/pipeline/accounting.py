@@ -56,7 +56,7 @@ class Accounting:
             new += some[bisect_left(some, counted, key=attrgetter("record.offset")) :]
             self._counted[tp] = max(counted, some[-1].record.offset + 1)
         try:
-            self._limit.look_at(len(new), Counter(o.failure.reason for o in new if o.failure))
+            self._limit.observe(len(new), Counter(o.failure.reason for o in new if o.failure))
         except TooManyDeadLetters as error:
             if is_refused:
                 self._error = error

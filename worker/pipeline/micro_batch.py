@@ -5,10 +5,9 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from worker.core.events import Decoded, Event, Failure, Reason
+from worker.core.events import Decoded, Event, Failure, Reason, Record
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
-from worker.kafka.reader import Record
 from worker.pipeline.inference import Job
 from worker.telemetry.tracing import Batch
 

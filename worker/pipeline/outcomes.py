@@ -5,11 +5,14 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import compress, repeat
 from typing import cast
 
-from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Null, Outgoing, dead_letter, iso_time, rows
+from worker.core.dead_letters import dead_letter
+from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Record, named_tuples
 from worker.core.sentiment import Sentiment
+from worker.core.timestamps import iso_time
 from worker.kafka.assignment import Chunk
 from worker.kafka.delivery import Outcome
-from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord
 from worker.pipeline.inference import Job
 from worker.pipeline.micro_batch import Part
@@ -83,7 +86,7 @@ class Outcomes:
             sentiments = cast("list[Sentiment]", answers)
             results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
             if set(map(type, results)) == {Outgoing}:
-                producer_records = rows(
+                producer_records = named_tuples(
                     ProducerRecord,
                     repeat(self._output_topic),
                     results,

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 
-from worker.core.events import Failure, Outgoing, Reason, dead_letter, smaller_dead_letters
+from worker.core.dead_letters import dead_letter, smaller_dead_letters
+from worker.core.events import Failure, Outgoing, Reason, Record
 from worker.kafka.delivery import Outcome
-from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord, Sink
 from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.tracing import Tracing

@@ -193,7 +193,7 @@ class Pipeline:
             if not batch.parts:
                 continue
             failures, new = batch.failures(), batch.beyond(self._seen)
-            self._dead_letter_limit.look_at(len(new), failures if len(new) == len(batch) else new.failures())
+            self._dead_letter_limit.observe(len(new), failures if len(new) == len(batch) else new.failures())
             for part in batch.parts:
                 async for outcomes in self._outcomes.of(part, batch.job):
                     await self._delivery.put(part.assignment, outcomes)

@@ -22,8 +22,9 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from worker.core.events import CLOCK_SKEW_S, LONGEST_AGE_S, Reason, Stage
+from worker.core.events import Reason, Stage
 from worker.core.sentiment import LABELS
+from worker.core.timestamps import MAX_AGE_S, MAX_CLOCK_SKEW_S
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
@@ -209,7 +210,7 @@ class Metrics:
             self.results_published.labels(label).inc(count)
         self.score.observe(scores)
         ages = np.asarray(seconds, dtype=float)
-        is_plausible = (ages >= -CLOCK_SKEW_S) & (ages <= LONGEST_AGE_S)
+        is_plausible = (ages >= -MAX_CLOCK_SKEW_S) & (ages <= MAX_AGE_S)
         self.implausible_timestamps.inc(len(ages) - int(is_plausible.sum()))
         self.end_to_end_seconds.observe(np.maximum(0.0, ages[is_plausible]))
 

@@ -179,7 +179,7 @@ async def test_nothing_is_read_while_the_topic_is_in_doubt_which_is_told(
         return dict.fromkeys(topics, "")
 
     monkeypatch.setattr(consumer, "topic_ids", none)  # neither one nor the other
-    stage.source._topic_identity._topic_ids.note({"t": OTHER_ID})
+    stage.source._topic_identity._topic_ids.update({"t": OTHER_ID})
     reason = "read: the brokers do not agree on which topic has the name t"
     await until(lambda: stage.health.why_not_ready() == reason)
     await asyncio.sleep(0.05)

@@ -1,0 +1,177 @@
+"""From a consumed record to the event in it, or to the reason why there is none. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from worker.core import cloudevents
+from worker.core.empty_text import is_empty, is_invisible
+from worker.core.events import ENRICHED_FIELD, ID_HEADER, Decoded, Event, Failure, Null, Record, place
+from worker.core.json_input import MAX_VALUES, MISSING, FieldPath, decode_failure, read_object, read_with_digits
+
+
+class Decoder:
+    """Finds the event in a record. The settings of the same names say where its text and its id are.
+
+    ``text_fields`` has, by topic, the path to the text where a topic has it elsewhere than at ``text_field``.
+    """
+
+    def __init__(
+        self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
+        max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None, on_null_text: str = "dead_letter",
+    ) -> None:  # fmt: skip
+        self._is_text = input_format == "text"
+        self._is_enriched = output_mode == "enrich"
+        self._text_path = FieldPath(text_field)
+        self._text_paths = {topic: FieldPath(field) for topic, field in (text_fields or {}).items()}
+        self._id_path = FieldPath(id_field)
+        self._max_text_chars = max_text_chars
+        self._skips_null_text = on_null_text == "skip"
+
+    def decode(self, record: Record) -> Decoded:
+        """The event in a record, or why there is none. It never raises, whatever the record holds."""
+        value = record.value
+        if value is None:
+            return Null.SKIPPED if record.key is None else Null.TOMBSTONE
+        headers = record.headers
+        if headers and (mode := cloudevents.mode(headers)):
+            return self._decode_cloud_event(record, value, mode)
+        if self._is_text:
+            return self._decode_text(record, value)
+        fields = read_object(value)
+        if isinstance(fields, Failure):
+            return fields
+        text = self._text_in(record.topic, fields)
+        return Event(self._id(record, value, fields), text) if isinstance(text, str) else text
+
+    def decode_all(self, records: Sequence[Record]) -> list[Decoded]:
+        """What ``decode`` answers for each of N records; for usual ones in less time."""
+        if self._is_text:
+            return list(map(self.decode, records))
+        return [self._usual_event(record) or self.decode(record) for record in records]
+
+    def id_of(self, record: Record) -> str:
+        """The id of a record's event, whatever else is wrong with the record. It never raises."""
+        value = record.value
+        if value is not None and (mode := cloudevents.mode(record.headers)):
+            event = _cloud_event(record, value, mode)
+            return _id_from_record(record) if isinstance(event, Failure) else event.id
+        if value is None or self._is_text:
+            return _id_from_record(record)
+        fields = read_object(value)
+        return _id_from_record(record) if isinstance(fields, Failure) else self._id(record, value, fields)
+
+    def _usual_event(self, record: Record) -> Event | None:
+        """What ``decode`` answers for a JSON object with an id of its own, where nothing is unusual; else None."""
+        value, headers = record.value, record.headers
+        if value is None or len(value) > MAX_VALUES or (headers and cloudevents.mode(headers)):
+            return None
+        try:
+            fields = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return None
+        if type(fields) is not dict or (self._is_enriched and ENRICHED_FIELD in fields):
+            return None
+        text = self._text_paths.get(record.topic, self._text_path).get(fields)
+        if type(text) is not str or not 0 < len(text) <= self._max_text_chars or is_invisible(text[0]):
+            return None
+        id = self._id_path.get(fields)
+        if type(id) is int and 0 < id < 2**63:
+            id = str(id)
+        return tuple.__new__(Event, (id, text)) if type(id) is str else None  # calling Event takes longer
+
+    def _decode_text(self, record: Record, value: bytes) -> Decoded:
+        try:
+            text = value.decode()
+        except UnicodeDecodeError as error:
+            return decode_failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}")
+        return self._refusal(text) or Event(_id_from_record(record), text)
+
+    def _decode_cloud_event(self, record: Record, value: bytes, mode: cloudevents.Mode) -> Decoded:
+        """Its data is read by its content type; where a binary event names none, as ``input_format`` says."""
+        event = _cloud_event(record, value, mode)
+        if isinstance(event, Failure):
+            return event
+        if event.data is cloudevents.NO_DATA:
+            return decode_failure("missing_text", "the event has no data")
+        if event.data is None and self._skips_null_text:
+            return Null.SKIPPED
+        is_text = cloudevents.is_text(event.media_type) if event.media_type else self._is_text
+        if is_text and not self._is_enriched:
+            return self._with_text(event.id, event.data)
+        if is_text or (self._is_enriched and mode == "structured" and type(event.data) is bytes):
+            return decode_failure("not_an_object", "the event's data is no JSON object, which output_mode enrich needs")
+        if event.media_type and not cloudevents.is_json(event.media_type):
+            return decode_failure("invalid_cloudevent", "the content type of the data is neither JSON nor text")
+        return self._with_fields(record, event.id, event.data)
+
+    def _with_text(self, id: str, data: Any) -> Decoded:
+        try:
+            text = data.decode() if type(data) is bytes else data
+        except UnicodeDecodeError as error:
+            return decode_failure("invalid_utf8", f"the data is not UTF-8 at byte {error.start}")
+        if type(text) is not str:
+            return decode_failure("text_not_string", "the event's data is not a string")
+        return self._refusal(text) or Event(id, text)
+
+    def _with_fields(self, record: Record, id: str, data: Any) -> Decoded:
+        fields = read_object(data) if type(data) is bytes else data
+        if isinstance(fields, Failure):
+            return fields
+        if type(fields) is not dict:
+            return decode_failure("not_an_object", "the event's data is no JSON object")
+        text = self._text_in(record.topic, fields)
+        return Event(id, text) if isinstance(text, str) else text
+
+    def _text_in(self, topic: str, fields: dict[str, Any]) -> str | Failure | Null:
+        """The text of an object; a failure where it cannot be scored, or not be enriched though that is wanted."""
+        path = self._text_paths.get(topic, self._text_path)
+        text = path.get(fields)
+        if type(text) is not str:
+            if self._skips_null_text and path.is_null(fields):
+                return Null.SKIPPED
+            if text is MISSING:
+                return decode_failure("missing_text", f"the object has no field {path}")
+            return decode_failure("text_not_string", f"the field {path} is not a string")
+        failure = self._refusal(text)
+        if failure is None and self._is_enriched and ENRICHED_FIELD in fields:
+            failure = decode_failure("field_exists", f"the object has a field {ENRICHED_FIELD} already")
+        return failure or text
+
+    def _refusal(self, text: str) -> Failure | None:
+        """Why a text cannot be scored; None where it can."""
+        if len(text) > self._max_text_chars:
+            return decode_failure("too_large", f"the text has {len(text)} characters, more than {self._max_text_chars}")
+        if is_empty(text):
+            return decode_failure("empty_text", "the text is empty, or of white space and invisible characters alone")
+        return None
+
+    def _id(self, record: Record, value: bytes, fields: dict[str, Any]) -> str:
+        """The id of the event whose JSON is ``value``, which holds ``fields``."""
+        id = self._id_path.get(fields)
+        if type(id) in (int, float) and (abs(id) >= 2**63 or (id == 0 and b"-0" in value)):
+            digits = self._id_path.get(read_with_digits(value))
+            id = digits if type(digits) is str else id
+        if type(id) is int:
+            return str(id)
+        return id if type(id) is str else _id_from_record(record)
+
+
+def _id_from_record(record: Record) -> str:
+    """The id of an event that has none of its own: that of its header, else its place."""
+    for name, value in record.headers:
+        if name == ID_HEADER and value:
+            return value.decode(errors="replace")
+    return place(record)
+
+
+def _cloud_event(record: Record, value: bytes, mode: cloudevents.Mode) -> cloudevents.CloudEvent | Failure:
+    try:
+        if mode == "binary":
+            return cloudevents.read_binary(record.headers, value)
+        cloudevents.check_format(record.headers)
+        fields = read_object(value)
+        return fields if isinstance(fields, Failure) else cloudevents.read_structured(fields)
+    except cloudevents.InvalidCloudEvent as error:
+        return decode_failure("invalid_cloudevent", str(error))
