@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from struct import Struct
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
+from worker.pipeline.result_cache import ResultCache, text_digest
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.threads import Thread, side_by_side
 from worker.telemetry.metrics import Metrics
@@ -88,48 +87,6 @@ class Job:
         self.truncated = [cuts[place] for place in self.places]
 
 
-class Cache:
-    """Results of the newest texts: at least half of ``size``, at most all. Keyed by digest, for texts may be long.
-
-    Two generations: what is asked for moves to the young one, and once that is half of all, it becomes the old one, and the
-    old one goes, an entry or two at a time. Unlike an order by last use, memory stays level once both have been full.
-    An entry is packed: Python's garbage collector would walk through tuples, tens of thousands at once after a backlog.
-    """
-
-    _entry = Struct("<B?4d")  # a label's place, whether the text was cut, the score and the probabilities
-
-    def __init__(self, size: int) -> None:
-        """Of ``size`` texts, 0 for none; as there are two generations, 1 is as 2."""
-        self.is_off = size == 0
-        self._half = max(1, size // 2)
-        self._young: dict[bytes, bytes] = {}
-        self._old: dict[bytes, bytes] = {}
-        self._going: dict[bytes, bytes] = {}
-
-    def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
-        entry = self._young.get(digest)
-        if entry is None:
-            entry = self._old.pop(digest, None)
-            if entry is None:
-                return None
-            self._keep(digest, entry)
-        label, truncated, score, *probabilities = self._entry.unpack(entry)
-        return Sentiment(LABELS[label], score, tuple(probabilities)), truncated
-
-    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
-        if not self.is_off:
-            self._old.pop(digest, None)
-            label, score, probabilities = sentiment
-            self._keep(digest, self._entry.pack(LABELS.index(label), truncated, score, *probabilities))
-
-    def _keep(self, digest: bytes, entry: bytes) -> None:
-        if len(self._young) >= self._half and digest not in self._young:
-            self._young, self._old, self._going = {}, self._young, self._old
-        self._young[digest] = entry
-        for _ in range(min(2, len(self._going))):  # all at once would hold up the event loop
-            self._going.popitem()
-
-
 class Inference:
     """Scores texts with one model. Use it from one event loop; nothing here blocks that loop.
 
@@ -146,7 +103,7 @@ class Inference:
         self._network = Thread("network")
         self._loader = Thread("loader")
         self._model: Model | None = None
-        self._cache = Cache(0)
+        self._cache = ResultCache(0)
         self._budget = 0
         self._lost: str | None = None  # why
         self._awaited: set[asyncio.Future[Any]] = set()
@@ -170,7 +127,7 @@ class Inference:
         model = await self._network.call(loader)
         self._budget = model.max_batch_tokens
         await self._network.call(self._warm_up, model)
-        self._model, self._cache = model, Cache(self._cache_size)
+        self._model, self._cache = model, ResultCache(self._cache_size)
         self._metrics.inference_succeeded(time.time(), model.memory_bytes())
         return model
 
@@ -182,7 +139,7 @@ class Inference:
         """
         model = await self._loader.call(lambda: _warmed(loader()))
         self._budget = model.max_batch_tokens
-        self._model, self._cache = model, Cache(self._cache_size)
+        self._model, self._cache = model, ResultCache(self._cache_size)
         return model
 
     def trouble(self) -> str | None:
@@ -241,7 +198,7 @@ class Inference:
         firsts: dict[bytes, int] = {}
         async for some in self.turn_budget.slices(texts):
             for text in some:
-                digest = _digest(text)
+                digest = text_digest(text)
                 entry = cache.get(digest)
                 if entry:
                     job.hits.append(entry)
@@ -393,10 +350,6 @@ def _warmed(model: Model) -> Model:
     if logits.shape != (1, len(LABELS)) or not np.isfinite(logits).all():
         raise ValueError("the model does not answer a known-good text with finite numbers")
     return model
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _name(error: BaseException) -> str:
