@@ -161,7 +161,7 @@ async def test_reading_is_answered(server: Server, path: str) -> None:
 
 async def test_a_brokers_words_reach_no_terminal_as_they_are() -> None:
     server = await Server().start()
-    server.health.trouble("kafka", "\x1b[2Jno\nready")
+    server.health.failing("kafka", "\x1b[2Jno\nready")
     answer = await server.ask("GET", "/readyz")
     await server.stop()
     assert (answer.status, answer.body) == (503, b"kafka: \\u001b[2Jno\\nready\n")

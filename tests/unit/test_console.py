@@ -197,7 +197,7 @@ async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.Cl
 async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
     server: Server, client: aiohttp.ClientSession
 ) -> None:
-    server.health.hold("model", "loading")
+    server.health.not_ready("model", "loading")
     async with client.get(server.url + "/events") as answer:
         kind, data = await message(answer)
         assert (kind, data["version"], data["not_ready"]["reason"]) == ("hello", "1.2.3", "model: loading")
@@ -234,14 +234,14 @@ async def test_why_and_for_how_long_the_worker_is_not_ready(server: Server) -> N
         return server.console._snapshot([], [])["not_ready"]
 
     assert not_ready_at(1) is None
-    server.health.hold("group", "not joined yet")
-    assert not_ready_at(2) == {"reason": "group: not joined yet", "for_s": 0, "is_trouble": False}
-    server.health.trouble("kafka", "no broker answers")
-    assert not_ready_at(62.5) == {"reason": "kafka: no broker answers", "for_s": 60, "is_trouble": True}
-    server.health.well("kafka")
-    server.health.well("group")
+    server.health.not_ready("group", "not joined yet")
+    assert not_ready_at(2) == {"reason": "group: not joined yet", "for_s": 0, "is_failing": False}
+    server.health.failing("kafka", "no broker answers")
+    assert not_ready_at(62.5) == {"reason": "kafka: no broker answers", "for_s": 60, "is_failing": True}
+    server.health.working("kafka")
+    server.health.working("group")
     assert not_ready_at(63) is None
-    server.health.trouble("kafka", "no broker answers")
+    server.health.failing("kafka", "no broker answers")
     assert not_ready_at(64)["for_s"] == 0
 
 

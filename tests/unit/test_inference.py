@@ -131,7 +131,7 @@ async def test_a_device_that_fails_a_known_good_text_is_lost(model: Model, kind:
         model.logits = lambda ids: np.zeros((1, 2), np.float32)  # type: ignore[method-assign]
     with pytest.raises(InferenceLost, match="known-good"):
         await answers(inference, ["один", "два"])
-    assert inference.trouble()
+    assert inference.why_not_alive()
 
 
 async def test_a_model_that_fails_while_it_warms_up_is_not_loaded(model: Model) -> None:
@@ -211,7 +211,7 @@ async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Mo
     try:
         with pytest.raises(InferenceLost, match=r"the network has not answered for more than 0\.2 s"):
             await asyncio.wait_for(answers(inference, ["zzz"]), 10)
-        assert inference.trouble()
+        assert inference.why_not_alive()
         with pytest.raises(InferenceLost):
             await asyncio.wait_for(inference.score(await inference.tokenize(["b"])), 10)
     finally:
@@ -241,7 +241,7 @@ async def test_loading_may_take_as_long_as_it_takes(model: Model) -> None:
 
     loading = asyncio.create_task(inference.load(slow))
     await asyncio.sleep(0.2)
-    assert inference.trouble() is None
+    assert inference.why_not_alive() is None
     proceed.set()
     await loading
 

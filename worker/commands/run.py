@@ -99,9 +99,9 @@ async def _left() -> set[asyncio.Future[Any]]:
 async def _run(settings: RunSettings) -> int:
     metrics = Metrics(worker_version())
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
-    health = Health(inference.trouble, when_ready=lambda: _tell_that_it_is_ready(settings, inference, metrics))
-    health.hold("model", "loading")
-    health.hold("group", "not joined yet")  # until the source says otherwise
+    health = Health(inference.why_not_alive, when_ready=lambda: _tell_that_it_is_ready(settings, inference, metrics))
+    health.not_ready("model", "loading")
+    health.not_ready("group", "not joined yet")  # until the source says otherwise
     reloader = Reloader(
         inference,
         metrics,
@@ -257,7 +257,7 @@ async def _load(settings: RunSettings, inference: Inference, metrics: Metrics, h
     gc.collect()
     gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
     _tell_of_model(model, metrics)
-    health.well("model")
+    health.working("model")
 
 
 async def _found_topics(
@@ -383,7 +383,7 @@ def _has_terminal() -> bool:
 
 def _drain(pipeline: Pipeline, health: Health) -> None:
     log.info("draining: no more records are taken")
-    health.hold("worker", "draining")
+    health.not_ready("worker", "draining")
     pipeline.drain()
 
 

@@ -209,7 +209,7 @@ class Console:
         if reason is None:
             return None
         since = self._now if self._not_ready_since is None else self._not_ready_since
-        return {"reason": reason, "for_s": int(self._now - since), "is_trouble": self._health.is_in_trouble()}
+        return {"reason": reason, "for_s": int(self._now - since), "is_failing": self._health.is_failing()}
 
     def _hello(self) -> bytes:
         """All that there is to see; rendered once a second at most."""

@@ -236,7 +236,7 @@ class Source:
         self._positions: dict[TopicPartition, int] = {}  # when the group was last joined again
         self._fruitless: Counter[TopicPartition] = Counter()  # times in a row that this has not moved it, with records
         self._placeless = 0  # sessions in a row in which no place to read from was found
-        health.hold("group", "not joined yet")
+        health.not_ready("group", "not joined yet")
 
     # For the pipeline.
 
@@ -304,7 +304,7 @@ class Source:
                 await self._session()
             except Rejoin as reason:
                 self._metrics.kafka_errors.labels("consume").inc()
-                self._health.trouble("group", f"joining the group again: {reason}")
+                self._health.failing("group", f"joining the group again: {reason}")
                 await backoff.wait()
 
     async def close(self, timeout_s: float) -> int:
@@ -442,14 +442,14 @@ class Source:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("connect").inc()
-                self._health.trouble("kafka", unreachable(self._connection, error))
+                self._health.failing("kafka", unreachable(self._connection, error))
                 await stopped(consumer, "consumer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
                 await stopped(consumer, "consumer", 5)
                 raise
             else:
-                self._health.well("kafka")
+                self._health.working("kafka")
                 if self._static_member:
                     self._static_member.guard(consumer)
                 return consumer
@@ -485,7 +485,7 @@ class Source:
         self._well(MEMBERSHIP)
         for tp in sorted(partitions):
             self._accept(tp)
-        self._health.well("group")
+        self._health.working("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
         exactly_once = self._transactions is not None
         is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
@@ -584,7 +584,7 @@ class Source:
         self._metrics.assigned_partitions.set(len(self._assignments))
         self._well(assignment.tp)
         if not self._assignments:
-            self._health.well("commit")
+            self._health.working("commit")
 
     def _repeat(self, records: int) -> None:
         """These records are published and not committed: the partition's next owner repeats them."""
@@ -629,7 +629,7 @@ class Source:
 
     def _well(self, who: Hashable) -> None:
         for part in ("kafka", "read"):
-            self._health.well(part, who)
+            self._health.working(part, who)
 
     def _judge(self, error: BaseException, who: Hashable) -> None:
         """Decides on a failed call: returns if the caller should try again, else raises Rejoin or WrongSetting.
@@ -637,9 +637,9 @@ class Source:
         Health shows the trouble for ``who``, a partition or MEMBERSHIP, until ``_well``, except what a watcher shows.
         """
         if isinstance(error, GroupAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)", who)
+            self._health.failing("read", f"no permission to read as group {self._group_id} (ACL)", who)
         elif isinstance(error, TopicAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read {', '.join(self._topics)} (ACL)", who)
+            self._health.failing("read", f"no permission to read {', '.join(self._topics)} (ACL)", who)
         elif isinstance(error, InvalidSessionTimeoutError):
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
@@ -658,7 +658,7 @@ class Source:
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
         elif not (isinstance(error, NOT_THE_COORDINATOR) or self._is_coordinator_away or who in self._lost):
-            self._health.trouble("kafka", unreachable(self._connection, error), who)
+            self._health.failing("kafka", unreachable(self._connection, error), who)
 
     async def _find_place(self, assignment: Assignment) -> None:
         await self._identify(assignment.tp)
@@ -743,7 +743,7 @@ class Source:
                     self._tell_of_doubt(tp)
 
     def _tell_of_doubt(self, tp: TopicPartition) -> None:
-        self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
+        self._health.failing("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
 
     def _of_this_topic(self, tp: TopicPartition, committed: OffsetAndMetadata) -> int | None:
         """A committed offset; None for none, or for one of another topic, which had this name before."""
@@ -912,9 +912,9 @@ class Source:
                 return True  # the group is rebalancing: the revocation decides
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("commit").inc()
-                self._health.trouble("commit", f"cannot commit offsets ({type(error).__name__})")
+                self._health.failing("commit", f"cannot commit offsets ({type(error).__name__})")
                 return False
-            self._health.well("commit")
+            self._health.working("commit")
             self._metrics.stage_seconds["commit"].observe(time.monotonic() - started)
             for assignment, offset, records in due:
                 assignment.committed = offset
@@ -952,17 +952,17 @@ class Source:
         if not is_answered and all(isinstance(error, UNANSWERED) for error in errors.values()):
             self._away_at = now
             if now - self._answered_at > LAG_TIMEOUT_S:
-                self._health.trouble("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
+                self._health.failing("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
             return  # single partitions add nothing
         self._answered_at = now
-        self._health.well("kafka", "lag")
+        self._health.working("kafka", "lag")
         if errors and now - self._away_at <= LAG_TIMEOUT_S:
             return  # the brokers are just back, and their leaders may not be
         self._lost = {tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)}
         if self._lost:  # who reads tells of a missing permission
-            self._health.trouble("partitions", _why_lost(self._lost))
+            self._health.failing("partitions", _why_lost(self._lost))
         else:
-            self._health.well("partitions")
+            self._health.working("partitions")
 
     async def _watch_group(self, answers: CoordinatorAnswers) -> None:
         """Tells health that the group's coordinator is away, or that a rebalance, in which nobody reads, takes long."""
@@ -972,17 +972,17 @@ class Source:
             now = self._clock()
             if answers.has_answered and now - answers.at <= patience_s:
                 self._is_coordinator_away = False
-                self._health.well("coordinator")
+                self._health.working("coordinator")
             elif not answers.is_joining and now - max(answers.at, self._away_at) > patience_s:
                 self._is_coordinator_away = True
-                self._health.trouble(
+                self._health.failing(
                     "coordinator", f"the coordinator of group {self._group_id} has not answered for {patience_s:g} s"
                 )
             since = self._rejoining_since
             is_rebalancing = answers.is_joining or self._revoking.locked()
             is_known_why = not is_rebalancing and now - answers.at > REJOINING_S  # the coordinator, or Kafka, is away
             if since is not None and not is_known_why and not self._is_stopping and now - since > REJOINING_S:
-                self._health.trouble("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
+                self._health.failing("group", f"rejoining for more than {REJOINING_S:g} s: a member is gone or busy")
 
     def _known_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
@@ -1015,7 +1015,7 @@ class Source:
         unpacks_since = self._unpacks_since(assignment, now)
         if unpacks_since is not None and now - unpacks_since > SILENCE_S:  # joining again would not make room
             why = f"{_name(assignment.tp)} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
-            self._health.trouble("read", why, assignment.tp)
+            self._health.failing("read", why, assignment.tp)
         if not lag or not assignment.is_idle() or not self._room.is_set() or unpacks_since is not None:
             assignment.heard_at = now
         elif now - assignment.heard_at > SILENCE_S:

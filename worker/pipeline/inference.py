@@ -142,7 +142,7 @@ class Inference:
         self._model, self._cache = model, ResultCache(self._cache_size)
         return model
 
-    def trouble(self) -> str | None:
+    def why_not_alive(self) -> str | None:
         """Why inference is not alive, or None if it is. Answers at once."""
         if self._lost:
             return self._lost
@@ -156,9 +156,9 @@ class Inference:
         """Looks after the threads until cancelled; from then on, calls that wait raise InferenceLost once one hangs."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 4))
-            trouble = self.trouble()
-            if trouble:
-                self._lose(trouble)
+            why = self.why_not_alive()
+            if why:
+                self._lose(why)
 
     async def tokenize(self, texts: Sequence[str]) -> Job:
         """Begins a job: looks N texts up in the cache and tokenizes the others. Raises InferenceLost."""
