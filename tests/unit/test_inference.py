@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from tests.support.waiting import wait_for
 from worker.core.sentiment import Activation, Sentiment
 from worker.model.sentiment_model import Tokens
-from worker.pipeline import inference as inference_module
-from worker.pipeline.inference import KNOWN_GOOD, Inference, InferenceLost, Job
+from worker.pipeline import model_runner
+from worker.pipeline.inference import Inference
+from worker.pipeline.inference_job import Job
+from worker.pipeline.model_runner import KNOWN_GOOD, FatalInferenceError
 from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.telemetry.metrics import Metrics
 
@@ -101,7 +103,7 @@ async def test_one_poison_text_costs_that_text_alone(model: Model) -> None:
     model.fault = only(lambda tokens: ord("☢") in tokens, RuntimeError("bad kernel"))
     job = await answers(inference, ["один", "два ☢", "три", "четыре"])
     assert [isinstance(answer, Sentiment) for answer in job.answers] == [True, False, True, True]
-    assert job.answers[1] == "the network failed: RuntimeError"
+    assert job.answers[1] == "the model failed: RuntimeError"
 
 
 async def test_logits_that_are_no_numbers_cost_their_text_alone(model: Model) -> None:
@@ -129,14 +131,14 @@ async def test_a_device_that_fails_a_known_good_text_is_lost(model: Model, kind:
         model.not_a_number = lambda tokens: True
     else:
         model.logits = lambda ids: np.zeros((1, 2), np.float32)  # type: ignore[method-assign]
-    with pytest.raises(InferenceLost, match="known-good"):
+    with pytest.raises(FatalInferenceError, match="known-good"):
         await answers(inference, ["один", "два"])
     assert inference.why_not_alive()
 
 
 async def test_a_model_that_fails_while_it_warms_up_is_not_loaded(model: Model) -> None:
     model.not_a_number = lambda tokens: True
-    with pytest.raises(InferenceLost):
+    with pytest.raises(FatalInferenceError):
         await Inference(Metrics("test")).load(lambda: model)
 
 
@@ -164,15 +166,15 @@ async def test_passes_run_side_by_side_and_answers_keep_their_places(model: Mode
 
 
 async def test_a_text_that_never_fits_into_memory_is_no_poison(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0))
+    monkeypatch.setattr(model_runner, "MEMORY_PATIENCE_S", (0, 0))
     inference = await loaded(model)
     model.fault = only(lambda tokens: len(tokens) > 50, OutOfMemoryError())
-    with pytest.raises(InferenceLost, match="out of memory for a single text of 60 tokens"):
+    with pytest.raises(FatalInferenceError, match="out of memory for a single text of 60 tokens"):
         await answers(inference, ["x" * 60, "good"])
 
 
 async def test_memory_that_a_neighbour_gives_back_is_waited_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0, 0))
+    monkeypatch.setattr(model_runner, "MEMORY_PATIENCE_S", (0, 0, 0))
     inference = await loaded(model)
     failures = [OutOfMemoryError(), OutOfMemoryError()]
 
@@ -191,7 +193,7 @@ async def test_a_micro_batch_that_fails_as_a_whole_is_the_device_s_fault(model: 
     inference = await loaded(model)
     good = [ord(letter) for letter in KNOWN_GOOD]
     model.not_a_number = lambda tokens: tokens != good
-    with pytest.raises(InferenceLost, match="all 8 texts of a micro-batch fail"):
+    with pytest.raises(FatalInferenceError, match="all 8 texts of a micro-batch fail"):
         await answers(inference, ["t" * length for length in range(1, 9)])
 
 
@@ -203,16 +205,16 @@ async def test_a_device_batch_ends_where_padding_costs_more_than_a_pass(model: M
     assert model.seen == [[10, 7], [6], [2]]
 
 
-async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
+async def test_a_model_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
     release = threading.Event()
     inference = await loaded(model, timeout_s=0.2)
     model.fault = lambda ids: release.wait(30) and None
     watching = asyncio.create_task(inference.watch())
     try:
-        with pytest.raises(InferenceLost, match=r"the network has not answered for more than 0\.2 s"):
+        with pytest.raises(FatalInferenceError, match=r"the model has not answered for more than 0\.2 s"):
             await asyncio.wait_for(answers(inference, ["zzz"]), 10)
         assert inference.why_not_alive()
-        with pytest.raises(InferenceLost):
+        with pytest.raises(FatalInferenceError):
             await asyncio.wait_for(inference.score(await inference.tokenize(["b"])), 10)
     finally:
         release.set()
@@ -282,7 +284,7 @@ async def test_the_model_is_owned_by_threads_of_its_own(model: Model) -> None:
     seen: set[str] = set()
     model.fault = lambda ids: seen.add(threading.current_thread().name)
     await answers(inference, ["a"])
-    assert seen == {"network"}
+    assert seen == {"model"}
 
 
 async def test_nothing_to_score_is_no_error(model: Model) -> None:

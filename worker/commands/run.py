@@ -30,10 +30,11 @@ from worker.kafka.connection import (
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.sink import Sink
 from worker.kafka.source import Source, Standstill, UnreadableRecord
-from worker.pipeline.inference import Inference, InferenceLost
+from worker.pipeline.inference import Inference
+from worker.pipeline.model_runner import FatalInferenceError
 from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
-from worker.runtime.memory import keep_blocks
+from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, revealed, split_names, text_fields
 from worker.telemetry.health import Health
@@ -164,9 +165,9 @@ async def _work(
     except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, TooManyDeadLetters) as error:
         log.error("%s", error, extra={"exit_code": 1})
         return 1
-    except (InferenceLost, DrainTimeout) as error:
+    except (FatalInferenceError, DrainTimeout) as error:
         log.error("%s", error, extra={"exit_code": 1})
-        await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
+        await asyncio.sleep(PROBE_S if isinstance(error, FatalInferenceError) else 0)
         _end_at_once(1)
     except UserError:
         raise
@@ -183,7 +184,7 @@ async def _started(
     settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
 ) -> Pipeline:
     connection = Connection.as_set(settings)
-    keep_blocks()
+    keep_freed_blocks()
     loading = asyncio.create_task(_load(settings, inference, metrics, health))
     finding = asyncio.create_task(_found_topics(settings, connection, health))
     try:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from aiohttp import web
 
 from worker.errors import UserError
-from worker.pipeline.inference import Inference, Model, is_out_of_memory
+from worker.pipeline.inference import Inference
+from worker.pipeline.model_runner import Model
 from worker.printable import printable
+from worker.runtime.memory import is_out_of_memory
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

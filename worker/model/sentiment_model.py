@@ -35,8 +35,8 @@ from worker.model.checkpoint import Checkpoint, Find, HubUnreachable, ModelError
 from worker.model.cuda import PASSES, passes_on
 from worker.model.reviews import read_reviews
 from worker.model.tokenizer import Encode, Ids, choose_encode, normalizing, panics_as_errors
-from worker.runtime.memory import keep_blocks
-from worker.runtime.threads import side_by_side
+from worker.runtime.memory import keep_freed_blocks
+from worker.runtime.threads import parallel_map
 from worker.settings import DEFAULT_MODEL, ModelSettings, is_folder
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
@@ -324,7 +324,7 @@ class SentimentModel:
         truncated = np.zeros(len(texts), dtype=np.bool_)
         truncated[places] = cut
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
-        answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
+        answers = parallel_map(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
             logits[[places[index] for index in batch]] = answer
         return places, logits, truncated
@@ -370,7 +370,7 @@ class _Loaded(NamedTuple):
 
 def own_process() -> None:
     """What a process that scores for itself alone wants, as a command's: ``load`` leaves a caller's process as it was."""
-    keep_blocks()
+    keep_freed_blocks()
     for library in ("transformers", "huggingface_hub"):  # their log lines go where the worker's go
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True

@@ -40,7 +40,8 @@ from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Record
 from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
 from worker.kafka.source import Assignment, Chunk, Source
-from worker.pipeline.inference import Inference, Job
+from worker.pipeline.inference import Inference
+from worker.pipeline.inference_job import Job
 from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.runtime.tasks import cancelled
@@ -191,7 +192,7 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, TopicRecreated,
+        """Works until drained. Raises DrainTimeout, FatalInferenceError, UnreadableRecord, Standstill, TopicRecreated,
         WrongSetting, DeadLetterRefused, TooManyDeadLetters.
 
         However it ends, what has been acknowledged is committed and the group is left.
