@@ -16,9 +16,9 @@ from aiokafka import ConsumerRecord
 from worker.core.events import Decoder, Failure
 from worker.core.sentiment import Sentiment
 from worker.http import console as console_module
-from worker.http.access import Guard
+from worker.http.access import AccessControl
 from worker.http.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
-from worker.http.server import Monitor
+from worker.http.server import Server
 from worker.settings import RunSettings, load
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -141,27 +141,27 @@ def test_settings_are_shown_without_secrets() -> None:
 # The stream.
 
 
-class Server:
+class ServerUnderTest:
     def __init__(self) -> None:
         self.metrics, self.health, self.tap = Metrics("test"), Health(), Tap(Decoder(), texts=False)
         settings = load(RunSettings, [], "test", {"WORKER_HTTP_TOKEN": SECRET})
         self.console = Console(
             self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
         )
-        guard = Guard(host="127.0.0.1", token=SECRET)
-        self.monitor = Monitor(self.health, self.metrics, guard, port=0, parts=[self.console])
+        access = AccessControl(self.metrics, token=SECRET)
+        self.http = Server(self.health, self.metrics, access, host="127.0.0.1", port=0, routes=[self.console])
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.monitor.port}"
+        return f"http://127.0.0.1:{self.http.port}"
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    server = Server()
-    await server.monitor.start()
+async def server() -> AsyncIterator[ServerUnderTest]:
+    server = ServerUnderTest()
+    await server.http.start()
     yield server
-    await server.monitor.stop()
+    await server.http.stop()
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ async def second_with(answer: aiohttp.ClientResponse, name: str) -> Any:
             return data[name]
 
 
-async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.ClientSession) -> None:
+async def test_the_page_comes_with_its_policy(server: ServerUnderTest, client: aiohttp.ClientSession) -> None:
     async with client.get(server.url + "/") as answer:
         assert answer.status == 200
         assert answer.content_type == "text/html"
@@ -195,7 +195,7 @@ async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.Cl
 
 
 async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
-    server: Server, client: aiohttp.ClientSession
+    server: ServerUnderTest, client: aiohttp.ClientSession
 ) -> None:
     server.health.not_ready("model", "loading")
     async with client.get(server.url + "/events") as answer:
@@ -217,7 +217,7 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
 
 
 async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
-    server: Server, client: aiohttp.ClientSession
+    server: ServerUnderTest, client: aiohttp.ClientSession
 ) -> None:
     server.tap([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
     for second in range(60):
@@ -228,7 +228,7 @@ async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
     assert ids(data["letters"]) == [f"texts-3 @ {number}" for number in range(70, 120)]
 
 
-async def test_why_and_for_how_long_the_worker_is_not_ready(server: Server) -> None:
+async def test_why_and_for_how_long_the_worker_is_not_ready(server: ServerUnderTest) -> None:
     def not_ready_at(second: float) -> Any:
         server.console._show(second)
         return server.console._snapshot([], [])["not_ready"]
@@ -245,7 +245,7 @@ async def test_why_and_for_how_long_the_worker_is_not_ready(server: Server) -> N
     assert not_ready_at(64)["for_s"] == 0
 
 
-async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server: Server) -> None:
+async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server: ServerUnderTest) -> None:
     metrics = server.metrics
     metrics.assigned_partitions.set(3)
     for partition in (0, 1, 4):
@@ -263,7 +263,7 @@ async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server
 
 
 async def test_one_viewer_too_many_takes_the_place_of_the_oldest(
-    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    server: ServerUnderTest, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console_module, "VIEWERS", 2)
     async with client.get(server.url + "/events") as oldest, client.get(server.url + "/events") as second:
@@ -276,7 +276,7 @@ async def test_one_viewer_too_many_takes_the_place_of_the_oldest(
             assert len(server.console._viewers) == 2
 
 
-async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_rendered_while_nobody_looks(server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot(*_: Sequence[Any]) -> dict[str, Any]:
         raise AssertionError("rendered for nobody")
 
@@ -287,14 +287,14 @@ async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatc
 
 
 async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nobody_up(
-    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    server: ServerUnderTest, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filler = "x" * 400_000  # a page's second is a thousand bytes; this fills a socket at once
     monkeypatch.setattr(server.console, "_snapshot", lambda *_: {"filler": filler})
     monkeypatch.setattr(console_module, "STUCK_S", 2)
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        slow.connect(("127.0.0.1", server.monitor.port))
+        slow.connect(("127.0.0.1", server.http.port))
         slow.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         async with client.get(server.url + "/events") as answer:
             await message(answer)
@@ -310,10 +310,10 @@ async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nob
 
 
 async def test_the_end_of_the_worker_ends_the_stream(client: aiohttp.ClientSession) -> None:
-    server = Server()
-    await server.monitor.start()
+    server = ServerUnderTest()
+    await server.http.start()
     async with client.get(server.url + "/events") as answer:
         await message(answer)
-        await server.monitor.stop()
+        await server.http.stop()
         async with asyncio.timeout(10):
             await answer.content.read()

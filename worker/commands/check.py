@@ -19,7 +19,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from worker.errors import UserError, WrongSetting
-from worker.http.access import SERVER
+from worker.http.server import SERVER
 from worker.kafka.aiokafka_compat import known_brokers
 from worker.kafka.backlog import backlog, valid_offsets
 from worker.kafka.connection import (

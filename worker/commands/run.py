@@ -13,10 +13,10 @@ from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
-from worker.http.access import Guard
+from worker.http.access import AccessControl
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
-from worker.http.server import Monitor
+from worker.http.server import Server
 from worker.kafka.backlog import tell_backlog
 from worker.kafka.connection import (
     NO_LIMIT,
@@ -110,9 +110,9 @@ async def _run(settings: RunSettings) -> int:
         lambda model: _tell_of_model(cast("SentimentModel", model), metrics),
     )
     tracing = _tracing(settings)
-    guard = Guard(
-        host=settings.http_host,
-        names=split_names(settings.http_names or ""),
+    access = AccessControl(
+        metrics,
+        names=[settings.http_host, *split_names(settings.http_names or "")],
         token=revealed(settings.http_token),
         token_for=settings.http_token_for,
     )
@@ -120,9 +120,11 @@ async def _run(settings: RunSettings) -> int:
     console = Console(
         metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
     )
-    monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
+    server = Server(
+        health, metrics, access, host=settings.http_host, port=settings.http_port, routes=[console, reloader]
+    )
     try:
-        await monitor.start()
+        await server.start()
     except OSError as error:
         where = f"{settings.http_host}:{settings.http_port}"
         raise WrongSetting(
@@ -130,7 +132,7 @@ async def _run(settings: RunSettings) -> int:
         ) from None
     log.info(
         "serving the console, /metrics, /livez and /readyz",
-        extra={"address": f"http://{settings.http_host}:{monitor.port}"},
+        extra={"address": f"http://{settings.http_host}:{server.port}"},
     )
     for doubt in settings.exposures():
         log.warning("%s", doubt)
@@ -140,7 +142,7 @@ async def _run(settings: RunSettings) -> int:
     finally:
         if tracing:
             await tracing.close(LAST_SPANS_S)
-        await monitor.stop()
+        await server.stop()
 
 
 async def _work(
