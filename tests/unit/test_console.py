@@ -6,18 +6,17 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 import pytest
-from aiokafka import ConsumerRecord
 
-from worker.core.events import Decoder, Failure
-from worker.core.sentiment import Sentiment
+from tests.support.outcomes import BAD, outcome
+from worker.core.events import Decoder
 from worker.http import console as console_module
 from worker.http.access import AccessControl
-from worker.http.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
+from worker.http.console import PAGE, Console, content_security_policy, shown_settings
+from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.server import Server
 from worker.settings import RunSettings, load
 from worker.telemetry.health import Health
@@ -25,91 +24,10 @@ from worker.telemetry.metrics import Metrics
 
 RUNBOOK = "https://docs.example/operating.md#what-to-do"
 SECRET = "a-token-that-nobody-may-see"
-GOOD = Sentiment("positive", 0.75, (0.1, 0.2, 0.85))
-BAD = Failure("decode", "invalid_json", "the value is not JSON at character 0")
-
-
-class Outcome(NamedTuple):
-    record: Any
-    failure: Failure | None
-    sentiment: Sentiment | None
-
-
-def outcome(number: int, *, value: bytes | None = None, failure: Failure | None = None) -> Outcome:
-    value = value or json.dumps({"id": f"e{number}", "text": f"текст {number}"}).encode()
-    sent_at = round(1000 * time.time()) - 1_000
-    record = ConsumerRecord("texts", 3, number, sent_at, 0, None, value, None, 0, len(value), [])
-    return Outcome(record, failure, None if failure else GOOD)
-
-
-def tap(*, texts: bool = False) -> Tap:
-    return Tap(Decoder(), texts=texts)
 
 
 def ids(rows: Iterable[list[Any]]) -> list[str]:
     return [row[1] for row in rows]
-
-
-# What is taken from the pipeline.
-
-
-def test_a_result_is_told_with_its_probabilities_and_without_its_text() -> None:
-    taker = tap()
-    taker([outcome(1)])
-    ((_, id, label, score, probabilities, latency_ms, text),), letters = taker.take()
-    assert (id, label, score, text) == ("e1", "positive", 0.75, None)
-    assert probabilities == [0.1, 0.2, 0.85]
-    assert latency_ms > 0
-    assert not letters
-    assert taker.take() == ([], []), "told once"
-    assert len(taker.results) == 1, "kept for the next page"
-
-
-def test_a_latency_that_cannot_be_right_is_not_told() -> None:
-    taker = tap()
-    told = outcome(1)
-    taker([told._replace(record=replace(told.record, timestamp=1_795_428_000))])  # in seconds
-    ((*_, latency_ms, _),), _ = taker.take()
-    assert latency_ms is None
-
-
-def test_texts_are_told_where_they_are_switched_on_and_cut() -> None:
-    taker = tap(texts=True)
-    taker([outcome(1), outcome(2, value=json.dumps({"id": "e2", "text": "я" * 1_000}).encode())])
-    results, _ = taker.take()
-    assert results[0][-1] == "текст 1"
-    assert results[1][-1] == "я" * 240 + "…"
-
-
-def test_a_dead_letter_is_told_with_its_place_and_reason() -> None:
-    taker = tap()
-    taker([outcome(7, value=b"{broken", failure=BAD)])
-    results, ((_, place, stage, reason, message),) = taker.take()
-    assert not results
-    assert (place, stage, reason, message) == ("texts-3 @ 7", "decode", "invalid_json", BAD.message)
-
-
-def test_the_last_of_each_are_kept_however_many_come_at_once() -> None:
-    taker = tap()
-    for begin in range(0, 5_000, 100):
-        taker([outcome(number, failure=BAD if number % 2 else None) for number in range(begin, begin + 100)])
-    taker.take()
-    assert ids(taker.results) == [f"e{number}" for number in range(4_900, 5_000, 2)]
-    assert ids(taker.letters) == [f"texts-3 @ {number}" for number in range(4_901, 5_001, 2)]
-    taker([outcome(number, failure=BAD) for number in range(5_000, 5_100)])
-    taker.take()
-    assert len(taker.results) == len(taker.letters) == KEPT, "failures alone drive no result out"
-
-
-def test_few_bytes_of_records_are_held_until_they_are_read() -> None:
-    taker = tap()
-    large = json.dumps({"id": "large", "text": "x", "more": "y" * (console_module.HELD_BYTES // 3)}).encode()
-    taker([outcome(number, value=large) for number in range(40)])
-    assert sum(len(record.value or b"") for record, *_ in taker._fresh_results) <= console_module.HELD_BYTES
-    taker.take()
-    assert not taker._fresh_results
-    taker([outcome(1, value=large)])
-    assert ids(taker.take()[0]) == ["large"], "the newest is told whatever its size"
 
 
 # The page.
@@ -143,10 +61,10 @@ def test_settings_are_shown_without_secrets() -> None:
 
 class ServerUnderTest:
     def __init__(self) -> None:
-        self.metrics, self.health, self.tap = Metrics("test"), Health(), Tap(Decoder(), texts=False)
+        self.metrics, self.health, self.recent = Metrics("test"), Health(), RecentOutcomes(Decoder(), texts=False)
         settings = load(RunSettings, [], "test", {"WORKER_HTTP_TOKEN": SECRET})
         self.console = Console(
-            self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
+            self.metrics, self.health, self.recent, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
         )
         access = AccessControl(self.metrics, token=SECRET)
         self.http = Server(self.health, self.metrics, access, host="127.0.0.1", port=0, routes=[self.console])
@@ -205,7 +123,7 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
         assert time.time() - 60 < data["started_at"] <= time.time()
         assert data["settings"]["output_topic"] == "sentiment"
         assert SECRET not in repr(data)
-        server.tap([outcome(5), outcome(6, failure=BAD)])
+        server.recent.add([outcome(5), outcome(6, failure=BAD)])
         results = await second_with(answer, "results")
         assert [result[1] for result in results] == ["e5"]
     async with client.get(server.url + "/events") as answer:
@@ -219,7 +137,7 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
 async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
     server: ServerUnderTest, client: aiohttp.ClientSession
 ) -> None:
-    server.tap([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
+    server.recent.add([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
     for second in range(60):
         server.console._show(float(second))
     async with client.get(server.url + "/events") as answer:

@@ -14,7 +14,8 @@ from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
 from worker.http.access import AccessControl
-from worker.http.console import Console, Tap, shown_settings
+from worker.http.console import Console, shown_settings
+from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.reload import Reloader
 from worker.http.server import Server
 from worker.kafka.backlog import tell_backlog
@@ -116,9 +117,9 @@ async def _run(settings: RunSettings) -> int:
         token=revealed(settings.http_token),
         token_for=settings.http_token_for,
     )
-    tap = Tap(_decoder(settings), texts=settings.console_texts)
+    recent = RecentOutcomes(_decoder(settings), texts=settings.console_texts)
     console = Console(
-        metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
+        metrics, health, recent, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
     )
     server = Server(
         health, metrics, access, host=settings.http_host, port=settings.http_port, routes=[console, reloader]
@@ -138,7 +139,7 @@ async def _run(settings: RunSettings) -> int:
         log.warning("%s", doubt)
     stop = _on_signals(reloader)
     try:
-        return await _work(settings, metrics, inference, health, tap, stop, tracing)
+        return await _work(settings, metrics, inference, health, recent, stop, tracing)
     finally:
         if tracing:
             await tracing.close(LAST_SPANS_S)
@@ -150,11 +151,11 @@ async def _work(
     metrics: Metrics,
     inference: Inference,
     health: Health,
-    tap: Tap,
+    recent: RecentOutcomes,
     stop: asyncio.Event,
     tracing: Tracing | None,
 ) -> int:
-    starting = asyncio.create_task(_started(settings, metrics, inference, health, tap, tracing))
+    starting = asyncio.create_task(_started(settings, metrics, inference, health, recent, tracing))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -183,7 +184,12 @@ async def _work(
 
 
 async def _started(
-    settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
+    settings: RunSettings,
+    metrics: Metrics,
+    inference: Inference,
+    health: Health,
+    recent: RecentOutcomes,
+    tracing: Tracing | None,
 ) -> Pipeline:
     connection = Connection.as_set(settings)
     keep_freed_blocks()
@@ -250,7 +256,7 @@ async def _started(
         retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
         transactions=transactions,
         tracing=tracing,
-        watch=tap,
+        watch=recent.add,
         watch_topics=lambda: watch_topics(connection, outputs, health),
     )
 

@@ -10,20 +10,17 @@ import hashlib
 import logging
 import re
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from socket import SO_SNDBUF, SOL_SOCKET, gethostname
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
 from pydantic import SecretStr
 
-from worker.core.events import Decoder, Event, Failure, Record, age_s
-from worker.core.sentiment import Sentiment
+from worker.http.recent_outcomes import RecentOutcomes, shortened
 from worker.runtime.tasks import cancelled, within
-from worker.settings import Settings
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.statistics import RollingStatistics
@@ -32,79 +29,9 @@ log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
 VIEWERS: Final = 100  # at once; one more takes the place of the one that has looked for longest
-KEPT: Final = 50  # newest results, and dead letters
-HELD_BYTES: Final = 2**20  # of records, for a second at most
 STUCK_S: Final = 30  # a client that takes nothing for so long is dropped
 SOCKET_BYTES: Final = 65_536  # of a client in the kernel, which would hold megabytes
-ID_CHARS: Final = 80
 PARTITION_CHARS: Final = 200
-TEXT_CHARS: Final = 240
-
-
-class Outcome(Protocol):
-    """What became of a record: a sentiment, a failure, or neither for a null."""
-
-    @property
-    def record(self) -> Record: ...
-    @property
-    def failure(self) -> Failure | None: ...
-    @property
-    def sentiment(self) -> Sentiment | None: ...
-
-
-class Tap:
-    """Keeps the newest results and dead letters, for who looks now and who will look later.
-
-    ``decoder`` reads ids and, with ``texts``, texts from the records again: for a few, that is cheaper than to carry
-    them. That is done once a second, by ``take``; until then the records of the newest results are held.
-    """
-
-    def __init__(self, decoder: Decoder, *, texts: bool) -> None:
-        self.results: deque[list[Any]] = deque(maxlen=KEPT)
-        self.letters: deque[list[Any]] = deque(maxlen=KEPT)
-        self._decoder = decoder
-        self._texts = texts
-        self._fresh_results: deque[tuple[Record, Sentiment, float]] = deque(maxlen=KEPT)
-        self._fresh_letters: deque[list[Any]] = deque(maxlen=KEPT)
-
-    def __call__(self, outcomes: Sequence[Outcome]) -> None:
-        """The pipeline's: outcomes that have just been acknowledged. Takes some 10 µs."""
-        now = time.time()
-        for outcome in [outcome for outcome in outcomes if outcome.sentiment][-KEPT:]:
-            if outcome.sentiment:
-                self._fresh_results.append((outcome.record, outcome.sentiment, now))
-        for outcome in [outcome for outcome in outcomes if outcome.failure][-KEPT:]:
-            if outcome.failure:
-                self._fresh_letters.append(_letter(outcome.record, outcome.failure, now))
-        while len(self._fresh_results) > 1 and sum(_size(record) for record, _, _ in self._fresh_results) > HELD_BYTES:
-            self._fresh_results.popleft()
-
-    def take(self) -> tuple[list[list[Any]], list[list[Any]]]:
-        """Results and dead letters since the last time, oldest first; they are kept among the newest."""
-        held, self._fresh_results = self._fresh_results, deque(maxlen=KEPT)
-        results = [self._result(*each) for each in held]
-        letters = list(self._fresh_letters)
-        self._fresh_letters.clear()
-        self.results.extend(results)
-        self.letters.extend(letters)
-        return results, letters
-
-    def _result(self, record: Record, sentiment: Sentiment, now: float) -> list[Any]:
-        decoded = self._decoder.decode(record)
-        id, text = decoded if isinstance(decoded, Event) else ("", "")
-        latency_s = age_s(record.timestamp, now)
-        latency_ms = None if latency_s is None else round(1000 * latency_s)
-        shown = _cut(text, TEXT_CHARS) if self._texts else None
-        chances = [round(chance, 3) for chance in sentiment.probabilities]
-        return [
-            round(now, 3),
-            _cut(id, ID_CHARS),
-            sentiment.label,
-            round(sentiment.score, 3),
-            chances,
-            latency_ms,
-            shown,
-        ]
 
 
 class Console:
@@ -119,14 +46,14 @@ class Console:
         self,
         metrics: Metrics,
         health: Health,
-        tap: Tap,
+        recent: RecentOutcomes,
         settings: Mapping[str, str],
         *,
         version: str,
         runbook: str | None = None,
     ) -> None:
         self._health = health
-        self._tap = tap
+        self._recent = recent
         self._statistics = RollingStatistics(metrics)
         self._page = PAGE.read_bytes()
         self._policy = content_security_policy(self._page.decode())
@@ -181,14 +108,14 @@ class Console:
             self._not_ready_since = None
         elif self._not_ready_since is None:
             self._not_ready_since = now
-        results, letters = self._tap.take()
+        results, dead_letters = self._recent.take()
         self._everything = None
         if self._viewers:
-            self._second = _message("second", self._snapshot(results, letters))
+            self._second = _message("second", self._snapshot(results, dead_letters))
             self._next.set()
             self._next = asyncio.Event()
 
-    def _snapshot(self, results: Sequence[Any], letters: Sequence[Any]) -> dict[str, Any]:
+    def _snapshot(self, results: Sequence[Any], dead_letters: Sequence[Any]) -> dict[str, Any]:
         statistics = self._statistics
         return {
             "sample": statistics.history[-1] if statistics.history else None,
@@ -197,11 +124,11 @@ class Console:
             "dead_letters": statistics.dead_letters(),
             "counts": statistics.counts(),
             "lag": statistics.lag(),
-            "partitions": _cut(statistics.partitions(), PARTITION_CHARS),
+            "partitions": shortened(statistics.partitions(), PARTITION_CHARS),
             "model": statistics.model(),
             "not_ready": self._not_ready(),
             "results": results,
-            "letters": letters,
+            "letters": dead_letters,
         }
 
     def _not_ready(self) -> dict[str, Any] | None:
@@ -214,8 +141,8 @@ class Console:
     def _hello(self) -> bytes:
         """All that there is to see; rendered once a second at most."""
         if self._everything is None:
-            tap, history = self._tap, list(self._statistics.history)
-            snapshot = self._snapshot(list(tap.results), list(tap.letters))
+            recent, history = self._recent, list(self._statistics.history)
+            snapshot = self._snapshot(list(recent.results), list(recent.dead_letters))
             self._everything = _message("hello", {**self._about, **snapshot, "history": history})
         return self._everything
 
@@ -263,7 +190,7 @@ class Console:
         raise TimeoutError
 
 
-def shown_settings(settings: Settings) -> dict[str, str]:
+def shown_settings(settings: Iterable[tuple[str, object]]) -> dict[str, str]:
     """Each setting by its name as it is in force; of a secret only whether it is set."""
     return {name: _shown(value) for name, value in settings if name != "config"}
 
@@ -286,20 +213,7 @@ def _message(kind: str, data: Mapping[str, Any]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(data, default=tuple))
 
 
-def _letter(record: Record, failure: Failure, now: float) -> list[Any]:
-    place = f"{record.topic}-{record.partition} @ {record.offset}"
-    return [round(now, 3), place, failure.stage, failure.reason, failure.message]
-
-
-def _size(record: Record) -> int:
-    return len(record.value or b"") + sum(len(value or b"") for _, value in record.headers)
-
-
 def _shown(value: object) -> str:
     if isinstance(value, SecretStr):
         return "(hidden)"
     return "–" if value is None else str(value)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "…"
