@@ -104,10 +104,10 @@ class Metrics:
             "records_skipped_total", "Nulls without a key, and null texts with on_null_text=skip"
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
-        self.batch_texts = histogram("batch_texts", "Texts in one pass of the network", _COUNTS)
-        self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the network, padding included", _TOKENS)
+        self.batch_texts = histogram("batch_texts", "Texts in one pass of the model", _COUNTS)
+        self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the model, padding included", _TOKENS)
         self.batch_padding_ratio = histogram(
-            "batch_padding_ratio", "Share of padding in one pass of the network", [step / 20 for step in range(20)]
+            "batch_padding_ratio", "Share of padding in one pass of the model", [step / 20 for step in range(20)]
         )
         stage_seconds = histogram("stage_seconds", "Time of a micro-batch in each stage", _SECONDS, ["stage"])
         self.stage_seconds = {stage: stage_seconds.labels(stage) for stage in STAGES}
@@ -138,10 +138,10 @@ class Metrics:
             "Records perhaps published twice: uncommitted when their partition was lost, or sent again in doubt",
         )
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
-        self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")
+        self.last_success = gauge("inference_last_success_timestamp_seconds", "When the model last answered")
         self.device_memory = gauge("inference_device_memory_bytes", "Device memory in use; 0 on CPU")
         self.cache_hits = counter(
-            "cache_hits_total", "Texts answered without the network: scored before, or in the same micro-batch"
+            "cache_hits_total", "Texts answered without the model: scored before, or in the same micro-batch"
         )
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge(
@@ -175,7 +175,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def device_batch(self, lengths: Sequence[int]) -> None:
-        """One pass of the network over texts of these lengths, in tokens."""
+        """One pass of the model over texts of these lengths, in tokens."""
         padded = len(lengths) * max(lengths)
         self.batch_texts.observe(len(lengths))
         self.batch_tokens.observe(padded)
