@@ -73,7 +73,7 @@ async def loaded(model: Model, **options: float) -> Inference:
 
 
 async def answers(inference: Inference, texts: list[str]) -> Job:
-    return await inference.score(await inference.tokenize(texts))
+    return await inference.forward(await inference.tokenize(texts))
 
 
 def only(fails: Callable[[Sequence[int]], bool], error: Exception) -> Fault:
@@ -215,7 +215,7 @@ async def test_a_model_that_hangs_is_noticed_and_nobody_waits_for_it(model: Mode
             await asyncio.wait_for(answers(inference, ["zzz"]), 10)
         assert inference.why_not_alive()
         with pytest.raises(FatalInferenceError):
-            await asyncio.wait_for(inference.score(await inference.tokenize(["b"])), 10)
+            await asyncio.wait_for(inference.forward(await inference.tokenize(["b"])), 10)
     finally:
         release.set()
         watching.cancel()
@@ -307,7 +307,7 @@ async def test_a_reload_scores_new_jobs_with_the_new_model_and_lets_old_ones_end
     begun = await inference.tokenize(["текст"])
     await inference.reload(lambda: Recorded("fake@2"))
     assert inference.model.name == "fake@2"
-    assert (await inference.score(begun)).model.name == "fake@1"
+    assert (await inference.forward(begun)).model.name == "fake@1"
     after = await answers(inference, ["текст"])
     assert after.model.name == "fake@2"
     assert after.answers != begun.answers, "the cache holds an answer of the old model"

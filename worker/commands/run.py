@@ -39,7 +39,7 @@ from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, revealed, split_names, text_fields
 from worker.telemetry.health import Health
-from worker.telemetry.logs import whereabouts
+from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
 
@@ -175,7 +175,7 @@ async def _work(
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
-        log.critical("failed for a reason that nobody foresaw", extra={**whereabouts(error), "exit_code": 1})
+        log.critical("failed for a reason that nobody foresaw", extra={**error_fields(error), "exit_code": 1})
         return 1
     finally:
         stopping.cancel()
@@ -328,7 +328,7 @@ def _reloaded(settings: RunSettings, old: "SentimentModel") -> "SentimentModel":
 
 def _tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    metrics.tell_of_model(name, revision, in_force(model))
+    metrics.set_model(name, revision, in_force(model))
     log.info("model loaded", extra={"model": model.name, **in_force(model)})
 
 
@@ -371,7 +371,7 @@ def _on_signals(reloader: Reloader) -> asyncio.Event:
         if had_terminal and not _has_terminal():
             stop.set()
             return
-        task = loop.create_task(reloader.or_log())
+        task = loop.create_task(reloader.reload_or_log())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 

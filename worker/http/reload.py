@@ -63,7 +63,7 @@ class Reloader:
         self._running.add_done_callback(self._ended)
         return await asyncio.shield(self._running)
 
-    async def or_log(self) -> None:
+    async def reload_or_log(self) -> None:
         """``reload`` for a caller that nobody answers to: a signal's handler. Never raises."""
         try:
             await self.reload()

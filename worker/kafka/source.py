@@ -56,11 +56,11 @@ from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Reader, Record
-from worker.runtime.file_descriptors import compared
+from worker.runtime.file_descriptors import check_limit
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
-from worker.telemetry.logs import whereabouts
+from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -488,7 +488,7 @@ class Source:
         self._health.working("group")
         log.info("assigned", extra={"partitions": _named(partitions)})
         exactly_once = self._transactions is not None
-        is_enough, files = compared(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
+        is_enough, files = check_limit(len(partitions), self._consumer.brokers(), exactly_once=exactly_once)
         if not is_enough:
             log.warning("%s", files)
 
@@ -1093,7 +1093,7 @@ def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
     for name, task in tasks.items():
         if task.done():
             error = None if task.cancelled() else task.exception()
-            where = whereabouts(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
+            where = error_fields(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
             raise Rejoin(f"the consumer's {name} task has ended: {where['error']} at {where['at'].partition(' ')[0]}")
 
 

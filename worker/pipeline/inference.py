@@ -104,7 +104,7 @@ class Inference:
         job.token_ids, job.are_truncated, job.failures = tokens
         return job
 
-    async def score(self, job: Job) -> Job:
+    async def forward(self, job: Job) -> Job:
         """Ends a job: sets its answers. Raises FatalInferenceError."""
         to_score = job.to_score()
         started = time.monotonic()

@@ -46,7 +46,7 @@ from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.tracing import Batch, Tracing
+from worker.telemetry.tracing import BatchTrace, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Part:
 class MicroBatch:
     parts: list[Part]
     job: Job
-    trace: Batch | None = None
+    trace: BatchTrace | None = None
 
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
@@ -297,7 +297,7 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not stays(part.assignment)])
             if not batch.parts:
                 continue
-            await self._inference.score(batch.job)
+            await self._inference.forward(batch.job)
             self._metrics.queue_depth["scored"].inc(len(batch))
             await stages.scored.put(batch)
         await stages.scored.put(None)

@@ -1,4 +1,4 @@
-"""Every metric of the worker. Cheap; safe from any thread; nothing here blocks."""
+"""Every metric of the worker. Cheap, safe from any thread, and nothing here blocks."""
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,14 +30,20 @@ STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
-IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # as the settings of these names
+IN_FORCE = (
+    "device",
+    "dtype",
+    "backend",
+    "cpu_threads",
+    "max_batch_tokens",
+)  # settings whose values in force are labels
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they are one more series for each counter, which nobody reads
 
 
 class BatchHistogram(Collector):
-    """A histogram that takes many values at once, for a fraction of what each would cost alone."""
+    """A histogram that takes many values at once, for a fraction of what they would cost one by one."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name = name
@@ -51,14 +57,14 @@ class BatchHistogram(Collector):
         values = np.asarray(values, dtype=float)
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
-        self._counts, self._sum = counts, self._sum + float(values.sum())  # new ones: another thread may be reading
+        self._counts, self._sum = counts, self._sum + float(values.sum())  # not in place: another thread may be reading
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
-        """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
+        """The buckets' upper bounds, the number of values in each and one more for those above all bounds, and the sum."""
         return self._bounds, self._counts, self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """A sum of negative values goes down, which rate() would take for a restart: such a histogram has none."""
+        """A histogram of values that may be negative has no sum: where that goes down, rate() would see a restart."""
         family = HistogramMetricFamily(self._name, self._text)
         cumulated = self._counts.cumsum().tolist()
         for bound, count in zip([*map(floatToGoString, self._bounds.tolist()), "+Inf"], cumulated, strict=True):
@@ -75,7 +81,7 @@ _TOKENS = tuple(2**power for power in range(4, 18))
 
 
 class Metrics:
-    """The worker's metrics in a registry of their own, with those of the process, Python and its garbage collector."""
+    """The worker's metrics, and those of the process, Python and its garbage collector, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
         registry = self._registry = CollectorRegistry()
@@ -158,7 +164,7 @@ class Metrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Series that exist from the start: a rate over a counter that appears later misses its first step."""
+        """Creates series whose labels are known, because a rate over a series that appears later misses its first step."""
         for label in LABELS:
             self.results_published.labels(label)
         for outcome in ("done", "failed"):
@@ -171,7 +177,7 @@ class Metrics:
             self.kafka_errors.labels(operation)
 
     def text(self) -> bytes:
-        """The exposition, as ``CONTENT_TYPE``; takes a few milliseconds."""
+        """All metrics in the format that ``CONTENT_TYPE`` names; takes a few milliseconds."""
         return generate_latest(self._registry)
 
     def device_batch(self, lengths: Sequence[int]) -> None:
@@ -182,17 +188,17 @@ class Metrics:
         self.batch_padding_ratio.observe(1 - sum(lengths) / padded)
 
     def inference_succeeded(self, now: float, memory_bytes: int) -> None:
-        """``now`` in seconds since 1970."""
+        """The model has answered at ``now``, in seconds since 1970."""
         self.last_success.set(now)
         self.device_memory.set(memory_bytes)
 
-    def tell_of_model(self, name: str, revision: str, in_force: Mapping[str, str]) -> None:
-        """The model in use from now on, with values for IN_FORCE; the series of the one before goes."""
+    def set_model(self, name: str, revision: str, in_force: Mapping[str, str]) -> None:
+        """The model in use from now on, with values for IN_FORCE. Removes the series of the model before."""
         self.model_info.clear()
         self.model_info.labels(name, revision, *(in_force[label] for label in IN_FORCE)).set(1)
 
     def partitions(self) -> int:
-        """How many are assigned to this process."""
+        """How many partitions are assigned to this process."""
         return int(sum(sample.value for family in self.assigned_partitions.collect() for sample in family.samples))
 
     def consumed(self, topics: Iterable[str]) -> None:
@@ -201,9 +207,9 @@ class Metrics:
             self.records_consumed.labels(topic).inc(count)
 
     def published(self, labels: Iterable[str], scores: Sequence[float], seconds: Sequence[float]) -> None:
-        """Acknowledged results: their labels, scores, and times since their records' timestamps.
+        """Acknowledged results: their labels, their scores, and the seconds since their records' timestamps.
 
-        A time that cannot be right (``events.age_s``) would spoil the sum for good, and is counted apart.
+        Seconds that cannot be right (see ``events.age_s``) would spoil the sum for good, and are counted apart.
         """
         for label, count in Tally(labels).items():
             self.results_published.labels(label).inc(count)
@@ -222,7 +228,7 @@ class Metrics:
         self.lag_seconds.labels(topic, partition).set(seconds)
 
     def forget_partition(self, topic: str, partition: int) -> None:
-        """Takes away the series of a partition that is no longer this process's."""
+        """Removes the series of a partition that is no longer this process's."""
         for gauge in (self.lag_records, self.lag_seconds):
             gauge.remove_by_labels({"topic": topic, "partition": str(partition)})
 
