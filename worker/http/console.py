@@ -1,7 +1,7 @@
-"""The live console: one page at /, and a stream of the worker's seconds at /events.
+"""The live console: one page at /, and at /events a stream of server-sent events, one for each second of the worker.
 
-A second is rendered once for all who look, and only when someone does. Nobody who looks can hold anything up: a client
-that has not taken the second before is not sent the next one.
+A second is rendered once for all viewers, and only if there are any. No viewer can hold anything up: a client that has not
+taken the second before is not sent the next one.
 """
 
 import asyncio
@@ -28,17 +28,17 @@ from worker.telemetry.statistics import RollingStatistics
 log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("console.html")
-VIEWERS: Final = 100  # at once; one more takes the place of the one that has looked for longest
-STUCK_S: Final = 30  # a client that takes nothing for so long is dropped
-SOCKET_BYTES: Final = 65_536  # of a client in the kernel, which would hold megabytes
+VIEWERS: Final = 100  # at once; one more replaces the oldest
+STUCK_S: Final = 30  # after which a client that takes nothing is dropped
+SOCKET_BYTES: Final = 65_536  # that the kernel buffers for a client, instead of megabytes
 PARTITION_CHARS: Final = 200
 
 
 class Console:
-    """Serves the page and its stream; all of it belongs to the event loop.
+    """Serves the page and its stream. Belongs to the event loop.
 
-    ``settings`` are shown by name. ``runbook`` is the address of what to do where the worker is not ready. The stream
-    begins with all that the page shows, so that a page loaded again, or one that comes back after a restart, is complete
+    ``settings`` are shown by name. ``runbook`` is an address that says what to do where the worker is not ready. The stream
+    begins with all that the page shows, so that a page that is loaded again, or connects again after a restart, is complete
     at once.
     """
 
@@ -67,10 +67,10 @@ class Console:
         }
         self._viewers: dict[asyncio.Transport, None] = {}  # oldest first
         self._second = b""
-        self._everything: bytes | None = None
+        self._hello: bytes | None = None  # this second's, once somebody has asked for it
         self._next = asyncio.Event()
         self._is_closed = False
-        self._ticking: asyncio.Task[None] | None = None
+        self._ticker: asyncio.Task[None] | None = None
         self._not_ready_since: float | None = None  # by the event loop's clock
         self._now = 0.0
 
@@ -82,13 +82,13 @@ class Console:
         app.on_shutdown.append(self._stop)
 
     async def _start(self, _: web.Application) -> None:
-        self._ticking = asyncio.create_task(self._tick())
+        self._ticker = asyncio.create_task(self._tick())
 
     async def _stop(self, _: web.Application) -> None:
         self._is_closed = True
         self._next.set()
-        if self._ticking:
-            await cancelled([self._ticking])
+        if self._ticker:
+            await cancelled([self._ticker])
 
     async def _tick(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -109,7 +109,7 @@ class Console:
         elif self._not_ready_since is None:
             self._not_ready_since = now
         results, dead_letters = self._recent.take()
-        self._everything = None
+        self._hello = None
         if self._viewers:
             self._second = _message("second", self._snapshot(results, dead_letters))
             self._next.set()
@@ -138,13 +138,13 @@ class Console:
         since = self._now if self._not_ready_since is None else self._not_ready_since
         return {"reason": reason, "for_s": int(self._now - since), "is_failing": self._health.is_failing()}
 
-    def _hello(self) -> bytes:
-        """All that there is to see; rendered once a second at most."""
-        if self._everything is None:
+    def _hello_message(self) -> bytes:
+        """All that the page shows; rendered once a second at most."""
+        if self._hello is None:
             recent, history = self._recent, list(self._statistics.history)
             snapshot = self._snapshot(list(recent.results), list(recent.dead_letters))
-            self._everything = _message("hello", {**self._about, **snapshot, "history": history})
-        return self._everything
+            self._hello = _message("hello", {**self._about, **snapshot, "history": history})
+        return self._hello
 
     async def _answer_page(self, _: web.Request) -> web.Response:
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self._policy}
@@ -153,7 +153,7 @@ class Console:
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         transport = request.transport
         if transport is None:
-            return web.Response()  # it has gone
+            return web.Response()  # the client has gone
         if len(self._viewers) >= VIEWERS:
             oldest = next(iter(self._viewers))
             del self._viewers[oldest]
@@ -164,7 +164,7 @@ class Console:
             await response.prepare(request)
             await self._send(transport, response)
         except ConnectionError:
-            pass  # it has gone
+            pass  # the client has gone
         except TimeoutError:
             transport.abort()
         finally:
@@ -172,10 +172,10 @@ class Console:
         return response
 
     async def _send(self, transport: asyncio.Transport, response: web.StreamResponse) -> None:
-        """Everything, then second after second. Raises ConnectionError, TimeoutError where nothing is taken."""
+        """Sends everything, then each second. Raises ConnectionError, or TimeoutError if the client takes nothing."""
         transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, SOCKET_BYTES)
         coming = self._next
-        await within(STUCK_S, response.write(self._hello()))
+        await within(STUCK_S, response.write(self._hello_message()))
         stuck_s = 0
         while stuck_s < STUCK_S:
             await coming.wait()
@@ -191,12 +191,12 @@ class Console:
 
 
 def shown_settings(settings: Iterable[tuple[str, object]]) -> dict[str, str]:
-    """Each setting by its name as it is in force; of a secret only whether it is set."""
+    """Each setting by its name, for the console; of a secret only whether it is set."""
     return {name: _shown(value) for name, value in settings if name != "config"}
 
 
 def content_security_policy(page: str) -> str:
-    """What the page may do: run its own style and script, and ask this server alone."""
+    """The page's policy: it may run its own style and script, and ask this server alone."""
     script, style = (_hash_of(page, tag) for tag in ("script", "style"))
     return (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
