@@ -1,6 +1,6 @@
 """The worker with a model that costs nothing: `python -m tests.support.costless_model run …`. What is left is the plumbing.
 
-With `PASS_SECONDS` a pass of the network takes so long, whatever is in it: a device whose cost two cores do not share.
+With `PASS_SECONDS` a pass of the model takes so long, whatever is in it: a device whose cost two cores do not share.
 With `PROFILE` the event loop is profiled into the file of that name. What benchmarks.probed takes holds too.
 """
 
@@ -21,12 +21,6 @@ from worker.settings import RunSettings
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
 
 
-class Tokens:
-    def __init__(self, count: int) -> None:
-        self.ids = [[1]] * count
-        self.truncated = [False] * count
-
-
 class CostlessModel:
     name = "costless@0"
     activation = "sigmoid"
@@ -39,8 +33,8 @@ class CostlessModel:
     widths = ()
     pass_tokens = 1
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        return Tokens(len(texts))
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        return [[1]] * len(texts), [False] * len(texts)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         if PASS_SECONDS:

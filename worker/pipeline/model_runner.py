@@ -28,17 +28,11 @@ WARM_UP_LENGTHS = (4, 32, 128, 512)  # tokens
 Answer = TypeVar("Answer")
 
 
-class TokenizedTexts(Protocol):
-    """N texts: the token ids of each, and whether each was truncated."""
-
-    @property
-    def ids(self) -> Sequence[TokenIds]: ...
-    @property
-    def truncated(self) -> Sequence[bool]: ...
-
-
 class Model(Protocol):
-    """What inference needs of a loaded model; SentimentModel has it. The methods block."""
+    """What inference needs of a loaded model; SentimentModel has it. The methods block.
+
+    ``tokenize`` returns for N texts the token ids of each, and whether each was truncated.
+    """
 
     name: str
     activation: Activation
@@ -48,7 +42,7 @@ class Model(Protocol):
     widths: Sequence[int]
     pass_tokens: int
 
-    def tokenize(self, texts: Sequence[str], /) -> TokenizedTexts: ...
+    def tokenize(self, texts: Sequence[str], /) -> tuple[Sequence[TokenIds], Sequence[bool]]: ...
     def logits(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
     def memory_bytes(self) -> int: ...
 
@@ -99,8 +93,8 @@ class ModelRunner:
     def tokenize(self, texts: Sequence[str]) -> tuple[list[TokenIds], list[bool], list[str | None]]:
         """For N texts their token ids, whether each was truncated, and why one could not be tokenized."""
         try:
-            tokens = self.model.tokenize(texts)
-            return list(tokens.ids), list(tokens.truncated), [None] * len(texts)
+            ids, are_truncated = self.model.tokenize(texts)
+            return list(ids), list(are_truncated), [None] * len(texts)
         except Exception as error:  # noqa: BLE001 - one text's fault must not be the others'
             self._tokenizer_progressed()
             if len(texts) > 1:
@@ -126,7 +120,7 @@ class ModelRunner:
         return answers
 
     def _warm_up(self, run: Callable[[list[TokenIds]], object]) -> None:
-        ids = self.model.tokenize([(KNOWN_GOOD + " ") * max(WARM_UP_LENGTHS)]).ids[0]
+        (ids,), _ = self.model.tokenize([(KNOWN_GOOD + " ") * max(WARM_UP_LENGTHS)])
         for length in WARM_UP_LENGTHS:
             run([ids[:length]] * max(1, min(16, self._budget // length)))
 
@@ -147,12 +141,13 @@ class ModelRunner:
             return cast("list[Sentiment | str]", sentiments)
         answers: list[Sentiment | str] = []
         for tokens, sentiment in zip(ids, sentiments, strict=True):
-            answers.extend([sentiment] if sentiment else self._score_not_finite(tokens, is_alone=len(ids) == 1))
+            if sentiment:
+                answers.append(sentiment)
+            elif len(ids) > 1:  # it is scored once more, alone, before it counts as poison
+                answers += self._score_batch([tokens])
+            else:
+                answers += self._isolate_poison(ids, "a logit is not finite")
         return answers
-
-    def _score_not_finite(self, tokens: TokenIds, *, is_alone: bool) -> list[Sentiment | str]:
-        """A text that had a logit that is not finite: it is scored once more alone before it counts as poison."""
-        return self._isolate_poison([tokens], "a logit is not finite") if is_alone else self._score_batch([tokens])
 
     def _isolate_poison(self, ids: list[TokenIds], why: str) -> list[Sentiment | str]:
         """Halves a failed device batch until the poison text is alone. A device that fails a good text too is lost."""
@@ -195,7 +190,7 @@ class ModelRunner:
             return False
 
     def _known_good_logits(self) -> NDArray[np.float32]:
-        return self.model.logits(self.model.tokenize([KNOWN_GOOD]).ids)
+        return self.model.logits(self.model.tokenize([KNOWN_GOOD])[0])
 
 
 def _is_finite(logits: NDArray[np.float32]) -> bool:

@@ -70,7 +70,7 @@ class RollingStatistics:
         results = float((new.labels - old.labels).sum())
         bounds = 1000 * self._metrics.end_to_end_seconds.read()[0]
         latencies = new.latencies - old.latencies
-        self._look_at_lags()
+        self._read_lags()
         is_known = self._lags and not self._unknown
         negative, neutral, positive = ((new.labels - old.labels) / (new.at - old.at)).round(2).tolist()
         sample = Sample(
@@ -88,8 +88,8 @@ class RollingStatistics:
         self.history.append(sample)
         return sample
 
-    def _look_at_lags(self) -> None:
-        """A partition whose lag is not known has no series."""
+    def _read_lags(self) -> None:
+        """Reads the lags that have a series; those that are not known have none."""
         samples = [sample for family in self._metrics.lag_records.collect() for sample in family.samples]
         self._lags = [(s.labels["topic"], int(s.labels["partition"]), s.value) for s in samples]
         self._unknown = max(0, int(_values(self._metrics.assigned_partitions)[0]) - len(self._lags))
