@@ -131,7 +131,7 @@ class CardLoop:
 
 
 async def engine_speed(model: Any, texts: Sequence[str]) -> float:
-    """The worker's inference, micro-batch after micro-batch, one tokenized while one is in the network."""
+    """The worker's inference, micro-batch after micro-batch, one tokenized one is scored."""
     inference = Inference(Metrics("benchmark"))
     await inference.load(lambda: model)
     windows = [list(texts[begin : begin + WINDOW]) for begin in range(0, len(texts), WINDOW)]
@@ -141,7 +141,7 @@ async def engine_speed(model: Any, texts: Sequence[str]) -> float:
         job = await tokenizing
         if following is not None:
             tokenizing = asyncio.ensure_future(inference.tokenize(following))
-        await inference.score(job)
+        await inference.forward(job)
     return len(texts) / (time.perf_counter() - started)
 
 

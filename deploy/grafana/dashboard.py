@@ -216,7 +216,7 @@ def how_late() -> Sequence[timeseries.Panel]:
             "Records waiting before each stage",
             "short",
             {"{{stage}}": total(metric("queue_depth"), "stage")},
-            "The stage after the last full queue is the slow one: gather → tokenize → network → publish.",
+            "The stage after the last full queue is the slow one: gather → tokenize → forward → publish.",
             third=True,
         ),
         chart("Stage times, mean", "s", {"{{stage}}": mean("stage_seconds", "stage")}, "Of a micro-batch.", third=True),
@@ -242,7 +242,7 @@ def how_full() -> Sequence[timeseries.Panel]:
                 "p95": quantile(0.95, "batch_texts"),
                 "mean": mean("batch_texts"),
             },
-            "One pass of the network.",
+            "One pass of the model.",
             third=True,
         ),
         chart(
@@ -383,7 +383,7 @@ def what_does_it_use() -> Sequence[timeseries.Panel]:
             third=True,
         ),
         chart(
-            "Seconds since the network last answered",
+            "Seconds since the model last answered",
             "s",
             {
                 "{{instance}}": f"time() - {metric('inference_last_success_timestamp_seconds')}",

@@ -30,12 +30,6 @@ from worker.settings import RunSettings
 POISONED = -1
 
 
-class Tokens:
-    def __init__(self, ids: list[list[int]]) -> None:
-        self.ids = ids
-        self.truncated = [False] * len(ids)
-
-
 class FaultyModel(CostlessModel):
     """A text is one token: the number at its end, or POISONED."""
 
@@ -44,8 +38,8 @@ class FaultyModel(CostlessModel):
     def __init__(self, fault: Path | None) -> None:
         self._fault = fault
 
-    def tokenize(self, texts: Sequence[str]) -> Any:
-        return Tokens([[POISONED if text.startswith(POISON) else number_in(text)] for text in texts])
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        return [[POISONED if text.startswith(POISON) else number_in(text)] for text in texts], [False] * len(texts)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         what, _, seconds = self._fault_now().partition(" ")

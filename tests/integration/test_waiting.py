@@ -73,7 +73,7 @@ def test_missing_topics_are_told_while_the_model_is_loading(kafka: Kafka, topics
     worker = workers.start(topics, {"PASS_SECONDS": "600"})  # of which there are some before the model is loaded
     wait_for(lambda: worker.warnings(topics.output), "a line about the output topic")
     kafka.create(topics.output)
-    wait_for(lambda: worker.lines("topics is well again"), "the topics")
+    wait_for(lambda: worker.lines("topics: recovered after"), "the topics")
     assert worker.get("/readyz") == (503, "model: loading\n")
     assert not worker.lines("model loaded")
     assert not kafka.committed(topics.group, topics.input)

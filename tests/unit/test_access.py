@@ -11,9 +11,9 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from worker.http import access as guarding
-from worker.http.access import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Guard, TokenFor
-from worker.http.server import Monitor
+from worker.http import server as server_module
+from worker.http.access import AccessControl, TokenFor
+from worker.http.server import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Server
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -61,8 +61,8 @@ class Client:
         self._writer.close()
 
 
-class Server:
-    """A monitor as the worker has it, with a route that changes something beside."""
+class ServerUnderTest:
+    """A server as the worker has it, with a route that changes something beside."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class Server:
         names: Sequence[str] = (),
     ) -> None:
         health = self.health = Health()
-        guard = Guard(host=host, names=names, token=token, token_for=token_for)
         self.changes: list[bytes] = []
         self.metrics = Metrics("test")
-        self._monitor = Monitor(health, self.metrics, guard, port=0)
-        self._monitor._app.router.add_post("/change", self._change)
-        self._monitor._app.router.add_get("/much", self._much)
+        access = AccessControl(self.metrics, names=[host, *names], token=token, token_for=token_for)
+        self._server = Server(health, self.metrics, access, host=host, port=0)
+        self._server._app.router.add_post("/change", self._change)
+        self._server._app.router.add_get("/much", self._much)
         self._clients: list[Client] = []
 
     async def _change(self, request: web.Request) -> web.Response:
@@ -91,17 +91,17 @@ class Server:
         (counter,) = self.metrics.http_refusals.labels(reason).collect()
         return counter.samples[0].value
 
-    async def start(self) -> "Server":
-        await self._monitor.start()
+    async def start(self) -> "ServerUnderTest":
+        await self._server.start()
         return self
 
     async def stop(self) -> None:
         for client in self._clients:
             client.close()
-        await asyncio.wait_for(self._monitor.stop(), SECONDS)
+        await asyncio.wait_for(self._server.stop(), SECONDS)
 
     async def connect(self) -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self._monitor.port))
+        client = Client(*await asyncio.open_connection("127.0.0.1", self._server.port))
         self._clients.append(client)
         return client
 
@@ -126,24 +126,24 @@ def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    server = await Server().start()
+async def server() -> AsyncIterator[ServerUnderTest]:
+    server = await ServerUnderTest().start()
     yield server
     await server.stop()
 
 
 @pytest.fixture
-async def guarded() -> AsyncIterator[Server]:
+async def with_token() -> AsyncIterator[ServerUnderTest]:
     """One with a token, for changes."""
-    server = await Server(token=TOKEN).start()
+    server = await ServerUnderTest(token=TOKEN).start()
     yield server
     await server.stop()
 
 
 @pytest.fixture
-async def closed() -> AsyncIterator[Server]:
+async def closed() -> AsyncIterator[ServerUnderTest]:
     """One with a token, for everything."""
-    server = await Server(token=TOKEN, token_for="all").start()
+    server = await ServerUnderTest(token=TOKEN, token_for="all").start()
     yield server
     await server.stop()
 
@@ -152,7 +152,7 @@ async def closed() -> AsyncIterator[Server]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_reading_is_answered(server: Server, path: str) -> None:
+async def test_reading_is_answered(server: ServerUnderTest, path: str) -> None:
     get, head = await server.ask("GET", path), await server.ask("HEAD", path)
     assert get.status == head.status == 200
     assert get.body
@@ -160,8 +160,8 @@ async def test_reading_is_answered(server: Server, path: str) -> None:
 
 
 async def test_a_brokers_words_reach_no_terminal_as_they_are() -> None:
-    server = await Server().start()
-    server.health.trouble("kafka", "\x1b[2Jno\nready")
+    server = await ServerUnderTest().start()
+    server.health.failing("kafka", "\x1b[2Jno\nready")
     answer = await server.ask("GET", "/readyz")
     await server.stop()
     assert (answer.status, answer.body) == (503, b"kafka: \\u001b[2Jno\\nready\n")
@@ -169,13 +169,13 @@ async def test_a_brokers_words_reach_no_terminal_as_they_are() -> None:
 
 @pytest.mark.parametrize("path", [*PATHS, "/nowhere", "/"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
-async def test_other_methods_are_not_allowed(guarded: Server, method: str, path: str) -> None:
-    answer = await guarded.ask(method, path, BEARER, b"x")
+async def test_other_methods_are_not_allowed(with_token: ServerUnderTest, method: str, path: str) -> None:
+    answer = await with_token.ask(method, path, BEARER, b"x")
     assert answer.status == 405
     assert answer.headers["Allow"] == "GET,HEAD"
 
 
-async def test_a_method_that_is_none_is_refused(server: Server) -> None:
+async def test_a_method_that_is_none_is_refused(server: ServerUnderTest) -> None:
     assert (await server.ask("FROBNICATE", "/metrics")).status == 400
 
 
@@ -190,13 +190,13 @@ async def test_a_method_that_is_none_is_refused(server: Server) -> None:
         "/Livez",
     ],
 )
-async def test_a_path_leads_to_no_file(server: Server, path: str) -> None:
+async def test_a_path_leads_to_no_file(server: ServerUnderTest, path: str) -> None:
     answer = await server.ask("GET", path)
     assert answer.status == 404
     assert b"root:" not in answer.body
 
 
-async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: Server) -> None:
+async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: ServerUnderTest) -> None:
     for answer in (await server.ask("GET", "/metrics"), await server.ask("GET", "/nowhere")):
         assert answer.headers["Server"] == "sentiment-worker"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -214,7 +214,7 @@ async def test_answers_tell_no_versions_and_are_neither_kept_nor_framed(server: 
 # --- The token ---
 
 
-async def test_without_a_token_nothing_can_be_changed(server: Server) -> None:
+async def test_without_a_token_nothing_can_be_changed(server: ServerUnderTest) -> None:
     for headers in ({}, BEARER, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
         answer = await server.ask("POST", "/change", headers, b"x")
         assert answer.status == 403
@@ -222,10 +222,10 @@ async def test_without_a_token_nothing_can_be_changed(server: Server) -> None:
     assert not server.changes
 
 
-async def test_with_the_token_something_can_be_changed(guarded: Server) -> None:
-    assert (await guarded.ask("POST", "/change", BEARER, b"x")).status == 200
-    assert (await guarded.ask("POST", "/change", {"Authorization": f"bearer {TOKEN}"}, b"y")).status == 200
-    assert guarded.changes == [b"x", b"y"]
+async def test_with_the_token_something_can_be_changed(with_token: ServerUnderTest) -> None:
+    assert (await with_token.ask("POST", "/change", BEARER, b"x")).status == 200
+    assert (await with_token.ask("POST", "/change", {"Authorization": f"bearer {TOKEN}"}, b"y")).status == 200
+    assert with_token.changes == [b"x", b"y"]
 
 
 WRONG = [
@@ -245,17 +245,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, BASIC["Authorization"]])  # a browser sends Basic from any site's page
-async def test_with_another_token_nothing_is_changed(guarded: Server, wrong: str) -> None:
-    answer = await guarded.ask("POST", "/change", {"Authorization": wrong}, b"x")
+async def test_with_another_token_nothing_is_changed(with_token: ServerUnderTest, wrong: str) -> None:
+    answer = await with_token.ask("POST", "/change", {"Authorization": wrong}, b"x")
     assert answer.status == 401
     assert answer.headers["Www-Authenticate"] == 'Bearer realm="sentiment-worker"'
     assert TOKEN.encode() not in answer.body
-    assert not guarded.changes
+    assert not with_token.changes
 
 
-async def test_reading_is_free_unless_all_needs_the_token(guarded: Server, closed: Server) -> None:
+async def test_reading_is_free_unless_all_needs_the_token(with_token: ServerUnderTest, closed: ServerUnderTest) -> None:
     for path in PATHS:
-        assert (await guarded.ask("GET", path)).status == 200
+        assert (await with_token.ask("GET", path)).status == 200
     for method in ("GET", "HEAD"):
         assert (await closed.ask(method, "/metrics")).status == 401
         assert (await closed.ask(method, "/nowhere")).status == 401, "and does not tell what there is"
@@ -264,11 +264,11 @@ async def test_reading_is_free_unless_all_needs_the_token(guarded: Server, close
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-async def test_all_needs_the_right_token(closed: Server, wrong: str) -> None:
+async def test_all_needs_the_right_token(closed: ServerUnderTest, wrong: str) -> None:
     assert (await closed.ask("GET", "/metrics", {"Authorization": wrong})).status == 401
 
 
-async def test_probes_never_need_a_token(closed: Server) -> None:
+async def test_probes_never_need_a_token(closed: ServerUnderTest) -> None:
     for path in ("/livez", "/readyz"):
         assert (await closed.ask("GET", path)).status == 200
 
@@ -279,7 +279,7 @@ async def test_probes_never_need_a_token(closed: Server) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example"]
 )
-async def test_a_page_that_turned_its_name_to_this_machine_reads_nothing(server: Server, host: str) -> None:
+async def test_a_page_that_turned_its_name_to_this_machine_reads_nothing(server: ServerUnderTest, host: str) -> None:
     answer = await server.ask("GET", "/metrics", {"Host": host})
     assert answer.status == 421
 
@@ -287,7 +287,7 @@ async def test_a_page_that_turned_its_name_to_this_machine_reads_nothing(server:
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.0.0.1", "[::1]:8080", "[::1]", "10.1.2.3:80"]
 )
-async def test_this_machines_own_names_are_answered(server: Server, host: str) -> None:
+async def test_this_machines_own_names_are_answered(server: ServerUnderTest, host: str) -> None:
     assert (await server.ask("GET", "/metrics", {"Host": host})).status == 200
 
 
@@ -303,7 +303,7 @@ async def test_this_machines_own_names_are_answered(server: Server, host: str) -
     ],
 )
 async def test_an_address_for_others_has_the_names_that_are_set(host: str, status: int) -> None:
-    server = await Server(host="0.0.0.0", names=["worker.example", "sentiment-worker.prod.svc"]).start()
+    server = await ServerUnderTest(host="0.0.0.0", names=["worker.example", "sentiment-worker.prod.svc"]).start()
     try:
         assert (await server.ask("GET", "/metrics", {"Host": host})).status == status
         assert server.refusals("host") == (status == 421)
@@ -312,25 +312,25 @@ async def test_an_address_for_others_has_the_names_that_are_set(host: str, statu
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/change"])
-async def test_what_another_sites_page_asks_for_is_refused(guarded: Server, path: str) -> None:
+async def test_what_another_sites_page_asks_for_is_refused(with_token: ServerUnderTest, path: str) -> None:
     method = "POST" if path == "/change" else "GET"
-    answer = await guarded.ask(method, path, {**BEARER, "Sec-Fetch-Site": "cross-site"})
+    answer = await with_token.ask(method, path, {**BEARER, "Sec-Fetch-Site": "cross-site"})
     assert answer.status == 403
     assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-    assert guarded.refusals("cross_site") == 1
+    assert with_token.refusals("cross_site") == 1
     for site in ("same-origin", "same-site", "none"):
-        assert (await guarded.ask(method, path, {**BEARER, "Sec-Fetch-Site": site})).status == 200
+        assert (await with_token.ask(method, path, {**BEARER, "Sec-Fetch-Site": site})).status == 200
 
 
-async def test_a_link_on_another_site_opens_the_console_alone(guarded: Server) -> None:
+async def test_a_link_on_another_site_opens_the_console_alone(with_token: ServerUnderTest) -> None:
     link = {**BEARER, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-    assert (await guarded.ask("GET", "/", link)).status == 404  # let through, and no console is here
+    assert (await with_token.ask("GET", "/", link)).status == 404  # let through, and no console is here
     for path in (*PATHS, "/much", "/events"):
-        assert (await guarded.ask("GET", path, link)).status == 403
+        assert (await with_token.ask("GET", path, link)).status == 403
     for method, path in (("HEAD", "/"), ("POST", "/"), ("POST", "/change")):
-        assert (await guarded.ask(method, path, link)).status == 403
+        assert (await with_token.ask(method, path, link)).status == 403
     for header, value in (("Mode", "no-cors"), ("Mode", "cors"), ("Dest", "iframe"), ("Dest", "object"), ("Dest", "")):
-        assert (await guarded.ask("GET", "/", {**link, f"Sec-Fetch-{header}": value})).status == 403
+        assert (await with_token.ask("GET", "/", {**link, f"Sec-Fetch-{header}": value})).status == 403
 
 
 # --- Sizes ---
@@ -345,14 +345,14 @@ async def test_a_link_on_another_site_opens_the_console_alone(guarded: Server) -
     ],
     ids=["a long line", "a long header", "many headers"],
 )
-async def test_a_large_head_is_refused(server: Server, request_head: bytes) -> None:
+async def test_a_large_head_is_refused(server: ServerUnderTest, request_head: bytes) -> None:
     client = await server.connect()
     await client.send(request_head)
     assert (await client.receive()).status == 400
     assert await client.is_closed()
 
 
-async def test_a_head_without_end_is_not_collected(server: Server) -> None:
+async def test_a_head_without_end_is_not_collected(server: ServerUnderTest) -> None:
     client = await server.connect()
 
     async def flood() -> None:
@@ -364,27 +364,27 @@ async def test_a_head_without_end_is_not_collected(server: Server) -> None:
         await asyncio.wait_for(flood(), SECONDS)
 
 
-async def test_a_large_body_is_refused(guarded: Server) -> None:
-    assert (await guarded.ask("POST", "/change", BEARER, b"x" * BODY_BYTES)).status == 200
-    client = await guarded.connect()
+async def test_a_large_body_is_refused(with_token: ServerUnderTest) -> None:
+    assert (await with_token.ask("POST", "/change", BEARER, b"x" * BODY_BYTES)).status == 200
+    client = await with_token.connect()
     head = f"POST /change HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
     await client.send(head + b"Content-Length: 100000000\r\n\r\n")
     assert (await client.receive()).status == 413
-    chunked = await guarded.connect()
+    chunked = await with_token.connect()
     await chunked.send(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b"x" * 4_096 + b"\r\n")
     await chunked.send(4 * (b"1000\r\n" + b"x" * 4_096 + b"\r\n"))
     assert (await chunked.receive()).status == 413
-    assert len(guarded.changes) == 1
+    assert len(with_token.changes) == 1
 
 
-async def test_a_packed_body_is_not_unpacked(guarded: Server) -> None:
+async def test_a_packed_body_is_not_unpacked(with_token: ServerUnderTest) -> None:
     packed = gzip.compress(bytes(10_000_000))[:BODY_BYTES]
-    answer = await guarded.ask("POST", "/change", {**BEARER, "Content-Encoding": "gzip"}, packed)
+    answer = await with_token.ask("POST", "/change", {**BEARER, "Content-Encoding": "gzip"}, packed)
     assert answer.status == 200
-    assert guarded.changes == [packed]
+    assert with_token.changes == [packed]
 
 
-async def test_a_body_behind_a_get_is_not_waited_for(server: Server) -> None:
+async def test_a_body_behind_a_get_is_not_waited_for(server: ServerUnderTest) -> None:
     client = await server.connect()
     await client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nx")
     assert (await client.receive()).status == 200
@@ -396,12 +396,12 @@ async def test_a_body_behind_a_get_is_not_waited_for(server: Server) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guarding, "IDLE_S", 0.5)
-    monkeypatch.setattr(guarding, "BODY_S", 0.5)
+    monkeypatch.setattr(server_module, "IDLE_S", 0.5)
+    monkeypatch.setattr(server_module, "BODY_S", 0.5)
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_head_that_comes_a_byte_at_a_time_ends(server: Server) -> None:
+async def test_a_head_that_comes_a_byte_at_a_time_ends(server: ServerUnderTest) -> None:
     client = await server.connect()
 
     async def trickle() -> None:
@@ -417,30 +417,30 @@ async def test_a_head_that_comes_a_byte_at_a_time_ends(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_who_says_nothing_is_sent_away(server: Server) -> None:
+async def test_who_says_nothing_is_sent_away(server: ServerUnderTest) -> None:
     assert await (await server.connect()).is_closed()
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_body_that_does_not_come_ends(guarded: Server) -> None:
-    client = await guarded.connect()
+async def test_a_body_that_does_not_come_ends(with_token: ServerUnderTest) -> None:
+    client = await with_token.connect()
     head = f"POST /change HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n"
     await client.send(head.encode() + b"x")
     assert (await client.receive()).status == 408
-    assert not guarded.changes
+    assert not with_token.changes
 
 
-async def test_many_clients_keep_nobody_out(server: Server) -> None:
+async def test_many_clients_keep_nobody_out(server: ServerUnderTest) -> None:
     """Connections that stay open without a word: the oldest make room."""
     crowd = [await server.connect() for _ in range(CONNECTIONS * 3)]
     assert (await server.ask("GET", "/livez")).status == 200
     assert all([await client.is_closed() for client in crowd[:CONNECTIONS]])
     await crowd[-1].send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await crowd[-1].receive()).status == 200, "the newest are still there"
-    assert len(server._monitor._guard._open) <= CONNECTIONS
+    assert len(server._server._open) <= CONNECTIONS
 
 
-async def test_clients_that_do_not_read_keep_nobody_out(server: Server) -> None:
+async def test_clients_that_do_not_read_keep_nobody_out(server: ServerUnderTest) -> None:
     """What they asked for is more than the sockets hold."""
     for _ in range(CONNECTIONS + 1):
         await (await server.connect()).send(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
@@ -451,28 +451,28 @@ async def test_clients_that_do_not_read_keep_nobody_out(server: Server) -> None:
 
 
 async def test_wrong_tokens_are_counted_and_told_with_who_gave_them(
-    guarded: Server, caplog: pytest.LogCaptureFixture
+    with_token: ServerUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
-        await guarded.ask("POST", "/change", {"Authorization": "Bearer a-wrong-token-of-somebody"})
-    await guarded.ask("POST", "/change")
-    assert (guarded.refusals("wrong_token"), guarded.refusals("no_token")) == (3, 1)
+        await with_token.ask("POST", "/change", {"Authorization": "Bearer a-wrong-token-of-somebody"})
+    await with_token.ask("POST", "/change")
+    assert (with_token.refusals("wrong_token"), with_token.refusals("no_token")) == (3, 1)
     (told,) = [record for record in caplog.records if record.levelno >= logging.WARNING]  # not one for each guess
     assert (vars(told)["reason"], vars(told)["peer"], vars(told)["path"]) == ("wrong_token", "127.0.0.1", "/change")
     assert "a-wrong-token" not in caplog.text
 
 
 async def test_accepted_changes_are_counted_and_told_with_who_asked(
-    guarded: Server, caplog: pytest.LogCaptureFixture
+    with_token: ServerUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    await guarded.ask("POST", "/change", BEARER, b"x")
-    assert b"sentiment_worker_http_changes_total 1.0" in guarded.metrics.text()
+    await with_token.ask("POST", "/change", BEARER, b"x")
+    assert b"sentiment_worker_http_changes_total 1.0" in with_token.metrics.text()
     (told,) = [record for record in caplog.records if record.name == "worker.http.access"]
     assert (vars(told)["peer"], vars(told)["method"], vars(told)["path"]) == ("127.0.0.1", "POST", "/change")
 
 
-async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_part_of_a_request_is_logged(closed: ServerUnderTest, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     client = await closed.connect()
     await client.send(b"GET /livez HTTP/1.1\r\nAuthorization: Bearer my-own-token\x00\r\nBroken my-own-token\r\n\r\n")
@@ -485,13 +485,15 @@ async def test_no_part_of_a_request_is_logged(closed: Server, caplog: pytest.Log
     assert TOKEN not in caplog.text
 
 
-async def test_a_page_that_fails_says_so_without_words(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_page_that_fails_says_so_without_words(
+    server: ServerUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
     async def fail(_: web.Request) -> web.Response:
         raise ValueError("text of an event")
 
     await server.stop()
-    other = Server()
-    other._monitor._app.router.add_get("/fail", fail)
+    other = ServerUnderTest()
+    other._server._app.router.add_get("/fail", fail)
     await other.start()
     answer = await other.ask("GET", "/fail", {"Accept": "text/html"})
     await other.stop()

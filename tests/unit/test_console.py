@@ -6,111 +6,28 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 import pytest
-from aiokafka import ConsumerRecord
 
+from tests.support.outcomes import BAD, outcome
 from worker.core.decoder import Decoder
-from worker.core.events import Failure
-from worker.core.sentiment import Sentiment
 from worker.http import console as console_module
-from worker.http.access import Guard
-from worker.http.console import KEPT, PAGE, Console, Tap, content_security_policy, shown_settings
-from worker.http.server import Monitor
+from worker.http.access import AccessControl
+from worker.http.console import PAGE, Console, content_security_policy, shown_settings
+from worker.http.recent_outcomes import RecentOutcomes
+from worker.http.server import Server
 from worker.settings import RunSettings, load
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
 RUNBOOK = "https://docs.example/operating.md#what-to-do"
 SECRET = "a-token-that-nobody-may-see"
-GOOD = Sentiment("positive", 0.75, (0.1, 0.2, 0.85))
-BAD = Failure("decode", "invalid_json", "the value is not JSON at character 0")
-
-
-class Outcome(NamedTuple):
-    record: Any
-    failure: Failure | None
-    sentiment: Sentiment | None
-
-
-def outcome(number: int, *, value: bytes | None = None, failure: Failure | None = None) -> Outcome:
-    value = value or json.dumps({"id": f"e{number}", "text": f"текст {number}"}).encode()
-    sent_at = round(1000 * time.time()) - 1_000
-    record = ConsumerRecord("texts", 3, number, sent_at, 0, None, value, None, 0, len(value), [])
-    return Outcome(record, failure, None if failure else GOOD)
-
-
-def tap(*, texts: bool = False) -> Tap:
-    return Tap(Decoder(), texts=texts)
 
 
 def ids(rows: Iterable[list[Any]]) -> list[str]:
     return [row[1] for row in rows]
-
-
-# What is taken from the pipeline.
-
-
-def test_a_result_is_told_with_its_probabilities_and_without_its_text() -> None:
-    taker = tap()
-    taker([outcome(1)])
-    ((_, id, label, score, probabilities, latency_ms, text),), letters = taker.take()
-    assert (id, label, score, text) == ("e1", "positive", 0.75, None)
-    assert probabilities == [0.1, 0.2, 0.85]
-    assert latency_ms > 0
-    assert not letters
-    assert taker.take() == ([], []), "told once"
-    assert len(taker.results) == 1, "kept for the next page"
-
-
-def test_a_latency_that_cannot_be_right_is_not_told() -> None:
-    taker = tap()
-    told = outcome(1)
-    taker([told._replace(record=replace(told.record, timestamp=1_795_428_000))])  # in seconds
-    ((*_, latency_ms, _),), _ = taker.take()
-    assert latency_ms is None
-
-
-def test_texts_are_told_where_they_are_switched_on_and_cut() -> None:
-    taker = tap(texts=True)
-    taker([outcome(1), outcome(2, value=json.dumps({"id": "e2", "text": "я" * 1_000}).encode())])
-    results, _ = taker.take()
-    assert results[0][-1] == "текст 1"
-    assert results[1][-1] == "я" * 240 + "…"
-
-
-def test_a_dead_letter_is_told_with_its_place_and_reason() -> None:
-    taker = tap()
-    taker([outcome(7, value=b"{broken", failure=BAD)])
-    results, ((_, place, stage, reason, message),) = taker.take()
-    assert not results
-    assert (place, stage, reason, message) == ("texts-3 @ 7", "decode", "invalid_json", BAD.message)
-
-
-def test_the_last_of_each_are_kept_however_many_come_at_once() -> None:
-    taker = tap()
-    for begin in range(0, 5_000, 100):
-        taker([outcome(number, failure=BAD if number % 2 else None) for number in range(begin, begin + 100)])
-    taker.take()
-    assert ids(taker.results) == [f"e{number}" for number in range(4_900, 5_000, 2)]
-    assert ids(taker.letters) == [f"texts-3 @ {number}" for number in range(4_901, 5_001, 2)]
-    taker([outcome(number, failure=BAD) for number in range(5_000, 5_100)])
-    taker.take()
-    assert len(taker.results) == len(taker.letters) == KEPT, "failures alone drive no result out"
-
-
-def test_few_bytes_of_records_are_held_until_they_are_read() -> None:
-    taker = tap()
-    large = json.dumps({"id": "large", "text": "x", "more": "y" * (console_module.HELD_BYTES // 3)}).encode()
-    taker([outcome(number, value=large) for number in range(40)])
-    assert sum(len(record.value or b"") for record, *_ in taker._fresh_results) <= console_module.HELD_BYTES
-    taker.take()
-    assert not taker._fresh_results
-    taker([outcome(1, value=large)])
-    assert ids(taker.take()[0]) == ["large"], "the newest is told whatever its size"
 
 
 # The page.
@@ -142,27 +59,27 @@ def test_settings_are_shown_without_secrets() -> None:
 # The stream.
 
 
-class Server:
+class ServerUnderTest:
     def __init__(self) -> None:
-        self.metrics, self.health, self.tap = Metrics("test"), Health(), Tap(Decoder(), texts=False)
+        self.metrics, self.health, self.recent = Metrics("test"), Health(), RecentOutcomes(Decoder(), texts=False)
         settings = load(RunSettings, [], "test", {"WORKER_HTTP_TOKEN": SECRET})
         self.console = Console(
-            self.metrics, self.health, self.tap, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
+            self.metrics, self.health, self.recent, shown_settings(settings), version="1.2.3", runbook=RUNBOOK
         )
-        guard = Guard(host="127.0.0.1", token=SECRET)
-        self.monitor = Monitor(self.health, self.metrics, guard, port=0, parts=[self.console])
+        access = AccessControl(self.metrics, token=SECRET)
+        self.http = Server(self.health, self.metrics, access, host="127.0.0.1", port=0, routes=[self.console])
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.monitor.port}"
+        return f"http://127.0.0.1:{self.http.port}"
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    server = Server()
-    await server.monitor.start()
+async def server() -> AsyncIterator[ServerUnderTest]:
+    server = ServerUnderTest()
+    await server.http.start()
     yield server
-    await server.monitor.stop()
+    await server.http.stop()
 
 
 @pytest.fixture
@@ -187,7 +104,7 @@ async def second_with(answer: aiohttp.ClientResponse, name: str) -> Any:
             return data[name]
 
 
-async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.ClientSession) -> None:
+async def test_the_page_comes_with_its_policy(server: ServerUnderTest, client: aiohttp.ClientSession) -> None:
     async with client.get(server.url + "/") as answer:
         assert answer.status == 200
         assert answer.content_type == "text/html"
@@ -196,9 +113,9 @@ async def test_the_page_comes_with_its_policy(server: Server, client: aiohttp.Cl
 
 
 async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
-    server: Server, client: aiohttp.ClientSession
+    server: ServerUnderTest, client: aiohttp.ClientSession
 ) -> None:
-    server.health.hold("model", "loading")
+    server.health.not_ready("model", "loading")
     async with client.get(server.url + "/events") as answer:
         kind, data = await message(answer)
         assert (kind, data["version"], data["not_ready"]["reason"]) == ("hello", "1.2.3", "model: loading")
@@ -206,7 +123,7 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
         assert time.time() - 60 < data["started_at"] <= time.time()
         assert data["settings"]["output_topic"] == "sentiment"
         assert SECRET not in repr(data)
-        server.tap([outcome(5), outcome(6, failure=BAD)])
+        server.recent.add([outcome(5), outcome(6, failure=BAD)])
         results = await second_with(answer, "results")
         assert [result[1] for result in results] == ["e5"]
     async with client.get(server.url + "/events") as answer:
@@ -218,9 +135,9 @@ async def test_the_stream_begins_with_everything_and_goes_on_with_seconds(
 
 
 async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
-    server: Server, client: aiohttp.ClientSession
+    server: ServerUnderTest, client: aiohttp.ClientSession
 ) -> None:
-    server.tap([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
+    server.recent.add([*map(outcome, range(60)), *(outcome(number, failure=BAD) for number in range(60, 120))])
     for second in range(60):
         server.console._show(float(second))
     async with client.get(server.url + "/events") as answer:
@@ -229,24 +146,24 @@ async def test_what_came_while_nobody_looked_is_there_for_the_next_page(
     assert ids(data["letters"]) == [f"texts-3 @ {number}" for number in range(70, 120)]
 
 
-async def test_why_and_for_how_long_the_worker_is_not_ready(server: Server) -> None:
+async def test_why_and_for_how_long_the_worker_is_not_ready(server: ServerUnderTest) -> None:
     def not_ready_at(second: float) -> Any:
         server.console._show(second)
         return server.console._snapshot([], [])["not_ready"]
 
     assert not_ready_at(1) is None
-    server.health.hold("group", "not joined yet")
-    assert not_ready_at(2) == {"reason": "group: not joined yet", "for_s": 0, "is_trouble": False}
-    server.health.trouble("kafka", "no broker answers")
-    assert not_ready_at(62.5) == {"reason": "kafka: no broker answers", "for_s": 60, "is_trouble": True}
-    server.health.well("kafka")
-    server.health.well("group")
+    server.health.not_ready("group", "not joined yet")
+    assert not_ready_at(2) == {"reason": "group: not joined yet", "for_s": 0, "is_failing": False}
+    server.health.failing("kafka", "no broker answers")
+    assert not_ready_at(62.5) == {"reason": "kafka: no broker answers", "for_s": 60, "is_failing": True}
+    server.health.working("kafka")
+    server.health.working("group")
     assert not_ready_at(63) is None
-    server.health.trouble("kafka", "no broker answers")
+    server.health.failing("kafka", "no broker answers")
     assert not_ready_at(64)["for_s"] == 0
 
 
-async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server: Server) -> None:
+async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server: ServerUnderTest) -> None:
     metrics = server.metrics
     metrics.assigned_partitions.set(3)
     for partition in (0, 1, 4):
@@ -264,7 +181,7 @@ async def test_it_says_which_partitions_it_has_and_whose_lag_is_not_known(server
 
 
 async def test_one_viewer_too_many_takes_the_place_of_the_oldest(
-    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    server: ServerUnderTest, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console_module, "VIEWERS", 2)
     async with client.get(server.url + "/events") as oldest, client.get(server.url + "/events") as second:
@@ -277,7 +194,7 @@ async def test_one_viewer_too_many_takes_the_place_of_the_oldest(
             assert len(server.console._viewers) == 2
 
 
-async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_rendered_while_nobody_looks(server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot(*_: Sequence[Any]) -> dict[str, Any]:
         raise AssertionError("rendered for nobody")
 
@@ -288,14 +205,14 @@ async def test_nothing_is_rendered_while_nobody_looks(server: Server, monkeypatc
 
 
 async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nobody_up(
-    server: Server, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    server: ServerUnderTest, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filler = "x" * 400_000  # a page's second is a thousand bytes; this fills a socket at once
     monkeypatch.setattr(server.console, "_snapshot", lambda *_: {"filler": filler})
     monkeypatch.setattr(console_module, "STUCK_S", 2)
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        slow.connect(("127.0.0.1", server.monitor.port))
+        slow.connect(("127.0.0.1", server.http.port))
         slow.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         async with client.get(server.url + "/events") as answer:
             await message(answer)
@@ -311,10 +228,10 @@ async def test_a_client_that_does_not_read_is_skipped_then_dropped_and_holds_nob
 
 
 async def test_the_end_of_the_worker_ends_the_stream(client: aiohttp.ClientSession) -> None:
-    server = Server()
-    await server.monitor.start()
+    server = ServerUnderTest()
+    await server.http.start()
     async with client.get(server.url + "/events") as answer:
         await message(answer)
-        await server.monitor.stop()
+        await server.http.stop()
         async with asyncio.timeout(10):
             await answer.content.read()

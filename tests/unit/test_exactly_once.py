@@ -411,8 +411,8 @@ async def test_a_stall_ends_with_the_partition_that_had_it(world: World, is_give
     """Others, which may have nothing to publish for long, are no reason to go on saying that publishing is stalled."""
     assignment, other = await owned(world), Assignment(TopicPartition("t", 1))
     await world.transactions.begin(other)
-    world.health.trouble("publish", "publishing is stalled", TP)
-    world.health.trouble("publish", "publishing is stalled", other.tp)
+    world.health.failing("publish", "publishing is stalled", TP)
+    world.health.failing("publish", "publishing is stalled", other.tp)
     if is_given_up:
         world.transactions.abandon(assignment)
     world.transactions.release(assignment)
@@ -428,7 +428,7 @@ async def test_a_stall_that_is_told_while_the_partition_goes_is_forgotten_too(
         try:
             await asyncio.Event().wait()
         finally:
-            world.health.trouble("publish", "publishing is stalled", TP)
+            world.health.failing("publish", "publishing is stalled", TP)
         return []
 
     monkeypatch.setattr(FakeSink, "publish", stalled)

@@ -1,22 +1,20 @@
 """The threads of inference with models that misbehave in every way that a device or a text can."""
 
 import asyncio
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
-from worker.core.sentiment import LABELS, Activation, Label, Sentiment
-from worker.model.truncation import TokenizedTexts
-from worker.pipeline import inference as inference_module
-from worker.pipeline.inference import KNOWN_GOOD, Cache, Inference, InferenceLost, Job
+from worker.core.sentiment import Activation, Sentiment
+from worker.pipeline import model_runner
+from worker.pipeline.inference import Inference
+from worker.pipeline.inference_job import Job
+from worker.pipeline.model_runner import KNOWN_GOOD, FatalInferenceError
 from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.telemetry.metrics import Metrics
 
@@ -74,7 +72,7 @@ async def loaded(model: Model, **options: float) -> Inference:
 
 
 async def answers(inference: Inference, texts: list[str]) -> Job:
-    return await inference.score(await inference.tokenize(texts))
+    return await inference.forward(await inference.tokenize(texts))
 
 
 def only(fails: Callable[[Sequence[int]], bool], error: Exception) -> Fault:
@@ -104,7 +102,7 @@ async def test_one_poison_text_costs_that_text_alone(model: Model) -> None:
     model.fault = only(lambda tokens: ord("☢") in tokens, RuntimeError("bad kernel"))
     job = await answers(inference, ["один", "два ☢", "три", "четыре"])
     assert [isinstance(answer, Sentiment) for answer in job.answers] == [True, False, True, True]
-    assert job.answers[1] == "the network failed: RuntimeError"
+    assert job.answers[1] == "the model failed: RuntimeError"
 
 
 async def test_logits_that_are_no_numbers_cost_their_text_alone(model: Model) -> None:
@@ -132,14 +130,14 @@ async def test_a_device_that_fails_a_known_good_text_is_lost(model: Model, kind:
         model.not_a_number = lambda tokens: True
     else:
         model.logits = lambda ids: np.zeros((1, 2), np.float32)  # type: ignore[method-assign]
-    with pytest.raises(InferenceLost, match="known-good"):
+    with pytest.raises(FatalInferenceError, match="known-good"):
         await answers(inference, ["один", "два"])
-    assert inference.trouble()
+    assert inference.why_not_alive()
 
 
 async def test_a_model_that_fails_while_it_warms_up_is_not_loaded(model: Model) -> None:
     model.not_a_number = lambda tokens: True
-    with pytest.raises(InferenceLost):
+    with pytest.raises(FatalInferenceError):
         await Inference(Metrics("test")).load(lambda: model)
 
 
@@ -167,15 +165,15 @@ async def test_passes_run_side_by_side_and_answers_keep_their_places(model: Mode
 
 
 async def test_a_text_that_never_fits_into_memory_is_no_poison(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0))
+    monkeypatch.setattr(model_runner, "MEMORY_PATIENCE_S", (0, 0))
     inference = await loaded(model)
     model.fault = only(lambda tokens: len(tokens) > 50, OutOfMemoryError())
-    with pytest.raises(InferenceLost, match="out of memory for a single text of 60 tokens"):
+    with pytest.raises(FatalInferenceError, match="out of memory for a single text of 60 tokens"):
         await answers(inference, ["x" * 60, "good"])
 
 
 async def test_memory_that_a_neighbour_gives_back_is_waited_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "MEMORY_PATIENCE_S", (0, 0, 0))
+    monkeypatch.setattr(model_runner, "MEMORY_PATIENCE_S", (0, 0, 0))
     inference = await loaded(model)
     failures = [OutOfMemoryError(), OutOfMemoryError()]
 
@@ -194,7 +192,7 @@ async def test_a_micro_batch_that_fails_as_a_whole_is_the_device_s_fault(model: 
     inference = await loaded(model)
     good = [ord(letter) for letter in KNOWN_GOOD]
     model.not_a_number = lambda tokens: tokens != good
-    with pytest.raises(InferenceLost, match="all 8 texts of a micro-batch fail"):
+    with pytest.raises(FatalInferenceError, match="all 8 texts of a micro-batch fail"):
         await answers(inference, ["t" * length for length in range(1, 9)])
 
 
@@ -206,17 +204,17 @@ async def test_a_device_batch_ends_where_padding_costs_more_than_a_pass(model: M
     assert model.seen == [[10, 7], [6], [2]]
 
 
-async def test_a_network_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
+async def test_a_model_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:
     release = threading.Event()
     inference = await loaded(model, timeout_s=0.2)
     model.fault = lambda ids: release.wait(30) and None
     watching = asyncio.create_task(inference.watch())
     try:
-        with pytest.raises(InferenceLost, match=r"the network has not answered for more than 0\.2 s"):
+        with pytest.raises(FatalInferenceError, match=r"the model has not answered for more than 0\.2 s"):
             await asyncio.wait_for(answers(inference, ["zzz"]), 10)
-        assert inference.trouble()
-        with pytest.raises(InferenceLost):
-            await asyncio.wait_for(inference.score(await inference.tokenize(["b"])), 10)
+        assert inference.why_not_alive()
+        with pytest.raises(FatalInferenceError):
+            await asyncio.wait_for(inference.forward(await inference.tokenize(["b"])), 10)
     finally:
         release.set()
         watching.cancel()
@@ -244,7 +242,7 @@ async def test_loading_may_take_as_long_as_it_takes(model: Model) -> None:
 
     loading = asyncio.create_task(inference.load(slow))
     await asyncio.sleep(0.2)
-    assert inference.trouble() is None
+    assert inference.why_not_alive() is None
     proceed.set()
     await loading
 
@@ -272,67 +270,6 @@ async def test_the_cache_is_bounded_and_keeps_what_was_used_last(model: Model) -
     assert model.tokenized == ["b"]
 
 
-SENTIMENT = Sentiment("neutral", 0.0, (0.1, 0.8, 0.1))
-SIZES = st.integers(0, 9)
-USES = st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60)
-
-
-@settings(deadline=None)
-@given(SIZES, USES)
-def test_the_newest_half_is_found_and_no_more_than_all_is_kept(size: int, uses: list[tuple[bool, int]]) -> None:
-    cache = Cache(size)
-    newest: list[int] = []
-    for is_put, number in uses:
-        digest = bytes([number])
-        if is_put:
-            cache.put(digest, SENTIMENT, bool(number % 2))
-        elif cache.get(digest) is None:
-            assert number not in newest[-(size // 2) :] or not size // 2
-            continue
-        newest = [*(each for each in newest if each != number), number]
-        assert len(cache._young) + len(cache._old) <= (2 if size == 1 else size)
-        assert len(cache._going) <= size
-    if not size:
-        assert not cache._young
-    else:
-        for number in newest[-max(1, size // 2) :]:
-            assert cache.get(bytes([number])) == (SENTIMENT, bool(number % 2))
-
-
-def test_a_generation_that_goes_is_gone_before_the_next_one_does() -> None:
-    cache = Cache(100)
-    for number in range(150):
-        cache.put(bytes([number]), SENTIMENT, False)
-    assert len(cache._going) == 0
-    cache.put(bytes([150]), SENTIMENT, False)
-    assert len(cache._going) == 48
-
-
-def test_what_is_put_twice_drives_nothing_out() -> None:
-    cache = Cache(4)
-    for name in (b"a", b"b", b"c", b"d", b"d", b"d"):
-        cache.put(name, SENTIMENT, False)
-    assert set(cache._old) | set(cache._young) == {b"a", b"b", b"c", b"d"}
-
-
-@given(st.sampled_from(LABELS), st.tuples(*[st.floats(0, 1)] * 3), st.floats(-1, 1), st.booleans())
-def test_what_is_found_is_what_was_put(
-    label: Label, probabilities: tuple[float, float, float], score: float, truncated: bool
-) -> None:
-    cache = Cache(2)
-    cache.put(b"a", Sentiment(label, score, probabilities), truncated)
-    found = cache.get(b"a")
-    assert found == (Sentiment(label, score, probabilities), truncated)
-    assert type(found[0]) is Sentiment
-    assert type(found[1]) is bool
-
-
-def test_the_garbage_collector_has_no_entries_to_walk_through() -> None:
-    cache = Cache(2)
-    cache.put(b"a", SENTIMENT, False)
-    assert not any(map(gc.is_tracked, (*cache._young, *cache._young.values())))
-
-
 async def test_a_failure_is_not_remembered(model: Model) -> None:
     inference = await loaded(model, cache_size=10)
     model.not_a_number = lambda tokens: tokens != [ord(letter) for letter in KNOWN_GOOD]
@@ -346,7 +283,7 @@ async def test_the_model_is_owned_by_threads_of_its_own(model: Model) -> None:
     seen: set[str] = set()
     model.fault = lambda ids: seen.add(threading.current_thread().name)
     await answers(inference, ["a"])
-    assert seen == {"network"}
+    assert seen == {"model"}
 
 
 async def test_nothing_to_score_is_no_error(model: Model) -> None:
@@ -369,7 +306,7 @@ async def test_a_reload_scores_new_jobs_with_the_new_model_and_lets_old_ones_end
     begun = await inference.tokenize(["текст"])
     await inference.reload(lambda: Recorded("fake@2"))
     assert inference.model.name == "fake@2"
-    assert (await inference.score(begun)).model.name == "fake@1"
+    assert (await inference.forward(begun)).model.name == "fake@1"
     after = await answers(inference, ["текст"])
     assert after.model.name == "fake@2"
     assert after.answers != begun.answers, "the cache holds an answer of the old model"

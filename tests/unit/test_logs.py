@@ -169,7 +169,7 @@ def test_the_libraries_repeat_their_retries_only_at_debug(library: str) -> None:
 
 def test_a_librarys_retry_is_told_once_in_half_a_minute_and_the_workers_own_lines_always() -> None:
     now = [0.0]
-    told = logs.NotAgain(clock=lambda: now[0])
+    told = logs.RepeatFilter(clock=lambda: now[0])
 
     def is_told(name: str, line: str) -> bool:
         return bool(told.filter(logging.makeLogRecord({"name": name, "levelno": logging.ERROR, "msg": line})))
@@ -179,11 +179,11 @@ def test_a_librarys_retry_is_told_once_in_half_a_minute_and_the_workers_own_line
     assert is_told("aiokafka", "another")
     assert is_told("aiokafka.cluster", "again")
     assert [is_told("worker", "ours") for _ in range(3)] == [True] * 3
-    now[0] = logs.AGAIN_S
+    now[0] = logs.REPEAT_S
     assert is_told("aiokafka", "again")
     for number in range(2 * logs.MOST_LINES):
         is_told("aiokafka", f"line {number}")
-    assert len(told._told) <= logs.MOST_LINES
+    assert len(told._next) <= logs.MOST_LINES
 
 
 def test_configured_again_nothing_is_told_twice() -> None:

@@ -19,7 +19,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_both_thresholds_are_raised_as_far_as_any_glibc_allows(asked: list[tuple[int, int]]) -> None:
-    memory.keep_blocks()
+    memory.keep_freed_blocks()
     assert asked == [(-3, 1 << 25), (-1, 1 << 25)]
 
 
@@ -27,13 +27,13 @@ def test_where_the_first_is_refused_the_second_is_left_alone(
     asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "LARGEST_BLOCK", 1 << 30)
-    memory.keep_blocks()
+    memory.keep_freed_blocks()
     assert asked == [(-3, 1 << 30)]
 
 
 def test_another_libc_is_left_alone(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    memory.keep_blocks()
+    memory.keep_freed_blocks()
     assert not asked
 
 

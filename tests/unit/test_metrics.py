@@ -73,7 +73,7 @@ def use_all(metrics: Metrics) -> None:
     metrics.records_consumed.labels("texts").inc()
     metrics.lag("texts", 0, 1, 2.0)
     metrics.kafka_errors.labels("commit").inc()
-    metrics.tell_of_model("m", "r", dict.fromkeys(IN_FORCE, "x"))
+    metrics.set_model("m", "r", dict.fromkeys(IN_FORCE, "x"))
 
 
 def test_the_metrics_are_those_of_the_contract(metrics: Metrics) -> None:

@@ -223,10 +223,10 @@ async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is
     source, scored, queues = FakeSource(), [], Queues(tokenized=asyncio.Queue(), scored=asyncio.Queue())
     pipeline = pipeline_of(source)
 
-    async def score(job: Any) -> None:
+    async def forward(job: Any) -> None:
         scored.append(job)
 
-    pipeline._inference.score = score  # type: ignore[method-assign, assignment]
+    pipeline._inference.forward = forward  # type: ignore[method-assign, assignment]
     going, gone = Assignment(TopicPartition("t", 0), accepts=False), Assignment(TopicPartition("t", 1), is_owned=False)
     gone.accepts = False
     job: Any = object()

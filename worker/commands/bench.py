@@ -25,8 +25,8 @@ from worker.model.cuda import AGREEMENT
 from worker.model.onnx_export import is_installed
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
-from worker.pipeline.inference import free_memory
 from worker.printable import printable
+from worker.runtime.memory import free_device_memory
 from worker.settings import BenchSettings
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
@@ -214,7 +214,7 @@ def _measured(
 
 
 def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"] = "auto") -> SentimentModel:
-    free_memory()
+    free_device_memory()
     return SentimentModel.load(
         settings.model,
         revision=settings.revision,

@@ -19,7 +19,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from worker.errors import UserError, WrongSetting
-from worker.http.access import SERVER
+from worker.http.server import SERVER
 from worker.kafka.aiokafka_compat import known_brokers
 from worker.kafka.backlog import backlog, valid_offsets
 from worker.kafka.connection import (
@@ -41,7 +41,7 @@ from worker.kafka.connection import (
 from worker.kafka.consumer import Consumer
 from worker.kafka.permissions import Permissions
 from worker.printable import printable
-from worker.runtime.file_descriptors import compared, raise_limit
+from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.runtime.tasks import within
 from worker.settings import RunSettings
 from worker.telemetry.tracing import refuse_without_the_extra
@@ -268,7 +268,7 @@ def _files(partitions: int, topics: Iterable[Mapping[str, Any]], *, exactly_once
     """Where one worker has all input partitions, as it has when the others are gone."""
     raise_limit()  # as a worker does
     brokers = {node for topic in topics for partition in topic["partitions"] for node in partition["replicas"]}
-    is_enough, files = compared(partitions, len(brokers), exactly_once=exactly_once)
+    is_enough, files = check_limit(partitions, len(brokers), exactly_once=exactly_once)
     return Finding("files", "ok" if is_enough else "warn", files)
 
 

@@ -4,7 +4,7 @@ import logging
 
 from worker.model.autotune import use_single_torch_thread
 from worker.model.sentiment_model import SentimentModel
-from worker.runtime.memory import keep_blocks
+from worker.runtime.memory import keep_freed_blocks
 from worker.settings import ModelSettings
 
 
@@ -32,7 +32,7 @@ def prepare_process() -> None:
 
     Freed memory is kept, and the log lines of transformers and of the hub's client go where the worker's go.
     """
-    keep_blocks()
+    keep_freed_blocks()
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True

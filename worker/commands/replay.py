@@ -391,10 +391,10 @@ class Replay:
                     f"the group {self._group_id} gave {self._where()} away; up to {CHUNK} may be replayed once more"
                 ) from None
             except (KafkaError, OSError, TimeoutError) as error:
-                self._health.trouble("commit", f"cannot commit what is replayed ({type(error).__name__})")
+                self._health.failing("commit", f"cannot commit what is replayed ({type(error).__name__})")
                 await backoff.wait()
             else:
-                self._health.well("commit")
+                self._health.working("commit")
                 return
 
     # The group.

@@ -20,20 +20,22 @@ from worker.commands.version import project_urls, runbook, worker_version
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
-from worker.http.access import Guard
-from worker.http.console import Console, Tap, shown_settings
+from worker.http.access import AccessControl
+from worker.http.console import Console, shown_settings
+from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.reload import Reloader
-from worker.http.server import Monitor
+from worker.http.server import Server
 from worker.kafka.partition_reader import UnreadableRecord
 from worker.kafka.standstill import Standstill
-from worker.pipeline.inference import Inference, InferenceLost
+from worker.pipeline.inference import Inference
+from worker.pipeline.model_runner import FatalInferenceError
 from worker.pipeline.publishing import DeadLetterRefused
 from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, revealed, split_names
 from worker.telemetry.health import Health
-from worker.telemetry.logs import whereabouts
+from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -73,15 +75,15 @@ async def _left() -> set[asyncio.Future[Any]]:
 async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     metrics = Metrics(worker_version())
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
-    health = Health(inference.trouble, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
-    health.hold("model", "loading")
-    health.hold("group", "not joined yet")  # until the source says otherwise
-    tap = Tap(decoder(settings), texts=settings.console_texts)
-    shared = Shared(settings, metrics, health, inference, tap, tracing(settings), load_model)
+    health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
+    health.not_ready("model", "loading")
+    health.not_ready("group", "not joined yet")  # until the source says otherwise
+    recent = RecentOutcomes(decoder(settings), texts=settings.console_texts)
+    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model)
     reloader = _reloader(shared)
-    monitor = _monitor(shared, reloader)
+    server = _server(shared, reloader)
     try:
-        await monitor.start()
+        await server.start()
     except OSError as error:
         where = f"{settings.http_host}:{settings.http_port}"
         raise WrongSetting(
@@ -89,7 +91,7 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
         ) from None
     log.info(
         "serving the console, /metrics, /livez and /readyz",
-        extra={"address": f"http://{settings.http_host}:{monitor.port}"},
+        extra={"address": f"http://{settings.http_host}:{server.port}"},
     )
     for doubt in settings.exposures():
         log.warning("%s", doubt)
@@ -99,7 +101,7 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     finally:
         if shared.tracing:
             await shared.tracing.close(LAST_SPANS_S)
-        await monitor.stop()
+        await server.stop()
 
 
 def _reloader(shared: Shared) -> Reloader:
@@ -117,23 +119,30 @@ def _reloader(shared: Shared) -> Reloader:
     )
 
 
-def _monitor(shared: Shared, reloader: Reloader) -> Monitor:
+def _server(shared: Shared, reloader: Reloader) -> Server:
     settings = shared.settings
-    guard = Guard(
-        host=settings.http_host,
-        names=split_names(settings.http_names or ""),
+    access = AccessControl(
+        shared.metrics,
+        names=[settings.http_host, *split_names(settings.http_names or "")],
         token=revealed(settings.http_token),
         token_for=settings.http_token_for,
     )
     console = Console(
         shared.metrics,
         shared.health,
-        shared.tap,
+        shared.recent,
         shown_settings(settings),
         version=worker_version(),
         runbook=runbook(project_urls()),
     )
-    return Monitor(shared.health, shared.metrics, guard, port=settings.http_port, parts=[console, reloader])
+    return Server(
+        shared.health,
+        shared.metrics,
+        access,
+        host=settings.http_host,
+        port=settings.http_port,
+        routes=[console, reloader],
+    )
 
 
 async def _work(shared: Shared, stop: asyncio.Event) -> int:
@@ -150,14 +159,14 @@ async def _work(shared: Shared, stop: asyncio.Event) -> int:
     except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, TooManyDeadLetters) as error:
         log.error("%s", error, extra={"exit_code": 1})
         return 1
-    except (InferenceLost, DrainTimeout) as error:
+    except (FatalInferenceError, DrainTimeout) as error:
         log.error("%s", error, extra={"exit_code": 1})
-        await asyncio.sleep(PROBE_S if isinstance(error, InferenceLost) else 0)
+        await asyncio.sleep(PROBE_S if isinstance(error, FatalInferenceError) else 0)
         _end_at_once(1)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - a fault of ours: the next process begins where this one has committed
-        log.critical("failed for a reason that nobody foresaw", extra={**whereabouts(error), "exit_code": 1})
+        log.critical("failed for a reason that nobody foresaw", extra={**error_fields(error), "exit_code": 1})
         return 1
     finally:
         stopping.cancel()
@@ -187,7 +196,7 @@ def _on_signals(reloader: Reloader) -> asyncio.Event:
         if had_terminal and not _has_terminal():
             stop.set()
             return
-        task = loop.create_task(reloader.or_log())
+        task = loop.create_task(reloader.reload_or_log())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
@@ -208,7 +217,7 @@ def _has_terminal() -> bool:
 
 def _drain(pipeline: Pipeline, health: Health) -> None:
     log.info("draining: no more records are taken")
-    health.hold("worker", "draining")
+    health.not_ready("worker", "draining")
     pipeline.drain()
 
 

@@ -12,7 +12,7 @@ from worker.commands.version import worker_version
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
-from worker.http.console import Tap
+from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import tell_backlog
 from worker.kafka.connection import (
@@ -33,7 +33,7 @@ from worker.pipeline.inference import Inference
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline
-from worker.runtime.memory import keep_blocks
+from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancelled
 from worker.settings import RunSettings, text_fields
 from worker.telemetry.health import Health
@@ -65,7 +65,7 @@ class Shared:
     metrics: Metrics
     health: Health
     inference: Inference
-    tap: Tap
+    recent: RecentOutcomes
     tracing: Tracing | None
     load_model: LoadModel
 
@@ -73,7 +73,7 @@ class Shared:
 async def started_pipeline(shared: Shared) -> Pipeline:
     """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
     connection = Connection.as_set(shared.settings)
-    keep_blocks()
+    keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
     try:
@@ -93,7 +93,7 @@ async def _load(shared: Shared) -> None:
     gc.collect()
     gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
     tell_of_model(model, shared.metrics)
-    shared.health.well("model")
+    shared.health.working("model")
 
 
 async def _found_topics(
@@ -200,7 +200,7 @@ def _pipeline(
             metrics=shared.metrics,
             output_topic=output,
             retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[output].retention_ms,
-            watch=shared.tap,
+            watch=shared.recent.add,
         ),
         delivery=delivery,
         dead_letter_limit=dead_letter_limit,
@@ -245,7 +245,7 @@ def tracing(settings: RunSettings) -> Tracing | None:
 
 def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
     name, _, revision = model.name.rpartition("@")
-    metrics.tell_of_model(name, revision, in_force(model))
+    metrics.set_model(name, revision, in_force(model))
     log.info("model loaded", extra={"model": model.name, **in_force(model)})
 
 

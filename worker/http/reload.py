@@ -1,4 +1,4 @@
-"""A new checkpoint in the place of the one in use, without a restart."""
+"""Replaces the checkpoint in use by another one without a restart, on POST /reload or a signal."""
 
 import asyncio
 import logging
@@ -8,18 +8,20 @@ from collections.abc import Callable
 from aiohttp import web
 
 from worker.errors import UserError
-from worker.pipeline.inference import Inference, Model, is_out_of_memory
+from worker.pipeline.inference import Inference
+from worker.pipeline.model_runner import Model
 from worker.printable import printable
+from worker.runtime.memory import is_out_of_memory
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 Loader = Callable[[Model], Model]
-"""The model in use → the new one. Blocks for as long as loading takes."""
+"""Takes the model in use and returns the new one. Blocks for as long as loading takes."""
 
 
 class ReloadRefused(Exception):
-    """Nothing was begun; the message says why."""
+    """No reload was begun; the message says why."""
 
 
 class ReloadFailed(Exception):
@@ -27,31 +29,33 @@ class ReloadFailed(Exception):
 
 
 class Reloader:
-    """Reloads one at a time. Use it from the event loop that inference works on.
+    """Reloads one model at a time. Use it from the event loop that inference works on.
 
-    ``tell`` is called with the new model once it is in use.
+    ``load`` runs on a thread of its own. ``on_reloaded`` is called with the new model once it is in use.
     """
 
-    def __init__(self, inference: Inference, metrics: Metrics, load: Loader, tell: Callable[[Model], None]) -> None:
+    def __init__(
+        self, inference: Inference, metrics: Metrics, load: Loader, on_reloaded: Callable[[Model], None]
+    ) -> None:
         self._inference = inference
         self._metrics = metrics
         self._load = load
-        self._tell = tell
+        self._on_reloaded = on_reloaded
         self._running: asyncio.Task[Model] | None = None
 
     @property
     def model_name(self) -> str | None:
-        """Of the model in use, name@revision; None before the first is loaded."""
+        """``name@revision`` of the model in use; None before the first is loaded."""
         return self._inference.model.name if self._inference.is_loaded else None
 
     def add_to(self, app: web.Application) -> None:
-        """POST /reload. The application has to see to who may."""
+        """POST /reload. The application decides who may ask for it."""
         app.router.add_post("/reload", self._answer)
 
     async def reload(self) -> Model:
-        """The new model, once records are scored with it: after seconds, or as long as a download takes.
+        """Returns the new model once records are scored with it: after seconds, or as long as a download takes.
 
-        Raises ReloadRefused, ReloadFailed. It goes on where the caller is cancelled.
+        Raises ReloadRefused, ReloadFailed. Where the caller is cancelled, the reload goes on.
         """
         if not self._inference.is_loaded:
             raise ReloadRefused("the first model is still loading")
@@ -61,14 +65,14 @@ class Reloader:
         self._running.add_done_callback(self._ended)
         return await asyncio.shield(self._running)
 
-    async def or_log(self) -> None:
-        """``reload`` for a caller that nobody answers to: a signal's handler. Never raises."""
+    async def reload_or_log(self) -> None:
+        """The same for a signal's handler, which has nobody to tell. Never raises."""
         try:
             await self.reload()
         except ReloadRefused as error:
             log.warning("no reload: %s", error)
         except ReloadFailed:
-            pass  # told already
+            pass  # it is logged already
 
     async def _answer(self, _: web.Request) -> web.Response:
         before = self.model_name
@@ -83,7 +87,7 @@ class Reloader:
     def _ended(self, task: "asyncio.Task[Model]") -> None:
         self._running = None
         if not task.cancelled():
-            task.exception()  # perhaps nobody waits for it any more
+            task.exception()  # retrieved, for perhaps nobody waits for it any more
 
     async def _reload(self, old: Model) -> Model:
         log.info("reloading the model", extra={"in_use": old.name})
@@ -96,13 +100,13 @@ class Reloader:
             log.error("the model is not reloaded: %s", reason, extra={"in_use": old.name})
             raise ReloadFailed(reason) from None
         self._metrics.reloads.labels("done").inc()
-        self._tell(model)
+        self._on_reloaded(model)
         log.info("reloaded the model", extra={"after_s": round(time.monotonic() - started, 1), "before": old.name})
         return model
 
 
 def _reason(error: Exception) -> str:
-    """One line. Loading knows no record, so that no library's words can hold a text of one."""
+    """Why a reload failed, in one line. Loading sees no records, so no library's message can hold a text of one."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):

@@ -65,9 +65,9 @@ class AtLeastOnce:
             return True  # the group is rebalancing: the revocation decides
         except UNREACHABLE as error:
             self._metrics.kafka_errors.labels("commit").inc()
-            self._health.trouble("commit", f"cannot commit offsets ({type(error).__name__})")
+            self._health.failing("commit", f"cannot commit offsets ({type(error).__name__})")
             return False
-        self._health.well("commit")
+        self._health.working("commit")
         self._metrics.stage_seconds["commit"].observe(time.monotonic() - started)
         for assignment, offset, records in due:
             assignment.committed = offset

@@ -264,15 +264,15 @@ async def _until_found(
             async with asyncio.timeout(connection.request_timeout_s):
                 await client.start()
                 missing, found = await look(client)
-                health.well("kafka")
+                health.working("kafka")
                 deadline = time.monotonic() + patience_s
                 if not missing:
-                    health.well("topics")
+                    health.working("topics")
                     return found
-            health.trouble("topics", f"{missing}; waiting for it")
+            health.failing("topics", f"{missing}; waiting for it")
         except UNREACHABLE as error:
             why = await why_unreachable(connection)
-            health.trouble("kafka", unreachable(connection, error, why))
+            health.failing("kafka", unreachable(connection, error, why))
             if time.monotonic() > deadline:
                 raise BrokersAway(
                     f"no broker could be used for {patience_s:g} s: {why or type(error).__name__}"
@@ -303,13 +303,13 @@ async def watch_topics(
                 if client is not None:
                     await _close(client)
                 client = None
-                if not health.is_well("kafka"):  # others tell that; this says why
+                if not health.is_working("kafka"):  # others tell that; this says why
                     health.explain("kafka", await _why_or_refused(connection))
                 continue
             if not missing:
-                health.well("topics")
+                health.working("topics")
             elif missing == before:
-                health.trouble("topics", f"{missing}; waiting for it")
+                health.failing("topics", f"{missing}; waiting for it")
             before = missing
     finally:
         if client is not None:

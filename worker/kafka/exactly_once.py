@@ -287,7 +287,7 @@ class ExactlyOnce:
         self._refusals.pop(assignment.tp, None)
         self._in_doubt.pop(assignment.tp, None)
         self._well(assignment.tp)
-        self._health.well("publish", assignment.tp)
+        self._health.working("publish", assignment.tp)
 
     # For the pipeline.
 
@@ -367,14 +367,14 @@ class ExactlyOnce:
                 except UNREACHABLE as error:
                     self._waiting.add(tp)
                     self._metrics.kafka_errors.labels("transaction").inc()
-                    self._health.trouble("takeover", self._why_it_waits(error))
+                    self._health.failing("takeover", self._why_it_waits(error))
                 else:
                     return
                 await backoff.wait()
         finally:
             self._waiting.discard(tp)
             if not self._waiting:
-                self._health.well("takeover")
+                self._health.working("takeover")
 
     def _why_it_waits(self, error: BaseException) -> str:
         if isinstance(error, TransactionalIdAuthorizationFailed):
@@ -416,7 +416,7 @@ class ExactlyOnce:
             self._backoffs.setdefault(tp, Backoff())
             if not isinstance(reason.__cause__, (ProducerFenced, *REFUSALS)):
                 self._troubled.add(tp)
-                self._health.trouble("transactions", self._why_it_was_lost(reason))
+                self._health.failing("transactions", self._why_it_was_lost(reason))
         self.abandon(writer.assignment)
         self._owner.restart(writer.assignment)
 
@@ -431,7 +431,7 @@ class ExactlyOnce:
         self._backoffs.pop(tp, None)
         self._troubled.discard(tp)
         if not self._troubled:
-            self._health.well("transactions")
+            self._health.working("transactions")
 
     def abandon(self, assignment: Assignment) -> None:
         """This assignment's work is dropped; the partition may be taken over again."""
@@ -454,7 +454,7 @@ class ExactlyOnce:
     async def _farewell(self, writer: Writer) -> None:
         await cancelled([writer.task])
         if writer.assignment.tp not in self._refusals:  # released: its last words may have been a trouble
-            self._health.well("publish", writer.assignment.tp)
+            self._health.working("publish", writer.assignment.tp)
         await writer.sink.close(FAREWELL_S)
 
     def _free(self, weight: int) -> None:

@@ -170,14 +170,14 @@ class GroupConsumer:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("connect").inc()
-                self._health.trouble("kafka", unreachable(self._connection, error))
+                self._health.failing("kafka", unreachable(self._connection, error))
                 await stopped(consumer, "consumer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
                 await stopped(consumer, "consumer", 5)
                 raise
             else:
-                self._health.well("kafka")
+                self._health.working("kafka")
                 if self._static_member:
                     self._static_member.guard(consumer)
                 return consumer

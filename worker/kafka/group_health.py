@@ -46,10 +46,10 @@ class GroupHealth:
             now = self._clock()
             if answers.has_answered and now - answers.at <= self._patience_s:
                 self._outages.is_coordinator_away = False
-                self._health.well("coordinator")
+                self._health.working("coordinator")
             elif not answers.is_joining and now - max(answers.at, self._outages.brokers_away_at) > self._patience_s:
                 self._outages.is_coordinator_away = True
-                self._health.trouble(
+                self._health.failing(
                     "coordinator",
                     f"the coordinator of group {self._group_id} has not answered for {self._patience_s:g} s",
                 )
@@ -64,6 +64,6 @@ class GroupHealth:
                 and not self._assignments.is_draining
                 and now - since > MAX_REBALANCE_S
             ):
-                self._health.trouble(
+                self._health.failing(
                     "group", f"rejoining for more than {MAX_REBALANCE_S:g} s: a member is gone or busy"
                 )

@@ -98,18 +98,18 @@ class LagWatcher:
         if not is_answered and all(isinstance(error, UNANSWERED) for error in errors.values()):
             self._outages.brokers_away_at = now
             if now - self._answered_at > LAG_TIMEOUT_S:
-                self._health.trouble("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
+                self._health.failing("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
             return  # all brokers are away: naming partitions adds nothing
         self._answered_at = now
-        self._health.well("kafka", "lag")
+        self._health.working("kafka", "lag")
         if errors and now - self._outages.brokers_away_at <= LAG_TIMEOUT_S:
             return  # the brokers are just back, and their leaders may not be
         lost = {tp: errors[tp] for tp in overdue if not isinstance(errors[tp], TopicAuthorizationFailedError)}
         self._outages.partitions = lost
         if lost:  # a missing permission is reported by the partition's reader
-            self._health.trouble("partitions", _unavailable_sentence(lost))
+            self._health.failing("partitions", _unavailable_sentence(lost))
         else:
-            self._health.well("partitions")
+            self._health.working("partitions")
 
     def _existing_topic(self) -> str:
         """An input topic that exists: asking for a deleted one would look like an outage."""
@@ -143,7 +143,7 @@ class LagWatcher:
         unpacking_since = self._note_unpacking(assignment, now)
         if unpacking_since is not None and now - unpacking_since > SILENCE_S:  # joining again would not make room
             why = f"{assignment.name} has waited {SILENCE_S:g} s for room to unpack a batch (max_unpacked_bytes)"
-            self._health.trouble("read", why, assignment.tp)
+            self._health.failing("read", why, assignment.tp)
         if not lag or not assignment.is_idle() or not self._read_ahead.has_room() or unpacking_since is not None:
             assignment.silent_since = now
         elif now - assignment.silent_since > SILENCE_S:

@@ -63,7 +63,7 @@ class ReadErrors:
     def clear(self, who: Hashable) -> None:
         """Calls succeed again for ``who``, or it has gone."""
         for part in ("kafka", "read"):
-            self._health.well(part, who)
+            self._health.working(part, who)
 
     def handle(self, error: BaseException, who: Hashable) -> None:
         """Decides on a failed call: returns if the caller should try again, else raises Rejoin or WrongSetting.
@@ -71,9 +71,9 @@ class ReadErrors:
         Health shows the trouble for ``who``, a partition or MEMBERSHIP, until ``clear``, except what a watcher shows.
         """
         if isinstance(error, GroupAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read as group {self._group_id} (ACL)", who)
+            self._health.failing("read", f"no permission to read as group {self._group_id} (ACL)", who)
         elif isinstance(error, TopicAuthorizationFailedError):
-            self._health.trouble("read", f"no permission to read {', '.join(self._subscription.topics)} (ACL)", who)
+            self._health.failing("read", f"no permission to read {', '.join(self._subscription.topics)} (ACL)", who)
         elif isinstance(error, InvalidSessionTimeoutError):
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "
@@ -92,7 +92,7 @@ class ReadErrors:
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
         elif not (isinstance(error, NOT_THE_COORDINATOR) or self._outages.explain(who)):
-            self._health.trouble("kafka", unreachable(self._connection, error), who)
+            self._health.failing("kafka", unreachable(self._connection, error), who)
 
 
 def _one_line(error: BaseException) -> str:

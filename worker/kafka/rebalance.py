@@ -17,7 +17,7 @@ from worker.kafka.read_ahead import ReadAhead
 from worker.kafka.read_errors import MEMBERSHIP, ReadErrors
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.topic_identity import TopicIdentity
-from worker.runtime.file_descriptors import compared
+from worker.runtime.file_descriptors import check_limit
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -100,10 +100,10 @@ class RebalanceHandler:
         self._errors.clear(MEMBERSHIP)
         for tp in sorted(partitions):
             self._start_reader(tp)
-        self._health.well("group")
+        self._health.working("group")
         log.info("assigned", extra={"partitions": partition_names(partitions)})
         exactly_once = self._delivery.has_producer_per_partition
-        is_enough, files = compared(len(partitions), self._consumer.live.brokers(), exactly_once=exactly_once)
+        is_enough, files = check_limit(len(partitions), self._consumer.live.brokers(), exactly_once=exactly_once)
         if not is_enough:
             log.warning("%s", files)
 
@@ -210,4 +210,4 @@ class RebalanceHandler:
         self._metrics.assigned_partitions.set(len(self._assignments))
         self._errors.clear(assignment.tp)
         if not self._assignments:
-            self._health.well("commit")
+            self._health.working("commit")

@@ -241,7 +241,7 @@ class Sink:
                 if not errors <= REFUSALS.keys():
                     await backoff.wait()
                 lanes = await self._left(columns, lanes, errors, answers)
-        self._health.well("publish", self._who)
+        self._health.working("publish", self._who)
         return answers
 
     # Where records go.
@@ -439,7 +439,7 @@ class Sink:
                 give_up(producer, tp)
             was_gone = was_gone if gone is None else gone
             if not future.done() and time.monotonic() - began >= STALLED_S:
-                self._health.trouble("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
+                self._health.failing("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
         return future.exception()
 
     def _note_in_doubt(self, records: int) -> None:
@@ -466,7 +466,7 @@ class Sink:
     def _tell(self, what: str, error: BaseException) -> None:
         self._metrics.kafka_errors.labels("publish").inc()
         why = "no permission (ACL)" if isinstance(error, TopicAuthorizationFailedError) else type(error).__name__
-        self._health.trouble("publish", f"{what}: {why}", self._who)
+        self._health.failing("publish", f"{what}: {why}", self._who)
 
     # Producers.
 
@@ -483,10 +483,10 @@ class Sink:
             try:
                 producer = await self._new_producer()
             except UNREACHABLE as error:
-                self._health.trouble("producer", unreachable(self._connection, error))
+                self._health.failing("producer", unreachable(self._connection, error))
                 await backoff.wait()
             else:
-                self._health.well("producer")
+                self._health.working("producer")
                 self._records_sent = 0
                 return producer
 

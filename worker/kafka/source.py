@@ -30,7 +30,7 @@ from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health
-from worker.telemetry.logs import whereabouts
+from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Source:
             health=health,
             clock=clock,
         )
-        health.hold("group", "not joined yet")
+        health.not_ready("group", "not joined yet")
 
     # For the pipeline.
 
@@ -212,7 +212,7 @@ class Source:
                 await self._session()
             except Rejoin as reason:
                 self._metrics.kafka_errors.labels("consume").inc()
-                self._health.trouble("group", f"joining the group again: {reason}")
+                self._health.failing("group", f"joining the group again: {reason}")
                 await backoff.wait()
 
     async def close(self, timeout_s: float) -> int:
@@ -278,5 +278,5 @@ def _raise_ended(tasks: "Mapping[str, asyncio.Future[Any]]") -> None:
     for name, task in tasks.items():
         if task.done():
             error = None if task.cancelled() else task.exception()
-            where = whereabouts(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
+            where = error_fields(error.__cause__ or error) if error else {"error": "cancelled", "at": ""}
             raise Rejoin(f"the consumer's {name} task has ended: {where['error']} at {where['at'].partition(' ')[0]}")

@@ -122,4 +122,4 @@ class TopicIdentity:
         return committed.offset if committed.offset >= 0 else None
 
     def _report_disagreement(self, tp: TopicPartition) -> None:
-        self._health.trouble("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)
+        self._health.failing("read", f"the brokers do not agree on which topic has the name {tp.topic}", tp)

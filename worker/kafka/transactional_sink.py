@@ -145,7 +145,7 @@ class PartitionSink(Sink):
                 await self._refresh_limits(0.0)
                 self._shared_limits.update(self._limits)
             raise Lost(type(error).__name__) from error
-        self._health.well("publish", self._who)
+        self._health.working("publish", self._who)
         return answers
 
     async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:

@@ -31,7 +31,7 @@ from worker.model.runner import PreparedRunner, prepare_runner
 from worker.model.tokenizer import Ids, choose_encode, with_normalization
 from worker.model.transformers_loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
-from worker.runtime.threads import side_by_side
+from worker.runtime.threads import parallel_map
 from worker.settings import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class SentimentModel:
         truncated = np.zeros(len(texts), dtype=np.bool_)
         truncated[places] = cut
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
-        answers = side_by_side(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
+        answers = parallel_map(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
             logits[[places[index] for index in batch]] = answer
         return places, logits, truncated

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from worker.core.events import Decoded, Event, Failure, Reason, Record
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
-from worker.pipeline.inference import Job
-from worker.telemetry.tracing import Batch
+from worker.pipeline.inference_job import Job
+from worker.telemetry.tracing import BatchTrace
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Part:
 class MicroBatch:
     parts: list[Part]
     job: Job
-    trace: Batch | None = None
+    trace: BatchTrace | None = None
 
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)

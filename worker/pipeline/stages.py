@@ -83,7 +83,7 @@ class Pipeline:
         self._source.stop_taking()
 
     async def run(self) -> None:
-        """Works until drained. Raises DrainTimeout, InferenceLost, UnreadableRecord, Standstill, TopicRecreated,
+        """Works until drained. Raises DrainTimeout, FatalInferenceError, UnreadableRecord, Standstill, TopicRecreated,
         WrongSetting, DeadLetterRefused, TooManyDeadLetters.
 
         However it ends, what has been acknowledged is committed and the group is left.
@@ -181,7 +181,7 @@ class Pipeline:
             self._drop(batch, [part for part in batch.parts if not stays(part.assignment)])
             if not batch.parts:
                 continue
-            await self._inference.score(batch.job)
+            await self._inference.forward(batch.job)
             self._metrics.queue_depth["scored"].inc(len(batch))
             await queues.scored.put(batch)
         await queues.scored.put(None)

@@ -1,8 +1,8 @@
-"""Python's search for reference cycles, in moments of few records.
+"""Python's search for reference cycles, moved to moments when few records are under way.
 
-By itself Python searches whenever so many objects have come, which is in the midst of a backlog: it goes through the tens of
-thousands that belong to records under way, stops the event loop for 10 to 20 ms, and finds nothing, for records are in no
-cycle. Cycles come from what is rare: connections that break, requests, a partition that is taken away.
+By itself Python searches after so many new objects, which is in the midst of a backlog: it walks through tens of thousands
+of objects that belong to records under way, stops the event loop for 10 to 20 ms, and finds nothing, because records are in
+no cycle. Cycles come from what is rare: broken connections, HTTP requests, a partition that is taken away.
 """
 
 import asyncio
@@ -11,16 +11,16 @@ import itertools
 from collections.abc import Callable
 from typing import Final
 
-EVERY_S: Final = 10.0
-LOOK_S: Final = 1.0
-PATIENCE: Final = 50  # looks
-FULL: Final = 60  # every so many searches everything is looked through, and not only what is new since the last
+EVERY_S: Final = 10.0  # between two searches
+LOOK_S: Final = 1.0  # between two looks at whether it is quiet
+PATIENCE: Final = 50  # looks, after which a search is made anyway
+FULL: Final = 60  # one search in so many goes through all objects, the others only through those that are new
 
 
 async def collect(is_quiet: Callable[[], bool], *, every_s: float = EVERY_S, look_s: float = LOOK_S) -> None:
-    """Searches every so many seconds, once it is quiet; where it never is, a minute later anyway.
+    """Searches every ``every_s`` seconds, as soon as ``is_quiet`` says so, and after PATIENCE looks anyway.
 
-    Until cancelled; so long Python does not search by itself.
+    Runs until it is cancelled; meanwhile Python does not search by itself.
     """
     gc.disable()
     try:

@@ -1,21 +1,36 @@
-"""What becomes of memory that is freed."""
+"""Memory that is freed and memory that runs out, of the process and of a GPU."""
 
 import ctypes
 import platform
+import sys
 from typing import Final
 
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3
-LARGEST_BLOCK: Final = 1 << 25  # glibc before 2.35 takes no more
+LARGEST_BLOCK: Final = 1 << 25  # bytes; glibc before 2.35 takes no more
 
 
-def keep_blocks() -> None:
-    """Has glibc keep, for this whole process, blocks up to 32 MiB that are freed; does nothing with another allocator.
+def keep_freed_blocks() -> None:
+    """Has glibc keep freed blocks of up to 32 MiB for this process; does nothing with another allocator.
 
-    Given back to the system, they would be paid for by page faults when they are needed again: a tenth of a pass on a CPU.
-    And its own thresholds, which move, let memory grow over hundreds of thousands of records.
+    Blocks given back to the system cost page faults when they are needed again: a tenth of a pass on a CPU. glibc's own
+    thresholds adapt, and with them memory grows over hundreds of thousands of records.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         if libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK):  # without this one the other does harm
             libc.mallopt(M_TRIM_THRESHOLD, LARGEST_BLOCK)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch or ONNX Runtime raised this for want of memory."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )
+
+
+def free_device_memory() -> None:
+    """Has torch give unused GPU memory back. Does not import torch: where nobody has, there is nothing to free."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

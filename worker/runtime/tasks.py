@@ -1,4 +1,4 @@
-"""Ends of asyncio's tasks: deadlines and cancelling, without the traps of Python 3.11."""
+"""Deadlines and cancelling of asyncio's tasks, without the traps of Python 3.11."""
 
 import asyncio
 import logging
@@ -13,15 +13,18 @@ CANCEL_S: Final = 5.0
 
 
 async def within(timeout_s: float | None, work: Awaitable[Answer]) -> Answer:
-    """What ``work`` answers; TimeoutError after so many seconds. Unlike wait_for, which in 3.11 can swallow a cancel."""
+    """What ``work`` returns. Raises TimeoutError after so many seconds, never for None.
+
+    Used in place of wait_for, which can swallow a cancel in Python 3.11.
+    """
     async with asyncio.timeout(timeout_s):
         return await work
 
 
 async def cancelled(tasks: Iterable[asyncio.Future[Any]], timeout_s: float = CANCEL_S) -> set[asyncio.Future[Any]]:
-    """Cancels until every one has ended, for one that is busy with an error may miss the first.
+    """Cancels tasks again and again until each has ended, because one that is handling an error may miss a cancel.
 
-    At most ``timeout_s``: answers with those that have not ended by then, and logs them.
+    Waits at most ``timeout_s``. Returns and logs the tasks that have not ended by then.
     """
     pending = {task for task in tasks if not task.done()}
     deadline = time.monotonic() + timeout_s

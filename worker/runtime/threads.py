@@ -1,4 +1,4 @@
-"""Threads: one that takes call after call, and several that share a list of work."""
+"""Threads: one that runs call after call, and several that share a list of work."""
 
 import asyncio
 import os
@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-def side_by_side(threads: int, work: Callable[[Item], Answer], items: Sequence[Item]) -> Iterable[Answer]:
-    """What ``work`` answers for each item, in order, on so many threads. Blocks; raises what the first failure raises."""
+def parallel_map(threads: int, work: Callable[[Item], Answer], items: Sequence[Item]) -> Iterable[Answer]:
+    """What ``work`` returns for each item, in order, computed on so many threads. Blocks; raises the first failure."""
     if threads == 1 or len(items) <= 1:
         return map(work, items)
     return list(_pool(threads).map(work, items))
@@ -26,19 +26,19 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="pass")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pools, and none of their threads
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child inherits the pools but none of their threads
 
 
-class Thread:
-    """A daemon thread that runs one call after another. A daemon, for a native call that hangs cannot be joined."""
+class SerialExecutor:
+    """One daemon thread that runs one call after another. A daemon, because a native call that hangs cannot be joined."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.busy_since: float | None = None
+        self.busy_since: float | None = None  # by time.monotonic; None while it is idle
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def call(self, function: Callable[..., Answer], *arguments: Any) -> asyncio.Future[Answer]:
-        """Queues a call; answers with a future of the running event loop. Does not block."""
+        """Queues a call and returns its future, which belongs to the running event loop. Does not block."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
 
@@ -60,7 +60,7 @@ class Thread:
         return future
 
     def restart_clock(self) -> None:
-        """From the thread itself: what is being done goes on, and has just shown that it does not hang."""
+        """Measures ``busy_since`` anew. A call of several parts does so between them, to show that it goes on."""
         self.busy_since = time.monotonic()
 
     def _run(self) -> None:
@@ -69,4 +69,4 @@ class Thread:
             self.busy_since = time.monotonic()
             call()
             self.busy_since = None
-            del call  # what it holds, a model perhaps, need not wait for the next one
+            del call  # what it holds, a model perhaps, is freed without waiting for the next call

@@ -1,4 +1,7 @@
-"""What keeps the worker from being ready, told once when it begins and once when it ends. Knows no HTTP and no Kafka."""
+"""Whether the worker is alive and ready, and if not, why. Logs each failure once when it begins and once when it ends.
+
+Knows neither HTTP nor Kafka: the parts of the worker report to it, and the HTTP server asks it.
+"""
 
 import logging
 import time
@@ -9,94 +12,98 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Trouble:
+class _NotReady:
+    """Why one part is not ready. It has failed if anything about it was logged; else it has not begun, or is ending."""
+
     reason: str
     since: float
-    why: str = ""
-    told: set[str] = field(default_factory=set)
-    reasons: dict[Hashable, str] = field(default_factory=dict)  # by who still has the trouble; the newest comes last
+    explanation: str = ""
+    logged: set[str] = field(default_factory=set)
+    reasons: dict[Hashable, str] = field(default_factory=dict)  # by who still reports a failure; the newest comes last
 
 
 class Health:
-    """The worker's troubles by the part that has them. Use it from the event loop; nothing blocks.
+    """The state of each part of the worker, a part being named in one word. Use it from the event loop; nothing blocks.
 
-    ``is_alive`` answers with why inference is dead, or None; it is asked at each probe. ``when_ready`` is called the first
-    time that nothing keeps the worker from being ready any more.
+    ``why_not_alive`` returns why inference is dead, or None; it is called at each probe. ``when_ready`` is called once, the
+    first time that every part is ready.
     """
 
     def __init__(
         self,
-        is_alive: Callable[[], str | None] = lambda: None,
+        why_not_alive: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         when_ready: Callable[[], None] | None = None,
     ) -> None:
-        self._is_alive = is_alive
+        self._why_not_alive = why_not_alive
         self._clock = clock
         self._when_ready = when_ready
-        self._troubles: dict[str, _Trouble] = {}
+        self._parts: dict[str, _NotReady] = {}  # those that are not ready
 
-    def hold(self, part: str, reason: str) -> None:
-        """Not ready for a reason that is no trouble, such as starting. Not logged."""
-        self._troubles[part] = _Trouble(reason, self._clock())
+    def not_ready(self, part: str, reason: str) -> None:
+        """A part is not ready for a reason that is no failure, such as starting or draining. Not logged."""
+        self._parts[part] = _NotReady(reason, self._clock())
 
-    def trouble(self, part: str, reason: str, who: Hashable = None) -> None:
-        """Something is wrong with a part, and is being retried. Logged once a reason until the part is well again.
+    def failing(self, part: str, reason: str, who: Hashable = None) -> None:
+        """A part fails, and tries again. Each reason is logged once until the part works.
 
-        Where several do the same work, or watch the same part, ``who`` tells them apart: the part is well when each that
-        had trouble is, and nobody ends the trouble of another.
+        Where several do the same work, or watch the same part, ``who`` tells them apart: the part works again once each of
+        them has said so, and nobody ends the failure of another.
         """
-        known = self._troubles.get(part)
-        if known is None:
-            known = self._troubles[part] = _Trouble(reason, self._clock())
-        known.reason = reason
-        known.reasons.pop(who, None)
-        known.reasons[who] = reason
-        if reason not in known.told:
-            known.told.add(reason)
-            log.warning("%s", reason, extra={"part": part})
+        state = self._parts.get(part)
+        if state is None:
+            state = self._parts[part] = _NotReady(reason, self._clock())
+        state.reason = reason
+        state.reasons.pop(who, None)
+        state.reasons[who] = reason
+        self._log_once(part, state, reason)
 
-    def well(self, part: str, who: Hashable = None) -> None:
-        """A part works, or whoever had trouble with it has gone. Logged if it had a trouble."""
-        known = self._troubles.get(part)
-        if known is None:
+    def working(self, part: str, who: Hashable = None) -> None:
+        """A part works, or ``who`` no longer needs it. Logged if the part was failing."""
+        state = self._parts.get(part)
+        if state is None:
             return
-        known.reasons.pop(who, None)
-        if known.reasons:
-            known.reason = next(reversed(known.reasons.values()))
+        state.reasons.pop(who, None)
+        if state.reasons:
+            state.reason = next(reversed(state.reasons.values()))
             return
-        del self._troubles[part]
-        if known.told:
-            seconds = self._clock() - known.since
-            log.info("%s is well again", part, extra={"after_s": round(seconds, 1)})
-        if not self._troubles and self._when_ready:
+        del self._parts[part]
+        if state.logged:
+            seconds = round(self._clock() - state.since, 1)
+            log.info("%s: recovered after %g s", part, seconds, extra={"part": part, "after_s": seconds})
+        if not self._parts and self._when_ready:
             self._when_ready()
             self._when_ready = None
 
-    def is_well(self, part: str) -> bool:
-        return part not in self._troubles
+    def is_working(self, part: str) -> bool:
+        return part not in self._parts
 
-    def explain(self, part: str, why: str) -> None:
-        """Says more of a trouble that a part has, if it still has it: one sentence, empty for nothing. It ends with it."""
-        known = self._troubles.get(part)
-        if known is None:
+    def explain(self, part: str, explanation: str) -> None:
+        """Adds one sentence to the reason of a part that is not ready; an empty one takes it back. Logged once."""
+        state = self._parts.get(part)
+        if state is None:
             return
-        known.why = why
-        if why and why not in known.told:
-            known.told.add(why)
-            log.warning("%s", why, extra={"part": part})
+        state.explanation = explanation
+        if explanation:
+            self._log_once(part, state, explanation)
 
     def why_not_alive(self) -> str | None:
-        """For /livez. Kafka plays no part in it: a restart does not mend a broker."""
-        return self._is_alive()
+        """For /livez. Kafka plays no part in it, because a restart does not repair a broker."""
+        return self._why_not_alive()
 
-    def is_in_trouble(self) -> bool:
-        """Whether something is wrong, beyond what merely has not begun, or is ending."""
-        return self._is_alive() is not None or any(trouble.told for trouble in self._troubles.values())
+    def is_failing(self) -> bool:
+        """Whether inference is dead or a part fails; a part that has not begun, or is ending, does not count."""
+        return self._why_not_alive() is not None or any(state.logged for state in self._parts.values())
 
     def why_not_ready(self) -> str | None:
-        """For /readyz. A trouble says more than what merely has not begun, or is ending."""
-        dead = self._is_alive()
+        """For /readyz. A failure comes before what merely has not begun, or is ending."""
+        dead = self._why_not_alive()
         if dead:
             return dead
-        reasons = sorted(self._troubles.items(), key=lambda item: not item[1].told)
-        return next((f"{part}: {'; '.join(filter(None, (each.reason, each.why)))}" for part, each in reasons), None)
+        states = sorted(self._parts.items(), key=lambda item: not item[1].logged)
+        return next((f"{part}: {'; '.join(filter(None, (it.reason, it.explanation)))}" for part, it in states), None)
+
+    def _log_once(self, part: str, state: _NotReady, sentence: str) -> None:
+        if sentence not in state.logged:
+            state.logged.add(sentence)
+            log.warning("%s", sentence, extra={"part": part})

@@ -1,6 +1,6 @@
-"""Structured logs: one line a message, as JSON or for a console, with what belongs to it as fields.
+"""Structured logs: one line for each message, with its fields, as JSON or for a terminal.
 
-The worker's own lines never hold a text; what libraries say, which is told at debug alone, may.
+The worker's own lines never hold a text. Those of libraries may, and are logged at debug alone.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ LIBRARIES = (
     "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",
     "opentelemetry", "root", "torch", "transformers", "urllib3",
 )  # fmt: skip
-AGAIN_S: Final = 30.0
+REPEAT_S: Final = 30.0  # before the same line of a library is logged again
 MOST_LINES: Final = 1_000  # that are remembered
 log = logging.getLogger("worker")
 _OWN_FIELDS = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
@@ -42,7 +42,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class JsonFormatter(OrjsonFormatter):
-    """One object a line. A line with a field that JSON cannot hold has its fields in Python's notation instead."""
+    """One object a line. Where JSON cannot hold a field, all fields of that line are in Python's notation."""
 
     def __init__(self) -> None:
         names = {"levelname": "level", "name": "logger", "asctime": "time"}
@@ -50,7 +50,7 @@ class JsonFormatter(OrjsonFormatter):
         super().__init__(wanted, rename_fields=names)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
-        """As RFC 3339 has it, in UTC, with milliseconds."""
+        """RFC 3339, in UTC, with milliseconds."""
         return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
@@ -60,33 +60,33 @@ class JsonFormatter(OrjsonFormatter):
             return super().jsonify_log_record({name: ascii(value) for name, value in log_data.items()})
 
 
-class NotAgain(logging.Filter):
-    """Lets what a library says through once in half a minute: its retries say the same again and again."""
+class RepeatFilter(logging.Filter):
+    """Lets the same line of a library through once in REPEAT_S: retries log the same again and again."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._told: dict[str, float] = {}  # when a line may be told again
+        self._next: dict[str, float] = {}  # when a line may be logged again
 
     def filter(self, record: logging.LogRecord) -> bool:
         if _is_our_own(record):
             return True
         line, now = f"{record.name} {record.getMessage()}", self._clock()
-        if now < self._told.get(line, -math.inf):
+        if now < self._next.get(line, -math.inf):
             return False
-        if len(self._told) >= MOST_LINES:
-            self._told.clear()
-        self._told[line] = now + AGAIN_S
+        if len(self._next) >= MOST_LINES:
+            self._next.clear()
+        self._next[line] = now + REPEAT_S
         return True
 
 
 def configure(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Sends logs to ``stream`` (default: stderr). ``level`` as in the settings; ``log_format`` auto, console or json.
 
-    The libraries' own loggers are kept quiet unless the level is debug: they repeat every retry, where the worker tells
-    of a trouble once and of its end; at debug they say the same once in half a minute. What aiokafka's connections say at
-    debug is never logged: each request as it is, the one with the password among them; nor what OpenTelemetry says of a
-    header that it cannot read: all of it.
+    Libraries are quiet unless the level is debug: they log every retry, where the worker logs the beginning and the end of a
+    failure. At debug each of their lines is logged once in REPEAT_S. Never logged is what aiokafka's connections write at
+    debug, because it holds whole requests, the one with the password among them, and what OpenTelemetry writes about a
+    header that it cannot read, because it holds all of the header.
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -95,10 +95,10 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     handler = logging.StreamHandler(stream)
     handler.setFormatter(ConsoleFormatter() if use_console else JsonFormatter())
     if level == "debug":
-        handler.addFilter(NotAgain())
+        handler.addFilter(RepeatFilter())
     else:
         handler.addFilter(_is_our_own)
-        # By a handler of torch's own it says at import that triton, which nothing here uses, is not there.
+        # When it is imported it warns, by a handler of torch's own, that triton is missing, which nothing here uses.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
@@ -106,7 +106,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
 
 def explain_exit(sentence: str, code: int) -> None:
-    """Says why the process ends, last of all: on standard error, as a line of the log where logs are JSON. Never raises."""
+    """Writes why the process ends to standard error, as a log line where logs are JSON. Never raises."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         log.error("%s", sentence, extra={"exit_code": code})
         return
@@ -114,8 +114,8 @@ def explain_exit(sentence: str, code: int) -> None:
         sys.stderr.write(f"sentiment-worker: {sentence}\n")
 
 
-def whereabouts(error: BaseException) -> dict[str, str]:
-    """Kind and place of an error. Not its words, nor a traceback's: they may hold a text."""
+def error_fields(error: BaseException) -> dict[str, str]:
+    """Class and place of an error as fields of a log line, without its message or traceback, which may hold a text."""
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "error": type(error).__name__,

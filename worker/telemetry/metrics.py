@@ -1,4 +1,4 @@
-"""Every metric of the worker. Cheap; safe from any thread; nothing here blocks."""
+"""Every metric of the worker. Cheap, safe from any thread, and nothing here blocks."""
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,14 +31,20 @@ STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
-IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # as the settings of these names
+IN_FORCE = (
+    "device",
+    "dtype",
+    "backend",
+    "cpu_threads",
+    "max_batch_tokens",
+)  # settings whose values in force are labels
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they are one more series for each counter, which nobody reads
 
 
 class BatchHistogram(Collector):
-    """A histogram that takes many values at once, for a fraction of what each would cost alone."""
+    """A histogram that takes many values at once, for a fraction of what they would cost one by one."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name = name
@@ -52,14 +58,14 @@ class BatchHistogram(Collector):
         values = np.asarray(values, dtype=float)
         places = self._bounds.searchsorted(values)
         counts = self._counts + np.bincount(places, minlength=len(self._counts))
-        self._counts, self._sum = counts, self._sum + float(values.sum())  # new ones: another thread may be reading
+        self._counts, self._sum = counts, self._sum + float(values.sum())  # not in place: another thread may be reading
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
-        """The buckets' upper bounds, how many values each holds (the last one those above all), and the values' sum."""
+        """The buckets' upper bounds, the number of values in each and one more for those above all bounds, and the sum."""
         return self._bounds, self._counts, self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """A sum of negative values goes down, which rate() would take for a restart: such a histogram has none."""
+        """A histogram of values that may be negative has no sum: where that goes down, rate() would see a restart."""
         family = HistogramMetricFamily(self._name, self._text)
         cumulated = self._counts.cumsum().tolist()
         for bound, count in zip([*map(floatToGoString, self._bounds.tolist()), "+Inf"], cumulated, strict=True):
@@ -76,7 +82,7 @@ _TOKENS = tuple(2**power for power in range(4, 18))
 
 
 class Metrics:
-    """The worker's metrics in a registry of their own, with those of the process, Python and its garbage collector."""
+    """The worker's metrics, and those of the process, Python and its garbage collector, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
         registry = self._registry = CollectorRegistry()
@@ -105,10 +111,10 @@ class Metrics:
             "records_skipped_total", "Nulls without a key, and null texts with on_null_text=skip"
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
-        self.batch_texts = histogram("batch_texts", "Texts in one pass of the network", _COUNTS)
-        self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the network, padding included", _TOKENS)
+        self.batch_texts = histogram("batch_texts", "Texts in one pass of the model", _COUNTS)
+        self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the model, padding included", _TOKENS)
         self.batch_padding_ratio = histogram(
-            "batch_padding_ratio", "Share of padding in one pass of the network", [step / 20 for step in range(20)]
+            "batch_padding_ratio", "Share of padding in one pass of the model", [step / 20 for step in range(20)]
         )
         stage_seconds = histogram("stage_seconds", "Time of a micro-batch in each stage", _SECONDS, ["stage"])
         self.stage_seconds = {stage: stage_seconds.labels(stage) for stage in STAGES}
@@ -139,10 +145,10 @@ class Metrics:
             "Records perhaps published twice: uncommitted when their partition was lost, or sent again in doubt",
         )
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
-        self.last_success = gauge("inference_last_success_timestamp_seconds", "When the network last answered")
+        self.last_success = gauge("inference_last_success_timestamp_seconds", "When the model last answered")
         self.device_memory = gauge("inference_device_memory_bytes", "Device memory in use; 0 on CPU")
         self.cache_hits = counter(
-            "cache_hits_total", "Texts answered without the network: scored before, or in the same micro-batch"
+            "cache_hits_total", "Texts answered without the model: scored before, or in the same micro-batch"
         )
         self.ready = gauge("ready", "1 when /readyz says ready")
         self.model_info = gauge(
@@ -159,7 +165,7 @@ class Metrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Series that exist from the start: a rate over a counter that appears later misses its first step."""
+        """Creates series whose labels are known, because a rate over a series that appears later misses its first step."""
         for label in LABELS:
             self.results_published.labels(label)
         for outcome in ("done", "failed"):
@@ -172,28 +178,28 @@ class Metrics:
             self.kafka_errors.labels(operation)
 
     def text(self) -> bytes:
-        """The exposition, as ``CONTENT_TYPE``; takes a few milliseconds."""
+        """All metrics in the format that ``CONTENT_TYPE`` names; takes a few milliseconds."""
         return generate_latest(self._registry)
 
     def device_batch(self, lengths: Sequence[int]) -> None:
-        """One pass of the network over texts of these lengths, in tokens."""
+        """One pass of the model over texts of these lengths, in tokens."""
         padded = len(lengths) * max(lengths)
         self.batch_texts.observe(len(lengths))
         self.batch_tokens.observe(padded)
         self.batch_padding_ratio.observe(1 - sum(lengths) / padded)
 
     def inference_succeeded(self, now: float, memory_bytes: int) -> None:
-        """``now`` in seconds since 1970."""
+        """The model has answered at ``now``, in seconds since 1970."""
         self.last_success.set(now)
         self.device_memory.set(memory_bytes)
 
-    def tell_of_model(self, name: str, revision: str, in_force: Mapping[str, str]) -> None:
-        """The model in use from now on, with values for IN_FORCE; the series of the one before goes."""
+    def set_model(self, name: str, revision: str, in_force: Mapping[str, str]) -> None:
+        """The model in use from now on, with values for IN_FORCE. Removes the series of the model before."""
         self.model_info.clear()
         self.model_info.labels(name, revision, *(in_force[label] for label in IN_FORCE)).set(1)
 
     def partitions(self) -> int:
-        """How many are assigned to this process."""
+        """How many partitions are assigned to this process."""
         return int(sum(sample.value for family in self.assigned_partitions.collect() for sample in family.samples))
 
     def consumed(self, topics: Iterable[str]) -> None:
@@ -202,9 +208,9 @@ class Metrics:
             self.records_consumed.labels(topic).inc(count)
 
     def published(self, labels: Iterable[str], scores: Sequence[float], seconds: Sequence[float]) -> None:
-        """Acknowledged results: their labels, scores, and times since their records' timestamps.
+        """Acknowledged results: their labels, their scores, and the seconds since their records' timestamps.
 
-        A time that cannot be right (``events.age_s``) would spoil the sum for good, and is counted apart.
+        Seconds that cannot be right (see ``events.age_s``) would spoil the sum for good, and are counted apart.
         """
         for label, count in Tally(labels).items():
             self.results_published.labels(label).inc(count)
@@ -223,7 +229,7 @@ class Metrics:
         self.lag_seconds.labels(topic, partition).set(seconds)
 
     def forget_partition(self, topic: str, partition: int) -> None:
-        """Takes away the series of a partition that is no longer this process's."""
+        """Removes the series of a partition that is no longer this process's."""
         for gauge in (self.lag_records, self.lag_seconds):
             gauge.remove_by_labels({"topic": topic, "partition": str(partition)})
 

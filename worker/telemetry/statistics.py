@@ -1,4 +1,4 @@
-"""The worker's last minutes in numbers: its metrics, read once a second, as rates, shares and quantiles."""
+"""The worker's last minutes for the console: its metrics, read once a second, as rates, shares and quantiles."""
 
 import math
 import time
@@ -15,23 +15,23 @@ from worker.core.sentiment import LABELS
 from worker.telemetry.metrics import QUEUES, STAGES, Metrics
 
 HISTORY_S: Final = 300
-RATE_S: Final = 5  # what a rate is taken over: micro-batches come in lumps
-WINDOW_S: Final = 10  # what a quantile, a share or a mean is taken over
+RATE_S: Final = 5  # seconds that a rate is taken over, because micro-batches come in lumps
+WINDOW_S: Final = 10  # seconds that a quantile, a share or a mean is taken over
 
 
 class Sample(NamedTuple):
-    """One second. None where there was nothing to measure: no result, or no partition."""
+    """One second. A value is None where there was nothing to measure: no result, or no partition."""
 
     at: int
     """Seconds since 1970."""
     events_per_s: float
     lag_records: float | None
-    """None also while the lag of a partition is not known, as the next one."""
+    """Also None while the lag of a partition is not known; so is the next one."""
     lag_s: float | None
     p50_ms: float | None
     p95_ms: float | None
     negative: float
-    """Results a second, as the next two."""
+    """Results a second; so are the next two."""
     neutral: float
     positive: float
     score: float | None
@@ -62,7 +62,7 @@ class RollingStatistics:
         self.history: deque[Sample] = deque(maxlen=HISTORY_S)
 
     def sample(self) -> Sample:
-        """Call it once a second; a tenth of a millisecond, and some more for each hundred partitions."""
+        """Reads the metrics, once a second. Takes a tenth of a millisecond, more with hundreds of partitions."""
         new = self._read()
         self._totals.append(new)
         recent = self._totals[max(0, len(self._totals) - 1 - RATE_S)]
@@ -70,7 +70,7 @@ class RollingStatistics:
         results = float((new.labels - old.labels).sum())
         bounds = 1000 * self._metrics.end_to_end_seconds.read()[0]
         latencies = new.latencies - old.latencies
-        self._look_at_lags()
+        self._read_lags()
         is_known = self._lags and not self._unknown
         negative, neutral, positive = ((new.labels - old.labels) / (new.at - old.at)).round(2).tolist()
         sample = Sample(
@@ -88,8 +88,8 @@ class RollingStatistics:
         self.history.append(sample)
         return sample
 
-    def _look_at_lags(self) -> None:
-        """A partition whose lag is not known has no series."""
+    def _read_lags(self) -> None:
+        """Reads the lags that have a series; those that are not known have none."""
         samples = [sample for family in self._metrics.lag_records.collect() for sample in family.samples]
         self._lags = [(s.labels["topic"], int(s.labels["partition"]), s.value) for s in samples]
         self._unknown = max(0, int(_values(self._metrics.assigned_partitions)[0]) - len(self._lags))
@@ -102,7 +102,7 @@ class RollingStatistics:
         return sum(records for _, _, records in self._lags)
 
     def lag(self) -> dict[str, float | None]:
-        """At the last sample: of how many partitions the lag is not known, since when, and the sum of the others."""
+        """At the last sample: of how many partitions the lag is not known, since when, and the sum of the other lags."""
         return {"unknown": self._unknown, "since": self._unknown_since, "known": self._known_lag()}
 
     def partitions(self) -> str:
@@ -113,7 +113,7 @@ class RollingStatistics:
         return "; ".join(f"{topic} {ranges(numbers)}" for topic, numbers in by_topic.items())
 
     def stages_ms(self) -> dict[str, float | None]:
-        """Mean time of a micro-batch in each stage since some seconds ago, as far as this was called meanwhile."""
+        """The mean time of a micro-batch in each stage over the last WINDOW_S calls, which are a second apart."""
         new = dict.fromkeys(STAGES, (0.0, 0.0))
         for stage, histogram in self._metrics.stage_seconds.items():
             new[stage] = _sum_and_count(histogram)
@@ -134,7 +134,7 @@ class RollingStatistics:
         return {sample.labels["reason"]: sample.value for sample in samples if sample.value}
 
     def counts(self) -> dict[str, float]:
-        """What became of the records since the start."""
+        """Since the start: what became of the records, and other totals."""
         metrics = self._metrics
         return {
             "consumed": sum(_values(metrics.records_consumed)),
@@ -162,7 +162,10 @@ class RollingStatistics:
 
 
 def quantile(bounds: NDArray[np.float64], counts: NDArray[np.int64], share: float) -> float | None:
-    """Of values counted in buckets, as Prometheus estimates it: even within a bucket, the last bound at most."""
+    """A quantile of values counted in buckets, as Prometheus estimates it: values spread evenly within their bucket.
+
+    At most the last bound; None where there are no values.
+    """
     total = int(counts.sum())
     if not total:
         return None

@@ -1,8 +1,8 @@
 """Spans of what the worker does with records, by OpenTelemetry's conventions for messaging, sent by OTLP over HTTP.
 
-A span is of a whole micro-batch, for that is what is worked on, and links to the trace context of each of its events, up
-to a bound. It is made when its work is done, and given to the SDK's own thread: whatever becomes of the collector, nothing
-here waits for it, and spans are lost before records are. The SDK is imported by ``Tracing`` alone, when it is switched on.
+A span describes a whole micro-batch, the unit of work here, and links to the trace contexts of its events, up to a bound. It
+is made when its work is done and handed to the SDK's own thread. Nothing here waits for the collector: where that does not
+answer, spans are dropped and records go on. Only ``Tracing`` imports the SDK, and it is only made where tracing is on.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{1
 
 
 def trace_context(headers: Headers) -> tuple[int, int, int] | None:
-    """Trace id, span id and flags of the W3C header ``traceparent``; None where there is none that is valid."""
+    """Trace id, span id and flags of the W3C header ``traceparent``; None without a valid one."""
     for name, value in headers:
         if name == "traceparent":
             found = _TRACEPARENT.fullmatch(value or b"")
@@ -52,19 +52,22 @@ def refuse_without_the_extra() -> None:
         raise WrongSetting("tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'") from None
 
 
-class Batch:
-    """A micro-batch's spans until now: what the next one belongs to. ``at`` is when its last span ended, ns since 1970."""
+class BatchTrace:
+    """What the next span of a micro-batch needs of those before: the receive span, the links, and when the last one ended.
 
-    def __init__(self, receive: "Span", links: "list[Link]", at: int) -> None:
+    ``ended_at`` is in ns since 1970.
+    """
+
+    def __init__(self, receive: "Span", links: "list[Link]", ended_at: int) -> None:
         self.receive = receive
         self.links = links
-        self.at = at
+        self.ended_at = ended_at
 
 
 class Tracing:
-    """Makes spans, and has them sent. Every method but ``close`` answers at once.
+    """Makes spans, and has them sent. Every method but ``close`` returns at once.
 
-    Where they go, how many of them and under which name is said by the standard variables: OTEL_EXPORTER_OTLP_ENDPOINT,
+    OpenTelemetry's variables say where spans go, how many are kept and under which name: OTEL_EXPORTER_OTLP_ENDPOINT,
     OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME and so on.
     """
 
@@ -97,20 +100,20 @@ class Tracing:
         names = {"service.version": version} | ({} if is_named else {"service.name": SERVICE})
         self._trace = trace
         self._provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(_told(OTLPSpanExporter())))
+        self._provider.add_span_processor(BatchSpanProcessor(_logging_failures(OTLPSpanExporter())))
         self._tracer = self._provider.get_tracer(SERVICE, version)
 
-    def received(self, records: Iterable[Record], asked_at: int) -> Batch:
-        """A micro-batch has been taken, for which the pipeline asked at ``asked_at``, ns since 1970."""
+    def received(self, records: Iterable[Record], asked_at: int) -> BatchTrace:
+        """A micro-batch of these records has been taken; the pipeline asked for it at ``asked_at``, in ns since 1970."""
         records = list(records)
         links = self._links(records)
         attributes = self._attributes("poll", "receive", records) | self._consumer
         now = time.time_ns()
         receive = self._span("poll", "CLIENT", attributes, links, asked_at, now)
-        return Batch(receive, links, now)
+        return BatchTrace(receive, links, now)
 
-    def processed(self, batch: Batch, records: Iterable[Record], failed: int) -> None:
-        """These records of it have an outcome; ``failed`` of them could not be scored."""
+    def processed(self, batch: BatchTrace, records: Iterable[Record], failed: int) -> None:
+        """These records of a micro-batch have an outcome; ``failed`` of them become dead letters."""
         records = list(records)
         attributes = self._attributes("process", "process", records) | self._consumer
         attributes |= {"sentiment_worker.dead_letters": failed}
@@ -120,25 +123,28 @@ class Tracing:
             "CONSUMER",
             attributes,
             batch.links,
-            batch.at,
+            batch.ended_at,
             now,
             self._trace.set_span_in_context(batch.receive),
         )
 
     def sent(self, topic: str, records: Sequence[Record], began_at: int) -> None:
-        """The outcomes of these records have been acknowledged by a topic, or refused for good; it began at, in ns."""
+        """A topic has acknowledged the outcomes of these records, or refused them for good.
+
+        Sending began at ``began_at``, in ns since 1970.
+        """
         attributes = self._attributes("send", "send", records) | {"messaging.destination.name": topic}
         self._span("send", "CLIENT", attributes, self._links(records), began_at, time.time_ns())
 
     async def close(self, timeout_s: float) -> None:
-        """Sends what there is, as far as that is possible within ``timeout_s``."""
+        """Sends the spans that are left, as far as that is possible within ``timeout_s``."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down() -> None:
             self._provider.shutdown()
             loop.call_soon_threadsafe(done.set)
 
-        # A thread that nobody waits for: that a collector does not answer must not keep the process.
+        # A daemon thread, so that a collector that does not answer cannot keep the process from ending.
         threading.Thread(target=shut_down, daemon=True).start()
         try:
             await within(timeout_s, done.wait())
@@ -157,7 +163,7 @@ class Tracing:
         return span
 
     def _attributes(self, name: str, kind: str, records: Sequence[Record]) -> dict[str, Any]:
-        """Of all these records; where they come from one topic, or one partition, that too."""
+        """Attributes of a span over these records, with their topic and partition where they have one in common."""
         attributes: dict[str, Any] = {
             **self._common,
             "messaging.operation.name": name,
@@ -191,24 +197,24 @@ class Tracing:
         ]
 
 
-def _told(exporter: "SpanExporter") -> "SpanExporter":
-    """The exporter, with a line in the log when its trouble begins and when it ends; the SDK's own would be many."""
+def _logging_failures(exporter: "SpanExporter") -> "SpanExporter":
+    """The exporter, with one log line when failures begin and one when they end; the SDK would log each failure."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult  # noqa: PLC0415
 
-    class Told(SpanExporter):
-        is_in_trouble = False
+    class LoggingExporter(SpanExporter):
+        is_failing = False
 
         def export(self, spans: "Sequence[ReadableSpan]") -> "SpanExportResult":
             result = exporter.export(spans)
-            is_in_trouble = result is not SpanExportResult.SUCCESS
-            if is_in_trouble and not self.is_in_trouble:
+            is_failing = result is not SpanExportResult.SUCCESS
+            if is_failing and not self.is_failing:
                 log.warning("the collector does not take spans; they are dropped, and records go on")
-            elif self.is_in_trouble and not is_in_trouble:
+            elif self.is_failing and not is_failing:
                 log.info("the collector takes spans again")
-            self.is_in_trouble = is_in_trouble
+            self.is_failing = is_failing
             return result
 
         def shutdown(self) -> None:
             exporter.shutdown()
 
-    return Told()
+    return LoggingExporter()
