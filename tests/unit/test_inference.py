@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
 from worker.core.sentiment import Activation, Sentiment
+from worker.model.truncation import TokenizedTexts
 from worker.pipeline import model_runner
 from worker.pipeline.inference import Inference
 from worker.pipeline.inference_job import Job
