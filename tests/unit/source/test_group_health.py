@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,8 @@ class FakeCoordinator:
 
 
 def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "worker.telemetry.health"]
+    said = [record.getMessage() for record in caplog.records if record.name == "worker.telemetry.health"]
+    return [re.sub(r"(recovered) after \d+ s$", r"\1", sentence) for sentence in said]
 
 
 def join() -> JoinGroupRequest:
@@ -82,7 +84,7 @@ async def test_a_coordinator_that_is_away_is_told_once_by_its_age(
     coordinator.code, consumer.unplaceable = 0, None
     await coordinator.beat()
     await until(lambda: stage.health.why_not_ready() is None)
-    assert told_of(caplog) == [reason, "coordinator is well again"]
+    assert told_of(caplog) == [reason, "coordinator: recovered"]
 
 
 @pytest.mark.parametrize("code", [None, GroupCoordinatorNotAvailableError.errno])
@@ -157,4 +159,4 @@ async def test_a_rebalance_that_lasts_is_told(
     await joining
     await stage.assign(TP)
     assert stage.health.why_not_ready() is None
-    assert told_of(caplog) == ["rejoining for more than 5 s: a member is gone or busy", "group is well again"]
+    assert told_of(caplog) == ["rejoining for more than 5 s: a member is gone or busy", "group: recovered"]
