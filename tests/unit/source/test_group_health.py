@@ -50,7 +50,7 @@ class FakeCoordinator:
 
 def told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     said = [record.getMessage() for record in caplog.records if record.name == "worker.telemetry.health"]
-    return [re.sub(r"(recovered) after \d+ s$", r"\1", sentence) for sentence in said]
+    return [re.sub(r"(recovered) after [\d.]+ s$", r"\1", sentence) for sentence in said]
 
 
 def join() -> JoinGroupRequest:
