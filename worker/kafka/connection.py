@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import ssl
@@ -11,57 +10,29 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
-import aiokafka.admin.client
-import aiokafka.client
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.conn import AIOKafkaConnection, CloseReason, collect_hosts, create_conn
+from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
     IllegalSaslStateError,
-    KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
 )
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.admin import SaslHandShakeRequest
-from aiokafka.protocol.metadata import MetadataRequest
 
 from worker.errors import UserError, WrongSetting
-from worker.kafka.aiokafka_compat import end_remains, topic_names, use_topics
+from worker.kafka.aiokafka_compat import creating_no_topic, end_remains, topic_names, use_topics
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
-from worker.kafka.decompression import bound_unpacking
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ConnectionSettings, revealed, split_names, whole_name
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
-
-# aiokafka asks the broker to create each topic that it names; a worker must never do that by accident.
-_metadata_request = functools.partial(MetadataRequest, allow_auto_topic_creation=False)
-aiokafka.client.MetadataRequest = _metadata_request
-aiokafka.admin.client.MetadataRequest = _metadata_request
-bound_unpacking()
-
-
-def _while_it_is_open(send: Callable[..., Any]) -> Callable[..., Any]:
-    """uvloop raises RuntimeError where a connection that has just been reset is written to; aiokafka knows OSError alone."""
-
-    @functools.wraps(send)
-    def checked(connection: AIOKafkaConnection, *arguments: Any, **options: Any) -> Any:
-        if connection._writer is not None and connection._writer.is_closing():
-            connection.close(reason=CloseReason.CONNECTION_BROKEN)
-            raise KafkaConnectionError(f"Connection at {connection.host}:{connection.port} broken")
-        return send(connection, *arguments, **options)
-
-    return checked
-
-
-AIOKafkaConnection.send = _while_it_is_open(AIOKafkaConnection.send)
-AIOKafkaConnection._send_sasl_token = _while_it_is_open(AIOKafkaConnection._send_sasl_token)
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -492,7 +463,7 @@ async def _advertised(connection: Connection, host: str, port: int) -> list[tupl
     try:
         connected = await within(connection.request_timeout_s, _connected(connection, host, port))
         try:
-            answer = await within(connection.request_timeout_s, connected.send(_metadata_request([])))
+            answer = await within(connection.request_timeout_s, connected.send(creating_no_topic([])))
         finally:
             connected.close()
     except (IllegalSaslStateError, UnsupportedSaslMechanismError) as error:

@@ -1,30 +1,17 @@
-"""Committed offsets, with their errors: aiokafka's consumer, but for what it says is committed.
-
-From version 2 on (KIP-88) an OffsetFetch that fails as a whole says so beside its partitions, of which it then has none:
-so it does while the group's coordinator is loading or has moved. aiokafka 0.14 looks at the partitions alone, and takes that
-for a group that has committed nothing: it would begin at ``auto_offset_reset``, and repeat or lose all that is between.
-"""
+"""The consumer that this worker uses: aiokafka's, with what it lacks from ``aiokafka_compat``."""
 
 import asyncio
 from collections.abc import Collection
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import (
-    GroupCoordinatorNotAvailableError,
-    IllegalStateError,
-    KafkaError,
-    NoError,
-    NotCoordinatorForGroupError,
-    for_code,
-)
-from aiokafka.protocol.commit import OffsetFetchRequest
+from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.kafka.aiokafka_compat import (
-    RETRY_S,
     agreed_topic_id,
     background_tasks,
+    committed_offsets,
     end_offsets,
     known_brokers,
     topic_ids,
@@ -41,7 +28,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
 
     async def agreed_topic_id(self, topic: str) -> str | None:
         """As of ``aiokafka_compat.agreed_topic_id``."""
-        return await agreed_topic_id(self._client, topic)
+        return await agreed_topic_id(self, topic)
 
     async def topic_names(self) -> list[str]:
         """As of ``aiokafka_compat.topic_names``."""
@@ -75,45 +62,4 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
 
         Waits, without end, for a coordinator that can say. Raises the KafkaError of what does not pass by itself.
         """
-        coordinator = self._coordinator
-        request = _offset_fetch(coordinator.group_id, partitions)
-        while True:
-            await coordinator.ensure_coordinator_known()
-            asked = coordinator.coordinator_id
-            try:
-                return _committed_offsets(await coordinator._send_req(request), partitions)
-            except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
-                if coordinator.coordinator_id == asked:
-                    coordinator.coordinator_dead()  # it is looked up anew
-            except KafkaError as error:
-                if not error.retriable:
-                    raise
-            await asyncio.sleep(RETRY_S)
-
-
-def _offset_fetch(group_id: str, partitions: Collection[TopicPartition]) -> OffsetFetchRequest:
-    by_topic: dict[str, list[int]] = {}
-    for tp in partitions:
-        by_topic.setdefault(tp.topic, []).append(tp.partition)
-    return OffsetFetchRequest(group_id, list(by_topic.items()))
-
-
-def _committed_offsets(
-    response: Any, partitions: Collection[TopicPartition]
-) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it leaves one out."""
-    _raise_for(getattr(response, "error_code", 0))
-    found = {}
-    for topic, answers in response.topics:
-        for partition, offset, *_, metadata, code in answers:
-            _raise_for(code)
-            found[TopicPartition(topic, partition)] = OffsetAndMetadata(offset, metadata or "")
-    if not found.keys() >= set(partitions):
-        raise GroupCoordinatorNotAvailableError
-    return found
-
-
-def _raise_for(code: int) -> None:
-    error = for_code(code)
-    if error is not NoError:
-        raise error
+        return await committed_offsets(self, partitions)

@@ -12,10 +12,6 @@ from itertools import chain, islice
 from typing import Any, Final, Protocol
 
 import cramjam
-from aiokafka.codec import _detect_xerial_stream
-from aiokafka.record import default_records, legacy_records
-from aiokafka.record._crecords import default_records as compiled_default_records
-from aiokafka.record._crecords import legacy_records as compiled_legacy_records
 from aiokafka.record.util import decode_varint
 
 UNPACKED_BYTES: Final = 128 * 2**20  # of one batch; producers make them of a megabyte or so
@@ -28,6 +24,7 @@ PARTS: Final = 5_000  # members of gzip, or blocks of snappy, which are of 32 Ki
 HEADERS: Final = 10_000  # of one record
 LONGEST_VARINT: Final = 10  # bytes
 LEGACY_RECORDS: Final = 100_000  # of one batch in the formats before 0.11, whose records' heads are all read at once
+XERIAL: Final = struct.pack("!b7sii", -126, b"SNAPPY\0", 1, 1)  # how snappy in blocks begins
 LEGACY_LEAST: Final = 14  # bytes of the smallest record in those formats, after its offset and length
 
 
@@ -94,7 +91,7 @@ def unpack_snappy(packed: bytes, room: Room) -> bytearray:
     """Raises UnpacksTooLarge, NeedsMore, and ValueError if the bytes are not snappy or have too many blocks."""
     unpacked = bytearray()
     try:
-        blocks = list(_xerial_blocks(packed)) if _detect_xerial_stream(packed) else [packed]
+        blocks = list(_xerial_blocks(packed)) if len(packed) > 16 and packed[:16] == XERIAL else [packed]
         room.check(sum(map(cramjam.snappy.decompress_raw_len, blocks)))
         for block in blocks:
             unpacked += cramjam.snappy.decompress_raw(block)
@@ -193,19 +190,19 @@ def _decoder(unpack: Unpack, check: Callable[[bytearray], None]) -> Callable[[by
     return decode
 
 
-def bound_unpacking() -> None:
-    """Makes every consumer of this process unpack within these bounds, by replacing aiokafka's codecs."""
-    formats: tuple[tuple[Any, Callable[[bytearray], None]], ...] = (
-        (default_records, _refuse_in_large),
-        (compiled_default_records, _refuse_in_large),
-        (legacy_records, refuse_endless),
-        (compiled_legacy_records, refuse_endless),
-    )
-    for module, check in formats:
-        module.gzip_decode = _decoder(unpack_gzip, check)
-        module.snappy_decode = _decoder(unpack_snappy, check)
-        module.lz4_decode = _decoder(partial(unpack_into, cramjam.lz4), check)
-        module.zstd_decode = _decoder(partial(unpack_into, cramjam.zstd), check)
+def _decoders(check: Callable[[bytearray], None]) -> dict[str, Callable[[bytes], bytearray]]:
+    """By the names that aiokafka's modules of records use."""
+    return {
+        "gzip_decode": _decoder(unpack_gzip, check),
+        "snappy_decode": _decoder(unpack_snappy, check),
+        "lz4_decode": _decoder(partial(unpack_into, cramjam.lz4), check),
+    }
+
+
+DECODERS: Final = _decoders(_refuse_in_large) | {
+    "zstd_decode": _decoder(partial(unpack_into, cramjam.zstd), _refuse_in_large)
+}
+LEGACY_DECODERS: Final = _decoders(refuse_endless)
 
 
 def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from itertools import pairwise, starmap, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from worker.core.events import Outgoing, Reason
 from worker.core.partitioner import partitions_for
-from worker.kafka.aiokafka_compat import give_up, is_gone, may_be_written, use_topics
+from worker.kafka.aiokafka_compat import append_records, give_up, is_gone, may_be_written, use_topics
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
@@ -400,18 +400,11 @@ class Sink:
     def _fill(self, batch: BatchBuilder, columns: Columns, load: Load) -> Load:
         """Puts as much of a load into a batch as the topic takes at once; at least one record."""
         room = min(BATCH_BYTES, self._limits.get(columns.topics[load[0]], TopicLimits()).max_message_bytes)
-        append = batch._builder.append
-        records = zip(range(len(load)), *(map(column.__getitem__, load) for column in columns.record), strict=True)
-        if len(load) * columns.most_bytes <= room:
-            taken = len(list(takewhile(bool, starmap(append, records))))
-            batch._relative_offset = taken
-            return load[:taken]
-        for count, record in enumerate(records):
-            room -= columns.record_bytes(load[count])
-            if (count and room < 0) or append(*record) is None:
-                return load[:count]
-            batch._relative_offset = count + 1
-        return load
+        taken = load
+        if len(load) * columns.most_bytes > room:
+            sizes = accumulate(map(columns.record_bytes, load))
+            taken = load[: max(1, sum(1 for _ in takewhile(room.__ge__, sizes)))]
+        return taken[: append_records(batch, *(map(column.__getitem__, taken) for column in columns.record))]
 
     async def _enqueue(self, producer: AIOKafkaProducer, batch: BatchBuilder, lane: Lane) -> asyncio.Future[object]:
         batch.close()
