@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from worker.core.events import Outgoing
 from worker.kafka import sink
-from worker.kafka.connection import TopicLimits
 from worker.kafka.sink import (
     SLACK_MS,
     TRUSTED_S,
@@ -22,6 +21,7 @@ from worker.kafka.sink import (
     most_bytes,
     record_bytes,
 )
+from worker.kafka.topics import TopicLimits
 
 HOUR_MS = 3_600_000
 BYTES = st.none() | st.binary(max_size=300)

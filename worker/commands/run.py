@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from worker.commands.kafka_connection import kafka_connection
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
@@ -18,18 +19,18 @@ from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
 from worker.http.server import Monitor
 from worker.kafka.backlog import tell_backlog
-from worker.kafka.connection import (
+from worker.kafka.connection import Connection
+from worker.kafka.exactly_once import Transactions
+from worker.kafka.sink import Sink
+from worker.kafka.source import Source, Standstill, UnreadableRecord
+from worker.kafka.topics import (
     NO_LIMIT,
-    Connection,
     TopicLimits,
     refuse_compacted,
     wait_for_a_match,
     wait_until_usable,
     watch_topics,
 )
-from worker.kafka.exactly_once import Transactions
-from worker.kafka.sink import Sink
-from worker.kafka.source import Source, Standstill, UnreadableRecord
 from worker.pipeline.inference import Inference, InferenceLost
 from worker.pipeline.stages import DeadLetterRefused, DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
@@ -182,7 +183,7 @@ async def _work(
 async def _started(
     settings: RunSettings, metrics: Metrics, inference: Inference, health: Health, tap: Tap, tracing: Tracing | None
 ) -> Pipeline:
-    connection = Connection.as_set(settings)
+    connection = kafka_connection(settings)
     keep_blocks()
     loading = asyncio.create_task(_load(settings, inference, metrics, health))
     finding = asyncio.create_task(_found_topics(settings, connection, health))

@@ -9,7 +9,8 @@ from aiokafka import TopicPartition
 
 from worker.core.topic_ids import is_of
 from worker.kafka.aiokafka_compat import partitions_of, use_topics
-from worker.kafka.connection import UNREACHABLE, Connection, stopped
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.consumer import Consumer
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ async def backlog(
             committed, recreated = await valid_offsets(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
     finally:
-        await stopped(consumer, "consumer", STOP_S)
+        await stop_client(consumer, "consumer", STOP_S)
     new = begins.keys() - committed.keys()
     behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
     unread = sum(ends[tp] - begins[tp] for tp in new)

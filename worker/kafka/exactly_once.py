@@ -26,7 +26,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Reason
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.sink import (
     RECORDS_PER_PUBLISH,
     REFUSALS,
@@ -38,6 +38,7 @@ from worker.kafka.sink import (
     TimestampCheck,
     unanswered,
 )
+from worker.kafka.topics import TopicLimits
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health

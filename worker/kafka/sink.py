@@ -26,7 +26,9 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from worker.core.events import Outgoing, Reason
 from worker.core.partitioner import partitions_for
 from worker.kafka.aiokafka_compat import append_records, give_up, is_gone, may_be_written, use_topics
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.topics import TopicLimits, read_limits
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -498,14 +500,14 @@ class Sink:
         try:
             await within(self._connection.request_timeout_s, producer.start())
         except BaseException:
-            await stopped(producer, "producer", 5)
+            await stop_client(producer, "producer", 5)
             raise
         return producer
 
     async def _discard_producer(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await stopped(producer, "producer", timeout_s)
+            await stop_client(producer, "producer", timeout_s)
 
 
 def _by_topic(topics: Sequence[str], places: Load) -> dict[str, Load]:

@@ -51,11 +51,13 @@ from worker.kafka.aiokafka_compat import (
     StaticMember,
     use_topics,
 )
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, matching, stopped, unreachable
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Reader, Record
+from worker.kafka.topics import matching
 from worker.runtime.file_descriptors import compared
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
@@ -443,10 +445,10 @@ class Source:
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("connect").inc()
                 self._health.trouble("kafka", unreachable(self._connection, error))
-                await stopped(consumer, "consumer", 5)
+                await stop_client(consumer, "consumer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
-                await stopped(consumer, "consumer", 5)
+                await stop_client(consumer, "consumer", 5)
                 raise
             else:
                 self._health.well("kafka")
@@ -458,7 +460,7 @@ class Source:
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
-        stopping = asyncio.create_task(stopped(consumer, "consumer", timeout_s))
+        stopping = asyncio.create_task(stop_client(consumer, "consumer", timeout_s))
         try:
             _, waits = await asyncio.wait({stopping}, timeout=LEAVE_S)
             if waits:  # for a join, which waits for the slowest member of the group

@@ -35,11 +35,11 @@ from worker.core.events import (
     smaller_dead_letters,
 )
 from worker.core.sentiment import Sentiment
-from worker.kafka.connection import NO_LIMIT
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.reader import Record
 from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
 from worker.kafka.source import Assignment, Chunk, Source
+from worker.kafka.topics import NO_LIMIT
 from worker.pipeline.inference import Inference, Job
 from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, TurnBudget
