@@ -27,7 +27,8 @@ from worker.kafka.clients import stop_client
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.exactly_once import Lost, PartitionSink, Refusals
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

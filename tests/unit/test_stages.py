@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.reader import Record
-from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
 from worker.pipeline import stages as module
 from worker.pipeline.stages import MicroBatch, Outcome, Part, Pipeline, Stages

@@ -35,7 +35,8 @@ from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.kafka.source import LONGEST_POLL_INTERVAL_MS, TOPIC_IDS_DOUBT_S, UNREADABLE
 from worker.kafka.topics import wait_until_usable
 from worker.printable import printable

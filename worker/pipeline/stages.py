@@ -36,8 +36,10 @@ from worker.core.events import (
 )
 from worker.core.sentiment import Sentiment
 from worker.kafka.exactly_once import Transactions
+from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.reader import Record
-from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
+from worker.kafka.refusals import RefusalLog
+from worker.kafka.sink import RECORDS_PER_PUBLISH, Sink
 from worker.kafka.source import Assignment, Chunk, Source
 from worker.kafka.topics import NO_LIMIT
 from worker.pipeline.inference import Inference, Job

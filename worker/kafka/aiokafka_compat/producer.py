@@ -78,17 +78,17 @@ def append_records(
 
 # Partitions that are gone.
 
-LOOK_S: Final = 1.0
+METADATA_WAIT_S: Final = 1.0
 
 
 async def is_gone(producer: AIOKafkaProducer, tp: TopicPartition, unless: asyncio.Future[object]) -> bool | None:
     """Whether a topic is known, and has no such partition any more, by a broker that is asked now.
 
-    None where none answers within LOOK_S, or ``unless`` is done before. Upstream would have to ask for metadata after an
-    AddPartitionsToTxn that names an unknown partition, which it repeats without end.
+    None where none answers within METADATA_WAIT_S, or ``unless`` is done before. Upstream would have to ask for
+    metadata after an AddPartitionsToTxn that names an unknown partition, which it repeats without end.
     """
     update = producer.client.force_metadata_update()
-    await asyncio.wait({unless, update}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({unless, update}, timeout=METADATA_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
     if unless.done() or not update.done() or not update.result():
         return None
     partitions = producer.client.cluster.partitions_for_topic(tp.topic)
