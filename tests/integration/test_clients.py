@@ -22,7 +22,7 @@ from tests.support.topics import Kafka, Topics, numbered
 from tests.support.two_brokers import two_nodes
 from tests.support.waiting import wait_for
 from worker.core.events import Outgoing
-from worker.kafka.aiokafka_compat import update_metadata
+from worker.kafka.aiokafka_compat.connections import update_metadata
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer

@@ -13,7 +13,7 @@ from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.core.events import Original
 from worker.core.replay_progress import Replayed
 from worker.core.topic_ids import with_topic_id
-from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
+from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
 from worker.settings import ReplaySettings, load
 
 LETTER = Original("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)

@@ -8,8 +8,15 @@ from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.types import UnsignedVarInt32
 
 from tests.support.metadata import READABLE_ID, Client, answer, topic
-from worker.kafka.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
 from worker.kafka.aiokafka_compat import topics as module
+from worker.kafka.aiokafka_compat.topics import (
+    Topic,
+    TopicsRequest,
+    agreed_topic_id,
+    parsed_topics,
+    topic_ids,
+    topic_names,
+)
 
 
 def test_a_request_names_topics_and_creates_none() -> None:

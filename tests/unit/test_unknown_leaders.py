@@ -21,8 +21,8 @@ from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
 from tests.unit.test_exactly_once import producer_record
-from worker.kafka.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.kafka.aiokafka_compat import producer as module
+from worker.kafka.aiokafka_compat.producer import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.kafka.connection import Connection
 from worker.kafka.exactly_once import PartitionSink, Refusals
 from worker.kafka.producer_records import Columns

@@ -1,25 +1,15 @@
 """How commands connect to Kafka, by the settings that they share."""
 
-from pathlib import Path
-
 from worker.kafka.connection import Connection, tls_context
 from worker.settings import ConnectionSettings, revealed, split_names
 
 
 def kafka_connection(settings: ConnectionSettings) -> Connection:
     """Reads certificates; connects to nothing. Raises WrongSetting."""
-
-    def file(path: Path | None) -> str | None:
-        return str(path) if path else None
-
     context = None
     if settings.security_protocol.endswith("SSL"):
-        context = tls_context(
-            file(settings.ssl_cafile),
-            file(settings.ssl_certfile),
-            file(settings.ssl_keyfile),
-            revealed(settings.ssl_key_password),
-        )
+        password = revealed(settings.ssl_key_password)
+        context = tls_context(settings.ssl_cafile, settings.ssl_certfile, settings.ssl_keyfile, password)
     return Connection(
         bootstrap_servers=split_names(settings.bootstrap_servers),
         client_id=settings.client_id,

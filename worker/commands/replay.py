@@ -30,7 +30,8 @@ from worker.core.events import Decoder, Original, original, revived
 from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError
-from worker.kafka.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
+from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
+from worker.kafka.aiokafka_compat.topics import partitions_of, use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, unreachable
 from worker.kafka.consumer import Consumer

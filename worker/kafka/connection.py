@@ -2,21 +2,16 @@
 
 import asyncio
 import contextlib
-import logging
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from pathlib import Path
+from typing import Any, Final
 
-from aiokafka.errors import (
-    KafkaError,
-)
+from aiokafka.errors import KafkaError
 from aiokafka.helpers import create_ssl_context
 
 from worker.errors import WrongSetting
-
-log = logging.getLogger(__name__)
-Found = TypeVar("Found")
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -69,7 +64,9 @@ class Backoff:
         self._next_s = min(self._next_s * 2, LONGEST_BACKOFF_S)
 
 
-def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, password: str | None) -> ssl.SSLContext:
+def tls_context(
+    cafile: Path | None, certfile: Path | None, keyfile: Path | None, password: str | None
+) -> ssl.SSLContext:
     """A TLS context that checks the brokers' certificates and names. Raises WrongSetting."""
     certificates = "it should be a PEM file of certificates (-----BEGIN CERTIFICATE-----)"
     with _refusing("ssl_cafile", cafile, certificates):
@@ -84,7 +81,7 @@ def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None, p
 
 
 @contextlib.contextmanager
-def _refusing(name: str, file: str | None, wanted: str) -> Iterator[None]:
+def _refusing(name: str, file: Path | None, wanted: str) -> Iterator[None]:
     """Raises WrongSetting where a TLS file cannot be used: OpenSSL's messages name neither the file nor what is wrong."""
     try:
         yield

@@ -16,7 +16,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.admin import SaslHandShakeRequest
 
 from worker.errors import WrongSetting
-from worker.kafka.aiokafka_compat import creating_no_topic
+from worker.kafka.aiokafka_compat.topics import creating_no_topic
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.runtime.tasks import within

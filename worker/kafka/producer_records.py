@@ -11,7 +11,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from worker.core.events import Outgoing, Reason
 from worker.core.partitioner import partitions_for
-from worker.kafka.aiokafka_compat import append_records
+from worker.kafka.aiokafka_compat.producer import append_records
 
 LONGEST_VARINT: Final = 5  # bytes of a length
 

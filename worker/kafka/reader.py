@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 
 from worker.core.events import Headers
-from worker.kafka.aiokafka_compat import Batches, FetchedPartitions
+from worker.kafka.aiokafka_compat.fetching import Batches, FetchedPartitions
 from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
 
 
