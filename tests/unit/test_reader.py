@@ -310,7 +310,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
     budget: Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, goes_on = threading.Event(), threading.Event()
-    unpack = unpacking.unpacked
+    unpack = unpacking.unpack_batch
 
     def slowly(*args: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -318,7 +318,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
             assert goes_on.wait(30)
         return unpack(*args)
 
-    monkeypatch.setattr(unpacking, "unpacked", slowly)
+    monkeypatch.setattr(unpacking, "unpack_batch", slowly)
     partitions = Partitions(budget, {0: batch(0, LARGE, codec=4), 1: batch(0, plain(100), codec=4)})
     reading = asyncio.create_task(partitions.run(0))
     assert await asyncio.to_thread(begun.wait, 30)

@@ -18,7 +18,7 @@ from worker.http.access import Guard
 from worker.http.console import Console, Tap, shown_settings
 from worker.http.reload import Reloader
 from worker.http.server import Monitor
-from worker.kafka.backlog import tell_backlog
+from worker.kafka.backlog import log_backlog
 from worker.kafka.connection import Connection
 from worker.kafka.exactly_once import Transactions
 from worker.kafka.sink import Sink
@@ -275,7 +275,7 @@ async def _found_topics(
     }
     found = await wait_until_usable(connection, roles, health)
     refuse_compacted(found, settings.dead_letter_topic)
-    await tell_backlog(
+    await log_backlog(
         connection,
         topics,
         group_id=settings.group_id,

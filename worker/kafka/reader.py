@@ -15,7 +15,7 @@ from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 
 from worker.core.events import Headers
 from worker.kafka.aiokafka_compat.fetching import Batches, FetchedPartitions
-from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Share, TooManyHeaders, refuse_many_headers
+from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Reservation, TooManyHeaders, refuse_many_headers
 
 
 class Record(NamedTuple):
@@ -98,7 +98,7 @@ class Runs:
         self._limits = limits
         self._budget = budget
         self._large: Any = None  # the batch that an empty run stands for
-        self._unpacked: tuple[Iterator[Any], Share | None] | None = None
+        self._unpacked: tuple[Iterator[Any], Reservation | None] | None = None
         # By a proxy, for a generator that holds its owner is a reference cycle, which is freed late if it is not read
         self._iterator: Iterator[list[Record]] = Runs._runs(weakref.proxy(self))
 
@@ -129,7 +129,7 @@ class Runs:
         batch = self._large
         try:
             if _is_packed(batch):
-                self._unpacked = await self._budget.unpacked(batch)
+                self._unpacked = await self._budget.unpack(batch)
             else:
                 await asyncio.to_thread(refuse_many_headers, self._batches.first_records())
                 self._unpacked = chain(batch), None
@@ -142,7 +142,7 @@ class Runs:
         limit = self._limits[self._tp]()
         held = 0  # by the batches of this run
         while (batch := self._batches.next_batch()) is not None:
-            unpacked = self._unpacked_at_once(batch, held)
+            unpacked = self._unpack_at_once(batch, held)
             if unpacked is None:
                 if run:
                     yield run
@@ -151,8 +151,8 @@ class Runs:
                     yield []
                 unpacked, self._unpacked, self._large = self._unpacked, None, None
                 run, held, limit = [], 0, self._limits[self._tp]()
-            records, share = unpacked
-            held += share.size if share else 0
+            records, reservation = unpacked
+            held += reservation.size if reservation else 0
             try:
                 while some := list(islice(records, limit - len(run))):
                     run += self._rows(some)
@@ -160,18 +160,18 @@ class Runs:
                         yield run
                         run, held, limit = [], 0, self._limits[self._tp]()
             finally:
-                if share:
-                    share.keep(0)
+                if reservation:
+                    reservation.shrink(0)
             # Also where compaction took the last records of a batch, or all of them
             self._batches.position = batch.next_offset
-            del records, share, unpacked, batch  # before there is more
+            del records, reservation, unpacked, batch  # before there is more
         if run:
             yield run
 
-    def _unpacked_at_once(self, batch: Any, held: int) -> tuple[Iterator[Any], Share | None] | None:
+    def _unpack_at_once(self, batch: Any, held: int) -> tuple[Iterator[Any], Reservation | None] | None:
         """A batch's records, where they cost little; ``held`` is what this run has unpacked already."""
         if _is_packed(batch):
-            return self._budget.unpacked_at_once(batch) if held <= AT_ONCE else None
+            return self._budget.unpack_at_once(batch) if held <= AT_ONCE else None
         # A broker sends more than a fetch's bound only where it is one batch: the first one's bytes are then this one's.
         return None if self._batches.size_in_bytes() > AT_ONCE else (chain(batch), None)
 
