@@ -37,7 +37,7 @@ class Reader:
         """Of a consumer that is started and has no partition yet."""
         self._consumer = consumer
         self.waiting: set[TopicPartition] = set()  # for a large batch to be unpacked, or for room to do it
-        fetched = Fetched(budget)
+        fetched = FetchedRuns(budget)
         self._fetched = fetched if fetched.install(consumer) else None
 
     async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Record]:
@@ -71,7 +71,7 @@ class Reader:
             runs.close()
 
 
-class Fetched(FetchedPartitions):
+class FetchedRuns(FetchedPartitions):
     """What was fetched and is not yet taken, by partition, as runs of records."""
 
     def __init__(self, budget: Budget) -> None:
@@ -193,7 +193,7 @@ class Runs:
                     r.timestamp,
                     r.key,
                     r.value,
-                    h if len(h := r.headers) <= HEADERS else _many(),
+                    h if len(h := r.headers) <= HEADERS else _refuse_headers(),
                 ),
             )
             for r in records
@@ -205,5 +205,5 @@ def _is_packed(batch: Any) -> bool:
     return getattr(batch, "compression_type", 1) != 0
 
 
-def _many() -> NoReturn:
+def _refuse_headers() -> NoReturn:
     raise TooManyHeaders
