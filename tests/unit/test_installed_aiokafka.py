@@ -1,12 +1,16 @@
 """An aiokafka that is not as this worker needs it is refused at the start, in one sentence."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import aiokafka
 import pytest
 from aiokafka.client import AIOKafkaClient
 
+from worker.kafka import aiokafka_compat
 from worker.kafka.aiokafka_compat.installed import SERIES, USED, UnsupportedAiokafka, check_installed
 
 
@@ -58,3 +62,28 @@ def test_a_command_ends_with_2_and_one_sentence(command: str) -> None:
     assert ended.returncode == 2
     (line,) = (ended.stdout + ended.stderr).splitlines()
     assert "aiokafka.client.AIOKafkaClient._get_conn" in line
+
+
+PACKAGE = Path(aiokafka_compat.__file__).parent
+ASYNCIOS = {"_transport"}
+
+
+def private_names(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """Names with one underscore of what is not ``self``, nor a class of the same file; with their file."""
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        own = {"self", "cls"} | {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+        for node in (node for node in nodes if isinstance(node, ast.Attribute)):
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if is_private and not (isinstance(node.value, ast.Name) and node.value.id in own):
+                yield file.name, node.attr
+
+
+def test_every_private_name_that_is_used_is_looked_for() -> None:
+    looked_for = {name for names in USED.values() for name in names.split()} | ASYNCIOS
+    assert [found for found in private_names(PACKAGE.glob("*.py")) if found[1] not in looked_for] == []
+
+
+def test_no_other_module_uses_one() -> None:
+    others = [file for file in PACKAGE.parent.glob("*.py") if file.name not in ("source.py", "exactly_once.py")]
+    assert list(private_names(others)) == []
