@@ -19,7 +19,7 @@ from worker.cli import main
 from worker.commands import check
 from worker.commands import run as service
 from worker.kafka import connection as cluster
-from worker.kafka.aiokafka_compat.topics import TopicsRequest
+from worker.kafka.aiokafka_compat.metadata import TopicsRequest
 
 FAILURES = 3
 

@@ -8,8 +8,8 @@ from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.types import UnsignedVarInt32
 
 from tests.support.metadata import READABLE_ID, Client, answer, topic
-from worker.kafka.aiokafka_compat import topics as module
-from worker.kafka.aiokafka_compat.topics import (
+from worker.kafka.aiokafka_compat import metadata as module
+from worker.kafka.aiokafka_compat.metadata import (
     Topic,
     TopicsRequest,
     agreed_topic_id,

@@ -21,7 +21,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from worker.commands.kafka_connection import kafka_connection
 from worker.errors import UserError, WrongSetting
 from worker.http.access import SERVER
-from worker.kafka.aiokafka_compat.topics import known_brokers
+from worker.kafka.aiokafka_compat.metadata import known_brokers
 from worker.kafka.backlog import backlog, valid_offsets
 from worker.kafka.clients import admin_client, stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection

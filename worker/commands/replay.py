@@ -31,7 +31,7 @@ from worker.core.replay_progress import Replayed, TooManySpans
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
-from worker.kafka.aiokafka_compat.topics import partitions_of, use_topics
+from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, unreachable
 from worker.kafka.consumer import Consumer

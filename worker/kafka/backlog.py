@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from aiokafka import TopicPartition
 
 from worker.core.topic_ids import is_of
-from worker.kafka.aiokafka_compat.topics import partitions_of, use_topics
+from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.consumer import Consumer

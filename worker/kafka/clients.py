@@ -8,7 +8,7 @@ from typing import Any, Final
 from aiokafka.admin import AIOKafkaAdminClient
 
 from worker.kafka.aiokafka_compat.connections import end_remains
-from worker.kafka.aiokafka_compat.topics import use_topics
+from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.runtime.tasks import cancelled, within
 

@@ -3,16 +3,16 @@
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat import group, offsets, topics
+from worker.kafka.aiokafka_compat import group, metadata, offsets
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     """What it adds is a function of ``aiokafka_compat`` each, which says what it does and raises."""
 
-    topic_ids = topics.topic_ids
-    agreed_topic_id = topics.agreed_topic_id
-    topic_names = topics.topic_names
-    brokers = topics.known_brokers
+    topic_ids = metadata.topic_ids
+    agreed_topic_id = metadata.agreed_topic_id
+    topic_names = metadata.topic_names
+    brokers = metadata.known_brokers
     ends = offsets.end_offsets
     committed_offsets = offsets.committed_offsets
     background_tasks = group.background_tasks

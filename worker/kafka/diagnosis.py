@@ -3,9 +3,9 @@
 import asyncio
 import ssl
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
-from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
@@ -16,7 +16,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.admin import SaslHandShakeRequest
 
 from worker.errors import WrongSetting
-from worker.kafka.aiokafka_compat.topics import creating_no_topic
+from worker.kafka.aiokafka_compat.metadata import creating_no_topic
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.runtime.tasks import within
@@ -89,11 +89,7 @@ async def _advertised(connection: Connection, host: str, port: int) -> list[tupl
     Raises WrongSetting where it refuses login or certificate.
     """
     try:
-        connected = await within(connection.request_timeout_s, _connected(connection, host, port))
-        try:
-            answer = await within(connection.request_timeout_s, connected.send(creating_no_topic([])))
-        finally:
-            connected.close()
+        answer = await _answer(connection, host, port, creating_no_topic([]))
     except (IllegalSaslStateError, UnsupportedSaslMechanismError) as error:
         await _refuse_other_login(connection, host, port)
         raise WrongSetting(_login_sentence(connection, f"{host}:{port}", error)) from None
@@ -108,10 +104,15 @@ async def _advertised(connection: Connection, host: str, port: int) -> list[tupl
     return [(node, name, number) for node, name, number, *_ in answer.brokers]
 
 
-async def _connected(connection: Connection, host: str, port: int) -> AIOKafkaConnection:
+async def _answer(connection: Connection, host: str, port: int, request: Any) -> Any:
+    """What the broker at this address answers to a request, by a connection of its own."""
     options = connection.options()
     del options["bootstrap_servers"]
-    return await create_conn(host, port, **options)
+    connected = await within(connection.request_timeout_s, create_conn(host, port, **options))
+    try:
+        return await within(connection.request_timeout_s, connected.send(request))
+    finally:
+        connected.close()
 
 
 async def _refuse_other_login(connection: Connection, host: str, port: int) -> None:
@@ -119,11 +120,7 @@ async def _refuse_other_login(connection: Connection, host: str, port: int) -> N
     bare = connection.security_protocol.removeprefix("SASL_")
     anonymous = replace(connection, security_protocol=bare, sasl_mechanism=None)
     try:
-        connected = await within(connection.request_timeout_s, _connected(anonymous, host, port))
-        try:
-            answer = await within(connection.request_timeout_s, connected.send(SaslHandShakeRequest("PLAIN")))
-        finally:
-            connected.close()
+        answer = await _answer(anonymous, host, port, SaslHandShakeRequest("PLAIN"))
     except UNREACHABLE:
         return
     broker = f"{host}:{port}"

@@ -75,8 +75,9 @@ class FetchedRuns(FetchedPartitions):
     """What was fetched and is not yet taken, by partition, as runs of records."""
 
     def __init__(self, budget: Budget) -> None:
-        super().__init__(lambda batches: Runs(batches, self.limits, budget))
-        self.limits: dict[TopicPartition, Callable[[], int]] = {}  # by partition: readers wait side by side
+        limits: dict[TopicPartition, Callable[[], int]] = {}  # by partition: readers wait side by side
+        super().__init__(lambda batches: Runs(batches, limits, budget))  # without ``self``, which would be a cycle
+        self.limits = limits
 
     def runs(self, tp: TopicPartition) -> "Runs | None":
         runs = self.items_of(tp)

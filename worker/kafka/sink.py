@@ -16,8 +16,8 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from worker.core.events import Reason
+from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written
-from worker.kafka.aiokafka_compat.topics import use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.output_limits import OutputLimits, TimestampCheck

@@ -45,7 +45,7 @@ from worker.core.events import age_s
 from worker.core.topic_ids import TopicIds, is_of, with_topic_id, without_topic_id
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.group import NOT_THE_COORDINATOR, CoordinatorAnswers, InstanceIdTaken, StaticMember
-from worker.kafka.aiokafka_compat.topics import use_topics
+from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.consumer import Consumer

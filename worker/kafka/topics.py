@@ -12,7 +12,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
 from worker.errors import UserError, WrongSetting
-from worker.kafka.aiokafka_compat.topics import topic_names
+from worker.kafka.aiokafka_compat.metadata import topic_names
 from worker.kafka.clients import admin_client, close_admin
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.diagnosis import why_unreachable

@@ -16,7 +16,7 @@ from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
-from worker.kafka.aiokafka_compat.topics import inner_client
+from worker.kafka.aiokafka_compat.metadata import inner_client
 from worker.runtime.tasks import cancelled, within
 
 SILENT_BROKERS_S: Final = 60.0
