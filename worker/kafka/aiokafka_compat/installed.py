@@ -32,8 +32,8 @@ USED: Final[Mapping[str, str]] = {
         "_records_iterator _tp next_fetch_offset"
     ),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
-        "_coordination_task _do_rejoin_group _group_instance_id _send_req coordinator_dead coordinator_id "
-        "ensure_coordinator_known group_id member_id"
+        "_coordination_task _do_heartbeat _do_rejoin_group _group_instance_id _send_req coordinator_dead coordinator_id "
+        "ensure_coordinator_known generation group_id member_id"
     ),
     "aiokafka.producer.message_accumulator:BatchBuilder": "_buffer _builder _relative_offset",
     "aiokafka.producer.message_accumulator:MessageAccumulator": (
