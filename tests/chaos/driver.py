@@ -24,7 +24,7 @@ from tests.support.broker import Broker, Extras, allowed_kinds, free_port, start
 from tests.support.process import Metrics, WorkerProcess
 from tests.support.topics import Kafka, Topics, sending_config
 from tests.support.waiting import wait_for
-from worker.kafka.connection import WATCH_S
+from worker.kafka.topics import WATCH_S
 
 PARTITIONS: Final = 6
 BROKERS: Final = 2  # where there is Java; the first is the controller, and coordinates the group

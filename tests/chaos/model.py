@@ -24,7 +24,7 @@ from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
 from worker.kafka import sink, source
 from worker.kafka.consumer import Consumer
-from worker.kafka.reader import Fetched
+from worker.kafka.reader import FetchedRuns
 from worker.settings import RunSettings
 
 POISONED = -1
@@ -102,15 +102,15 @@ def mute_first_consumer(file: Path) -> None:
 
 
 def fail_fetches(times: int) -> None:
-    keep = Fetched.__setitem__
+    keep = FetchedRuns.__setitem__
     left = iter(range(times))
 
-    def fail(fetched: Fetched, place: Any, result: Any) -> None:
+    def fail(fetched: FetchedRuns, place: Any, result: Any) -> None:
         if next(left, None) is not None:
             raise RuntimeError("текст")
         keep(fetched, place, result)
 
-    Fetched.__setitem__ = fail  # type: ignore[assignment, method-assign]
+    FetchedRuns.__setitem__ = fail  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

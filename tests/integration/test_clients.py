@@ -22,10 +22,12 @@ from tests.support.topics import Kafka, Topics, numbered
 from tests.support.two_brokers import two_nodes
 from tests.support.waiting import wait_for
 from worker.core.events import Outgoing
-from worker.kafka.aiokafka_compat import update_metadata
-from worker.kafka.connection import Connection, stopped
+from worker.kafka.aiokafka_compat.connections import update_metadata
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.kafka.transactional_sink import Lost, PartitionSink, Refusals
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
@@ -271,7 +273,7 @@ async def opened_consumer(connection: Connection, topic: str) -> Callable[[], Aw
     tp = TopicPartition(topic, 0)
     await until(lambda: tp in consumer.assignment(), "an assignment")
     await consumer.position(tp)
-    return lambda: stopped(consumer, "consumer", 1)
+    return lambda: stop_client(consumer, "consumer", 1)
 
 
 @pytest.mark.parametrize("opened", [opened_producer, opened_transaction, opened_consumer])

@@ -13,7 +13,7 @@ from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Record, Topics
 from worker.commands import check
 from worker.commands.check import Finding
-from worker.kafka.connection import Connection
+from worker.commands.kafka_connection import kafka_connection
 from worker.settings import RunSettings, load
 
 pytestmark = pytest.mark.kafka
@@ -42,7 +42,7 @@ def test_check_warns_of_results_that_would_be_older_than_their_topic_keeps_them(
         async def findings() -> list[Finding]:
             return [
                 finding
-                async for finding in check._kafka(settings, Connection.as_set(settings))
+                async for finding in check._kafka(settings, kafka_connection(settings))
                 if finding.subject == "retention"
             ]
 

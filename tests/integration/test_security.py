@@ -20,8 +20,9 @@ from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, Se
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import holds_for, wait_for
 from worker.errors import WrongSetting
-from worker.kafka.connection import Connection, tls_context, wait_until_usable
+from worker.kafka.connection import Connection, tls_context
 from worker.kafka.permissions import Permissions
+from worker.kafka.topics import wait_until_usable
 from worker.telemetry.health import Health
 
 pytestmark = pytest.mark.kafka

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiokafka.protocol.types import Boolean, CompactArray, CompactString, Int16, Int32, Schema, TaggedFields
 
-from worker.kafka.aiokafka_compat import MetadataRequest_v10, TopicsRequest
+from worker.kafka.aiokafka_compat.metadata import MetadataRequest_v10, TopicsRequest
 
 ID = bytes(range(16))
 READABLE_ID = base64.urlsafe_b64encode(ID).decode().rstrip("=")

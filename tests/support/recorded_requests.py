@@ -18,7 +18,7 @@ from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
 from worker.commands import check
 from worker.kafka import connection as cluster
-from worker.kafka.aiokafka_compat import TopicsRequest
+from worker.kafka.aiokafka_compat.metadata import TopicsRequest
 
 FAILURES = 3
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from worker.kafka.broker_probe import Listener, listener_at
-from worker.kafka.connection import Connection, why_unreachable
+from worker.kafka.connection import Connection
+from worker.kafka.diagnosis import why_unreachable
 
 TLS = ssl.create_default_context()
 SOON_S = 0.5

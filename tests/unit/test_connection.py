@@ -12,7 +12,8 @@ from uvloop import new_event_loop
 
 from tests.support.secure import Authority
 from worker.errors import WrongSetting
-from worker.kafka import connection as cluster
+from worker.kafka.clients import admin_client
+from worker.kafka.connection import Connection, tls_context
 
 
 async def write_to_a_connection_that_was_reset() -> None:
@@ -36,34 +37,13 @@ async def write_to_a_connection_that_was_reset() -> None:
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])
 def test_a_write_to_a_connection_that_was_reset(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    assert cluster.UNREACHABLE
     with asyncio.Runner(loop_factory=factory) as runner, pytest.raises(KafkaConnectionError):
         runner.run(write_to_a_connection_that_was_reset())
 
 
-@pytest.mark.parametrize(
-    ("config", "retention_ms"),
-    [
-        ({}, cluster.NO_LIMIT),
-        ({"cleanup.policy": "delete", "retention.ms": "604800000"}, 604_800_000),
-        ({"cleanup.policy": "compact,delete", "retention.ms": "0"}, 0),
-        ({"cleanup.policy": "delete", "retention.ms": "-1"}, cluster.NO_LIMIT),
-        ({"cleanup.policy": "compact", "retention.ms": "604800000"}, cluster.NO_LIMIT),
-        (
-            {"cleanup.policy": "delete", "retention.ms": "1", "message.timestamp.type": "LogAppendTime"},
-            cluster.NO_LIMIT,
-        ),
-    ],
-)
-def test_retention_is_that_of_topics_that_delete_by_the_producers_time(
-    config: dict[str, str | None], retention_ms: int
-) -> None:
-    assert cluster._parsed_limits(config).retention_ms == retention_ms
-
-
 async def test_an_admin_client_asks_for_its_topics_alone_while_a_broker_is_away() -> None:
     """At every try to connect to that broker; without topics of its own a client would ask for all of the cluster's."""
-    client = cluster.admin_client(cluster.Connection(("nowhere:1",)), iter(["a", "b"]))
+    client = admin_client(Connection(("nowhere:1",)), iter(["a", "b"]))
     assert client._client._topics == {"a", "b"}
 
 
@@ -92,13 +72,13 @@ def pems(tmp_path: Path) -> dict[str, Path]:
 def test_a_file_of_tls_that_cannot_be_used_is_named(
     pems: dict[str, Path], ca: str, cert: str | None, key: str | None, password: str | None, words: str
 ) -> None:
-    files = [str(pems[name]) if name else None for name in (ca, cert, key)]
+    files = [pems[name] if name else None for name in (ca, cert, key)]
     with pytest.raises(WrongSetting) as refusal:
-        cluster.tls_context(*files, password)
+        tls_context(*files, password)
     at_fault = {"ssl_cafile": files[0], "ssl_certfile": files[1]}.get(words.split(maxsplit=1)[0], files[2])
     assert words.format(at_fault) in str(refusal.value)
     assert "_ssl.c" not in str(refusal.value)
 
 
 def test_files_of_tls_that_fit_are_used(pems: dict[str, Path]) -> None:
-    assert cluster.tls_context(str(pems["cert"]), str(pems["cert"]), str(pems["key"]), "right").check_hostname
+    assert tls_context(pems["cert"], pems["cert"], pems["key"], "right").check_hostname

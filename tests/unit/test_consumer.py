@@ -15,7 +15,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.commit import OffsetFetchRequest_v1, OffsetFetchResponse_v1, OffsetFetchResponse_v3
 
-from worker.kafka import consumer as module
+from worker.kafka.aiokafka_compat import offsets as module
 from worker.kafka.consumer import Consumer
 
 TP = TopicPartition("t", 3)

@@ -13,7 +13,7 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from worker.kafka.aiokafka_compat import end_offsets
+from worker.kafka.aiokafka_compat.offsets import end_offsets
 
 
 class FakeClient:

@@ -22,7 +22,7 @@ from aiokafka.record.memory_records import MemoryRecords
 import worker.kafka.connection  # noqa: F401 - sets the bound
 from worker.kafka import decompression as unpacking
 from worker.kafka.decompression import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
-from worker.kafka.reader import Fetched, FetchedRecord, Reader
+from worker.kafka.reader import FetchedRecord, FetchedRuns, Reader
 from worker.runtime.tasks import cancelled
 
 TP = TopicPartition("texts", 3)
@@ -62,7 +62,7 @@ def fetched(data: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] =
 
 def runs_of(records: PartitionRecords, limit: int) -> tuple[list[list[FetchedRecord]], list[int], int]:
     """The runs, the position after each, and the one after all."""
-    store = Fetched(Budget(0))
+    store = FetchedRuns(Budget(0))
     store.limits[TP] = lambda: limit
     store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
     runs = store[TP]._partition_records
@@ -113,7 +113,7 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
     """The careful way past a record that cannot be read: those before it come one by one."""
     good, bad = batch(0, plain(2)), bytearray(batch(2, plain(2)))
     bad[-3] ^= 1
-    store = Fetched(Budget(0))
+    store = FetchedRuns(Budget(0))
     store.limits[TP] = lambda: 1
     store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(good + bytes(bad)), backoff=0)
     runs = store[TP]._partition_records
@@ -125,7 +125,7 @@ def test_a_run_of_one_touches_no_record_behind_it() -> None:
 def test_the_limit_is_asked_for_when_records_are_taken() -> None:
     """Between two runs there may have become room, or none."""
     limits = iter([1, 3, 2])
-    store = Fetched(Budget(0))
+    store = FetchedRuns(Budget(0))
     store.limits[TP] = lambda: next(limits)
     store[TP] = FetchResult(TP, assignment=None, partition_records=fetched(batch(0, plain(6))), backoff=0)
     runs = store[TP]._partition_records
@@ -150,7 +150,7 @@ def test_what_was_fetched_goes_when_it_is_read_or_dropped(taken: int | None) -> 
     gc.disable()
     try:
         records = fetched(batch(0, plain(3)))
-        store = Fetched(Budget(0))
+        store = FetchedRuns(Budget(0))
         store.limits[TP] = lambda: 2
         store[TP] = FetchResult(TP, assignment=None, partition_records=records, backoff=0)
         runs = store[TP]._partition_records
@@ -310,7 +310,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
     budget: Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, goes_on = threading.Event(), threading.Event()
-    unpack = unpacking.unpacked
+    unpack = unpacking.unpack_batch
 
     def slowly(*args: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -318,7 +318,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
             assert goes_on.wait(30)
         return unpack(*args)
 
-    monkeypatch.setattr(unpacking, "unpacked", slowly)
+    monkeypatch.setattr(unpacking, "unpack_batch", slowly)
     partitions = Partitions(budget, {0: batch(0, LARGE, codec=4), 1: batch(0, plain(100), codec=4)})
     reading = asyncio.create_task(partitions.run(0))
     assert await asyncio.to_thread(begun.wait, 30)

@@ -13,7 +13,7 @@ from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.core.dead_letters import OriginalRecord
 from worker.core.replay_progress import ReplayProgress
 from worker.core.topic_ids import with_topic_id
-from worker.kafka.aiokafka_compat import SILENT_BROKERS_S
+from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
 from worker.settings import ReplaySettings, load
 
 LETTER = OriginalRecord("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)

@@ -18,8 +18,8 @@ from worker.kafka import at_least_once
 from worker.kafka.assignment import Assignment
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.delivery import Outcome
+from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.reader import FetchedRecord
-from worker.kafka.sink import ProducerRecord
 from worker.pipeline import stages as module
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.micro_batch import MicroBatch, Part

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, for_code
 
-from worker.kafka.aiokafka_compat import InstanceIdTaken, StaticMember
+from worker.kafka.aiokafka_compat.group import InstanceIdTaken, StaticMember
 
 
 class FakeCoordinator:

@@ -8,8 +8,15 @@ from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.types import UnsignedVarInt32
 
 from tests.support.metadata import READABLE_ID, Client, answer, topic
-from worker.kafka import aiokafka_compat as module
-from worker.kafka.aiokafka_compat import Topic, TopicsRequest, agreed_topic_id, parsed_topics, topic_ids, topic_names
+from worker.kafka.aiokafka_compat import metadata as module
+from worker.kafka.aiokafka_compat.metadata import (
+    Topic,
+    TopicsRequest,
+    agreed_topic_id,
+    parsed_topics,
+    topic_ids,
+    topic_names,
+)
 
 
 def test_a_request_names_topics_and_creates_none() -> None:
@@ -55,7 +62,7 @@ def test_tags_of_later_versions_are_skipped() -> None:
 async def test_ids_are_those_of_the_topics_that_are_there() -> None:
     client = Client(1, answer(topic("a"), topic("b", topic_id=bytes(16)), topic("c", code=3, topic_id=bytes(16))))
     assert await topic_ids(client, ["a", "b", "c"]) == {"a": READABLE_ID, "b": ""}
-    assert client.asked == [(0, ["a", "b", "c"], {"group": module.BESIDE})], "on a connection of its own"
+    assert client.asked == [(0, ["a", "b", "c"], {"group": module.METADATA_CONNECTION})], "on a connection of its own"
 
 
 async def test_another_broker_is_asked_where_one_does_not_answer() -> None:
@@ -77,7 +84,7 @@ async def test_names_are_those_of_topics_that_one_may_read(large: int, monkeypat
     monkeypatch.setattr(module, "LARGE_ANSWER_BYTES", large)
     client = Client(1, answer(topic("a"), topic("__b", is_internal=True), topic("c", code=29), topic("d")))
     assert await topic_names(client) == ["a", "d"]
-    assert client.asked == [(0, None, {"group": module.BESIDE})]
+    assert client.asked == [(0, None, {"group": module.METADATA_CONNECTION})]
 
 
 OTHER_ID = bytes(range(1, 17))

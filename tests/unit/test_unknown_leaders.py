@@ -21,10 +21,11 @@ from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import PartitionMetadata
 
 from tests.unit.test_exactly_once import producer_record
-from worker.kafka import aiokafka_compat as module
-from worker.kafka.aiokafka_compat import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
+from worker.kafka.aiokafka_compat import producer as module
+from worker.kafka.aiokafka_compat.producer import PatientAccumulator, can_retry, give_up, is_gone, may_be_written
 from worker.kafka.connection import Connection
-from worker.kafka.sink import Columns, Sink
+from worker.kafka.producer_records import Columns
+from worker.kafka.sink import Sink
 from worker.kafka.transactional_sink import PartitionSink, Refusals
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -99,7 +100,7 @@ async def test_what_may_be_there_and_is_sent_again_counts(error: KafkaError, is_
     ]
     counted = []
     for sink in sinks:
-        assert await sink._send_lane(producer, columns, ("t", 0), [[0, 1]]) == ([[0, 1]], error)  # type: ignore[arg-type]
+        assert await sink._send_to(producer, columns, TP, [[0, 1]]) == ([[0, 1]], error)  # type: ignore[arg-type]
         counted.append(shared["metrics"].duplicates_possible._value.get())
     assert counted == [in_doubt, in_doubt], "a transaction is aborted, and adds none"
 
@@ -153,7 +154,7 @@ async def test_a_partition_is_gone_by_a_brokers_answer_alone(
     answer: bool | None, gone: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by what was known before: where no broker answers, or the update hangs, there is no verdict."""
-    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    monkeypatch.setattr(module, "METADATA_WAIT_S", 0.01)
     update, cluster = asyncio.get_running_loop().create_future(), ClusterMetadata()
     cluster._partitions = {"t": {1: PartitionMetadata("t", 1, 1, [], [], 0)}}
     if answer is not None:

@@ -18,28 +18,26 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
+from worker.commands.kafka_connection import kafka_connection
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
-from worker.kafka.aiokafka_compat import known_brokers
+from worker.kafka.aiokafka_compat.metadata import known_brokers
 from worker.kafka.backlog import backlog, valid_offsets
-from worker.kafka.connection import (
+from worker.kafka.clients import admin_client, stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection
+from worker.kafka.consumer import Consumer
+from worker.kafka.diagnosis import why_unreachable
+from worker.kafka.permissions import Permissions
+from worker.kafka.topics import (
     NO_LIMIT,
-    UNREACHABLE,
-    Backoff,
-    Connection,
     TopicLimits,
-    admin_client,
     compacted_dead_letters,
     matching_topics,
     missing_topics,
     no_match,
     read_limits,
-    stopped,
     topic_limits,
-    why_unreachable,
 )
-from worker.kafka.consumer import Consumer
-from worker.kafka.permissions import Permissions
 from worker.printable import printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.runtime.tasks import within
@@ -91,7 +89,7 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
     connection = None
     wrong = []
     try:
-        connection = Connection.as_set(settings)
+        connection = kafka_connection(settings)
     except WrongSetting as error:
         wrong.append(_wrong("settings", error))
     try:
@@ -351,7 +349,7 @@ async def _retention(
                 "may delete their results at once; set result_timestamp to now, or raise its retention.ms",
             )
     finally:
-        await stopped(consumer, "consumer", 5)
+        await stop_client(consumer, "consumer", 5)
 
 
 async def _unread_before(consumer: Consumer, tps: list[TopicPartition], moment: int, otherwise: str) -> int:

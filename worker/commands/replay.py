@@ -25,26 +25,24 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from worker.commands.kafka_connection import kafka_connection
 from worker.core.dead_letters import OriginalRecord, read_dead_letter, record_to_replay
 from worker.core.decoder import Decoder
 from worker.core.replay_progress import ProgressTooLarge, ReplayProgress
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError
-from worker.kafka.aiokafka_compat import SILENT_BROKERS_S, partitions_of, use_topics
-from worker.kafka.connection import (
-    UNREACHABLE,
-    Backoff,
-    Connection,
-    stopped,
-    unreachable,
-    wait_until_usable,
-    why_unreachable,
-)
+from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
+from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, unreachable
 from worker.kafka.consumer import Consumer
+from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
 from worker.kafka.partition_reader import UNREADABLE
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
+from worker.kafka.topics import wait_until_usable
 from worker.printable import printable
 from worker.runtime.tasks import cancelled, within
 from worker.settings import ReplaySettings, moment_ms
@@ -155,7 +153,7 @@ class Replay:
     """One replay, or a dry run of it, which joins no group, commits nothing and sends nothing."""
 
     def __init__(self, settings: ReplaySettings, progress: Progress) -> None:
-        self._connection = Connection.as_set(settings)
+        self._connection = kafka_connection(settings)
         self._patience_s = REQUESTS * self._connection.request_timeout_s
         self._topic = settings.dead_letter_topic
         self._group_id = settings.replay_group_id or f"{settings.group_id}.replay"
@@ -204,7 +202,7 @@ class Replay:
             where = unreachable(self._connection, error, await why_unreachable(self._connection))
             raise ReplayFailed(f"{where}; the next replay goes on where this one was") from error
         finally:
-            await stopped(self._consumer, "consumer", 10)
+            await stop_client(self._consumer, "consumer", 10)
             await self._sink.close(5)
         self._tally.left = sum(lane.end - lane.next for lane in self._lanes.values())
         return self._tally

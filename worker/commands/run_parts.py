@@ -8,26 +8,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
+from worker.commands.kafka_connection import kafka_connection
 from worker.commands.version import worker_version
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
-from worker.kafka.backlog import tell_backlog
-from worker.kafka.connection import (
+from worker.kafka.backlog import log_backlog
+from worker.kafka.connection import Connection
+from worker.kafka.delivery import Delivery
+from worker.kafka.exactly_once import ExactlyOnce
+from worker.kafka.sink import Sink
+from worker.kafka.source import Source
+from worker.kafka.topics import (
     NO_LIMIT,
-    Connection,
     TopicLimits,
     refuse_compacted,
     wait_for_a_match,
     wait_until_usable,
     watch_topics,
 )
-from worker.kafka.delivery import Delivery
-from worker.kafka.exactly_once import ExactlyOnce
-from worker.kafka.sink import Sink
-from worker.kafka.source import Source
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
 from worker.pipeline.outcomes import Outcomes
@@ -72,7 +73,7 @@ class Shared:
 
 async def started_pipeline(shared: Shared) -> Pipeline:
     """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
-    connection = Connection.as_set(shared.settings)
+    connection = kafka_connection(shared.settings)
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
@@ -110,7 +111,7 @@ async def _found_topics(
     }
     found = await wait_until_usable(connection, roles, health)
     refuse_compacted(found, settings.dead_letter_topic)
-    await tell_backlog(
+    await log_backlog(
         connection,
         topics,
         group_id=settings.group_id,

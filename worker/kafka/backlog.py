@@ -8,18 +8,22 @@ from typing import Final, NamedTuple
 from aiokafka import TopicPartition
 
 from worker.core.topic_ids import is_of
-from worker.kafka.aiokafka_compat import partitions_of, use_topics
-from worker.kafka.connection import UNREACHABLE, Connection, stopped
+from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.consumer import Consumer
 
 log = logging.getLogger(__name__)
 
-TELL_S: Final = 3.0  # a start does not ask longer for what is only told
+ASK_S: Final = 3.0  # a start does not wait longer for a line in the log
 STOP_S: Final = 1.0
 
 
 class Backlog(NamedTuple):
-    """Partitions with a committed offset (``known``) and without (``new``); their unread records: ``behind``, ``unread``."""
+    """How many partitions have a committed offset (``known``), and how many have none (``new``).
+
+    ``behind`` are the unread records of the first, ``unread`` those of the others.
+    """
 
     group_id: str
     auto_offset_reset: str
@@ -28,7 +32,7 @@ class Backlog(NamedTuple):
     new: int
     unread: int
     recreated: tuple[str, ...] = ()
-    """Topics that were deleted and made again since the group committed there."""
+    """Topics that were deleted and created anew since the group committed there."""
 
     @property
     def is_all_over_again(self) -> bool:
@@ -53,7 +57,10 @@ class Backlog(NamedTuple):
 async def backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> Backlog:
-    """Joins no group, and commits nothing. Raises what is in UNREACHABLE, within a request's timeout and STOP_S."""
+    """What the group has still to read. Joins no group and commits nothing.
+
+    Raises what is in UNREACHABLE, at the latest after a request's timeout and STOP_S.
+    """
     consumer = Consumer(
         **connection.options(), group_id=group_id, enable_auto_commit=False, isolation_level=isolation_level
     )
@@ -69,7 +76,7 @@ async def backlog(
             committed, recreated = await valid_offsets(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
     finally:
-        await stopped(consumer, "consumer", STOP_S)
+        await stop_client(consumer, "consumer", STOP_S)
     new = begins.keys() - committed.keys()
     behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
     unread = sum(ends[tp] - begins[tp] for tp in new)
@@ -79,9 +86,9 @@ async def backlog(
 async def valid_offsets(
     consumer: Consumer, tps: Collection[TopicPartition]
 ) -> tuple[dict[TopicPartition, int], tuple[str, ...]]:
-    """The group's committed offsets, without those of deleted topics; and the topics that have such a one's name.
+    """The group's committed offsets, without those of deleted topics, and the names of topics created anew since.
 
-    Raises what is in UNREACHABLE; bound it, for it waits for the group's coordinator.
+    Raises what is in UNREACHABLE. Waits for the group's coordinator without end, so the caller sets a deadline.
     """
     ids = await consumer.topic_ids({tp.topic for tp in tps})
     commits = {tp: commit for tp, commit in (await consumer.committed_offsets(tps)).items() if commit.offset >= 0}
@@ -89,16 +96,16 @@ async def valid_offsets(
     return valid, tuple(sorted({tp.topic for tp in commits.keys() - valid.keys()}))
 
 
-async def tell_backlog(
+async def log_backlog(
     connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
 ) -> None:
-    """Logs from where the group will begin, so that a group id by mistake shows. Raises nothing.
+    """Logs where the group will begin, so that a mistaken group id is noticed. Raises nothing.
 
-    Asks for at most TELL_S; closing the connections may take STOP_S more.
+    Waits for the answer at most ASK_S; closing the connections may take STOP_S more.
     """
     try:
-        async with asyncio.timeout(TELL_S):
-            found = await backlog(
+        async with asyncio.timeout(ASK_S):
+            unread = await backlog(
                 connection,
                 topics,
                 group_id=group_id,
@@ -108,4 +115,4 @@ async def tell_backlog(
     except UNREACHABLE as error:
         log.info("where the group will begin cannot be asked now", extra={"error": type(error).__name__})
     else:
-        log.info("%s", found)
+        log.info("%s", unread)

@@ -1,4 +1,4 @@
-"""What is at an address that should be a broker's: asked with as little as it takes, where aiokafka cannot tell."""
+"""What answers at an address that should be a broker's: with raw requests, because aiokafka does not tell."""
 
 import asyncio
 import socket
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from worker.runtime.tasks import within
 
-VERDICT_S: Final = 2.0  # for the first answer, and for what a broker has against the client's certificate
+ANSWER_S: Final = 2.0  # for the first answer, and for what a broker has against the client's certificate
 CORRELATION: Final = bytes.fromhex("00737765")
 HELLO: Final = bytes.fromhex("0000000e 0012 0000".replace(" ", "")) + CORRELATION + bytes.fromhex("0004 74657374")
 """An ApiVersions request."""
@@ -17,7 +17,7 @@ TLS_ALERT: Final = b"\x15\x03"
 
 
 class Listener(Enum):
-    """What is at an address, as the end of a sentence that begins with it."""
+    """What answers at an address; the value ends a sentence that begins with the address."""
 
     KAFKA = "speaks Kafka"
     TLS = "wants TLS"
@@ -37,7 +37,7 @@ Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def listener_at(
     host: str, port: int, context: ssl.SSLContext | None, timeout_s: float
 ) -> Listener | ssl.SSLError:
-    """What is at an address, by TLS where there is a ``context``; an SSLError where it speaks TLS, and will not with us.
+    """What is at an address, by TLS where there is a ``context``; an SSLError where TLS with it fails.
 
     Takes ``timeout_s`` for each connection and a few seconds for answers. Raises nothing.
     """
@@ -56,7 +56,7 @@ async def listener_at(
     except ConnectionRefusedError:
         return Listener.REFUSED
     except ConnectionResetError:
-        return await _last_words(host, port, context, timeout_s) if context else Listener.CLOSING
+        return await _tls_refusal(host, port, context, timeout_s) if context else Listener.CLOSING
     except TimeoutError:
         plain = await listener_at(host, port, None, timeout_s) if context else Listener.NOWHERE
         return Listener.NO_TLS if plain is Listener.KAFKA else plain
@@ -70,8 +70,8 @@ async def listener_at(
     return await _without_kafka(host, port, context, timeout_s, otherwise)
 
 
-async def _last_words(host: str, port: int, context: ssl.SSLContext, timeout_s: float) -> Listener | ssl.SSLError:
-    """Why TLS is ended, asked without a request, for one that is not read any more can cost the alert that says so."""
+async def _tls_refusal(host: str, port: int, context: ssl.SSLContext, timeout_s: float) -> Listener | ssl.SSLError:
+    """Why a broker ends TLS. Sends no request, because one that is not read any more can lose the alert that says why."""
     try:
         await _answer(host, port, context, timeout_s, b"")
     except (ssl.SSLEOFError, TimeoutError):
@@ -96,14 +96,14 @@ async def _without_kafka(
 async def _answer(
     host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, request: bytes
 ) -> bytes | None:
-    """The beginning of what is answered; empty where the connection is ended instead, None where nothing happens.
+    """The first bytes of the answer; empty where the connection is closed instead, None where nothing comes in time.
 
-    Raises OSError, and TimeoutError where no connection comes about.
+    Raises OSError, and TimeoutError where no connection can be made.
     """
     reader, writer = await within(timeout_s, _connected(host, port, context))
     try:
         writer.write(request)
-        return await within(min(VERDICT_S, timeout_s), reader.read(512))
+        return await within(min(ANSWER_S, timeout_s), reader.read(512))
     except TimeoutError:
         return None
     finally:
@@ -111,7 +111,7 @@ async def _answer(
 
 
 async def _connected(host: str, port: int, context: ssl.SSLContext | None) -> Connected:
-    """By the first of the host's addresses that works. Raises what the last one has raised."""
+    """Connects to the first of the host's addresses that works. Raises what the last one has raised."""
     addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     named: dict[str, Any] = {"ssl": context, "server_hostname": host} if context else {}
     for position, (*_, address) in enumerate(addresses, 1):
@@ -126,7 +126,7 @@ async def _connected(host: str, port: int, context: ssl.SSLContext | None) -> Co
 
 
 def tls_sentence(broker: str, error: ssl.SSLError) -> str:
-    """What is wrong, and what to check."""
+    """What is wrong with TLS at a broker, and what to check, as a sentence."""
     verdict = getattr(error, "verify_message", None)
     _, is_alert, alert = (error.reason or "").partition("ALERT_")
     said = alert.replace("_", " ").lower()

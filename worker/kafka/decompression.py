@@ -1,4 +1,7 @@
-"""Unpacks compressed batches within a bound: 33 kB of zstd can become a gigabyte, and aiokafka sets no limit."""
+"""Unpacks compressed batches within bounds: 33 kB of zstd can become a gigabyte, and aiokafka sets no limit.
+
+``aiokafka_compat.fetching`` puts DECODERS and LEGACY_DECODERS in place of aiokafka's own.
+"""
 
 import asyncio
 import struct
@@ -12,10 +15,6 @@ from itertools import chain, islice
 from typing import Any, Final, Protocol
 
 import cramjam
-from aiokafka.codec import _detect_xerial_stream
-from aiokafka.record import default_records, legacy_records
-from aiokafka.record._crecords import default_records as compiled_default_records
-from aiokafka.record._crecords import legacy_records as compiled_legacy_records
 from aiokafka.record.util import decode_varint
 
 UNPACKED_BYTES: Final = 128 * 2**20  # of one batch; producers make them of a megabyte or so
@@ -28,6 +27,7 @@ PARTS: Final = 5_000  # members of gzip, or blocks of snappy, which are of 32 Ki
 HEADERS: Final = 10_000  # of one record
 LONGEST_VARINT: Final = 10  # bytes
 LEGACY_RECORDS: Final = 100_000  # of one batch in the formats before 0.11, whose records' heads are all read at once
+XERIAL: Final = struct.pack("!b7sii", -126, b"SNAPPY\0", 1, 1)  # how snappy in blocks begins
 LEGACY_LEAST: Final = 14  # bytes of the smallest record in those formats, after its offset and length
 
 
@@ -45,13 +45,17 @@ class NeedsMore(Exception):
 
 @dataclass(slots=True)
 class Room:
-    """The bytes that one batch may unpack to (``most``). It is known to need more than ``least``, and took ``held``."""
+    """How many bytes one batch may unpack to (``most``).
+
+    ``least``: it is known to need more than that. ``held``: it took so many, once it is unpacked.
+    """
 
     most: int
     least: int = 0
     held: int = 0
 
     def check(self, size: int) -> None:
+        """Raises UnpacksTooLarge or NeedsMore where ``size`` is too much."""
         if size > self.most:
             raise UnpacksTooLarge if self.most >= UNPACKED_BYTES else NeedsMore
 
@@ -61,13 +65,13 @@ _room: ContextVar[Room | None] = ContextVar("room", default=None)
 
 
 class Codec(Protocol):
-    """One of cramjam's."""
+    """One of cramjam's codecs."""
 
     def decompress_into(self, packed: bytes, unpacked: bytearray) -> int: ...
 
 
 def unpack_gzip(packed: bytes, room: Room) -> bytearray:
-    """Raises UnpacksTooLarge, NeedsMore, and ValueError if the bytes are not gzip or have too many members.
+    """The bytes unpacked. Raises UnpacksTooLarge, NeedsMore, and ValueError where they are not gzip or of too many members.
 
     zlib copies the rest of its input at each member's end, so it gets the input in small pieces.
     """
@@ -91,10 +95,10 @@ def unpack_gzip(packed: bytes, room: Room) -> bytearray:
 
 
 def unpack_snappy(packed: bytes, room: Room) -> bytearray:
-    """Raises UnpacksTooLarge, NeedsMore, and ValueError if the bytes are not snappy or have too many blocks."""
+    """Raises as ``unpack_gzip``; ValueError also where the bytes have too many blocks."""
     unpacked = bytearray()
     try:
-        blocks = list(_xerial_blocks(packed)) if _detect_xerial_stream(packed) else [packed]
+        blocks = list(_xerial_blocks(packed)) if len(packed) > 16 and packed[:16] == XERIAL else [packed]
         room.check(sum(map(cramjam.snappy.decompress_raw_len, blocks)))
         for block in blocks:
             unpacked += cramjam.snappy.decompress_raw(block)
@@ -115,9 +119,9 @@ def _xerial_blocks(packed: bytes) -> Iterator[bytes]:
 
 
 def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
-    """Unpacks into a buffer that grows until all of it fits or the room is used up.
+    """The bytes unpacked, into a buffer that grows until all of it fits or the room is used up.
 
-    Raises UnpacksTooLarge or NeedsMore also if the bytes are damaged: cramjam does not tell the two apart.
+    Raises UnpacksTooLarge or NeedsMore, also where the bytes are damaged: cramjam does not tell the two apart.
     """
     size = max(room.least, USUAL_RATIO * len(packed) + 1_024)
     while True:
@@ -133,7 +137,7 @@ def unpack_into(codec: Codec, packed: bytes, room: Room) -> bytearray:
 
 
 def refuse_many_headers(records: bytearray) -> None:
-    """Raises TooManyHeaders before aiokafka parses this batch, for it would create an object for each header.
+    """Raises TooManyHeaders for the records of a batch that aiokafka has not parsed yet: it makes an object of each header.
 
     Skips from record to record by their lengths, and looks only into those long enough for so many headers. Raises
     ValueError if a length leads beyond the end.
@@ -193,23 +197,23 @@ def _decoder(unpack: Unpack, check: Callable[[bytearray], None]) -> Callable[[by
     return decode
 
 
-def bound_unpacking() -> None:
-    """Makes every consumer of this process unpack within these bounds, by replacing aiokafka's codecs."""
-    formats: tuple[tuple[Any, Callable[[bytearray], None]], ...] = (
-        (default_records, _refuse_in_large),
-        (compiled_default_records, _refuse_in_large),
-        (legacy_records, refuse_endless),
-        (compiled_legacy_records, refuse_endless),
-    )
-    for module, check in formats:
-        module.gzip_decode = _decoder(unpack_gzip, check)
-        module.snappy_decode = _decoder(unpack_snappy, check)
-        module.lz4_decode = _decoder(partial(unpack_into, cramjam.lz4), check)
-        module.zstd_decode = _decoder(partial(unpack_into, cramjam.zstd), check)
+def _decoders(check: Callable[[bytearray], None]) -> dict[str, Callable[[bytes], bytearray]]:
+    """Decoders by the names of those that they replace; each gives the records it has unpacked to ``check``."""
+    return {
+        "gzip_decode": _decoder(unpack_gzip, check),
+        "snappy_decode": _decoder(unpack_snappy, check),
+        "lz4_decode": _decoder(partial(unpack_into, cramjam.lz4), check),
+    }
 
 
-def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:
-    """The batch's records, unpacked; None if they need more room. Blocks. Raises what reading a record raises."""
+DECODERS: Final = _decoders(_refuse_in_large) | {
+    "zstd_decode": _decoder(partial(unpack_into, cramjam.zstd), _refuse_in_large)
+}
+LEGACY_DECODERS: Final = _decoders(refuse_endless)
+
+
+def unpack_batch(batch: Any, room: Room) -> Iterator[Any] | None:
+    """The records of a batch, unpacked; None if they need more room. Blocks. Raises what reading a record raises."""
     token = _room.set(room)
     try:
         records = chain(batch)
@@ -221,29 +225,29 @@ def unpacked(batch: Any, room: Room) -> Iterator[Any] | None:
         _room.reset(token)
 
 
-class Share:
-    """Bytes taken from the budget until this object is deleted. For the event loop's thread alone."""
+class Reservation:
+    """Bytes taken from a budget until this object is deleted. Only the event loop's thread may use it."""
 
     def __init__(self, budget: "Budget", size: int) -> None:
         self._budget = budget
         self.size = size
         budget.free -= size
 
-    def keep(self, size: int) -> None:
-        """Keeps ``size`` bytes and gives the rest back to the budget."""
+    def shrink(self, size: int) -> None:
+        """Gives all but ``size`` bytes back to the budget."""
         self._budget.free += self.size - size
         self.size = size
         self._budget.freed.set()
 
     def __del__(self) -> None:
-        self.keep(0)
+        self.shrink(0)
 
 
 class Budget:
-    """Bounds the bytes of unpacked batches that this process holds, not counting records already taken from them.
+    """Bounds the bytes of unpacked batches that this process holds, without the records already taken from them.
 
-    Nobody waits for ever: a reader that waits for bytes holds none, not even those of a failed attempt; a reader that holds
-    bytes waits only for the pipeline, which needs none; and no batch needs more than the whole budget.
+    It cannot deadlock: a reader that waits for bytes holds none, not even those of a failed attempt; a reader that holds
+    bytes waits only for the pipeline, which takes none; and no batch needs more than the whole budget.
     """
 
     def __init__(self, size: int) -> None:
@@ -251,45 +255,46 @@ class Budget:
         self.freed = asyncio.Event()
         self._turn = asyncio.Lock()  # one at a time, in the order of asking, so that a large batch has its turn, too
 
-    def unpacked_at_once(self, batch: Any) -> tuple[Iterator[Any], Share] | None:
-        """The records of a small batch, if nobody waits; None: await ``unpacked`` instead. Raises as that does."""
+    def unpack_at_once(self, batch: Any) -> tuple[Iterator[Any], Reservation] | None:
+        """The records of a small batch, if no reader waits; None where ``unpack`` has to be awaited. Raises as that does."""
         if self.free < AT_ONCE or self._turn.locked():
             return None
-        share, room = Share(self, AT_ONCE), Room(AT_ONCE)
+        reservation, room = Reservation(self, AT_ONCE), Room(AT_ONCE)
         records = None
         try:
-            records = unpacked(batch, room)
+            records = unpack_batch(batch, room)
         finally:
-            share.keep(0 if records is None else room.held)
-        return None if records is None else (records, share)
+            reservation.shrink(0 if records is None else room.held)
+        return None if records is None else (records, reservation)
 
-    async def unpacked(self, batch: Any) -> tuple[Iterator[Any], Share]:
+    async def unpack(self, batch: Any) -> tuple[Iterator[Any], Reservation]:
         """The records of a batch, unpacked on a thread once there is room. Raises what reading a record raises."""
         size = AT_ONCE // GROWTH
         async with self._turn:
             while True:
                 least, size = size, min(GROWTH * size, UNPACKED_BYTES)
-                share, room = await self._share(size), Room(size, least)
-                records = await self._on_thread(batch, room, share)
+                reservation, room = await self._reserve(size), Room(size, least)
+                records = await self._on_thread(batch, room, reservation)
                 if records is not None:
-                    return records, share
+                    return records, reservation
 
-    async def _share(self, size: int) -> Share:
+    async def _reserve(self, size: int) -> Reservation:
         while self.free < size:
             self.freed.clear()
             await self.freed.wait()
-        return Share(self, size)
+        return Reservation(self, size)
 
-    async def _on_thread(self, batch: Any, room: Room, share: Share) -> Iterator[Any] | None:
-        """Reduces the share to what the batch took, explicitly: an exception's traceback would keep the share alive."""
-        work = asyncio.create_task(asyncio.to_thread(unpacked, batch, room))
+    async def _on_thread(self, batch: Any, room: Room, reservation: Reservation) -> Iterator[Any] | None:
+        """As ``unpack_batch``, on a thread. Shrinks the reservation to what the batch took."""
+        # explicitly, because an exception's traceback would keep the reservation alive
+        work = asyncio.create_task(asyncio.to_thread(unpack_batch, batch, room))
         records = None
         try:
             records = await asyncio.shield(work)
         finally:
             if work.done():
-                share.keep(0 if records is None else room.held)
+                reservation.shrink(0 if records is None else room.held)
             else:  # cancelled; the thread goes on, and holds the bytes until it is done
-                work.add_done_callback(lambda _: share.keep(0))
+                work.add_done_callback(lambda _: reservation.shrink(0))
             del work  # it holds the exception, which holds this frame
         return records

@@ -9,7 +9,8 @@ from aiokafka import TopicPartition
 from worker.core.events import Failure, Record
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 
 
 @dataclass(slots=True)

@@ -25,13 +25,12 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.kafka.assignment import Assignment
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.delivery import Count, Outcome, Owner, Publish
-from worker.kafka.sink import (
-    RECORDS_PER_PUBLISH,
-    REFUSALS,
-    TimestampCheck,
-)
+from worker.kafka.output_limits import TimestampCheck
+from worker.kafka.refusals import REFUSALS
+from worker.kafka.sink import RECORDS_PER_PUBLISH
+from worker.kafka.topics import TopicLimits
 from worker.kafka.transactional_sink import TRANSACTION_TIMEOUT_MS, Lost, PartitionSink, Refusals
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within

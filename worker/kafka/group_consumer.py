@@ -9,8 +9,10 @@ from typing import Final, Self
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat import StaticMember, confirm_membership, leave_group, use_topics
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, stopped, unreachable
+from worker.kafka.aiokafka_compat.group import StaticMember, confirm_membership, leave_group
+from worker.kafka.aiokafka_compat.metadata import use_topics
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.reader import Reader
@@ -89,16 +91,16 @@ class GroupConsumer:
 
     @property
     def live(self) -> Consumer:
-        """The consumer; raises IllegalStateError where it has been stopped."""
+        """The consumer; raises IllegalStateError where it has been stop_client."""
         if self._consumer is None:
-            raise IllegalStateError("the consumer has been stopped")
+            raise IllegalStateError("the consumer has been stop_client")
         return self._consumer
 
     @property
     def reader(self) -> Reader:
-        """Reads the live consumer's partitions; raises IllegalStateError where it has been stopped."""
+        """Reads the live consumer's partitions; raises IllegalStateError where it has been stop_client."""
         if self._consumer is None or self._reader is None:
-            raise IllegalStateError("the consumer has been stopped")
+            raise IllegalStateError("the consumer has been stop_client")
         return self._reader
 
     async def start(self) -> Consumer:
@@ -112,7 +114,7 @@ class GroupConsumer:
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
-        stopping = asyncio.create_task(stopped(consumer, "consumer", timeout_s))
+        stopping = asyncio.create_task(stop_client(consumer, "consumer", timeout_s))
         try:
             _, waits = await asyncio.wait({stopping}, timeout=LEAVE_TIMEOUT_S)
             if waits:  # for a join, which waits for the slowest member of the group
@@ -171,10 +173,10 @@ class GroupConsumer:
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("connect").inc()
                 self._health.failing("kafka", unreachable(self._connection, error))
-                await stopped(consumer, "consumer", 5)
+                await stop_client(consumer, "consumer", 5)
                 await backoff.wait()
             except asyncio.CancelledError:
-                await stopped(consumer, "consumer", 5)
+                await stop_client(consumer, "consumer", 5)
                 raise
             else:
                 self._health.working("kafka")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from worker.kafka.aiokafka_compat import CoordinatorAnswers
+from worker.kafka.aiokafka_compat.group import CoordinatorAnswers
 from worker.kafka.assignment import Assignments
 from worker.kafka.read_errors import KnownOutages
 from worker.kafka.rebalance import RebalanceHandler

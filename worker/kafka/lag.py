@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from worker.core.timestamps import age_s
-from worker.kafka.aiokafka_compat import knows_topic
+from worker.kafka.aiokafka_compat.metadata import knows_topic
 from worker.kafka.assignment import Assignment, Assignments, partition_names
 from worker.kafka.connection import Connection, unreachable
 from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, Rejoin

@@ -1,7 +1,7 @@
 """What this user may do in Kafka, asked without doing it.
 
-A broker looks at permissions before it looks at what a request says. So each question is a request that has no effect and
-is refused for another reason where the permission is there: a produce without records, a heartbeat of nobody, a
+A broker checks permissions before anything else in a request. So each question is a request that has no effect, and that
+is refused for another reason where the permission is there: a produce without records, a heartbeat of an unknown member, a
 transaction of a producer that does not exist (https://kafka.apache.org/documentation/#operations_resources_and_protocols).
 """
 
@@ -29,9 +29,9 @@ PARTITION: Final = 0
 
 
 class Permissions:
-    """Asks one cluster. ``start`` before the first question, ``close`` after the last; each call takes a request's time.
+    """Asks one cluster. Call ``start`` before the first question and ``close`` after the last.
 
-    Raises what is in ``cluster.UNREACHABLE``.
+    Each call takes at most two request timeouts, and raises what is in ``connection.UNREACHABLE``.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -76,7 +76,7 @@ class Permissions:
         return _codes(answer.errors) != {TRANSACTIONAL_ID_REFUSED}
 
     async def _coordinator(self, kind: int, name: str) -> tuple[int, int]:
-        """An error code and who coordinates; the first that ever asks waits until Kafka has made the topic for it."""
+        """An error code and the coordinator's node. The first that ever asks waits while Kafka creates a topic for it."""
         backoff = Backoff()
         async with asyncio.timeout(self._timeout_s):
             while True:

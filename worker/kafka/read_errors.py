@@ -16,7 +16,7 @@ from aiokafka.errors import (
 )
 
 from worker.errors import WrongSetting
-from worker.kafka.aiokafka_compat import NOT_THE_COORDINATOR, InstanceIdTaken
+from worker.kafka.aiokafka_compat.group import NOT_THE_COORDINATOR, InstanceIdTaken
 from worker.kafka.connection import Connection, unreachable
 from worker.kafka.group_consumer import Rejoin
 from worker.kafka.subscription import Subscription

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiokafka import TopicPartition
 
-from worker.kafka.aiokafka_compat import CoordinatorAnswers
+from worker.kafka.aiokafka_compat.group import CoordinatorAnswers
 from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.commits import Commits
 from worker.kafka.connection import Backoff, Connection

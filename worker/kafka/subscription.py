@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from aiokafka import ConsumerRebalanceListener, TopicPartition
 
-from worker.kafka.connection import UNREACHABLE, matching
+from worker.kafka.connection import UNREACHABLE
 from worker.kafka.consumer import Consumer
+from worker.kafka.topics import matching
 from worker.runtime.tasks import within
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,17 @@ from aiokafka.errors import IllegalOperation
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Reason
-from worker.kafka.connection import UNREACHABLE, Connection, TopicLimits
-from worker.kafka.sink import REFUSALS, TELLING, Columns, Load, ProducerRecord, Sink, TimestampCheck, unanswered
+from worker.kafka.connection import UNREACHABLE, Connection
+from worker.kafka.output_limits import TimestampCheck
+from worker.kafka.producer_records import Columns, Indexes, ProducerRecord, unanswered
+from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
+from worker.kafka.sink import Failures, Sink
+from worker.kafka.topics import TopicLimits
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
 TRANSACTION_TIMEOUT_MS: Final = 60_000  # a stall that is longer costs the transaction, which is then done again
-
-Failures = dict[tuple[str, int], tuple[list[Load], BaseException]]  # as of Sink: what of each lane failed, and why
 
 
 class Lost(Exception):
@@ -50,11 +52,11 @@ class Refusals:
         """Why this record is known to be refused."""
         return self._reasons.get(_refusal_key(producer_record)) if self._reasons else None
 
-    def apart(self, producer_records: Sequence[ProducerRecord], load: Load) -> list[Load]:
+    def apart(self, producer_records: Sequence[ProducerRecord], load: Indexes) -> list[Indexes]:
         """A load in loads of their own for the suspects, in the same order."""
         if not self._suspects:
             return [load]
-        loads: list[Load] = []
+        loads: list[Indexes] = []
         was_suspect = True
         for place in load:
             is_suspect = _refusal_key(producer_records[place]) in self._suspects
@@ -132,7 +134,7 @@ class PartitionSink(Sink):
                 await self._begin()
                 lanes = {
                     lane: [apart for load in loads for apart in self._refusals.apart(producer_records, load)]
-                    for lane, loads in (await self._lanes(columns, unanswered(answers))).items()
+                    for lane, loads in (await self._pending(columns, unanswered(answers))).items()
                 }
                 producer = await self._fresh_producer(sum(answer is None for answer in answers))
                 sending = asyncio.create_task(self._send(producer, columns, lanes))
@@ -141,9 +143,9 @@ class PartitionSink(Sink):
             reason = REFUSALS.get(type(error))
             if reason:
                 self._refusals.note([producer_records[place] for place in loads[0]], reason)
-            if type(error) in TELLING:
-                await self._refresh_limits(0.0)
-                self._shared_limits.update(self._limits)
+            if type(error) in LIMITS_MAY_HAVE_CHANGED:
+                await self._limits.refresh(0.0)
+                self._shared_limits.update(self._limits.by_topic)
             raise Lost(type(error).__name__) from error
         self._health.working("publish", self._who)
         return answers
@@ -185,7 +187,7 @@ class PartitionSink(Sink):
             raise Lost("the producer's sequence numbers run out")
         return self._producer
 
-    def _note_in_doubt(self, records: int) -> None:
+    def _count_possible_duplicates(self, records: int) -> None:
         """Nothing: their transaction is aborted."""
 
     @staticmethod

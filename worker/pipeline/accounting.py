@@ -12,9 +12,9 @@ from operator import attrgetter
 
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import Reason
-from worker.kafka.connection import NO_LIMIT
 from worker.kafka.delivery import Outcome
-from worker.kafka.sink import RefusalLog
+from worker.kafka.refusals import RefusalLog
+from worker.kafka.topics import NO_LIMIT
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from worker.core.sentiment import Sentiment
 from worker.core.timestamps import iso_time
 from worker.kafka.assignment import Chunk
 from worker.kafka.delivery import Outcome
-from worker.kafka.sink import ProducerRecord
+from worker.kafka.producer_records import ProducerRecord
 from worker.pipeline.inference_job import Job
 from worker.pipeline.micro_batch import Part
 from worker.runtime.loop_budget import SLICE, TurnBudget

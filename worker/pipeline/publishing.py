@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from worker.core.dead_letters import dead_letter, smaller_dead_letters
 from worker.core.events import Failure, Outgoing, Reason, Record
 from worker.kafka.delivery import Outcome
-from worker.kafka.sink import ProducerRecord, Sink
+from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.tracing import Tracing
 

@@ -1,0 +1,145 @@
+"""Which records the output topics would refuse, so that they are not sent: each refusal costs a producer."""
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from aiokafka.errors import InvalidTimestampError
+
+from worker.core.events import Reason
+from worker.kafka.connection import UNREACHABLE, Connection
+from worker.kafka.producer_records import Columns, Indexes, indexes_by_topic
+from worker.kafka.topics import TopicLimits, read_limits
+
+log = logging.getLogger(__name__)
+
+LIMITS_AGE_S: Final = 30.0
+REFUSAL_VALID_S: Final = 60.0  # for so long after a refusal this machine's clock decides without the broker
+CLOCK_TOLERANCE_MS: Final = 60_000.0  # by which timestamps of the same clock may differ
+
+
+class TimestampCheck:
+    """Which timestamps a topic refuses, by this machine's clock as far as the broker has confirmed it.
+
+    A record's excess is by how many ms its timestamp is beyond the topic's limits. A record whose excess is larger than
+    what the broker is known to accept is in doubt, and is sent alone. Once the broker has refused one, no record in doubt
+    is sent for REFUSAL_VALID_S. If this machine's clock is fast, the broker refuses timestamps that seem to be within the
+    limits: those, and similar ones, are in doubt from then on, until the broker accepts one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._refuses_until = -math.inf
+        self.accepted_ms = 0.0  # an excess up to which the broker accepts records, as far as is known
+
+    def refuses(self) -> bool:
+        """Whether records in doubt are refused without being sent."""
+        return self._clock() < self._refuses_until
+
+    def learn(self, excess_ms: float, *, is_refused: bool, is_one_sided: bool = True) -> None:
+        """Notes a broker's answer to a record. With two limits a fast clock does not tell which of them was meant."""
+        if not is_refused:
+            if excess_ms > self.accepted_ms:
+                self.accepted_ms = max(self.accepted_ms, excess_ms + CLOCK_TOLERANCE_MS)
+            else:
+                self.accepted_ms = max(self.accepted_ms, 0.0)
+        elif excess_ms > self.accepted_ms:
+            self._refuses_until = self._clock() + REFUSAL_VALID_S
+        else:  # this machine's clock is fast, or was set meanwhile
+            self.accepted_ms = min(0.0, excess_ms - CLOCK_TOLERANCE_MS) if is_one_sided else 0.0
+
+
+class OutputLimits:
+    """The limits of the topics that are published to, and which records are beyond them.
+
+    ``by_topic`` are the limits as far as they are known. Sizes are checked only where records are not compressed.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        limits: Mapping[str, TopicLimits],
+        *,
+        is_compressed: bool,
+        checks: defaultdict[str, TimestampCheck] | None = None,
+    ) -> None:
+        self.by_topic = limits
+        self._connection = connection
+        self._is_compressed = is_compressed
+        self._checks = defaultdict(TimestampCheck) if checks is None else checks  # by topic
+        self._read_at = time.monotonic()
+
+    def max_message_bytes(self, topic: str) -> int:
+        return self.by_topic.get(topic, TopicLimits()).max_message_bytes
+
+    def refused(self, columns: Columns, indexes: Indexes) -> dict[int, Reason]:
+        """Which of the records are known to be refused, and why; notes in ``columns`` those whose timestamp is in doubt."""
+        columns.in_doubt.clear()
+        refused: dict[int, Reason] = {}
+        for topic, some in indexes_by_topic(columns.topics, indexes).items():
+            limits = self.by_topic.get(topic, TopicLimits())
+            if limits.is_known:
+                refused |= self._beyond(topic, limits, columns, some)
+        return refused
+
+    async def refused_by_fresh_limits(self, columns: Columns, indexes: Indexes) -> dict[int, Reason]:
+        """As ``refused``, but no record is refused by limits that are older than LIMITS_AGE_S and can be read again."""
+        refused = self.refused(columns, indexes)
+        if refused and await self.refresh(LIMITS_AGE_S):
+            refused = self.refused(columns, indexes)
+        return refused
+
+    async def refresh(self, older_than_s: float) -> bool:
+        """Reads the limits again if they are older than that; returns whether it tried. Raises nothing of Kafka's."""
+        if time.monotonic() - self._read_at <= older_than_s:
+            return False
+        self._read_at = time.monotonic()
+        try:
+            self.by_topic = await read_limits(self._connection, self.by_topic)
+        except UNREACHABLE as error:
+            log.debug("the topics' limits could not be read again", extra={"error": type(error).__name__})
+        return True
+
+    def until_doubt(self, columns: Columns, topic: str, indexes: Indexes) -> Indexes:
+        """The records before the first one whose timestamp is in doubt, or that one alone if it comes first."""
+        if columns.in_doubt:
+            accepted_ms = self._checks[topic].accepted_ms
+            for count, index in enumerate(indexes):
+                if index in columns.in_doubt and self._excess_ms(topic, columns, index) > accepted_ms:
+                    return indexes[: max(1, count)]
+        return indexes
+
+    def learn(self, columns: Columns, topic: str, sent: Indexes, error: BaseException | None) -> None:
+        """Learns from a batch's outcome how far this machine's clock is right about timestamps."""
+        is_refused = isinstance(error, InvalidTimestampError)
+        if topic in self.by_topic and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
+            excess_ms = max(self._excess_ms(topic, columns, index) for index in sent)
+            is_one_sided = self.by_topic[topic].is_one_sided
+            self._checks[topic].learn(excess_ms, is_refused=is_refused, is_one_sided=is_one_sided)
+
+    def _beyond(
+        self, topic: str, limits: TopicLimits, columns: Columns, indexes: Indexes
+    ) -> Iterator[tuple[int, Reason]]:
+        """Which of the records are beyond a topic's limits, and why."""
+        if not limits.is_log_append_time:
+            check = self._checks[topic]
+            known = [timestamp for timestamp in columns.timestamps if timestamp is not None]
+            if known and max(limits.excess_ms(min(known)), limits.excess_ms(max(known))) > check.accepted_ms:
+                beyond = [index for index in indexes if self._excess_ms(topic, columns, index) > check.accepted_ms]
+                if check.refuses():
+                    yield from ((index, "invalid_timestamp") for index in beyond)
+                else:
+                    columns.in_doubt.update(beyond)
+        if limits.is_compacted and None in columns.keys:
+            yield from ((index, "key_required") for index in indexes if columns.keys[index] is None)
+        if not self._is_compressed and columns.most_bytes > limits.max_message_bytes:
+            for index in indexes:
+                if columns.record_bytes(index) > limits.max_message_bytes:
+                    yield index, "result_too_large"
+
+    def _excess_ms(self, topic: str, columns: Columns, index: int) -> float:
+        timestamp = columns.timestamps[index]
+        return -math.inf if timestamp is None else self.by_topic[topic].excess_ms(timestamp)
