@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/metrics.md from worker/settings.py and worker/telemetry/metrics.py: `make docs`."""
+"""Writes docs/settings.md and docs/metrics.md from worker/settings and worker/telemetry/metrics.py: `make docs`."""
 
 import contextlib
 import itertools
@@ -228,7 +228,7 @@ def code(*words: object) -> str:
 
 
 def settings_page() -> str:
-    parts = [NOTE.format(source="worker/settings.py"), SETTINGS_HEAD]
+    parts = [NOTE.format(source="worker/settings"), SETTINGS_HEAD]
     for title, names in groups().items():
         parts += [f"## {title}\n", setting_table(RunSettings, names)]
     parts.append("## Other commands\n")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from worker.cli import COMMANDS
-from worker.core.events import Reason
+from worker.reasons import Reason
 from worker.settings import RunSettings
 from worker.telemetry.metrics import PREFIX, Metrics
 

@@ -10,12 +10,13 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.events import Outgoing, Reason
+from worker.core.events import Outgoing
 from worker.kafka import exactly_once as module
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.exactly_once import LONGEST_INTERVAL_S, Lost, Refusals, Transactions, due_at, least_interval_s
 from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
+from worker.reasons import Reason
 from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

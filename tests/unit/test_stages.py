@@ -11,12 +11,13 @@ import pytest
 from aiokafka import TopicPartition
 
 from worker.core.dead_letter_limit import DeadLetterLimit
-from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Reason, Stage
+from worker.core.events import Decoded, Decoder, Encoder, Event, Failure, Outgoing, Stage
 from worker.kafka.reader import Record
 from worker.kafka.sink import ProducerRecord
 from worker.kafka.source import Assignment
 from worker.pipeline import stages as module
 from worker.pipeline.stages import MicroBatch, Outcome, Part, Pipeline, Stages
+from worker.reasons import Reason
 from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.metrics import Metrics
 

@@ -20,23 +20,9 @@ import orjson
 from worker.core import cloudevents
 from worker.core.cloudevents import mode as _cloud_event_mode
 from worker.core.sentiment import LABELS, Sentiment
+from worker.reasons import Reason
 
 Stage = Literal["decode", "infer", "publish"]
-Reason = Literal[
-    "invalid_json",
-    "invalid_utf8",
-    "not_an_object",
-    "missing_text",
-    "text_not_string",
-    "empty_text",
-    "too_large",
-    "field_exists",
-    "invalid_cloudevent",
-    "inference_failed",
-    "invalid_timestamp",
-    "result_too_large",
-    "key_required",
-]
 Headers = Sequence[tuple[str, bytes | None]]
 Row = TypeVar("Row", bound=tuple[Any, ...])
 

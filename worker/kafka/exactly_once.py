@@ -25,7 +25,6 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.events import Reason
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, unreachable
 from worker.kafka.sink import (
     RECORDS_PER_PUBLISH,
@@ -38,6 +37,7 @@ from worker.kafka.sink import (
     TimestampCheck,
     unanswered,
 )
+from worker.reasons import Reason
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health

@@ -23,10 +23,11 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.core.events import Outgoing, Reason
+from worker.core.events import Outgoing
 from worker.core.partitioner import partitions_for
 from worker.kafka.aiokafka_compat import give_up, is_gone, may_be_written, use_topics
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, TopicLimits, read_limits, stopped, unreachable
+from worker.reasons import Reason
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

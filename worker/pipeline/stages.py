@@ -28,7 +28,6 @@ from worker.core.events import (
     Failure,
     Null,
     Outgoing,
-    Reason,
     dead_letter,
     iso_time,
     rows,
@@ -41,6 +40,7 @@ from worker.kafka.reader import Record
 from worker.kafka.sink import RECORDS_PER_PUBLISH, ProducerRecord, RefusalLog, Sink
 from worker.kafka.source import Assignment, Chunk, Source
 from worker.pipeline.inference import Inference, Job
+from worker.reasons import Reason
 from worker.runtime import garbage_collection as garbage
 from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.runtime.tasks import cancelled

@@ -22,8 +22,9 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from worker.core.events import CLOCK_SKEW_S, LONGEST_AGE_S, Reason, Stage
+from worker.core.events import CLOCK_SKEW_S, LONGEST_AGE_S, Stage
 from worker.core.sentiment import LABELS
+from worker.reasons import Reason
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
