@@ -8,8 +8,9 @@ from rich.console import Console
 
 from worker.commands.bench import FLOAT32, Measured, Report, _print
 from worker.commands.check import Finding
-from worker.commands.replay import Tally
+from worker.commands.replay import table
 from worker.errors import UserError
+from worker.kafka.replayer import ReplayCounts
 from worker.printable import printable
 from worker.training.evaluate import Report as Evaluation
 from worker.training.evaluate import confusion
@@ -47,9 +48,9 @@ def shown(renderable: object) -> str:
 
 def test_names_in_tables_are_no_markup() -> None:
     name = "[/] [red]\x1b[31m"
-    tally = Tally()
-    tally.kept_back[name] += 1
-    for text in (shown(Evaluation({name: confusion([0], [0])}).table()), shown(tally.table("replayed"))):
+    counts = ReplayCounts()
+    counts.kept_back[name] += 1
+    for text in (shown(Evaluation({name: confusion([0], [0])}).table()), shown(table(counts, "replayed"))):
         assert r"[/] [red]\u001b[31m" in text
 
 
