@@ -9,8 +9,9 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.support.metadata import READABLE_ID
-from worker.commands.check import _members, _unread_before
+from worker.commands.check import _members
 from worker.core.topic_ids import with_topic_id
+from worker.kafka.inspector import Inspector, _unread_before
 
 
 class NewCluster:
@@ -27,7 +28,7 @@ class NewCluster:
 
 
 async def test_the_first_group_of_a_new_cluster_is_waited_for() -> None:
-    finding = await _members("group", NewCluster(), 12)  # type: ignore[arg-type]
+    finding = await _members("group", Inspector(NewCluster()), 12)  # type: ignore[arg-type]
     assert (finding.verdict, finding.subject) == ("ok", "workers")
 
 
