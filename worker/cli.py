@@ -85,9 +85,9 @@ def _answer(arguments: list[str]) -> int:
         print(HELP, end="")
         return 0
     if name == "--version":
-        from worker.commands.run import worker_version
+        from worker import __version__
 
-        print(worker_version())
+        print(__version__)
         return 0
     if name not in COMMANDS:
         _log_as_asked(arguments)

@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from worker import __version__
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
 from worker.core.events import Decoder, Encoder
 from worker.core.topic_ids import TopicRecreated
@@ -48,13 +49,6 @@ log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
-
-
-def worker_version() -> str:
-    try:
-        return version("sentiment-worker")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def project_urls() -> list[str]:
@@ -97,7 +91,7 @@ async def _left() -> set[asyncio.Future[Any]]:
 
 
 async def _run(settings: RunSettings) -> int:
-    metrics = Metrics(worker_version())
+    metrics = Metrics(__version__)
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.trouble, when_ready=lambda: _tell_that_it_is_ready(settings, inference, metrics))
     health.hold("model", "loading")
@@ -117,7 +111,7 @@ async def _run(settings: RunSettings) -> int:
     )
     tap = Tap(_decoder(settings), texts=settings.console_texts)
     console = Console(
-        metrics, health, tap, shown_settings(settings), version=worker_version(), runbook=runbook(project_urls())
+        metrics, health, tap, shown_settings(settings), version=__version__, runbook=runbook(project_urls())
     )
     monitor = Monitor(health, metrics, guard, port=settings.http_port, parts=[console, reloader])
     try:
@@ -242,7 +236,7 @@ async def _started(
         metrics=metrics,
         output_topic=settings.output_topic,
         dead_letter_topic=settings.dead_letter_topic,
-        version=worker_version(),
+        version=__version__,
         drain_timeout_s=settings.drain_timeout_s,
         retention_ms=NO_LIMIT if settings.result_timestamp == "now" else limits[settings.output_topic].retention_ms,
         transactions=transactions,
@@ -287,9 +281,7 @@ async def _found_topics(
 def _tracing(settings: RunSettings) -> Tracing | None:
     if settings.tracing == "off":
         return None
-    return Tracing(
-        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
-    )
+    return Tracing(group_id=settings.group_id, client_id=settings.client_id, version=__version__, environ=os.environ)
 
 
 def _decoder(settings: RunSettings) -> Decoder:
