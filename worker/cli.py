@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from worker.settings import CorpusSettings, LogSettings
-    from worker.training.dataset import Source
+    from worker.settings import LogSettings
 
-Answer = TypeVar("Answer")
 Logging = TypeVar("Logging", bound="LogSettings")
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal that ends other programs then
@@ -199,46 +197,22 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    import orjson
-    import rich
-
     from worker.settings import EvaluateSettings
-    from worker.training.dataset import read_source
 
     settings = _configured(EvaluateSettings, argv, "evaluate")
-    sources = _sources(settings)
-    _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
-    from worker.model.sentiment_model import SentimentModel
-    from worker.training.evaluate import evaluate
+    from worker.commands import evaluate
 
-    model = SentimentModel.load_as_set(settings)
-    by = settings.rows_held_out_by(settings.model)
-    report = _or_refuse(
-        lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
-    )
-    if settings.format == "json":
-        report_json = orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2)
-        sys.stdout.buffer.write(report_json + b"\n")  # UTF-8, whatever the terminal's locale
-    else:
-        rich.print(report.table())
-    return 0
+    return evaluate.run(settings)
 
 
 def _train(argv: Sequence[str]) -> int:
-    import rich
-
     from worker.settings import TrainSettings, load
 
     _log_as_asked(argv)
     settings = load(TrainSettings, argv, "sentiment-worker train")
-    sources = _sources(settings)
-    from worker.training.train import ProgressView, train
+    from worker.commands import train
 
-    with ProgressView() as view:
-        result = _or_refuse(lambda: train(settings, sources, view))
-    rich.print(result.report.table())
-    print(f"{result.folder}, after {result.seconds:.0f} s")
-    return 130 if result.interrupted else 0
+    return train.run(settings)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -251,24 +225,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "train": _train,
 }
-
-
-def _sources(settings: "CorpusSettings") -> "list[Source]":
-    from worker.training.dataset import parse_sources
-
-    return _or_refuse(
-        lambda: parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column)
-    )
-
-
-def _or_refuse(work: Callable[[], Answer]) -> Answer:
-    """The data commands say what is wrong with their input by a ValueError of one sentence."""
-    from worker.errors import WrongSetting
-
-    try:
-        return work()
-    except ValueError as error:
-        raise WrongSetting(str(error)) from error
 
 
 def _explain(sentence: str, code: int) -> None:
