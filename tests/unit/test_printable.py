@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from worker.commands.bench import FLOAT32, Measured, Report, _print
+from worker.commands.bench import FLOAT32, BenchReport, EngineSpeed, _print
 from worker.commands.check import Finding
 from worker.commands.replay import table
 from worker.errors import UserError
@@ -55,6 +55,6 @@ def test_names_in_tables_are_no_markup() -> None:
 
 
 def test_the_name_of_a_model_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("./[/]\x1b@1", "cpu", 1, [Measured(FLOAT32, {512: 1.0}, 1.0, 1)], {1: 1.0})
+    report = BenchReport("./[/]\x1b@1", "cpu", 1, [EngineSpeed(FLOAT32, {512: 1.0}, 1.0, 1)], {1: 1.0})
     _print(report)
     assert capsys.readouterr().out.startswith(r"./[/]\u001b@1 on cpu, 1 texts")
