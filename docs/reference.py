@@ -161,14 +161,14 @@ READING: Final[dict[str, dict[str, str]]] = {
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
         "consumer_lag_seconds": "How late results are, and so what to alert on. 0 when nothing waits, and until the first "
         "record that waits has been read. Timestamps more than a year old or in the future are ignored.",
-        "queue_depth": "Which stage is slow. `tokenized` above 0 most of the time: the network; `scored`: publishing, before which up to "
+        "queue_depth": "Which stage is slow. `tokenized` above 0 most of the time: the model; `scored`: publishing, before which up to "
         "four more micro-batches wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
         "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
         "and the difference between the producer's clock and this one.",
         "implausible_timestamps_total": "Above 0: a producer writes seconds or microseconds for milliseconds, its clock or this one is wrong, "
         "or the events are that old. Up to 1 s ahead is taken for two clocks that differ.",
         "stage_seconds": "Where the time goes. `wait` is the linger, longer where the stages after it are busy; `forward` is "
-        "the network.",
+        "the model.",
     },
     "Are the batches full?": {
         "batch_texts": "Small at full load on a GPU: `max_batch_tokens` or `max_batch_texts` is too low. On a CPU passes are short: one "
@@ -177,7 +177,7 @@ READING: Final[dict[str, dict[str, str]]] = {
         "The padding to which a GPU's passes are rounded up is not counted.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
-        "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",
+        "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no model.",
     },
     "What do people say?": {
         "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "

@@ -61,7 +61,7 @@ class BenchSettings(CheckpointSettings):
     file: Path | None = Field(
         None, description="texts, one a line, read as classify reads them; default: product reviews"
     )
-    seconds: float = Field(1, gt=0, le=600, description="of measuring for each figure, s")
+    seconds: float = Field(1, gt=0, le=600, description="how long each figure is measured, s")
     json_output: bool = Field(False, alias="json", description="print JSON")
 
 
@@ -99,33 +99,31 @@ class EvaluateSettings(ModelSettings, CorpusSettings):
 
 
 class TrainSettings(CorpusSettings):
-    """A checkpoint by the model card's recipe: a base fine-tuned, or a new small network."""
+    """A checkpoint by the model card's recipe: a base fine-tuned, or a new small model."""
 
     output: Path = Field(description="folder for the checkpoint; files of the same names are replaced")
     base: str | None = Field(
         None,
-        description="checkpoint to fine-tune: a folder (named with / or ./ in front), or a hub name; default: a new network",
+        description="checkpoint to fine-tune: a folder (named with / or ./ in front), or a hub name; default: a new model",
     )
     seed: int = Field(1, description="with the same seed, machine and threads a CPU gives the same figures again")
     epochs: int = Field(2, ge=1, description="passes over the balanced rows in fine-tuning")
     batch_texts: int = Field(64, ge=1, description="texts a step")
-    learning_rate: float | None = Field(
-        None, gt=0, description="peak; default: 5e-4 for a new network, 3e-5 for a base"
-    )
+    learning_rate: float | None = Field(None, gt=0, description="peak; default: 5e-4 for a new model, 3e-5 for a base")
     max_tokens: int = Field(256, ge=8, description="texts are cut to so many tokens")
     examples_per_class: int | None = Field(None, ge=1, description="after balancing; default: a third of the rows")
     max_repeats: int = Field(5, ge=1, description="times that a row may stand in one epoch, where balancing repeats it")
     token_masking: float = Field(0.1, ge=0, lt=1, description="share of tokens hidden in fine-tuning")
     consistency: float = Field(1.0, ge=0, description="weight of keeping two dropout passes close (R-Drop)")
     averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")
-    pretrain_epochs: int = Field(12, ge=0, description="new network: passes with masked tokens first")
-    pretrain_learning_rate: float = Field(1e-3, gt=0, description="new network: peak of those passes")
-    pretrain_masking: float = Field(0.2, gt=0, lt=1, description="new network: share of tokens to guess")
-    pretrain_summary: float = Field(0.5, ge=0, description="new network: weight of guessing all tokens from [CLS]")
-    pretrain_max_tokens: int = Field(128, ge=8, description="new network: tokens a text is cut to in those passes")
-    vocabulary: int = Field(8000, ge=100, description="new network: WordPieces")
-    layers: int = Field(2, ge=1, description="new network: transformer layers")
-    hidden: Width = Field(128, ge=1, description="new network: width, a multiple of 64 or below 128")
+    pretrain_epochs: int = Field(12, ge=0, description="new model: passes with masked tokens first")
+    pretrain_learning_rate: float = Field(1e-3, gt=0, description="new model: peak of those passes")
+    pretrain_masking: float = Field(0.2, gt=0, lt=1, description="new model: share of tokens to guess")
+    pretrain_summary: float = Field(0.5, ge=0, description="new model: weight of guessing all tokens from [CLS]")
+    pretrain_max_tokens: int = Field(128, ge=8, description="new model: tokens a text is cut to in those passes")
+    vocabulary: int = Field(8000, ge=100, description="new model: WordPieces")
+    layers: int = Field(2, ge=1, description="new model: transformer layers")
+    hidden: Width = Field(128, ge=1, description="new model: width, a multiple of 64 or below 128")
     storage: Literal["float16", "float32"] = Field("float16", description="how weights are stored")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="what training computes in")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's default")

@@ -22,7 +22,7 @@ class RunSettings(ModelSettings, EventSettings):
     input_topics: Topics | None = Field("texts", description="topics to read, separated by commas")
     input_pattern: Pattern | None = Field(
         None,
-        description="instead: all topics whose whole name matches this regular expression, also those that come later",
+        description="in place of input_topics: all topics whose whole name matches this regular expression, also later ones",
     )
     output_topic: Topic = Field("sentiment", description="topic for results")
     group_instance_id: str | None = Field(
@@ -39,7 +39,7 @@ class RunSettings(ModelSettings, EventSettings):
         description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
     )
     transaction_ms: float = Field(
-        100, ge=0, le=10_000, description="with exactly-once, a partition's results are committed so often, ms"
+        100, ge=0, le=10_000, description="with exactly-once, time between two commits of a partition's results, ms"
     )
     output_mode: Literal["result", "enrich"] = Field(
         "result", description="result: a new object; enrich: the input object with the field sentiment"
@@ -64,29 +64,39 @@ class RunSettings(ModelSettings, EventSettings):
     )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
     dead_letter_limit: float = Field(
-        0.5, ge=0, le=1, description="share of dead letters among the newest records that ends the worker; 0: none does"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of dead letters among the newest records that ends the worker; 0: no share does",
     )
-    dead_letter_window: int = Field(1_000, ge=1, le=INT32, description="of at least so many records, records")
+    dead_letter_window: int = Field(
+        1_000, ge=1, le=INT32, description="dead_letter_limit looks at so many of the newest records, or more"
+    )
     compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
-        "none", description="of what is published"
+        "none", description="compression of what is published"
     )
-    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes at so many records")
-    linger_ms: float = Field(10, ge=0, le=60_000, description="or so long after its oldest record arrived, ms")
+    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes when it has so many records")
+    linger_ms: float = Field(
+        10,
+        ge=0,
+        le=60_000,
+        description="a micro-batch closes at the latest so long after its oldest record arrived, ms",
+    )
     max_unpacked_bytes: int = Field(
         256 * 2**20,
         ge=128 * 2**20,
-        description="what compressed batches may hold unpacked, all together, bytes",
+        description="memory for compressed batches when they are unpacked, all together, bytes",
     )
     cache_size: int = Field(
-        65_536, ge=0, description="results kept for repeated texts, half of them for certain; 0: none"
+        65_536, ge=0, description="results kept for texts that come again, of which half stay for certain; 0: none"
     )
-    inference_timeout_s: float = Field(60, gt=0, description="a device batch that takes longer is hung, s")
-    drain_timeout_s: float = Field(20, gt=0, description="to finish what is in flight at SIGTERM, s")
+    inference_timeout_s: float = Field(60, gt=0, description="a device batch that takes longer counts as hung, s")
+    drain_timeout_s: float = Field(20, gt=0, description="time to finish what is in flight at SIGTERM, s")
     http_host: Host = Field("127.0.0.1", description="address for the console, /metrics, /livez, /readyz")
-    http_port: int = Field(8080, ge=0, le=65_535, description="its port; 0: any free one")
+    http_port: int = Field(8080, ge=0, le=65_535, description="port of http_host; 0: any free one")
     http_names: HostNames | None = Field(
         None,
-        description="names by which browsers and clients may ask for it, beside localhost and IP addresses: a service's, "
+        description="names of http_host that browsers and clients may use, beside localhost and IP addresses: a service's, "
         "an Ingress's or a proxy's, separated by commas",
     )
     http_token: CliSuppress[HttpToken | None] = None
@@ -100,8 +110,12 @@ class RunSettings(ModelSettings, EventSettings):
         "off",
         description="otel: spans of each micro-batch to a collector, as the OTEL_… variables say; needs the extra otel",
     )
-    session_timeout_ms: int = Field(45_000, ge=1_000, le=INT32, description="group membership without a heartbeat, ms")
-    fetch_max_wait_ms: int = Field(500, ge=1, le=INT32, description="a broker with nothing new answers after, ms")
+    session_timeout_ms: int = Field(
+        45_000, ge=1_000, le=INT32, description="a worker without a heartbeat leaves the group after so long, ms"
+    )
+    fetch_max_wait_ms: int = Field(
+        500, ge=1, le=INT32, description="a broker that has nothing new answers after so long, ms"
+    )
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -109,7 +123,7 @@ class RunSettings(ModelSettings, EventSettings):
         return split_names(self.input_topics or "")
 
     def exposures(self) -> Iterator[str]:
-        """A sentence for each thing that these settings let others on the network read."""
+        """A sentence for each thing that these settings let others read."""
         if self.security_protocol == "SASL_PLAINTEXT":
             seen = "the password and every record" if self.sasl_mechanism == "PLAIN" else "every record"
             yield (

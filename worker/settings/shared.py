@@ -34,7 +34,7 @@ class CheckpointSettings(LogSettings):
     )
     device: Device = Field("auto", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
-        "auto", description="threads of the network on CPU; auto: measured at the start"
+        "auto", description="threads of the model on a CPU; auto: measured at the start"
     )
 
     @model_validator(mode="after")
@@ -48,15 +48,15 @@ class CheckpointSettings(LogSettings):
 class ModelSettings(CheckpointSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="numbers of the network; auto: on a CPU float32, on a GPU float16 where 99.9 % of labels are "
-        "expected to stay, by the shipped reviews, else float32 with TF32; all but plain float32 may change a label now and "
-        "then",
+        description="numbers that the model computes with; auto: on a CPU float32, on a GPU float16 where 99.9 % of labels "
+        "are expected to stay, by the shipped reviews, else float32 with TF32; all but plain float32 may change a label now "
+        "and then",
     )
     backend: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="what runs the network on a CPU; auto: the faster one of those that are installed"
+        "auto", description="what runs the model on a CPU; auto: the faster one of those that are installed"
     )
     max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
-        "auto", description="tokens in one pass of the network, padding included; auto: measured at the start"
+        "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"
     )
 
 
@@ -65,7 +65,7 @@ class ConnectionSettings(LogSettings):
 
     bootstrap_servers: Servers = Field("localhost:9092", description="brokers, host:port, separated by commas")
     client_id: str = Field("sentiment-worker", description="name of this client in the brokers' logs")
-    request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="for one request to a broker, ms")
+    request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="timeout of one request to a broker, ms")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
@@ -76,7 +76,7 @@ class ConnectionSettings(LogSettings):
     )
     sasl_password: CliSuppress[SecretStr | None] = None
     ssl_cafile: Path | None = Field(
-        None, description="authorities that vouch for the brokers, PEM; default: the system's"
+        None, description="authorities that sign the brokers' certificates, PEM; default: the system's"
     )
     ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
     ssl_keyfile: Path | None = Field(
