@@ -82,7 +82,7 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
     await asyncio.sleep(0)
     assert not going.done()
     assigned.add(tp)
-    await replay.on_assigned(assigned)
+    await replay.on_partitions_assigned(assigned)
     await asyncio.wait_for(going, 5)
     assert sought == [3]
 

@@ -83,12 +83,12 @@ class PartitionReplay:
         return self.end - self.next
 
 
-class Replayer:
+class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
     """One replay, or a dry run of it, which joins no group, commits nothing and sends nothing.
 
-    Make it inside a running event loop. ``reasons`` that are empty stand for all; ``since_ms`` and ``until_ms`` bound the
-    times at which the dead letters were written. ``stop`` is set by the caller for an early end, after the records that are
-    being published. ``tell`` is called with how many offsets have been passed, and of how many.
+    Make it inside a running event loop. It is its own listener in the group. Empty ``reasons`` stand for all; ``since_ms``
+    and ``until_ms`` bound the times at which the dead letters were written. The caller sets ``stop`` for an early end,
+    after the records that are being published. ``tell`` is called with the offsets passed, and how many there are in all.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Replayer:
 
     async def _join(self, tps: Collection[TopicPartition]) -> None:
         """All partitions have to be this process's: with fewer, another replay has the rest."""
-        self._consumer.subscribe([self._topic], listener=_ReplayListener(self))
+        self._consumer.subscribe([self._topic], listener=self)
         await within(self._connection.request_timeout_s, self._assigned.wait())
         if self._owned != set(tps):
             raise ReplayFailed(f"another replay is running in the group {self._group_id}; wait for it to end")
@@ -228,7 +228,9 @@ class Replayer:
     # Through one partition.
 
     async def _replay_partition(self, tp: TopicPartition, partition: PartitionReplay) -> None:
-        with contextlib.suppress(IllegalStateError):  # revoked just now: on_assigned seeks when it comes back
+        with contextlib.suppress(
+            IllegalStateError
+        ):  # revoked just now: on_partitions_assigned seeks when it comes back
             self._consumer.seek(tp, partition.next)
         heard_at = time.monotonic()
         while partition.next < partition.end and not self._stop.is_set():
@@ -341,13 +343,13 @@ class Replayer:
 
     # The group.
 
-    async def on_revoked(self) -> None:
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Waits until the records that are being published are committed, so that nobody else sends them again."""
         async with self._publishing:
             self._owned = set()
             self._assigned.clear()
 
-    async def on_assigned(self, assigned: set[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         for tp in assigned & self._partitions.keys():
             self._consumer.seek(tp, self._partitions[tp].next)
         self._owned = set(assigned)
@@ -368,14 +370,3 @@ class Replayer:
                 waiting[0].result()
         finally:
             await cancelled(waiting)
-
-
-class _ReplayListener(ConsumerRebalanceListener):  # type: ignore[misc]
-    def __init__(self, replayer: Replayer) -> None:
-        self._replayer = replayer
-
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._replayer.on_revoked()
-
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        await self._replayer.on_assigned(assigned)
