@@ -7,23 +7,11 @@ counts agree and nothing is missing.
 
 import importlib
 import sys
-from typing import Protocol
+
+from worker.settings import DemoSettings
 
 
-class Options(Protocol):
-    """What ``run`` needs of the settings of the command ``demo``."""
-
-    @property
-    def events(self) -> int: ...
-    @property
-    def rate(self) -> float: ...
-    @property
-    def plain(self) -> bool: ...
-    @property
-    def keep_running(self) -> bool: ...
-
-
-def run(options: Options) -> int:
+def run(settings: DemoSettings) -> int:
     """Runs the demo; the exit code is 0 if everything adds up and the worker drained, else 1; 2 without the extra ``demo``.
 
     Blocks until the end, or with ``keep_running`` until Ctrl-C. Call it from the main thread. Every process that it started
@@ -36,4 +24,4 @@ def run(options: Options) -> int:
         return 2
     from worker.commands.demo import scenario
 
-    return scenario.run(options)
+    return scenario.run(settings)

@@ -13,7 +13,6 @@ from pathlib import Path
 import confluent_kafka as kafka
 from rich.console import Console
 
-from worker.commands.demo import Options
 from worker.commands.demo.broker import TOPICS
 from worker.commands.demo.counts import DemoCounts, WorkerCounts, discrepancies, summary
 from worker.commands.demo.errors import DemoError
@@ -32,6 +31,7 @@ from worker.commands.demo.processes import (
 )
 from worker.commands.demo.traffic import Traffic
 from worker.commands.demo.views import LinesView, LiveView, View, say, waiting
+from worker.settings import DemoSettings
 
 OUTCOMES_S = 20
 MOST_IN_FLIGHT = 2_000  # the mock keeps the last 5 MB of a partition, read or not
@@ -99,7 +99,7 @@ class DemoRun:
             raise DemoError(f"The worker's /metrics does not answer: {error}.") from error
 
 
-def run_demo(options: Options, console: Console, live: bool, stop: Stop, folder: Path) -> bool:
+def run_demo(settings: DemoSettings, console: Console, live: bool, stop: Stop, folder: Path) -> bool:
     """Runs all processes from start to end, their logs in ``folder``; whether the counts agree and the worker drained."""
     with contextlib.ExitStack() as stack:
         servers = stack.enter_context(broker_process(folder / "broker.log"))
@@ -109,11 +109,11 @@ def run_demo(options: Options, console: Console, live: bool, stop: Stop, folder:
             wait_until_ready(worker, port, stop, tell)
         counts = DemoCounts()
         traffic = stack.enter_context(contextlib.closing(Traffic(servers, counts)))
-        messages, total = _messages(options)
+        messages, total = _messages(settings)
         view = (LiveView if live else LinesView)(console, counts, total, _addresses(servers, port))
         demo = DemoRun(worker=worker, port=port, traffic=traffic, counts=counts, view=view, stop=stop)
         with view:
-            demo.send(messages, options.rate)
+            demo.send(messages, settings.rate)
             worker_counts = demo.wait_for_outcomes()
         exit_code = drain(worker)
         committed = traffic.committed()
@@ -126,10 +126,10 @@ def run_demo(options: Options, console: Console, live: bool, stop: Stop, folder:
     return not wrong
 
 
-def _messages(options: Options) -> tuple[Iterable[Message], int | None]:
-    if options.keep_running:
-        return endless_passes(reviews(), options.events), None
-    messages = one_pass(reviews(), options.events)
+def _messages(settings: DemoSettings) -> tuple[Iterable[Message], int | None]:
+    if settings.keep_running:
+        return endless_passes(reviews(), settings.events), None
+    messages = one_pass(reviews(), settings.events)
     return messages, len(messages)
 
 
@@ -137,14 +137,14 @@ def _addresses(servers: str, port: int) -> Sequence[str]:
     return f"metrics  http://127.0.0.1:{port}/metrics", f"broker   {servers}, topics {', '.join(TOPICS)}"
 
 
-def run(options: Options) -> int:
+def run(settings: DemoSettings) -> int:
     """Runs the demo with its extra installed; the exit code is 0 if everything adds up and the worker drained, else 1."""
-    live = sys.stdout.isatty() and not options.plain
+    live = sys.stdout.isatty() and not settings.plain
     console = Console(no_color=None if live else True, force_terminal=live)
     folder = Path(tempfile.mkdtemp(prefix="sentiment-worker-demo-"))
     try:
         with Stop() as stop:
-            adds_up = run_demo(options, console, live, stop, folder)
+            adds_up = run_demo(settings, console, live, stop, folder)
     except (DemoError, kafka.KafkaException) as error:
         sys.stderr.write(f"{error}\n{tail(folder / 'worker.log')}")
         adds_up = False
