@@ -327,10 +327,10 @@ def _allowed(choice: dict[str, Any], field: FieldInfo) -> list[str]:
         return [_range(choice)]
     if "pattern" in choice:
         return [code("auto", "cpu", "cuda", "cuda:N")]  # the one pattern that there is
-    return [_wish(field) or PLAIN["path" if choice.get("format") == "path" else "string"]]
+    return [_requirement(field) or PLAIN["path" if choice.get("format") == "path" else "string"]]
 
 
-def _wish(field: FieldInfo) -> str:
+def _requirement(field: FieldInfo) -> str:
     """What the field's own validator asks for; it takes a text, a list of them or a secret."""
     kinds = ([WRONG],) if get_origin(field.annotation) is list else (WRONG, SecretStr(WRONG))
     for validator, wrong in itertools.product(_validators(field), kinds):
@@ -343,10 +343,10 @@ def _wish(field: FieldInfo) -> str:
 
 
 def _validators(field: FieldInfo) -> list[Callable[[Any], Any]]:
-    found = [item for item in field.metadata if isinstance(item, AfterValidator)]
+    validators = [item for item in field.metadata if isinstance(item, AfterValidator)]
     for argument in getattr(field.annotation, "__args__", ()):
-        found += [item for item in getattr(argument, "__metadata__", ()) if isinstance(item, AfterValidator)]
-    return [item.func for item in found]  # type: ignore[misc]
+        validators += [item for item in getattr(argument, "__metadata__", ()) if isinstance(item, AfterValidator)]
+    return [item.func for item in validators]  # type: ignore[misc]
 
 
 def _range(choice: dict[str, Any]) -> str:
