@@ -217,8 +217,9 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
     partitions = sum(len(topic.partitions) for topic in input_topics)
     yield _files(partitions, topics, exactly_once=settings.delivery == "exactly-once")
     yield await _members(settings.group_id, inspector, partitions)
-    for finding in await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms):
-        yield finding
+    too_old = await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms)
+    if too_old:
+        yield too_old
     yield await _backlog(settings, connection, inputs)
     yield await _permissions(settings, connection, inputs, outputs)
 
@@ -270,36 +271,32 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
             isolation_level=settings.isolation_level,
         )
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
-        said = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
-        return Finding("offsets", "warn", f"{said}; look at the permissions, or try again")
+        doubt = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
+        return Finding("offsets", "warn", f"{doubt}; look at the permissions, or try again")
     return Finding("offsets", "warn" if unread.is_all_over_again or unread.recreated else "ok", str(unread))
 
 
 async def _retention(
     settings: RunSettings, connection: Connection, topics: Iterable[TopicDescription], keeps_ms: int
-) -> list[Finding]:
+) -> Finding | None:
     """A warning where results would have timestamps older than their topic keeps, or where that cannot be asked."""
     if settings.result_timestamp == "now" or keeps_ms == NO_LIMIT:
-        return []
+        return None
     try:
         old = await unread_older_than(
-            keeps_ms,
-            connection,
-            topics,
-            group_id=settings.group_id,
-            auto_offset_reset=settings.auto_offset_reset,
+            keeps_ms, connection, topics, group_id=settings.group_id, auto_offset_reset=settings.auto_offset_reset
         )
     except UNREACHABLE as error:
-        doubt = f"how old the input is cannot be asked ({type(error).__name__})"
-        return [Finding("retention", "warn", f"{doubt}; try again")]
+        doubt = f"how old the input is cannot be asked ({type(error).__name__}); try again"
+        return Finding("retention", "warn", doubt)
     if not old:
-        return []
+        return None
     sentence = (
         f"up to {old} records to be read are older than {settings.output_topic} keeps its own "
         f"({keeps_ms / 3_600_000:.4g} h): Kafka may delete their results at once; set result_timestamp to now, or raise "
         "its retention.ms"
     )
-    return [Finding("retention", "warn", sentence)]
+    return Finding("retention", "warn", sentence)
 
 
 async def _permissions(
