@@ -120,15 +120,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._stop = stop
         self._tell = tell
         self._sink = sink
-        self._consumer = Consumer(
-            **connection.options(),
-            group_id=group_id,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
-        )
-        use_topics(self._consumer, [topic])
+        self._consumer = _consumer(connection, topic, group_id)
         self._topic_id = ""  # of the dead letters: progress in an earlier topic of the same name counts for nothing
         self._partitions: dict[TopicPartition, PartitionReplay] = {}
         self._usable_topics: set[str] = set()
@@ -370,3 +362,16 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
                 waiting[0].result()
         finally:
             await cancelled(waiting)
+
+
+def _consumer(connection: Connection, topic: str, group_id: str) -> Consumer:
+    consumer = Consumer(
+        **connection.options(),
+        group_id=group_id,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
+    )
+    use_topics(consumer, [topic])
+    return consumer
