@@ -53,7 +53,7 @@ from worker.model.bert import shortest_run_s
 from worker.model.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 
 ASKED = {
     "labels that agree in half precision, %": 99.9,

@@ -10,10 +10,10 @@ import sys
 
 from aiokafka import AIOKafkaProducer
 
-from worker.commands.demo.messages import endless, reviews
+from worker.commands.demo.messages import endless_passes, reviews
 
 TICK_S = 0.1
-LAP = 700
+EVENTS_PER_PASS = 700
 
 
 async def feed(brokers: str, topic: str, rate: float) -> None:
@@ -23,7 +23,7 @@ async def feed(brokers: str, topic: str, rate: float) -> None:
     loop = asyncio.get_running_loop()
     began, sent = loop.time(), 0
     try:
-        for message in endless(reviews(), LAP):
+        for message in endless_passes(reviews(), EVENTS_PER_PASS):
             await asyncio.sleep(max(0.0, began + sent / rate - loop.time()) if sent % max(1, rate * TICK_S) < 1 else 0)
             if message.key is not None or message.value is not None:  # aiokafka sends no null with a null key
                 await producer.send(topic, message.value, message.key)

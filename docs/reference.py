@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/metrics.md from worker/settings.py and worker/telemetry/metrics.py: `make docs`."""
+"""Writes docs/settings.md and docs/metrics.md from worker/settings and worker/telemetry/metrics.py: `make docs`."""
 
 import contextlib
 import itertools
@@ -9,18 +9,17 @@ from typing import Any, Final, get_origin
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from worker.settings import (
-    PREFIX,
-    SECRETS,
+from worker.settings import PREFIX
+from worker.settings.base import SECRETS, Settings
+from worker.settings.commands import (
     BenchSettings,
     ClassifySettings,
     DemoSettings,
     EvaluateSettings,
     ReplaySettings,
-    RunSettings,
-    Settings,
     TrainSettings,
 )
+from worker.settings.run import RunSettings
 from worker.telemetry.metrics import IN_FORCE, Metrics
 from worker.telemetry.metrics import PREFIX as METRIC
 
@@ -161,14 +160,14 @@ READING: Final[dict[str, dict[str, str]]] = {
         "hot key, or a stuck worker. Under read_committed the end is the last stable offset.",
         "consumer_lag_seconds": "How late results are, and so what to alert on. 0 when nothing waits, and until the first "
         "record that waits has been read. Timestamps more than a year old or in the future are ignored.",
-        "queue_depth": "Which stage is slow. `tokenized` above 0 most of the time: the network; `scored`: publishing, before which up to "
+        "queue_depth": "Which stage is slow. `tokenized` above 0 most of the time: the model; `scored`: publishing, before which up to "
         "four more micro-batches wait encoded; `gather` alone: the tokenizer. `gather` is full at twice `max_batch_texts`.",
         "end_to_end_seconds": "`histogram_quantile()` of it is the latency. It holds the time that an event waited in Kafka, "
         "and the difference between the producer's clock and this one.",
         "implausible_timestamps_total": "Above 0: a producer writes seconds or microseconds for milliseconds, its clock or this one is wrong, "
         "or the events are that old. Up to 1 s ahead is taken for two clocks that differ.",
         "stage_seconds": "Where the time goes. `wait` is the linger, longer where the stages after it are busy; `forward` is "
-        "the network.",
+        "the model.",
     },
     "Are the batches full?": {
         "batch_texts": "Small at full load on a GPU: `max_batch_tokens` or `max_batch_texts` is too low. On a CPU passes are short: one "
@@ -177,7 +176,7 @@ READING: Final[dict[str, dict[str, str]]] = {
         "The padding to which a GPU's passes are rounded up is not counted.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
-        "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no network.",
+        "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no model.",
     },
     "What do people say?": {
         "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "
@@ -228,7 +227,7 @@ def code(*words: object) -> str:
 
 
 def settings_page() -> str:
-    parts = [NOTE.format(source="worker/settings.py"), SETTINGS_HEAD]
+    parts = [NOTE.format(source="worker/settings"), SETTINGS_HEAD]
     for title, names in groups().items():
         parts += [f"## {title}\n", setting_table(RunSettings, names)]
     parts.append("## Other commands\n")
@@ -327,10 +326,10 @@ def _allowed(choice: dict[str, Any], field: FieldInfo) -> list[str]:
         return [_range(choice)]
     if "pattern" in choice:
         return [code("auto", "cpu", "cuda", "cuda:N")]  # the one pattern that there is
-    return [_wish(field) or PLAIN["path" if choice.get("format") == "path" else "string"]]
+    return [_requirement(field) or PLAIN["path" if choice.get("format") == "path" else "string"]]
 
 
-def _wish(field: FieldInfo) -> str:
+def _requirement(field: FieldInfo) -> str:
     """What the field's own validator asks for; it takes a text, a list of them or a secret."""
     kinds = ([WRONG],) if get_origin(field.annotation) is list else (WRONG, SecretStr(WRONG))
     for validator, wrong in itertools.product(_validators(field), kinds):
@@ -343,10 +342,10 @@ def _wish(field: FieldInfo) -> str:
 
 
 def _validators(field: FieldInfo) -> list[Callable[[Any], Any]]:
-    found = [item for item in field.metadata if isinstance(item, AfterValidator)]
+    validators = [item for item in field.metadata if isinstance(item, AfterValidator)]
     for argument in getattr(field.annotation, "__args__", ()):
-        found += [item for item in getattr(argument, "__metadata__", ()) if isinstance(item, AfterValidator)]
-    return [item.func for item in found]  # type: ignore[misc]
+        validators += [item for item in getattr(argument, "__metadata__", ()) if isinstance(item, AfterValidator)]
+    return [item.func for item in validators]  # type: ignore[misc]
 
 
 def _range(choice: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.deploy.manifests import alerts
 from worker.cli import COMMANDS
-from worker.core.events import Reason
-from worker.settings import RunSettings
+from worker.reasons import Reason
+from worker.settings.run import RunSettings
 from worker.telemetry.metrics import PREFIX, Metrics
 
 ROOT = Path(__file__).parents[1]

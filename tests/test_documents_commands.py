@@ -14,7 +14,9 @@ from pydantic import TypeAdapter
 from tests.deploy.manifests import DEPLOY, read
 from tests.test_documents import PAGES, ROOT, text_of
 from worker.cli import COMMANDS
-from worker.settings import RunSettings, Settings, load
+from worker.settings.base import Settings
+from worker.settings.run import RunSettings
+from worker.settings.sources import load
 
 KINDS: dict[str, type[Settings]] = {"run": RunSettings, **runpy.run_path(str(ROOT / "docs" / "reference.py"))["KINDS"]}
 FLAGS = {

@@ -6,16 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from worker.settings import CorpusSettings, LogSettings
-    from worker.training.dataset import LabelledFile
+    from worker.settings.base import Settings
 
-Answer = TypeVar("Answer")
-Logging = TypeVar("Logging", bound="LogSettings")
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal that ends other programs then
 
@@ -40,7 +40,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process: 0 done or drained, 1 failed while running, 2 wrong usage or settings.
 
-    130 after Ctrl-C, 141 where whoever reads the output has gone; run has answers of its own to both.
+    It is 130 after Ctrl-C, and 141 where the reader of the output has gone; ``run`` handles both by itself.
     """
     _fit_environment()
     try:
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fit_environment() -> None:
-    """Gives the process what commands and libraries count on, as far as it was started without.
+    """Gives the process the standard streams and the home folder that commands and libraries expect, where it has none.
 
-    Standard streams: the next file or socket would get the number of one that is closed, and native code aborts then.
-    What a terminal cannot show is replaced. Without HOME and an entry in passwd nothing can be kept at home.
+    A closed standard stream is opened on /dev/null: else the next file or socket would get its number, and native code
+    aborts then. Characters that the output's encoding lacks are replaced.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
@@ -75,7 +75,7 @@ def _fit_environment() -> None:
     try:
         Path.home()
     except RuntimeError:
-        os.environ["HOME"] = os.devnull  # no folder, and nobody can make one of it
+        os.environ["HOME"] = os.devnull  # below it nobody can create a folder
 
 
 def _answer(arguments: list[str]) -> int:
@@ -85,9 +85,9 @@ def _answer(arguments: list[str]) -> int:
         print(HELP, end="")
         return 0
     if name == "--version":
-        from worker.commands.version import worker_version
+        from worker import __version__
 
-        print(worker_version())
+        print(__version__)
         return 0
     if name not in COMMANDS:
         _log_as_asked(arguments)
@@ -95,7 +95,7 @@ def _answer(arguments: list[str]) -> int:
         return 2
     from worker.errors import UserError
 
-    # for `train`, where torch's threads would wait for each other by spinning; a worker's pass on a CPU takes one thread
+    # For `train`: torch's threads would wait for each other by spinning.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return COMMANDS[name](arguments)
@@ -106,22 +106,24 @@ def _answer(arguments: list[str]) -> int:
         return READER_GONE if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
 
 
-def _configured(kind: type[Logging], argv: Sequence[str], command: str) -> Logging:
-    """A command's settings. Logs are as they say from here on, and so is what a WrongSetting, which it raises, says."""
-    from worker.settings import load, unknown_variables
+def _configured(kind: "type[AnySettings]", argv: Sequence[str], command: str) -> "AnySettings":
+    """A command's settings. From here on logs, and the sentence of the WrongSetting that it may raise, go where they say."""
+    from worker.settings.shared import LogSettings
+    from worker.settings.sources import load, unknown_variables
     from worker.telemetry import logs
 
     _log_as_asked(argv)
     settings = load(kind, argv, f"sentiment-worker {command}")
-    logs.configure(settings.log_level, settings.log_format)
-    if command != "check":  # which prints them as lines of its own
-        for sentence in unknown_variables(kind):
-            logs.log.warning("%s", sentence)
+    if isinstance(settings, LogSettings):
+        logs.configure(settings.log_level, settings.log_format)
+        if command != "check":  # which prints them as lines of its own
+            for sentence in unknown_variables(kind):
+                logs.log.warning("%s", sentence)
     return settings
 
 
 def _log_as_asked(argv: Sequence[str]) -> None:
-    """Sends logs where the flag or the variable says, before settings are read; what is neither format is as auto."""
+    """Configures logs as the flag or the variable says, before settings are read. Any other format counts as auto."""
     from worker.telemetry import logs
 
     words = [*argv, ""]
@@ -132,9 +134,9 @@ def _log_as_asked(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
-    # Until the service has handlers of its own: for a container's process 1 the system's default is to miss the signal.
+    # Until the worker has a handler of its own: Linux does not end a container's process 1 that has none.
     signal.signal(signal.SIGTERM, lambda *_: _end(0))
-    from worker.settings import RunSettings
+    from worker.settings.run import RunSettings
 
     settings = _configured(RunSettings, argv, "run")
     from worker.commands import run as service
@@ -144,7 +146,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def _check(argv: Sequence[str]) -> int:
     from worker.errors import WrongSetting
-    from worker.settings import RunSettings, unknown_variables
+    from worker.settings.run import RunSettings
+    from worker.settings.sources import unknown_variables
     from worker.telemetry import logs
 
     try:
@@ -161,115 +164,25 @@ def _check(argv: Sequence[str]) -> int:
     return check.run(settings)
 
 
-def _classify(argv: Sequence[str]) -> int:
-    from worker.settings import ClassifySettings
+def _command(name: str, kind: str, argv: Sequence[str]) -> int:
+    """Runs ``worker.commands.NAME`` with the settings of the class ``kind``; it is imported once they are right."""
+    from worker import settings
 
-    settings = _configured(ClassifySettings, argv, "classify")
-    from worker.commands import classify
-
-    return classify.run(settings)
-
-
-def _bench(argv: Sequence[str]) -> int:
-    from worker.settings import BenchSettings
-
-    settings = _configured(BenchSettings, argv, "bench")
-    from worker.commands import bench
-
-    return bench.run(settings)
-
-
-def _replay(argv: Sequence[str]) -> int:
-    from worker.settings import ReplaySettings
-
-    settings = _configured(ReplaySettings, argv, "replay")
-    from worker.commands import replay
-
-    return replay.run(settings)
-
-
-def _demo(argv: Sequence[str]) -> int:
-    from worker.settings import DemoSettings, load
-
-    _log_as_asked(argv)
-    settings = load(DemoSettings, argv, "sentiment-worker demo")
-    from worker.commands import demo
-
-    return demo.run(settings)
-
-
-def _evaluate(argv: Sequence[str]) -> int:
-    import orjson
-    import rich
-
-    from worker.settings import EvaluateSettings
-    from worker.training.dataset import read_source
-
-    settings = _configured(EvaluateSettings, argv, "evaluate")
-    sources = _sources(settings)
-    _or_refuse(lambda: [read_source(source) for source in sources])  # before a model is loaded for nothing
-    from worker.commands.load_model import load_from_settings
-    from worker.training.evaluate import evaluate
-
-    model = load_from_settings(settings)
-    by = settings.rows_held_out_by(settings.model)
-    report = _or_refuse(
-        lambda: evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
-    )
-    if settings.format == "json":
-        report_json = orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2)
-        sys.stdout.buffer.write(report_json + b"\n")  # UTF-8, whatever the terminal's locale
-    else:
-        rich.print(report.table())
-    return 0
-
-
-def _train(argv: Sequence[str]) -> int:
-    import rich
-
-    from worker.settings import TrainSettings, load
-
-    _log_as_asked(argv)
-    settings = load(TrainSettings, argv, "sentiment-worker train")
-    sources = _sources(settings)
-    from worker.training.progress import ProgressView
-    from worker.training.train import train
-
-    with ProgressView() as view:
-        result = _or_refuse(lambda: train(settings, sources, view))
-    rich.print(result.report.table())
-    print(f"{result.folder}, after {result.seconds:.0f} s")
-    return 130 if result.interrupted else 0
+    configured = _configured(getattr(settings, kind), argv, name)
+    code: int = import_module(f"worker.commands.{name}").run(configured)
+    return code
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "check": _check,
-    "classify": _classify,
-    "bench": _bench,
-    "replay": _replay,
-    "demo": _demo,
-    "evaluate": _evaluate,
-    "train": _train,
+    "classify": partial(_command, "classify", "ClassifySettings"),
+    "bench": partial(_command, "bench", "BenchSettings"),
+    "replay": partial(_command, "replay", "ReplaySettings"),
+    "demo": partial(_command, "demo", "DemoSettings"),
+    "evaluate": partial(_command, "evaluate", "EvaluateSettings"),
+    "train": partial(_command, "train", "TrainSettings"),
 }
-
-
-def _sources(settings: "CorpusSettings") -> "list[LabelledFile]":
-    from worker.training.dataset import parse_sources
-
-    return _or_refuse(
-        lambda: parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column)
-    )
-
-
-def _or_refuse(work: Callable[[], Answer]) -> Answer:
-    """The data commands say what is wrong with their input by a ValueError of one sentence."""
-    from worker.errors import WrongSetting
-
-    try:
-        return work()
-    except ValueError as error:
-        raise WrongSetting(str(error)) from error
 
 
 def _explain(sentence: str, code: int) -> None:

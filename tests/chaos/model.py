@@ -25,7 +25,7 @@ from tests.support.costless_model import CostlessModel
 from worker.kafka import sink, source
 from worker.kafka.consumer import Consumer
 from worker.kafka.reader import FetchedRuns
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 
 POISONED = -1
 

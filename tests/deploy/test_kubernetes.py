@@ -21,7 +21,8 @@ from tests.deploy.manifests import (
     the,
     workload,
 )
-from worker.settings import RunSettings, load
+from worker.settings.run import RunSettings
+from worker.settings.sources import load
 
 VERSIONS = ("1.32", "1.36")
 SCHEMAS = Path(__file__).parent / "schemas"  # of custom resources

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.manifests import DEPLOY, OVERLAYS, container, read, settings_of_the_pod
-from worker.settings import RunSettings, load, unknown_variables
+from worker.settings.run import RunSettings
+from worker.settings.sources import load, unknown_variables
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,8 @@ from tests.support.topics import Kafka, Record, Topics
 from worker.commands import check
 from worker.commands.check import Finding
 from worker.commands.kafka_connection import kafka_connection
-from worker.settings import RunSettings, load
+from worker.settings.run import RunSettings
+from worker.settings.sources import load
 
 pytestmark = pytest.mark.kafka
 DAY_MS = 86_400_000
@@ -55,7 +56,7 @@ def test_check_warns_of_results_that_would_be_older_than_their_topic_keeps_them(
     assert f"up to 1000 records to be read are older than {topics.output} keeps its own (168 h)" in said
     assert retention("--result-timestamp", "now") == retention("--auto-offset-reset", "latest") == []
     kafka.seek(topics.group, topics.input, 0, 990)
-    assert "up to 10 records" in retention()[0].said
+    assert "up to 10 records" in retention()[0].sentence
     kafka.seek(topics.group, topics.input, 0, 1_000)
     assert retention() == []
     kafka.set_config(topics.output, "retention.ms", -1)

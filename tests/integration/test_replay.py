@@ -20,7 +20,7 @@ from tests.support.process import COSTLESS, Workers, environment, forked
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Record, Topics, repeated
 from tests.support.waiting import wait_for
-from worker.core.events import Reason
+from worker.reasons import Reason
 
 pytestmark = pytest.mark.kafka
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from worker.cli import main
 from worker.commands import run as service
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 
 
 def main_with(load_model: Callable[[RunSettings], Any]) -> None:

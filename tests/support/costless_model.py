@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.support.command_line import main_with
 from worker.commands import run as service
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.support.command_line import main_with
 from worker.commands.run_parts import load_model
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 
 SECRET_TEXT = "никому не показывать"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from worker.commands import bench
-from worker.commands.bench import FLOAT32, Engine, Measured, Report, Steps, measure
+from worker.commands.bench import FLOAT32, BenchReport, Engine, EngineSpeed, Steps, measure
 from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
 from worker.model.backends import BackendError
-from worker.settings import BenchSettings
+from worker.settings.commands import BenchSettings
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from worker.settings import BenchSettings
     ],
 )
 def test_a_larger_budget_has_to_be_worth_it(texts_per_s: dict[int, float], budget: int) -> None:
-    assert Measured(FLOAT32, texts_per_s, 1.0, 1).budget == budget
+    assert EngineSpeed(FLOAT32, texts_per_s, 1.0, 1).budget == budget
 
 
 class FakeModel:
@@ -100,10 +100,10 @@ def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(
 AUTO = Engine("torch", "auto", True)
 
 
-def speeds(device: str, *engines: tuple[Engine, float, int | None, float]) -> Report:
+def speeds(device: str, *engines: tuple[Engine, float, int | None, float]) -> BenchReport:
     """Of engines, their texts a second, threads and agreement."""
-    report = Report("m@1", device, 10)
-    report.engines = [Measured(engine, {512: speed}, same, threads) for engine, speed, threads, same in engines]
+    report = BenchReport("m@1", device, 10)
+    report.engines = [EngineSpeed(engine, {512: speed}, same, threads) for engine, speed, threads, same in engines]
     return report
 
 
@@ -118,8 +118,8 @@ def test_what_is_recommended_is_the_fastest_exact_one_with_its_own_threads() -> 
 def test_what_is_recommended_is_what_auto_would_take_by_the_same_figures() -> None:
     """Which looks at a light load too, and not at a backlog alone."""
     onnx = Engine("onnx", "float32", True)
-    report = Report("m@1", "cpu", 10)
-    report.engines = [Measured(FLOAT32, {512: 100.0}, 1.0, 1, 0.001), Measured(onnx, {512: 120.0}, 1.0, 1, 0.003)]
+    report = BenchReport("m@1", "cpu", 10)
+    report.engines = [EngineSpeed(FLOAT32, {512: 100.0}, 1.0, 1, 0.001), EngineSpeed(onnx, {512: 120.0}, 1.0, 1, 0.003)]
     assert report.best.engine == FLOAT32
 
 

@@ -18,7 +18,8 @@ from worker.http.access import AccessControl
 from worker.http.console import PAGE, Console, content_security_policy, shown_settings
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.server import Server
-from worker.settings import RunSettings, load
+from worker.settings.run import RunSettings
+from worker.settings.sources import load
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 

@@ -8,7 +8,8 @@ import pytest
 from tests.support.events import AFTER_YEAR_9999, FAILURE, INVALID_TIMES, TEN, FakeRecord
 from worker.core.dead_letters import dead_letter, read_dead_letter, record_to_replay, smaller_dead_letters
 from worker.core.decoder import Decoder
-from worker.core.events import Headers, Outgoing, Reason
+from worker.core.events import Headers, Outgoing
+from worker.reasons import Reason
 
 ERRORS = [
     ("error.stage", b"decode"),

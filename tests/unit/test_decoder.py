@@ -10,8 +10,9 @@ import pytest
 from tests.support.events import MARK, FakeRecord, decode
 from worker.core.decoder import Decoder
 from worker.core.empty_text import is_empty
-from worker.core.events import Event, Failure, Headers, Null, Reason
+from worker.core.events import Event, Failure, Headers, Null
 from worker.core.json_input import MAX_VALUES
+from worker.reasons import Reason
 
 
 def test_where_the_text_is_depends_on_the_topic() -> None:

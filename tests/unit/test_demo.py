@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from worker.commands import demo
+from worker.commands.demo.counts import DemoCounts, Speed, WorkerCounts, discrepancies, summary
 from worker.commands.demo.errors import DemoError
-from worker.commands.demo.ledger import Books, Ledger, Speed, discrepancies, summary
-from worker.commands.demo.messages import BROKEN, Message, Review, endless, lap, reviews
+from worker.commands.demo.messages import BROKEN, Message, Review, endless_passes, one_pass, reviews
 from worker.commands.demo.views import LinesView, LiveView, bar
 from worker.core.decoder import Decoder
 from worker.core.events import Event, Failure, Null
@@ -28,7 +28,7 @@ from worker.training.dataset import is_held_out
 
 kafka = pytest.importorskip("confluent_kafka")
 
-from worker.commands.demo import broker, play, processes  # noqa: E402  (they need confluent_kafka)
+from worker.commands.demo import broker, processes, scenario  # noqa: E402  (they need confluent_kafka)
 
 REVIEWS = [Review(f"Отзыв номер {n}", LABELS[n % 3]) for n in range(7)]
 
@@ -47,8 +47,8 @@ def test_the_reviews_that_ship_are_real_and_held_out():
     assert all(review.text.strip() and is_held_out(review.text) for review in shipped)
 
 
-def test_a_lap_is_the_reviews_with_every_broken_record_among_them():
-    messages = lap(REVIEWS, 100)
+def test_a_pass_is_the_reviews_with_every_broken_record_among_them():
+    messages = one_pass(REVIEWS, 100)
     assert [message.review for message in messages if message.review] == [REVIEWS[n % 7] for n in range(100)]
     broken = [place for place, message in enumerate(messages) if not message.review]
     assert len(broken) == len(BROKEN) == len(messages) - 100
@@ -57,107 +57,111 @@ def test_a_lap_is_the_reviews_with_every_broken_record_among_them():
 
 @pytest.mark.parametrize("events", [1, 5, 700])
 def test_no_two_messages_share_an_id(events):
-    messages = lap(REVIEWS, events) + lap(REVIEWS, events, 1)
+    messages = one_pass(REVIEWS, events) + one_pass(REVIEWS, events, 1)
     assert len({message.id for message in messages}) == len(messages)
 
 
-def test_the_endless_replay_goes_on_lap_after_lap():
-    replay = endless(REVIEWS, 10)
-    laps = [next(replay) for _ in range(2 * (10 + len(BROKEN)))]
-    assert laps == lap(REVIEWS, 10) + lap(REVIEWS, 10, 1)
+def test_endless_passes_follow_each_other():
+    messages = endless_passes(REVIEWS, 10)
+    passes = [next(messages) for _ in range(2 * (10 + len(BROKEN)))]
+    assert passes == one_pass(REVIEWS, 10) + one_pass(REVIEWS, 10, 1)
 
 
-def test_each_message_has_the_fate_that_the_worker_gives_it():
-    for message in lap(REVIEWS, 3):
+def test_each_message_has_the_outcome_that_the_worker_gives_it():
+    for message in one_pass(REVIEWS, 3):
         record = SimpleNamespace(
             topic="texts", partition=0, offset=0, timestamp=0, key=message.key, value=message.value, headers=[]
         )
         decoded = Decoder().decode(record)
         if isinstance(decoded, Event):
-            assert (message.fate, message.id, message.review.text) == ("result", decoded.id, decoded.text)
+            assert (message.expected, message.id, message.review.text) == ("result", decoded.id, decoded.text)
         elif isinstance(decoded, Failure):
-            assert message.fate == decoded.reason
+            assert message.expected == decoded.reason
         else:
-            assert message.fate == {Null.TOMBSTONE: "tombstone", Null.SKIPPED: "skipped"}[decoded]
+            assert message.expected == {Null.TOMBSTONE: "tombstone", Null.SKIPPED: "skipped"}[decoded]
 
 
 # How it is counted
 
 
-def played(messages):
-    """A ledger in which everything has gone as planned, half a second each."""
-    ledger = Ledger()
+def counts_of(messages):
+    """The counts of messages that all had their expected outcome, after half a second each."""
+    counts = DemoCounts()
     for message in messages:
-        ledger.sent(message, 1.0)
-        ledger.delivered += 1
-        if message.fate == "result":
-            ledger.result(message.id, message.review.label, 0.25, 1.5)
-        elif message.fate == "tombstone":
-            ledger.tombstone(message.id, 1.5)
-        elif message.fate != "skipped":
-            ledger.dead_letter(message.id, message.fate, 1.5)
-    return ledger
+        counts.sent(message, 1.0)
+        counts.delivered += 1
+        if message.expected == "result":
+            counts.result(message.id, message.review.label, 0.25, 1.5)
+        elif message.expected == "tombstone":
+            counts.tombstone(message.id, 1.5)
+        elif message.expected != "skipped":
+            counts.dead_letter(message.id, message.expected, 1.5)
+    return counts
 
 
 @pytest.fixture
-def ledger():
-    return played(lap(REVIEWS, 30))
+def counts():
+    return counts_of(one_pass(REVIEWS, 30))
 
 
 @pytest.fixture
-def books():
-    fates = Counter(fate for fate, _ in BROKEN)
-    dead = fates.total() - fates["tombstone"] - fates["skipped"]
-    return Books(30 + len(BROKEN), 30, dead, fates["tombstone"], fates["skipped"])
+def worker_counts():
+    expected_outcomes = Counter(expected for expected, _ in BROKEN)
+    dead = expected_outcomes.total() - expected_outcomes["tombstone"] - expected_outcomes["skipped"]
+    return WorkerCounts(30 + len(BROKEN), 30, dead, expected_outcomes["tombstone"], expected_outcomes["skipped"])
 
 
-def test_a_ledger_where_all_went_well(ledger, books):
-    assert ledger.delivered == books.consumed == books.sum == ledger.came_out + ledger.unseen
-    assert ledger.in_flight == 0
-    assert ledger.agreement == 1.0
-    assert ledger.latency(0.5) == ledger.latency(0.95) == 0.5
-    assert discrepancies(ledger, books, books.consumed, 0) == []
+def test_counts_where_all_went_well(counts, worker_counts):
+    assert counts.delivered == worker_counts.consumed == worker_counts.sum == counts.came_out + counts.to_be_skipped
+    assert counts.in_flight == 0
+    assert counts.agreement == 1.0
+    assert counts.latency(0.5) == counts.latency(0.95) == 0.5
+    assert discrepancies(counts, worker_counts, worker_counts.consumed, 0) == []
 
 
 @pytest.mark.parametrize("field", ["consumed", "results", "dead_letters", "tombstones", "skipped"])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_each_number_that_is_off_is_found(ledger, books, field, change):
-    wrong = dataclasses.replace(books, **{field: getattr(books, field) + change})
-    assert discrepancies(ledger, wrong, books.consumed, 0)
+def test_each_number_that_is_off_is_found(counts, worker_counts, field, change):
+    wrong = dataclasses.replace(worker_counts, **{field: getattr(worker_counts, field) + change})
+    assert discrepancies(counts, wrong, worker_counts.consumed, 0)
 
 
-def test_an_offset_that_is_not_committed_is_found(ledger, books):
-    assert discrepancies(ledger, books, books.consumed - 1, 0) == [
-        f"{books.consumed} events in, but the offsets committed sum to {books.consumed - 1}."
+def test_an_offset_that_is_not_committed_is_found(counts, worker_counts):
+    assert discrepancies(counts, worker_counts, worker_counts.consumed - 1, 0) == [
+        f"{worker_counts.consumed} events in, but the offsets committed sum to {worker_counts.consumed - 1}."
     ]
 
 
-def test_a_worker_that_did_not_drain_is_found(ledger, books):
-    assert discrepancies(ledger, books, books.consumed, 1) == ["The worker did not drain: it ended with exit code 1."]
+def test_a_worker_that_did_not_drain_is_found(counts, worker_counts):
+    assert discrepancies(counts, worker_counts, worker_counts.consumed, 1) == [
+        "The worker did not drain: it ended with exit code 1."
+    ]
 
 
-def test_a_second_result_is_found(ledger, books):
-    ledger.result("review-1", "neutral", 0.0, 2.0)
-    counted = dataclasses.replace(books, consumed=books.consumed + 1, results=books.results + 1)
-    ledger.delivered += 1
-    assert discrepancies(ledger, counted, counted.consumed, 0) == ["1 records came out twice or from nowhere."]
+def test_a_second_result_is_found(counts, worker_counts):
+    counts.result("review-1", "neutral", 0.0, 2.0)
+    counted = dataclasses.replace(worker_counts, consumed=worker_counts.consumed + 1, results=worker_counts.results + 1)
+    counts.delivered += 1
+    assert discrepancies(counts, counted, counted.consumed, 0) == ["1 records came out twice or from nowhere."]
 
 
-def test_an_event_that_never_came_out_is_found(ledger, books):
-    ledger.sent(Message("late", b"k", b"{}", "missing_text"), 2.0)
-    assert discrepancies(ledger, books, books.consumed, 0) == ["1 of the events never came out."]
+def test_an_event_that_never_came_out_is_found(counts, worker_counts):
+    counts.sent(Message("late", b"k", b"{}", "missing_text"), 2.0)
+    assert discrepancies(counts, worker_counts, worker_counts.consumed, 0) == ["1 of the events never came out."]
 
 
-def test_a_review_that_became_a_dead_letter_is_found(ledger, books):
-    message = lap(REVIEWS, 1, 99)[-1]
-    ledger.sent(message, 2.0)
-    ledger.delivered += 1
-    ledger.dead_letter(message.id, "inference_failed", 2.1)
-    counted = dataclasses.replace(books, consumed=books.consumed + 1, dead_letters=books.dead_letters + 1)
-    assert discrepancies(ledger, counted, counted.consumed, 0) == ["1 of the events: result → inference_failed."]
+def test_a_review_that_became_a_dead_letter_is_found(counts, worker_counts):
+    message = one_pass(REVIEWS, 1, 99)[-1]
+    counts.sent(message, 2.0)
+    counts.delivered += 1
+    counts.dead_letter(message.id, "inference_failed", 2.1)
+    counted = dataclasses.replace(
+        worker_counts, consumed=worker_counts.consumed + 1, dead_letters=worker_counts.dead_letters + 1
+    )
+    assert discrepancies(counts, counted, counted.consumed, 0) == ["1 of the events: result → inference_failed."]
 
 
-def test_the_books_are_read_from_the_worker_s_metrics():
+def test_the_worker_s_counts_are_read_from_its_metrics():
     metrics = Metrics("0")
     metrics.records_consumed.labels("texts").inc(10)
     metrics.records_consumed.labels("more").inc(2)
@@ -166,13 +170,13 @@ def test_the_books_are_read_from_the_worker_s_metrics():
     metrics.dead_letters.labels("decode", "invalid_json").inc(2)
     metrics.tombstones.inc()
     metrics.records_skipped.inc(2)
-    books = Books.parse(metrics.text().decode())
-    assert books == Books(consumed=12, results=7, dead_letters=2, tombstones=1, skipped=2)
-    assert books.sum == 12
+    worker_counts = WorkerCounts.parse(metrics.text().decode())
+    assert worker_counts == WorkerCounts(consumed=12, results=7, dead_letters=2, tombstones=1, skipped=2)
+    assert worker_counts.sum == 12
 
 
-def test_books_before_any_metric_are_empty():
-    assert Books.parse("") == Books(0, 0, 0, 0, 0)
+def test_counts_before_any_metric_are_empty():
+    assert WorkerCounts.parse("") == WorkerCounts(0, 0, 0, 0, 0)
 
 
 def test_the_speed_is_of_the_last_seconds():
@@ -184,27 +188,27 @@ def test_the_speed_is_of_the_last_seconds():
 
 
 def test_the_latency_quantiles():
-    ledger = Ledger()
-    assert ledger.latency(0.5) == 0
-    for n, message in enumerate(message for message in lap(REVIEWS, 100) if message.review):
-        ledger.sent(message, 0)
-        ledger.result(message.id, "neutral", 0.0, n + 1)
-    assert (ledger.latency(0.5), ledger.latency(0.95), ledger.latency(1.0)) == (51, 96, 100)
+    counts = DemoCounts()
+    assert counts.latency(0.5) == 0
+    for n, message in enumerate(message for message in one_pass(REVIEWS, 100) if message.review):
+        counts.sent(message, 0)
+        counts.result(message.id, "neutral", 0.0, n + 1)
+    assert (counts.latency(0.5), counts.latency(0.95), counts.latency(1.0)) == (51, 96, 100)
 
 
 # What is seen
 
 
-def test_the_summary_says_both_accounts_and_their_sum(ledger, books):
-    text = summary(ledger, books, books.consumed)
+def test_the_summary_says_both_accounts_and_their_sum(counts, worker_counts):
+    text = summary(counts, worker_counts, worker_counts.consumed)
     assert "42 events in = 30 results + 9 dead letters + 2 tombstones forwarded + 1 record skipped" in text
     assert ["offsets", "committed", "–", "42"] in [line.split() for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 24), (200, 50), (80, 17), (40, 17)])
-def test_the_live_view_fits_its_terminal(ledger, width, height):
+def test_the_live_view_fits_its_terminal(counts, width, height):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
-    view = LiveView(console, ledger, ledger.delivered, ["metrics  http://127.0.0.1:1/metrics", "broker"])
+    view = LiveView(console, counts, counts.delivered, ["metrics  http://127.0.0.1:1/metrics", "broker"])
     console.print(view.picture(1.0))
     lines = console.file.getvalue().splitlines()
     assert len(lines) <= height or width < 80
@@ -212,26 +216,26 @@ def test_the_live_view_fits_its_terminal(ledger, width, height):
     assert "http://127.0.0.1:1/metrics" in console.file.getvalue() or width < 80
 
 
-def test_the_live_view_shows_labels_dead_letters_latency_and_texts(ledger):
+def test_the_live_view_shows_labels_dead_letters_latency_and_texts(counts):
     console = Console(file=io.StringIO(), force_terminal=True, width=150, height=40, color_system=None)
-    console.print(LiveView(console, ledger, 42, ["metrics"]).picture(1.0))
+    console.print(LiveView(console, counts, 42, ["metrics"]).picture(1.0))
     shown = console.file.getvalue()
     for part in ("42 of 42 events in", "negative", "9: 2 invalid_json", "p50 500 ms", "+0.250", "Отзыв номер 1", "█"):
         assert part in shown
 
 
-def test_a_text_cannot_write_markup_or_break_lines(ledger):
-    message = lap([Review("[red]много\nстрок[/red]", "neutral")], 1, 50)[-1]
-    ledger.sent(message, 2.0)
-    ledger.result(message.id, "neutral", 0.0, 2.1)
+def test_a_text_cannot_write_markup_or_break_lines(counts):
+    message = one_pass([Review("[red]много\nстрок[/red]", "neutral")], 1, 50)[-1]
+    counts.sent(message, 2.0)
+    counts.result(message.id, "neutral", 0.0, 2.1)
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None)
-    console.print(LiveView(console, ledger, None, ["metrics"]).picture(3.0))
+    console.print(LiveView(console, counts, None, ["metrics"]).picture(3.0))
     assert "[red]много строк[/red]" in console.file.getvalue()
 
 
-def test_without_a_terminal_a_line_comes_every_couple_of_seconds(ledger):
+def test_without_a_terminal_a_line_comes_every_couple_of_seconds(counts):
     console = Console(file=io.StringIO(), width=80)
-    with LinesView(console, ledger, 50, ["metrics  http://127.0.0.1:1/metrics"]) as view:
+    with LinesView(console, counts, 50, ["metrics  http://127.0.0.1:1/metrics"]) as view:
         now = time.monotonic()
         for tenths in range(41):
             view.show(now + tenths / 10)
@@ -287,7 +291,7 @@ def test_a_broker_that_does_not_start_is_an_error(tmp_path, monkeypatch):
 def test_a_worker_that_fails_is_told_with_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = [sys.executable, "-c", "print('no such setting'); raise SystemExit(2)"]
-    monkeypatch.setattr(play, "worker_command", lambda servers, port: command)
+    monkeypatch.setattr(scenario, "worker_command", lambda servers, port: command)
     assert demo.run(options()) == 1
     said = capsys.readouterr().err
     assert "ended by itself with exit code 2" in said

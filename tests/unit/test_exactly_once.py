@@ -10,13 +10,14 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.events import Outgoing, Reason
+from worker.core.events import Outgoing
 from worker.kafka import exactly_once as module
 from worker.kafka.assignment import Assignment
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.exactly_once import LONGEST_INTERVAL_S, ExactlyOnce, due_at, least_interval_s
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.transactional_sink import Lost, Refusals
+from worker.reasons import Reason
 from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.core.events import Reason
 from worker.core.sentiment import LABELS
+from worker.reasons import Reason
 from worker.telemetry.metrics import CONTENT_TYPE, IN_FORCE, PREFIX, QUEUES, STAGES, Metrics
 
 NAMES = {  # name without prefix: type, labels

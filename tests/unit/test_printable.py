@@ -6,10 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
-from worker.commands.bench import FLOAT32, Measured, Report, _print
+from worker.commands.bench import FLOAT32, BenchReport, EngineSpeed, _print
 from worker.commands.check import Finding
-from worker.commands.replay import Tally
+from worker.commands.replay import table
 from worker.errors import UserError
+from worker.kafka.replayer import ReplayCounts
 from worker.printable import printable
 from worker.training.evaluate import EvaluationReport, confusion
 
@@ -46,13 +47,13 @@ def shown(renderable: object) -> str:
 
 def test_names_in_tables_are_no_markup() -> None:
     name = "[/] [red]\x1b[31m"
-    tally = Tally()
-    tally.kept_back[name] += 1
-    for text in (shown(EvaluationReport({name: confusion([0], [0])}).table()), shown(tally.table("replayed"))):
+    counts = ReplayCounts()
+    counts.kept_back[name] += 1
+    for text in (shown(EvaluationReport({name: confusion([0], [0])}).table()), shown(table(counts, "replayed"))):
         assert r"[/] [red]\u001b[31m" in text
 
 
 def test_the_name_of_a_model_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("./[/]\x1b@1", "cpu", 1, [Measured(FLOAT32, {512: 1.0}, 1.0, 1)], {1: 1.0})
+    report = BenchReport("./[/]\x1b@1", "cpu", 1, [EngineSpeed(FLOAT32, {512: 1.0}, 1.0, 1)], {1: 1.0})
     _print(report)
     assert capsys.readouterr().out.startswith(r"./[/]\u001b@1 on cpu, 1 texts")

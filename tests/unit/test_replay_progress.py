@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.events import Reason
 from worker.core.replay_progress import MAX_METADATA_BYTES, ProgressTooLarge, ReplayProgress, merge
+from worker.reasons import Reason
 
 REASONS = ("invalid_json", "invalid_utf8", "too_large")
 SIZE = 40

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from tests.support.broker import free_port
-from worker.commands.version import runbook
+from worker.commands.runbook import runbook
 
 STUBBORN = """
 import asyncio
@@ -91,12 +91,12 @@ def test_a_process_with_closed_streams_ends_well() -> None:
 
 FAILING = """
 import sys
-from worker import settings
+from worker import errors
 from worker.commands import run as service
 from worker.kafka.standstill import Standstill
 from worker.cli import main
 
-error = {"Standstill": Standstill, "WrongSetting": settings.WrongSetting}[sys.argv.pop()]
+error = {"Standstill": source.Standstill, "WrongSetting": errors.WrongSetting}[sys.argv.pop()]
 
 async def started(*_):
     raise error("it is so")

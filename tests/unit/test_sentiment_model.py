@@ -25,7 +25,7 @@ from transformers import (
 from tests.support.checkpoint import LABELS, TOKENIZER, Oracle
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
-from worker.settings import DEFAULT_MODEL
+from worker.settings.shared import DEFAULT_MODEL
 
 CARD_TEXT = "Какая гадость эта ваша заливная рыба!"
 CARD_IDS = [2, 7063, 3261, 4192, 4823, 2242, 13786, 2085, 2506, 25263, 1545, 328, 700, 2593, 5, 3]

@@ -11,19 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from worker.errors import WrongSetting
-from worker.settings import (
-    SECRETS,
-    ClassifySettings,
-    DemoSettings,
-    EvaluateSettings,
-    ReplaySettings,
-    RunSettings,
-    load,
-    moment_ms,
-    split_names,
-    text_fields,
-    unknown_variables,
-)
+from worker.settings.base import SECRETS
+from worker.settings.commands import ClassifySettings, DemoSettings, EvaluateSettings, ReplaySettings
+from worker.settings.run import RunSettings
+from worker.settings.sources import load, unknown_variables
+from worker.settings.values import moment_ms, split_names, text_fields
 
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
 TLS = ["--security-protocol", "SSL"]

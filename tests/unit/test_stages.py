@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
-from worker.core.events import Decoded, Event, Failure, Outgoing, Reason, Stage
+from worker.core.events import Decoded, Event, Failure, Outgoing, Stage
 from worker.kafka import at_least_once
 from worker.kafka.assignment import Assignment
 from worker.kafka.at_least_once import AtLeastOnce
@@ -26,6 +26,7 @@ from worker.pipeline.micro_batch import MicroBatch, Part
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline, Queues
+from worker.reasons import Reason
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import worker
 from worker.errors import WrongSetting
-from worker.settings import EvaluateSettings, TrainSettings, load
+from worker.settings.commands import EvaluateSettings, TrainSettings
+from worker.settings.sources import load
 from worker.training.dataset import (
     CLASSES,
     Example,

@@ -27,7 +27,7 @@ from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
 from worker.printable import printable
 from worker.runtime.memory import free_device_memory
-from worker.settings import BenchSettings
+from worker.settings.commands import BenchSettings
 
 WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
 BATCHES: Final = (1, 8, 32, 128, 512)
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(NamedTuple):
-    """What to load. ``is_exact``: ``auto`` may take it, for its labels are those of float32 but for one in a thousand."""
+    """What runs the model. ``auto`` takes only one that ``is_exact``: 999 of 1,000 of its labels are those of float32."""
 
     backend: str
     dtype: str
@@ -51,19 +51,18 @@ FLOAT32: Final = Engine("torch", "float32", True)
 
 
 @dataclass
-class Measured:
-    """Texts per second by token budget, and how many labels are those of the first engine's."""
+class EngineSpeed:
+    """One engine's texts per second by token budget. ``agreement`` is the share of its labels that are float32's."""
 
     engine: Engine
     texts_per_s: dict[int, float]
     agreement: float
-    threads: int | None
-    """On a CPU."""
-    one_text_s: float = 1.0
+    threads: int | None  # on a CPU
+    one_text_s: float = 1.0  # seconds for one text alone
 
     @property
     def budget(self) -> int:
-        """The smallest that is about as fast as any: its device batches take less memory, and end sooner."""
+        """The smallest that is about as fast as any, because smaller device batches take less memory and end sooner."""
         return smallest_at_full_speed(self.texts_per_s)
 
     @property
@@ -72,16 +71,16 @@ class Measured:
 
 
 @dataclass
-class Report:
+class BenchReport:
     model: str
     device: str
     texts: int
-    engines: list[Measured] = field(default_factory=list)
+    engines: list[EngineSpeed] = field(default_factory=list)
     latency_ms: dict[int, float] = field(default_factory=dict)
 
     @property
-    def best(self) -> Measured:
-        """Of the exact ones, which has to show on these texts too, the one that ``auto`` would take by these figures."""
+    def best(self) -> EngineSpeed:
+        """The engine that ``auto`` would take by these figures: of those that are exact, on these texts too, the fastest."""
         exact = [each for each in self.engines if each.engine.is_exact and each.agreement >= AGREEMENT]
         took = {place: (each.one_text_s, 1 / each.speed) for place, each in enumerate(exact)}
         return exact[fastest(took)]
@@ -115,7 +114,7 @@ class Report:
 
 
 def run(settings: BenchSettings) -> int:
-    """Measures and prints. Blocks for a minute or so, on a GPU for some; answers with the exit code. Raises UserError."""
+    """Measures and prints. Blocks for a minute or so, on a GPU for several. Returns the exit code. Raises UserError."""
     texts = _texts(settings.file)
     with Steps(settings.json_output) as steps:
         report = measure(settings, texts, steps)
@@ -127,7 +126,7 @@ def run(settings: BenchSettings) -> int:
 
 
 class Steps:
-    """A progress bar on standard error, which goes when it is left; none if it is to be quiet."""
+    """A progress bar on standard error, erased at the end; ``is_quiet`` shows none."""
 
     def __init__(self, is_quiet: bool = True) -> None:
         self._progress = Progress(console=Console(stderr=True), disable=is_quiet, transient=True)
@@ -142,7 +141,7 @@ class Steps:
 
     @property
     def done(self) -> tuple[float, float | None]:
-        """Steps that have ended, and of how many."""
+        """How many steps have ended, and of how many."""
         (task,) = self._progress.tasks
         return task.completed, task.total
 
@@ -151,7 +150,7 @@ class Steps:
         self._progress.update(self._task, total=count)
 
     def tell(self, what: str) -> None:
-        """What is done meanwhile, outside of the steps."""
+        """Shows what is being done."""
         self._progress.update(self._task, description=what)
 
     def skip(self, count: int) -> None:
@@ -159,17 +158,17 @@ class Steps:
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """What is measured meanwhile."""
+        """Shows what is being measured, and counts the step when it has ended."""
         self.tell(what)
         yield
         self._progress.advance(self._task)
 
 
-def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Report:
-    """All engines that this machine has, on texts in windows of a micro-batch, tokenizing included."""
+def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> BenchReport:
+    """Measures all engines that this machine has, on windows as large as a micro-batch, tokenizing included."""
     prepare_process()
     first = _load(settings, FLOAT32)
-    report = Report(first.name, str(first.device), len(texts))
+    report = BenchReport(first.name, str(first.device), len(texts))
     wanted = first.get_sentiment(list(texts[:SAMPLE]))
     engines, budgets = list(_engines(report.device)), _budgets(first)
     del first  # one model at a time: a device may have no room for two
@@ -177,7 +176,7 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Repo
     for engine in engines:
         steps.tell(f"loading {engine}")
         try:
-            report.engines.append(_measured(settings, engine, budgets, texts, wanted, steps))
+            report.engines.append(_measure_engine(settings, engine, budgets, texts, wanted, steps))
         except (BackendError, FloatingPointError) as error:
             log.info("%s is left out: %s", engine, error)
             steps.skip(len(budgets))
@@ -189,23 +188,23 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Repo
     return report
 
 
-def _measured(
+def _measure_engine(
     settings: BenchSettings,
     engine: Engine,
     budgets: Sequence[int],
     texts: Sequence[str],
     wanted: Sequence[str | None],
     steps: Steps,
-) -> Measured:
+) -> EngineSpeed:
     model = _load(settings, engine)
     is_on_cpu = model.device.type == "cpu"
     agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
-    measured = Measured(engine, {}, agreement, model.passes if is_on_cpu else None)
+    measured = EngineSpeed(engine, {}, agreement, model.passes if is_on_cpu else None)
     for budget in budgets:
         with steps.step(f"{engine}, {budget} tokens"):
             if is_on_cpu:
                 model.max_batch_tokens = budget
-            else:  # anew, for the shapes that it prepares are those of its budget
+            else:  # loaded anew, because it prepares the shapes of its budget
                 del model
                 model = _load(settings, engine, budget)
             measured.texts_per_s[budget] = _texts_per_s(model, texts, settings.seconds)
@@ -260,7 +259,7 @@ def _texts_per_s(model: SentimentModel, texts: Sequence[str], seconds: float) ->
 
 
 def _latency_ms(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:
-    """The median of the time that a batch takes, from texts to results."""
+    """The median time from texts to results of a batch, in ms."""
     took: list[float] = []
     while not took or (sum(took) < seconds and len(took) < 200):
         started = time.perf_counter()
@@ -270,7 +269,7 @@ def _latency_ms(model: SentimentModel, texts: Sequence[str], seconds: float) -> 
 
 
 def _texts(file: Path | None) -> list[str]:
-    """The file's lines, else the reviews that ship with the package; repeated until there are enough for a window."""
+    """The file's lines, else the reviews that ship with the package, repeated until they fill a window."""
     if file is None:
         texts = list(read_reviews())
     else:
@@ -280,7 +279,7 @@ def _texts(file: Path | None) -> list[str]:
     return list(islice(cycle(texts), max(WINDOW, len(texts))))
 
 
-def _print(report: Report) -> None:
+def _print(report: BenchReport) -> None:
     console = Console()
     console.print(printable(f"{report.model} on {report.device}, {report.texts} texts"), markup=False)
     console.print(_speeds(report))
@@ -297,7 +296,7 @@ def _print(report: Report) -> None:
     console.print(f"A million texts take {hours:.4f} hours of this machine, {3600 * hours:,.0f} s.")
 
 
-def _speeds(report: Report) -> Table:
+def _speeds(report: BenchReport) -> Table:
     budgets = sorted({budget for each in report.engines for budget in each.texts_per_s})
     table = Table(
         Column("token budget", no_wrap=True), *map(str, budgets), "same labels", title="texts/s", title_justify="left"
@@ -308,7 +307,7 @@ def _speeds(report: Report) -> Table:
     return table
 
 
-def _latencies(report: Report) -> Table:
+def _latencies(report: BenchReport) -> Table:
     table = Table("texts in a batch", *map(str, report.latency_ms))
     table.add_row(f"ms, {report.best.engine}", *(f"{ms:.1f}" for ms in report.latency_ms.values()))
     return table

@@ -8,40 +8,22 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
-
-from aiokafka import TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import GroupCoordinatorNotAvailableError
+from typing import Final, Literal, NamedTuple
 
 from worker.commands.kafka_connection import kafka_connection
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
-from worker.kafka.aiokafka_compat.metadata import known_brokers
-from worker.kafka.backlog import backlog, valid_offsets
-from worker.kafka.clients import admin_client, stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection
-from worker.kafka.consumer import Consumer
+from worker.kafka.backlog import backlog
+from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.diagnosis import why_unreachable
+from worker.kafka.inspector import Inspector, TopicDescription, unread_older_than
 from worker.kafka.permissions import Permissions
-from worker.kafka.topics import (
-    NO_LIMIT,
-    TopicLimits,
-    compacted_dead_letters,
-    matching_topics,
-    missing_topics,
-    no_match,
-    read_limits,
-    topic_limits,
-)
+from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, no_match
 from worker.printable import printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
-from worker.runtime.tasks import within
-from worker.settings import RunSettings
+from worker.settings.run import RunSettings
 from worker.telemetry.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
@@ -50,29 +32,29 @@ Verdict = Literal["ok", "warn", "fail"]
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, how it is, and if it is not well what to do."""
+    """One line: what was looked at, how it is, and what to do if it is not well."""
 
     subject: str
     verdict: Verdict
-    said: str
+    sentence: str
     exit_code: int = 1
-    """Where it fails: 2 for a wrong setting."""
+    """The command's, where the verdict is fail: 2 for a wrong setting, else 1."""
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5} {self.subject:<12} {printable(self.said)}"
+        return f"{self.verdict:<5} {self.subject:<12} {printable(self.sentence)}"
 
 
 def run(settings: RunSettings) -> int:
-    """Prints a line for each thing looked at, as soon as it is known. Blocks for as long as a model takes to load.
+    """Prints a line for each thing that it looks at, as soon as it is known. Blocks, as long as loading a model takes.
 
-    Answers with 0 where nothing fails, 2 where a setting is wrong, credentials among them, else 1.
+    Returns the exit code: 0 where nothing fails, 2 where a setting is wrong, credentials among them, else 1.
     """
     return asyncio.run(_run(settings))
 
 
 def refused(error: WrongSetting) -> int:
-    """Prints a line for each setting that is wrong, where there is nothing else to look at, and answers with 2."""
-    return max(_printed(Finding("settings", "fail", said, error.exit_code)) for said in error.sentences)
+    """Prints a line for each wrong setting, in place of ``run``, which needs settings that are valid. Returns 2."""
+    return max(_printed(Finding("settings", "fail", sentence, error.exit_code)) for sentence in error.sentences)
 
 
 async def _run(settings: RunSettings) -> int:
@@ -117,7 +99,7 @@ def _wrong(subject: str, error: WrongSetting) -> Finding:
 
 
 def _disk() -> Finding:
-    """Where checkpoints of the hub and exports of them are kept."""
+    """Whether the folder for checkpoints of the hub and their exports can be written, and has room."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = next(each for each in (home, *home.parents) if each.exists())
     free = shutil.disk_usage(folder).free
@@ -176,21 +158,17 @@ def _model(settings: RunSettings) -> Finding:
 
 
 async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator[Finding]:
-    admin = admin_client(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
+    inspector = Inspector.of(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
     try:
-        await within(connection.request_timeout_s, admin.start())
-    except UNREACHABLE as error:
-        yield await _away(connection, error)
-        return
-    try:
+        brokers = await inspector.start(connection.request_timeout_s)
+        yield Finding("brokers", "ok", f"{brokers} at {', '.join(connection.bootstrap_servers)}")
         async with asyncio.timeout(4 * connection.request_timeout_s):
-            yield Finding("brokers", "ok", f"{known_brokers(admin)} at {', '.join(connection.bootstrap_servers)}")
-            async for finding in _topics(settings, connection, admin):
+            async for finding in _topics(settings, connection, inspector):
                 yield finding
     except UNREACHABLE as error:
         yield await _away(connection, error)
     finally:
-        await within(5, admin.close())
+        await inspector.close()
 
 
 async def _away(connection: Connection, error: BaseException) -> Finding:
@@ -204,70 +182,62 @@ async def _away(connection: Connection, error: BaseException) -> Finding:
     )
 
 
-async def _topics(settings: RunSettings, connection: Connection, admin: AIOKafkaAdminClient) -> AsyncIterator[Finding]:
-    topics = tuple(dict.fromkeys(settings.topics))
+async def _topics(settings: RunSettings, connection: Connection, inspector: Inspector) -> AsyncIterator[Finding]:
+    inputs = tuple(dict.fromkeys(settings.topics))
     if settings.input_pattern:
-        topics = await matching_topics(admin, settings.input_pattern)
-        if not topics:
-            yield Finding(
-                "topics", "fail", f"{no_match(settings.input_pattern)}; create one, or look for its Describe ACL"
-            )
+        inputs = await inspector.matching(settings.input_pattern)
+        if not inputs:
+            advice = "create one, or look for its Describe ACL"
+            yield Finding("topics", "fail", f"{no_match(settings.input_pattern)}; {advice}")
             return
-    roles: dict[str, Sequence[str]] = {
-        "input_topics": topics,
-        "output_topic": (settings.output_topic,),
-        "dead_letter_topic": (settings.dead_letter_topic,),
-    }
-    missing = await missing_topics(admin, roles)
+    outputs = (settings.output_topic, settings.dead_letter_topic)
+    missing = await inspector.missing(
+        {
+            "input_topics": inputs,
+            "output_topic": [settings.output_topic],
+            "dead_letter_topic": [settings.dead_letter_topic],
+        }
+    )
     if missing:
         yield Finding("topics", "fail", f"{missing}; create it, or name another")
         return
-    names = [name for group in roles.values() for name in group]
-    described = {topic["topic"]: topic for topic in await admin.describe_topics(names)}
-    yield Finding("topics", "ok", ", ".join(f"{name} ({len(described[name]['partitions'])})" for name in names))
-    for name in names:
-        for finding in _partitions(described[name], await _config(admin, name), is_output=name in names[-2:]):
-            yield finding
-    for finding in _compacted(await topic_limits(admin, names), settings):
+    topics = await inspector.topics((*inputs, *outputs))
+    yield Finding("topics", "ok", ", ".join(f"{topic.name} ({len(topic.partitions)})" for topic in topics))
+    for topic in topics:
+        yield _replicas(topic, is_output=topic.name in outputs)
+    limits = await inspector.limits(outputs)
+    for finding in _compacted(limits, settings):
         yield finding
-    partitions = sum(len(described[name]["partitions"]) for name in roles["input_topics"])
-    yield _files(partitions, described.values(), exactly_once=settings.delivery == "exactly-once")
-    yield await _members(settings.group_id, admin, partitions)
-    async for finding in _retention(settings, connection, [described[name] for name in topics]):
-        yield finding
-    yield await _backlog(settings, connection, topics)
-    async for finding in _permissions(settings, connection, roles):
-        yield finding
+    input_topics = topics[: len(inputs)]
+    partitions = sum(len(topic.partitions) for topic in input_topics)
+    yield _files(partitions, topics, exactly_once=settings.delivery == "exactly-once")
+    yield await _members(settings.group_id, inspector, partitions)
+    too_old = await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms)
+    if too_old:
+        yield too_old
+    yield await _backlog(settings, connection, inputs)
+    yield await _permissions(settings, connection, inputs, outputs)
 
 
-def _partitions(topic: Mapping[str, Any], config: Mapping[str, str | None], *, is_output: bool) -> Iterator[Finding]:
-    name = topic["topic"]
-    leaderless = [each["partition"] for each in topic["partitions"] if each["leader"] < 0]
-    replicas = min(len(each["replicas"]) for each in topic["partitions"])
-    if leaderless:
-        yield Finding(
-            "partitions", "fail", f"{name} has partitions without a leader: {leaderless}; look at its brokers"
-        )
-    elif replicas == 1:
-        yield Finding(
-            "replicas", "warn", f"{name} has one replica a partition, and is lost with its broker; 3 are usual"
-        )
-    elif is_output and int(config.get("min.insync.replicas") or 1) < 2:
-        yield Finding(
-            "replicas",
-            "warn",
-            f"{name} has min.insync.replicas 1: what is acknowledged may be lost with a broker; set 2",
-        )
-    else:
-        yield Finding("replicas", "ok", f"{name} has {replicas} a partition")
+def _replicas(topic: TopicDescription, *, is_output: bool) -> Finding:
+    if topic.leaderless:
+        leaderless = f"{topic.name} has partitions without a leader: {list(topic.leaderless)}"
+        return Finding("partitions", "fail", f"{leaderless}; look at its brokers")
+    if topic.replicas == 1:
+        one = f"{topic.name} has one replica a partition, and is lost with its broker"
+        return Finding("replicas", "warn", f"{one}; 3 are usual")
+    if is_output and topic.min_insync_replicas < 2:
+        one = f"{topic.name} has min.insync.replicas 1: what is acknowledged may be lost with a broker"
+        return Finding("replicas", "warn", f"{one}; set 2")
+    return Finding("replicas", "ok", f"{topic.name} has {topic.replicas} a partition")
 
 
-def _files(partitions: int, topics: Iterable[Mapping[str, Any]], *, exactly_once: bool) -> Finding:
-    """Where one worker has all input partitions, as it has when the others are gone."""
+def _files(partitions: int, topics: Iterable[TopicDescription], *, exactly_once: bool) -> Finding:
+    """Whether one worker may open the files for all input partitions, which it has when all other workers are gone."""
     raise_limit()  # as a worker does
-    brokers = {node for topic in topics for partition in topic["partitions"] for node in partition["replicas"]}
-    is_enough, files = check_limit(partitions, len(brokers), exactly_once=exactly_once)
-    return Finding("files", "ok" if is_enough else "warn", files)
+    brokers = frozenset[int]().union(*(topic.brokers for topic in topics))
+    is_enough, sentence = check_limit(partitions, len(brokers), exactly_once=exactly_once)
+    return Finding("files", "ok" if is_enough else "warn", sentence)
 
 
 def _compacted(limits: Mapping[str, TopicLimits], settings: RunSettings) -> Iterator[Finding]:
@@ -278,27 +248,17 @@ def _compacted(limits: Mapping[str, TopicLimits], settings: RunSettings) -> Iter
         yield Finding("compaction", "fail", compacted_dead_letters(settings.dead_letter_topic))
 
 
-async def _config(admin: AIOKafkaAdminClient, name: str) -> dict[str, str | None]:
-    """A topic's settings; none where this user may not read them."""
-    answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name)])
-    return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
-
-
-async def _members(group: str, admin: AIOKafkaAdminClient, partitions: int) -> Finding:
-    answers = await _described(group, admin)
-    members = sum(len(found[5]) for answer in answers for found in answer.groups)
+async def _members(group: str, inspector: Inspector, partitions: int) -> Finding:
+    members = await inspector.members(group)
     if members >= partitions:
-        return Finding(
-            "workers",
-            "warn",
-            f"group {group} has {members} members for {partitions} partitions: one more would be idle",
-        )
+        idle = f"group {group} has {members} members for {partitions} partitions: one more would be idle"
+        return Finding("workers", "warn", idle)
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
 
 
 async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:
     try:
-        found = await backlog(
+        unread = await backlog(
             connection,
             topics,
             group_id=settings.group_id,
@@ -306,85 +266,51 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
             isolation_level=settings.isolation_level,
         )
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
-        said = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
-        return Finding("offsets", "warn", f"{said}; look at the permissions, or try again")
-    return Finding("offsets", "warn" if found.is_all_over_again or found.recreated else "ok", str(found))
-
-
-async def _described(group: str, admin: AIOKafkaAdminClient) -> Any:
-    """The first who ever asks for a group waits until Kafka has made the topic for their offsets."""
-    backoff = Backoff()
-    while True:
-        try:
-            return await admin.describe_consumer_groups([group])
-        except GroupCoordinatorNotAvailableError:
-            await backoff.wait()
+        doubt = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
+        return Finding("offsets", "warn", f"{doubt}; look at the permissions, or try again")
+    return Finding("offsets", "warn" if unread.is_all_over_again or unread.recreated else "ok", str(unread))
 
 
 async def _retention(
-    settings: RunSettings, connection: Connection, topics: Iterable[Mapping[str, Any]]
-) -> AsyncIterator[Finding]:
-    """Something where results would have timestamps that their topic no longer keeps, or where nobody can tell."""
-    name = settings.output_topic
-    keeps_ms = (await read_limits(connection, [name]))[name].retention_ms
+    settings: RunSettings, connection: Connection, topics: Iterable[TopicDescription], keeps_ms: int
+) -> Finding | None:
+    """A warning where results would have timestamps older than their topic keeps, or where that cannot be asked."""
     if settings.result_timestamp == "now" or keeps_ms == NO_LIMIT:
-        return
-    tps = [TopicPartition(topic["topic"], each["partition"]) for topic in topics for each in topic["partitions"]]
-    consumer = Consumer(**connection.options(), group_id=settings.group_id, enable_auto_commit=False)
+        return None
     try:
-        await within(connection.request_timeout_s, consumer.start())
-        consumer.assign(tps)
-        oldest = int(time.time() * 1000) - keeps_ms
-        old = await within(
-            connection.request_timeout_s, _unread_before(consumer, tps, oldest, settings.auto_offset_reset)
+        old = await unread_older_than(
+            keeps_ms, connection, topics, group_id=settings.group_id, auto_offset_reset=settings.auto_offset_reset
         )
     except UNREACHABLE as error:
-        yield Finding("retention", "warn", f"how old the input is cannot be asked ({type(error).__name__}); try again")
-    else:
-        if old:
-            yield Finding(
-                "retention",
-                "warn",
-                f"up to {old} records to be read are older than {name} keeps its own ({keeps_ms / 3_600_000:.4g} h): Kafka "
-                "may delete their results at once; set result_timestamp to now, or raise its retention.ms",
-            )
-    finally:
-        await stop_client(consumer, "consumer", 5)
-
-
-async def _unread_before(consumer: Consumer, tps: list[TopicPartition], moment: int, otherwise: str) -> int:
-    """How many records before a moment, in ms, the group has not read: those before the first that is as new."""
-    begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
-    committed, _ = await valid_offsets(consumer, tps)
-    found = await consumer.offsets_for_times(dict.fromkeys(tps, moment))
-    resets = begins if otherwise == "earliest" else ends
-    unread = 0
-    for tp in tps:
-        begin = committed.get(tp, resets[tp])
-        unread += max(0, (found[tp].offset if found.get(tp) else ends[tp]) - max(begin, begins[tp]))
-    return unread
+        doubt = f"how old the input is cannot be asked ({type(error).__name__}); try again"
+        return Finding("retention", "warn", doubt)
+    if not old:
+        return None
+    sentence = (
+        f"up to {old} records to be read are older than {settings.output_topic} keeps its own "
+        f"({keeps_ms / 3_600_000:.4g} h): Kafka may delete their results at once; set result_timestamp to now, or raise "
+        "its retention.ms"
+    )
+    return Finding("retention", "warn", sentence)
 
 
 async def _permissions(
-    settings: RunSettings, connection: Connection, roles: Mapping[str, Iterable[str]]
-) -> AsyncIterator[Finding]:
+    settings: RunSettings, connection: Connection, inputs: Sequence[str], outputs: Sequence[str]
+) -> Finding:
     permissions = Permissions(connection)
-    outputs = (settings.output_topic, settings.dead_letter_topic)
     try:
-        await permissions.start(name for group in roles.values() for name in group)
-        asked = [(f"READ on topic {name}", await permissions.may_read(name)) for name in roles["input_topics"]]
-        asked += [(f"WRITE on topic {name}", await permissions.may_write(name)) for name in outputs]
-        asked.append((f"READ on group {settings.group_id}", await permissions.may_join(settings.group_id)))
+        await permissions.start((*inputs, *outputs))
+        answers = [(f"READ on topic {name}", await permissions.may_read(name)) for name in inputs]
+        answers += [(f"WRITE on topic {name}", await permissions.may_write(name)) for name in outputs]
+        answers.append((f"READ on group {settings.group_id}", await permissions.may_join(settings.group_id)))
         if settings.delivery == "exactly-once":
-            for name in roles["input_topics"]:
+            for name in inputs:
                 ids = f"{settings.group_id}/{name}/0"
-                asked.append(
-                    (f"WRITE on transactional id {ids}", await permissions.may_transact(ids, settings.output_topic))
-                )
+                may_transact = await permissions.may_transact(ids, settings.output_topic)
+                answers.append((f"WRITE on transactional id {ids}", may_transact))
     finally:
         await permissions.close()
-    lacking = [what for what, is_allowed in asked if not is_allowed]
+    lacking = [permission for permission, is_given in answers if not is_given]
     if lacking:
-        yield Finding("permissions", "fail", f"missing {'; '.join(lacking)}; add the ACL")
-    else:
-        yield Finding("permissions", "ok", "; ".join(what for what, _ in asked))
+        return Finding("permissions", "fail", f"missing {'; '.join(lacking)}; add the ACL")
+    return Finding("permissions", "ok", "; ".join(permission for permission, _ in answers))

@@ -15,11 +15,11 @@ from worker.core.encoder import result_fields
 from worker.core.timestamps import iso_time
 from worker.errors import UserError, WrongSetting
 from worker.model.sentiment_model import SentimentModel
-from worker.settings import ClassifySettings
+from worker.settings.commands import ClassifySettings
 
 TEXTS_AT_ONCE = 512
 BLOCK_BYTES = 1 << 17  # some 512 short texts
-# Byte order marks; that of UTF-16 is also the beginning of one of UTF-32, which is looked for first.
+# Byte order marks. UTF-32's stand before UTF-16's, because one of them begins with one of those.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -27,7 +27,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-# What is no character becomes half of a surrogate pair, which UTF-8 has no bytes for: its line alone is wrong.
+# Bytes that are no character become half of a surrogate pair. UTF-8 cannot encode it, so that its line alone is refused.
 codecs.register_error("unpaired", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
 
@@ -38,10 +38,10 @@ class NothingScored(UserError):
 
 
 def run(settings: ClassifySettings) -> int:
-    """Scores the texts that the settings name; the n-th has the id n. Blocks; answers with the exit code.
+    """Scores the texts that the settings name; the n-th has the id n. Blocks; returns the exit code.
 
-    What the worker would make a dead letter of gets a line with the reason in place of a label. Raises WrongSetting,
-    ModelError; NothingScored where there are such lines alone; OSError of the output.
+    A text that the worker would make a dead letter gets a line with the reason in place of a label. Raises WrongSetting and
+    ModelError, NothingScored if all lines are such, and OSError of the output.
     """
     texts = _texts(settings)
     model = load_from_settings(settings)
@@ -52,10 +52,10 @@ def run(settings: ClassifySettings) -> int:
 
 
 def _write(model: SentimentModel, batches: Iterable[list[str | None]]) -> tuple[int, int]:
-    """Answers with how many texts there were, and how many of them have a label."""
+    """Prints a line for each text; returns how many there were, and how many of them have a label."""
     number = scored = 0
     for batch in batches:
-        for fields in _answers(model, list(enumerate(batch, number + 1))):
+        for fields in _results(model, list(enumerate(batch, number + 1))):
             scored += "label" in fields
             sys.stdout.buffer.write(orjson.dumps(fields) + b"\n")
         sys.stdout.buffer.flush()
@@ -64,7 +64,7 @@ def _write(model: SentimentModel, batches: Iterable[list[str | None]]) -> tuple[
 
 
 def _texts(settings: ClassifySettings) -> Iterator[list[str | None]]:
-    """Texts in batches. Of a pipe whatever is there, so that a slow one has its answers at once."""
+    """Texts in batches. A pipe's batch is what it holds at the moment, so that a slow one has its results at once."""
     if bool(settings.file) == bool(settings.texts) or (len(settings.texts) > 1 and "-" in settings.texts):
         raise WrongSetting("classify takes one of: texts as arguments, --file FILE, or - for standard input")
     if settings.file:
@@ -76,7 +76,7 @@ def _texts(settings: ClassifySettings) -> Iterator[list[str | None]]:
 
 
 def file_lines(path: Path) -> Iterator[list[str | None]]:
-    """A file's lines in batches, None for what is no UTF-8, or not what a byte order mark says. Raises WrongSetting."""
+    """A file's lines in batches; None for a line that is not in the file's encoding. Raises WrongSetting."""
     try:
         return _line_batches(path.open("rb"))
     except OSError as error:
@@ -94,7 +94,7 @@ def _line_batches(file: BinaryIO) -> Iterator[list[str | None]]:
 
 
 def _utf8(file: BinaryIO) -> Iterator[bytes]:
-    """The file in blocks, whatever is there; as UTF-8, if it begins with a byte order mark of UTF-16 or UTF-32."""
+    """The file in blocks, as they can be read; converted to UTF-8 if it begins with another byte order mark."""
     blocks: Iterator[bytes] = iter(lambda: file.read1(BLOCK_BYTES), b"")  # type: ignore[attr-defined]
     begin = b""
     while any(len(begin) < len(mark) and mark.startswith(begin) for mark in MARKS) and (block := next(blocks, b"")):
@@ -113,14 +113,14 @@ def _utf8(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decoded(line: bytes) -> str | None:
-    """None for what is no UTF-8."""
+    """A line's text; None if it is not in UTF-8."""
     try:
         return line.removesuffix(b"\r").decode()
     except UnicodeDecodeError:
         return None
 
 
-def _answers(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[dict[str, Any]]:
+def _results(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iterator[dict[str, Any]]:
     scored = iter(model.score([text for _, text in batch if text is not None and not is_empty(text)]))
     processed_at = iso_time(time.time() * 1000)
     for number, text in batch:

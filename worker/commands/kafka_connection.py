@@ -1,7 +1,8 @@
 """How commands connect to Kafka, by the settings that they share."""
 
 from worker.kafka.connection import Connection, tls_context
-from worker.settings import ConnectionSettings, revealed, split_names
+from worker.settings.shared import ConnectionSettings
+from worker.settings.values import revealed, split_names
 
 
 def kafka_connection(settings: ConnectionSettings) -> Connection:

@@ -5,7 +5,7 @@ import logging
 from worker.model.autotune import use_single_torch_thread
 from worker.model.sentiment_model import SentimentModel
 from worker.runtime.memory import keep_freed_blocks
-from worker.settings import ModelSettings
+from worker.settings.shared import ModelSettings
 
 
 def load_from_settings(settings: ModelSettings) -> SentimentModel:

@@ -6,6 +6,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from worker import __version__
 from worker.commands.run_parts import (
     LoadModel,
     Shared,
@@ -16,7 +17,7 @@ from worker.commands.run_parts import (
     tell_that_it_is_ready,
     tracing,
 )
-from worker.commands.version import project_urls, runbook, worker_version
+from worker.commands.runbook import project_urls, runbook
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -33,7 +34,8 @@ from worker.pipeline.publishing import DeadLetterRefused
 from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.tasks import cancelled
-from worker.settings import RunSettings, revealed, split_names
+from worker.settings.run import RunSettings
+from worker.settings.values import revealed, split_names
 from worker.telemetry.health import Health
 from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
@@ -73,7 +75,7 @@ async def _left() -> set[asyncio.Future[Any]]:
 
 
 async def _run(settings: RunSettings, load_model: LoadModel) -> int:
-    metrics = Metrics(worker_version())
+    metrics = Metrics(__version__)
     inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
     health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
     health.not_ready("model", "loading")
@@ -132,7 +134,7 @@ def _server(shared: Shared, reloader: Reloader) -> Server:
         shared.health,
         shared.recent,
         shown_settings(settings),
-        version=worker_version(),
+        version=__version__,
         runbook=runbook(project_urls()),
     )
     return Server(

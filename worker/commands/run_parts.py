@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
+from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
-from worker.commands.version import worker_version
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
@@ -36,7 +36,8 @@ from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline
 from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancelled
-from worker.settings import RunSettings, text_fields
+from worker.settings.run import RunSettings
+from worker.settings.values import text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
@@ -176,7 +177,7 @@ def _pipeline(
     shared: Shared, connection: Connection, source: Source, delivery: Delivery, limits: dict[str, TopicLimits]
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
-    output, dead_letters, version = settings.output_topic, settings.dead_letter_topic, worker_version()
+    output, dead_letters, version = settings.output_topic, settings.dead_letter_topic, __version__
     dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
     return Pipeline(
         source=source,
@@ -239,9 +240,7 @@ def _encoder(settings: RunSettings) -> Encoder:
 def tracing(settings: RunSettings) -> Tracing | None:
     if settings.tracing == "off":
         return None
-    return Tracing(
-        group_id=settings.group_id, client_id=settings.client_id, version=worker_version(), environ=os.environ
-    )
+    return Tracing(group_id=settings.group_id, client_id=settings.client_id, version=__version__, environ=os.environ)
 
 
 def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 
-from worker.core.events import Reason
+from worker.reasons import Reason
 
 
 class TooManyDeadLetters(Exception):

@@ -8,22 +8,9 @@ from enum import Enum
 from itertools import repeat
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
+from worker.reasons import Reason
+
 Stage = Literal["decode", "infer", "publish"]
-Reason = Literal[
-    "invalid_json",
-    "invalid_utf8",
-    "not_an_object",
-    "missing_text",
-    "text_not_string",
-    "empty_text",
-    "too_large",
-    "field_exists",
-    "invalid_cloudevent",
-    "inference_failed",
-    "invalid_timestamp",
-    "result_too_large",
-    "key_required",
-]
 Headers = Sequence[tuple[str, bytes | None]]
 
 CONTENT_TYPE: Final = "content-type"

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import orjson
 
-from worker.core.events import Failure, Reason
+from worker.core.events import Failure
+from worker.reasons import Reason
 
 MAX_VALUES: Final = 100_000  # of one record: each becomes a Python object, while the event loop waits
 MISSING: Final = object()

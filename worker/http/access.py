@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from aiohttp import web
 
-from worker.settings import ip_address
+from worker.settings.values import ip_address
 from worker.telemetry.metrics import Metrics, Refusal
 
 log = logging.getLogger(__name__)

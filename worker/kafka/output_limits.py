@@ -9,10 +9,10 @@ from typing import Final
 
 from aiokafka.errors import InvalidTimestampError
 
-from worker.core.events import Reason
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.producer_records import Columns, Indexes, indexes_by_topic
 from worker.kafka.topics import TopicLimits, read_limits
+from worker.reasons import Reason
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ import numpy as np
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from worker.core.events import Outgoing, Reason
+from worker.core.events import Outgoing
 from worker.core.partitioner import partitions_for
 from worker.kafka.aiokafka_compat.producer import append_records
+from worker.reasons import Reason
 
 LONGEST_VARINT: Final = 5  # bytes of a length
 

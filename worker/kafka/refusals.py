@@ -8,7 +8,7 @@ from typing import Final
 
 from aiokafka.errors import InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError, UnknownError
 
-from worker.core.events import Reason
+from worker.reasons import Reason
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from aiokafka.errors import (
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from worker.core.events import Reason
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written
 from worker.kafka.clients import stop_client
@@ -32,6 +31,7 @@ from worker.kafka.producer_records import (
 )
 from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
 from worker.kafka.topics import TopicLimits
+from worker.reasons import Reason
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -16,7 +16,7 @@ from worker.kafka.aiokafka_compat.metadata import topic_names
 from worker.kafka.clients import admin_client, close_admin
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.diagnosis import why_unreachable
-from worker.settings import whole_name
+from worker.settings.values import whole_name
 from worker.telemetry.health import Health
 
 Answer = TypeVar("Answer")

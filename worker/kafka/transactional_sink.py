@@ -10,13 +10,13 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import IllegalOperation
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.events import Reason
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.output_limits import TimestampCheck
 from worker.kafka.producer_records import Columns, Indexes, ProducerRecord, unanswered
 from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
 from worker.kafka.sink import Failures, Sink
 from worker.kafka.topics import TopicLimits
+from worker.reasons import Reason
 from worker.runtime.tasks import cancelled, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 import orjson
 
 from worker.errors import UserError
-from worker.settings import is_folder, revision_fault
+from worker.settings.values import is_folder, revision_fault
 
 BUILTIN: Final = Path(__file__).parent / "builtin"
 WEIGHTS: Final = (  # in the order in which transformers looks for them

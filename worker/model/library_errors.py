@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from worker.errors import UserError
 from worker.model.checkpoint import MAX_CHARS, HubUnreachable, ModelError
 from worker.model.tokenizer import panics_as_errors
-from worker.settings import is_folder
+from worker.settings.values import is_folder
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from worker.model.tokenizer import Ids, choose_encode, with_normalization
 from worker.model.transformers_loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
 from worker.runtime.threads import parallel_map
-from worker.settings import DEFAULT_MODEL
+from worker.settings.shared import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
 

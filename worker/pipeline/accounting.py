@@ -11,10 +11,10 @@ from itertools import groupby
 from operator import attrgetter
 
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
-from worker.core.events import Reason
 from worker.kafka.delivery import Outcome
 from worker.kafka.refusals import RefusalLog
 from worker.kafka.topics import NO_LIMIT
+from worker.reasons import Reason
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from worker.core.events import Decoded, Event, Failure, Reason, Record
+from worker.core.events import Decoded, Event, Failure, Record
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
 from worker.pipeline.inference_job import Job
+from worker.reasons import Reason
 from worker.telemetry.tracing import BatchTrace
 
 

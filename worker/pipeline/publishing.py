@@ -4,10 +4,11 @@ import time
 from collections.abc import Sequence
 
 from worker.core.dead_letters import dead_letter, smaller_dead_letters
-from worker.core.events import Failure, Outgoing, Reason, Record
+from worker.core.events import Failure, Outgoing, Record
 from worker.kafka.delivery import Outcome
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
+from worker.reasons import Reason
 from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.tracing import Tracing
 

@@ -22,9 +22,10 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from worker.core.events import Reason, Stage
+from worker.core.events import Stage
 from worker.core.sentiment import LABELS
 from worker.core.timestamps import MAX_AGE_S, MAX_CLOCK_SKEW_S
+from worker.reasons import Reason
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")

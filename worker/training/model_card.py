@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worker.settings import TrainSettings
+from worker.settings.commands import TrainSettings
 from worker.training.dataset import CLASSES, Counts, Example, LabelledFile
 from worker.training.training_run import TrainingResult, TrainingRun
 

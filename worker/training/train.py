@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from worker.settings import TrainSettings
+from worker.settings.commands import TrainSettings
 from worker.training.base_checkpoint import load_base, not_finite
 from worker.training.dataset import (
     CLASSES,

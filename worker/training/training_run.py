@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from worker.errors import UserError
-from worker.settings import TrainSettings
+from worker.settings.commands import TrainSettings
 from worker.training.evaluate import EvaluationReport
 from worker.training.progress import ReportProgress
 

@@ -1,32 +1,20 @@
-"""The demo: an embedded broker, the unchanged worker, real reviews sent at a steady pace, a live view, and a reckoning.
+"""The demo: an embedded broker, the unchanged worker, real reviews sent at a steady rate, a live view, and a final count.
 
 Broker and worker are processes of their own. What happened is counted twice: by the worker (its /metrics) and by the
-demo, which reads the output and dead-letter topics with another Kafka client than the worker's. The demo succeeds where
-both counts agree and nothing is missing.
+demo, which reads the output and dead-letter topics with another Kafka client than the worker's. The demo succeeds if both
+counts agree and nothing is missing.
 """
 
 import importlib
 import sys
-from typing import Protocol
+
+from worker.settings.commands import DemoSettings
 
 
-class Options(Protocol):
-    """What ``run`` is told; the settings of the command ``demo`` fit."""
+def run(settings: DemoSettings) -> int:
+    """Runs the demo; the exit code is 0 if everything adds up and the worker drained, else 1; 2 without the extra ``demo``.
 
-    @property
-    def events(self) -> int: ...
-    @property
-    def rate(self) -> float: ...
-    @property
-    def plain(self) -> bool: ...
-    @property
-    def keep_running(self) -> bool: ...
-
-
-def run(options: Options) -> int:
-    """The command: 0 where everything adds up and the worker drained, 1 where not, 2 without the extra ``demo``.
-
-    Blocks until the end, or with ``keep_running`` until Ctrl-C; call it from the main thread. Every process it started
+    Blocks until the end, or with ``keep_running`` until Ctrl-C. Call it from the main thread. Every process that it started
     has ended when it returns.
     """
     try:
@@ -34,6 +22,6 @@ def run(options: Options) -> int:
     except ImportError:
         sys.stderr.write("The demo's broker is not installed; it comes with: pip install 'sentiment-worker[demo]'\n")
         return 2
-    from worker.commands.demo import play
+    from worker.commands.demo import scenario
 
-    return play.run(options)
+    return scenario.run(settings)

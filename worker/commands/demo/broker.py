@@ -1,7 +1,7 @@
-"""The demo's broker: librdkafka's mock cluster, a process of its own. For trying out, never as proof of delivery.
+"""The demo's broker: librdkafka's mock cluster in a process of its own. It is for trying out, and proves no guarantee.
 
-``python -m worker.demo.broker`` prints the broker's address as one line, its topics being made, and ends when its
-standard input does: it never outlives whoever holds the other end. It needs the extra ``demo`` (confluent-kafka).
+``python -m worker.commands.demo.broker`` creates the topics, prints the broker's address as one line, and ends when its
+standard input does, so that it never outlives its parent. It needs the extra ``demo`` (confluent-kafka).
 """
 
 import sys
@@ -19,21 +19,21 @@ ANSWER_S = 10
 
 
 def start() -> tuple[Producer, str]:
-    """The cluster's owner, which must be kept for as long as the broker is to run, and the broker's address.
+    """The client that owns the cluster, to be kept for as long as the broker is to run, and the broker's address.
 
-    Blocks until the topics are there. Raises KafkaException where the broker does not answer.
+    Blocks until the topics exist. Raises KafkaException where the broker does not answer.
     """
     owner = Producer(
         {"bootstrap.servers": "none", "test.mock.num.brokers": 1, "allow.auto.create.topics": True, "log_level": 3}
     )
     for topic in TOPICS:
-        owner.list_topics(topic, timeout=ANSWER_S)  # asking for a topic makes it: the mock knows no CreateTopics
+        owner.list_topics(topic, timeout=ANSWER_S)  # asking for a topic creates it; the mock knows no CreateTopics
     brokers = owner.list_topics(timeout=ANSWER_S).brokers.values()
     return owner, ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serves until standard input ends."""
     owner, address = start()
     sys.stdout.write(address + "\n")
     sys.stdout.flush()

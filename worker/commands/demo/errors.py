@@ -2,4 +2,4 @@
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message is one sentence for the person who watches."""
+    """The demo cannot go on; the message is one sentence for its user."""

@@ -16,12 +16,12 @@ class Review(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A record to send. ``fate`` is what should become of it: result, tombstone, skipped, or a dead letter's reason."""
+    """A record to send. ``expected`` is its right outcome: result, tombstone, skipped, or the reason of a dead letter."""
 
     id: str
     key: bytes | None
     value: bytes | None
-    fate: str
+    expected: str
     review: Review | None = None
 
 
@@ -39,7 +39,7 @@ BROKEN: Sequence[tuple[str, bytes | None]] = (
     ("missing_text", b"{}"),
     ("tombstone", None),
 )
-"""Records that no worker can score: what becomes of each, and its value."""
+"""Records that no worker can score: the expected outcome of each, and its value."""
 
 
 def reviews() -> list[Review]:
@@ -49,19 +49,19 @@ def reviews() -> list[Review]:
     return [Review(row["text"], row["label"]) for row in rows]
 
 
-def lap(of: Sequence[Review], events: int, number: int = 0) -> list[Message]:
-    """``events`` reviews as JSON events with the broken records spread among them. No two laps share an id."""
+def one_pass(of: Sequence[Review], events: int, number: int = 0) -> list[Message]:
+    """``events`` reviews as JSON events, with the broken records spread among them. Each ``number`` has ids of its own."""
     messages = [_review_message(of[n % len(of)], n) for n in range(number * events, (number + 1) * events)]
-    for place, (fate, value) in reversed(list(enumerate(BROKEN))):
-        messages.insert((place + 1) * events // (len(BROKEN) + 1), _broken_message(fate, value, number, place))
+    for place, (expected, value) in reversed(list(enumerate(BROKEN))):
+        messages.insert((place + 1) * events // (len(BROKEN) + 1), _broken_message(expected, value, number, place))
     return messages
 
 
-def endless(of: Sequence[Review], events: int) -> Iterator[Message]:
-    """Lap after lap."""
+def endless_passes(of: Sequence[Review], events: int) -> Iterator[Message]:
+    """One pass after another."""
     number = 0
     while True:
-        yield from lap(of, events, number)
+        yield from one_pass(of, events, number)
         number += 1
 
 
@@ -72,6 +72,6 @@ def _review_message(review: Review, number: int) -> Message:
     return Message(id, product.encode(), value, "result", review)
 
 
-def _broken_message(fate: str, value: bytes | None, number: int, place: int) -> Message:
+def _broken_message(expected: str, value: bytes | None, number: int, place: int) -> Message:
     id = f"broken-{number * len(BROKEN) + place + 1}"
-    return Message(id, None if fate == "skipped" else id.encode(), value, fate)
+    return Message(id, None if expected == "skipped" else id.encode(), value, expected)

@@ -21,10 +21,10 @@ DRAIN_S = 30
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or the terminal's end: the first asks for an orderly end, the second ends at once.
+    """Handles Ctrl-C, SIGTERM and the terminal's end: the first asks for an orderly end, the second ends at once.
 
-    While it is entered, ``asked`` tells of the first; the second raises KeyboardInterrupt, and later ones do nothing,
-    so that the processes are ended undisturbed.
+    Inside of its ``with`` block the first one sets ``asked``, the second raises KeyboardInterrupt, and later ones do
+    nothing, so that the processes are ended undisturbed.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ def worker_command(servers: str, port: int) -> list[str]:
         "dead-letter-topic": DEAD_LETTER_TOPIC,
         "group-id": GROUP,
         "model": "builtin",
-        "cpu-threads": "1",  # so small a network gains nothing from more, and suffers where the machine is busy
+        "cpu-threads": "1",  # more threads gain nothing for so small a model, and slow it where the machine is busy
         "http-port": str(port),
         "log-format": "json",
         "fetch-max-wait-ms": "20",  # the mock sleeps all of it, even when a record arrives meanwhile

@@ -1,4 +1,4 @@
-"""What is seen: lines where there is no terminal, else a picture drawn anew; and a line while something is awaited."""
+"""What the user sees: a live view on a terminal, else lines; and a line while the demo waits for something."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from worker.commands.demo.ledger import RECENT, Ledger, Speed, label_counts, latencies, reason_counts
+from worker.commands.demo.counts import RECENT, DemoCounts, Speed, label_counts, latencies, reason_counts
 from worker.core.sentiment import LABELS
 
 FRAME_S = 0.2
@@ -22,7 +22,7 @@ COLOURS: Mapping[str, str] = {"negative": "red", "neutral": "yellow", "positive"
 
 
 class View(Protocol):
-    """Shows the ledger while it fills; ``show`` is called often and draws when it is time to."""
+    """Shows the counts as they grow; ``show`` is called often and draws when it is time to."""
 
     def __enter__(self) -> object: ...
     def __exit__(self, *_: object) -> None: ...
@@ -30,16 +30,16 @@ class View(Protocol):
 
 
 class LinesView:
-    """A line every couple of seconds, where there is no terminal to draw on."""
+    """A line every two seconds, where there is no terminal to draw on."""
 
-    def __init__(self, console: Console, ledger: Ledger, total: int | None, places: Sequence[str]) -> None:
-        self._console, self._ledger, self._total, self._places = console, ledger, total, places
+    def __init__(self, console: Console, counts: DemoCounts, total: int | None, addresses: Sequence[str]) -> None:
+        self._console, self._counts, self._total, self._addresses = console, counts, total, addresses
         self._started = self._due = time.monotonic()
         self._speed = Speed()
 
     def __enter__(self) -> Self:
-        for place in self._places:
-            say(self._console, place)
+        for address in self._addresses:
+            say(self._console, address)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,19 +52,19 @@ class LinesView:
         say(self._console, self._line(now))
 
     def _line(self, now: float) -> str:
-        ledger = self._ledger
-        speed = f"{self._speed.at(now, ledger.came_out):.0f}/s"
+        counts = self._counts
+        speed = f"{self._speed.at(now, counts.came_out):.0f}/s"
         return (
-            f"{now - self._started:4.0f} s  {_events_in(ledger, self._total)}, {speed}"
-            f" | {ledger.results} results: {label_counts(ledger)} | {ledger.dead_letters} dead letters | {latencies(ledger)}"
+            f"{now - self._started:4.0f} s  {_events_in(counts, self._total)}, {speed}"
+            f" | {counts.results} results: {label_counts(counts)} | {counts.dead_letters} dead letters | {latencies(counts)}"
         )
 
 
 class LiveView:
-    """A picture that is drawn anew some times a second."""
+    """A view that is drawn anew five times a second."""
 
-    def __init__(self, console: Console, ledger: Ledger, total: int | None, places: Sequence[str]) -> None:
-        self._ledger, self._total, self._places = ledger, total, places
+    def __init__(self, console: Console, counts: DemoCounts, total: int | None, addresses: Sequence[str]) -> None:
+        self._counts, self._total, self._addresses = counts, total, addresses
         self._due = 0.0
         self._speed = Speed()
         self._width = min(console.width, 110)
@@ -87,8 +87,8 @@ class LiveView:
 
     def picture(self, now: float) -> RenderableType:
         """The whole view, no higher than the terminal where that has 17 lines."""
-        places = [_line((place, "dim")) for place in self._places]
-        parts = (*self._bars(), Text(), self._facts(), Text(), *self._recent(), Text(), *places)
+        addresses = [_line((address, "dim")) for address in self._addresses]
+        parts = (*self._bars(), Text(), self._facts(), Text(), *self._recent(), Text(), *addresses)
         return Panel(
             Group(self._numbers(now), Text(), *parts),
             title="sentiment-worker demo",
@@ -98,34 +98,34 @@ class LiveView:
         )
 
     def _numbers(self, now: float) -> RenderableType:
-        ledger = self._ledger
-        speed = f"{self._speed.at(now, ledger.came_out):.0f} events/s"
-        progress = ProgressBar(self._total, ledger.delivered, width=30) if self._total else Text()
+        counts = self._counts
+        speed = f"{self._speed.at(now, counts.came_out):.0f} events/s"
+        progress = ProgressBar(self._total, counts.delivered, width=30) if self._total else Text()
         line = Table.grid(expand=True)
         line.add_column()
         line.add_column(justify="center")
         line.add_column(justify="right")
-        line.add_row(Text(_events_in(ledger, self._total), style="bold"), progress, Text(speed, style="bold cyan"))
+        line.add_row(Text(_events_in(counts, self._total), style="bold"), progress, Text(speed, style="bold cyan"))
         return line
 
     def _bars(self) -> Iterator[Text]:
-        labels = self._ledger.labels
+        labels = self._counts.labels
         most = max(labels.values(), default=1)
         for label in LABELS:
             length = bar(labels[label] / most, max(10, self._width - 22))
             yield _line(f"{label:<9}{labels[label]:>6}  ", (length, COLOURS[label]))
 
     def _facts(self) -> RenderableType:
-        ledger = self._ledger
+        counts = self._counts
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True, min_width=17)
-        facts.add_row("results", f"{ledger.results}, {ledger.agreement:.0%} agree with the reviews' own labels")
-        facts.add_row("dead letters", f"{ledger.dead_letters}: {reason_counts(ledger)}")
-        facts.add_row("publish to result", f"{latencies(ledger)}; {ledger.in_flight} in flight")
+        facts.add_row("results", f"{counts.results}, {counts.agreement:.0%} agree with the reviews' own labels")
+        facts.add_row("dead letters", f"{counts.dead_letters}: {reason_counts(counts)}")
+        facts.add_row("publish to result", f"{latencies(counts)}; {counts.in_flight} in flight")
         return facts
 
     def _recent(self) -> Iterator[Text]:
-        shown = list(self._ledger.recent)[-self._texts :] if self._texts else []
+        shown = list(self._counts.recent)[-self._texts :] if self._texts else []
         for label, score, review in shown:
             yield _line((f"{label:<9}", COLOURS[label]), f"{score:+.3f}  ", " ".join(review.text.split()))
         for _ in range(self._texts - len(shown)):
@@ -142,8 +142,8 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _events_in(ledger: Ledger, total: int | None) -> str:
-    return f"{ledger.delivered} events in" if total is None else f"{ledger.delivered} of {total} events in"
+def _events_in(counts: DemoCounts, total: int | None) -> str:
+    return f"{counts.delivered} events in" if total is None else f"{counts.delivered} of {total} events in"
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:
@@ -153,7 +153,7 @@ def say(console: Console, line: str, style: str | None = None) -> None:
 
 @contextlib.contextmanager
 def waiting(console: Console, line: str, live: bool) -> Iterator[Callable[[str], None]]:
-    """Shows that something is awaited; what is called with why, for as long as that is."""
+    """Shows that the demo waits for something; the function that it yields is called with the reason."""
     if live:
         with console.status(escape(line)) as status:
             yield lambda why: status.update(escape(f"{line} ({why})"))

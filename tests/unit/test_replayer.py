@@ -7,16 +7,37 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
-from rich.progress import Progress
 
-from worker.commands.replay import SILENCE_S, Lane, Replay, ReplayFailed
 from worker.core.dead_letters import OriginalRecord
+from worker.core.decoder import Decoder
 from worker.core.replay_progress import ReplayProgress
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
-from worker.settings import ReplaySettings, load
+from worker.kafka.connection import Connection
+from worker.kafka.replayer import SILENCE_S, PartitionReplay, Replayer, ReplayFailed
+from worker.kafka.sink import Sink
+from worker.telemetry.health import Health
+from worker.telemetry.metrics import Metrics
 
 LETTER = OriginalRecord("gone", 0, 7, 0, b"k", b"{", [], "invalid_json", True)
+
+
+def replayer() -> Replayer:
+    connection, health = Connection(("localhost:9092",)), Health()
+    return Replayer(
+        connection,
+        Sink(connection, limits={}, metrics=Metrics(""), health=health),
+        health,
+        topic="dead",
+        group_id="replay",
+        reasons=(),
+        since_ms=None,
+        until_ms=None,
+        is_dry=False,
+        decoder=Decoder(),
+        stop=asyncio.Event(),
+        tell=lambda done, total: None,
+    )
 
 
 async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +47,8 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
         waiting.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("worker.commands.replay.wait_until_usable", for_ever)
-    replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
+    monkeypatch.setattr("worker.kafka.replayer.wait_until_usable", for_ever)
+    replay = replayer()
     sending = asyncio.create_task(replay._send([LETTER]))
     await asyncio.wait_for(waiting.wait(), 5)
     replay._stop.set()
@@ -38,9 +59,9 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
 async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
+    replay = replayer()
     tp = TopicPartition("dead", 0)
-    lane = replay._lanes[tp] = Lane(ReplayProgress(3), 3, 5)
+    partition = replay._partitions[tp] = PartitionReplay(ReplayProgress(3), 3, 5)
     sought: list[int] = []
     assigned: set[TopicPartition] = set()
 
@@ -52,17 +73,17 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
     async def read(*_: Any) -> tuple[list[Any], int]:
         return [], 5
 
-    async def settle(*_: Any) -> None:
-        lane.next = 5
+    async def finish(*_: Any) -> None:
+        partition.next = 5
 
     monkeypatch.setattr(replay._consumer, "seek", seek)
     monkeypatch.setattr(replay, "_read", read)
-    monkeypatch.setattr(replay, "_settle", settle)
-    going = asyncio.create_task(replay._go_through(tp, lane))
+    monkeypatch.setattr(replay, "_finish", finish)
+    going = asyncio.create_task(replay._replay_partition(tp, partition))
     await asyncio.sleep(0)
     assert not going.done()
     assigned.add(tp)
-    await replay.on_assigned(assigned)
+    await replay.on_partitions_assigned(assigned)
     await asyncio.wait_for(going, 5)
     assert sought == [3]
 
@@ -77,8 +98,8 @@ ID, OTHER_ID = "aaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbb"
 async def test_what_was_done_is_done_again_only_where_the_brokers_agree_that_the_topic_is_another(
     monkeypatch: pytest.MonkeyPatch, answers: list[str | None], offset: int | None
 ) -> None:
-    monkeypatch.setattr("worker.commands.replay.TOPIC_IDS_DOUBT_S", 0)
-    replay = Replay(load(ReplaySettings, [], "replay", {}), Progress(disable=True))
+    monkeypatch.setattr("worker.kafka.replayer.TOPIC_IDS_DOUBT_S", 0)
+    replay = replayer()
     tp = TopicPartition("dead", 0)
 
     async def agreed_topic_id(_: str) -> str | None:
@@ -87,17 +108,17 @@ async def test_what_was_done_is_done_again_only_where_the_brokers_agree_that_the
     async def committed_offsets(_: Any) -> dict[TopicPartition, OffsetAndMetadata]:
         return {tp: OffsetAndMetadata(7, with_topic_id(ID))}
 
-    async def states() -> dict[TopicPartition, ReplayProgress]:
+    async def progress() -> dict[TopicPartition, ReplayProgress]:
         replay._topic_id = await replay._agreed_id()
-        return await replay._states([tp])
+        return await replay._progress([tp])
 
     monkeypatch.setattr(replay._consumer, "agreed_topic_id", agreed_topic_id)
     monkeypatch.setattr(replay._consumer, "committed_offsets", committed_offsets)
     if offset is None:
         with pytest.raises(ReplayFailed, match="do not agree on which topic"):
-            await states()
+            await progress()
     else:
-        assert (await states())[tp].offset == offset
+        assert (await progress())[tp].offset == offset
     assert answers == []
 
 

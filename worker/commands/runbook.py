@@ -1,13 +1,6 @@
-"""Which version of the package this is, and what its metadata say of the project."""
+"""Where the runbook is, by the package's metadata."""
 
-from importlib.metadata import PackageNotFoundError, metadata, version
-
-
-def worker_version() -> str:
-    try:
-        return version("sentiment-worker")
-    except PackageNotFoundError:
-        return "unknown"
+from importlib.metadata import PackageNotFoundError, metadata
 
 
 def project_urls() -> list[str]:

@@ -1,0 +1,141 @@
+"""Asks the brokers about topics and groups, once each, and changes nothing: what ``check`` wants to know of Kafka."""
+
+import contextlib
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import GroupCoordinatorNotAvailableError
+
+from worker.kafka.aiokafka_compat.metadata import known_brokers
+from worker.kafka.backlog import valid_offsets
+from worker.kafka.clients import admin_client, stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection
+from worker.kafka.consumer import Consumer
+from worker.kafka.topics import TopicLimits, matching_topics, missing_topics, topic_limits
+from worker.runtime.tasks import within
+
+CLOSE_S: Final = 5.0
+
+
+class TopicDescription(NamedTuple):
+    """A topic's partitions and who has them. ``replicas`` are those of the partition that has the fewest."""
+
+    name: str
+    partitions: tuple[int, ...]
+    leaderless: tuple[int, ...]
+    replicas: int
+    brokers: frozenset[int]
+    min_insync_replicas: int
+
+
+class Inspector:
+    """Questions to one cluster, by an admin client. ``start`` comes before the first question, ``close`` after the last.
+
+    Every call but ``close`` raises what is in UNREACHABLE; none has a deadline of its own but ``start``.
+    """
+
+    def __init__(self, client: AIOKafkaAdminClient) -> None:
+        self._client = client
+
+    @classmethod
+    def of(cls, connection: Connection, topics: Iterable[str]) -> "Inspector":
+        """``topics`` are those that will be asked about, as far as they are known."""
+        return cls(admin_client(connection, topics))
+
+    async def start(self, timeout_s: float) -> int:
+        """Connects, and answers with how many brokers there are."""
+        await within(timeout_s, self._client.start())
+        return known_brokers(self._client)
+
+    async def close(self) -> None:
+        with contextlib.suppress(*UNREACHABLE):
+            await within(CLOSE_S, self._client.close())
+
+    async def matching(self, pattern: str) -> tuple[str, ...]:
+        """The topics that match the setting ``input_pattern``, in order."""
+        return await matching_topics(self._client, pattern)
+
+    async def missing(self, topics: Mapping[str, Iterable[str]]) -> str:
+        """What is wrong with topics, by role, as a sentence; empty if they can be used."""
+        return await missing_topics(self._client, topics)
+
+    async def limits(self, topics: Iterable[str]) -> dict[str, TopicLimits]:
+        """What topics accept; Kafka's defaults for those whose settings this user may not read."""
+        return await topic_limits(self._client, list(topics))
+
+    async def topics(self, names: Sequence[str]) -> list[TopicDescription]:
+        """Descriptions of topics that exist, in this order."""
+        described = {topic["topic"]: topic for topic in await self._client.describe_topics(list(names))}
+        return [await self._description(described[name]) for name in names]
+
+    async def _description(self, topic: Mapping[str, Any]) -> TopicDescription:
+        name, partitions = topic["topic"], topic["partitions"]
+        config = await self._config(name)
+        return TopicDescription(
+            name,
+            tuple(each["partition"] for each in partitions),
+            tuple(each["partition"] for each in partitions if each["leader"] < 0),
+            min(len(each["replicas"]) for each in partitions),
+            frozenset(node for each in partitions for node in each["replicas"]),
+            int(config.get("min.insync.replicas") or 1),
+        )
+
+    async def _config(self, topic: str) -> dict[str, str | None]:
+        """A topic's settings; none where this user may not read them."""
+        answers = await self._client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
+
+    async def members(self, group: str) -> int:
+        """How many members a consumer group has."""
+        backoff = Backoff()
+        while True:
+            try:
+                answers = await self._client.describe_consumer_groups([group])
+            except (
+                GroupCoordinatorNotAvailableError
+            ):  # until Kafka has made the topic of offsets for the first who asks
+                await backoff.wait()
+            else:
+                return sum(len(description[5]) for answer in answers for description in answer.groups)
+
+
+async def unread_older_than(
+    age_ms: int,
+    connection: Connection,
+    topics: Iterable[TopicDescription],
+    *,
+    group_id: str,
+    auto_offset_reset: str,
+) -> int:
+    """An upper bound of the records of this age or older that the group has yet to read.
+
+    Joins no group and commits nothing. Raises what is in UNREACHABLE, after two requests' time at most.
+    """
+    tps = [TopicPartition(topic.name, number) for topic in topics for number in topic.partitions]
+    consumer = Consumer(**connection.options(), group_id=group_id, enable_auto_commit=False)
+    try:
+        await within(connection.request_timeout_s, consumer.start())
+        consumer.assign(tps)
+        moment_ms = int(time.time() * 1000) - age_ms
+        return await within(connection.request_timeout_s, _unread_before(consumer, tps, moment_ms, auto_offset_reset))
+    finally:
+        await stop_client(consumer, "consumer", CLOSE_S)
+
+
+async def _unread_before(
+    consumer: Consumer, tps: Collection[TopicPartition], moment_ms: int, auto_offset_reset: str
+) -> int:
+    """How many records the group has not read that stand before the first one of that moment or later."""
+    begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+    committed, _ = await valid_offsets(consumer, tps)
+    newer = await consumer.offsets_for_times(dict.fromkeys(tps, moment_ms))
+    resets = begins if auto_offset_reset == "earliest" else ends
+    unread = 0
+    for tp in tps:
+        begin = committed.get(tp, resets[tp])
+        unread += max(0, (newer[tp].offset if newer.get(tp) else ends[tp]) - max(begin, begins[tp]))
+    return unread

@@ -1,0 +1,184 @@
+"""The options of ``run`` and ``check``."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import CliSuppress
+
+from worker.settings.shared import EventSettings, ModelSettings
+from worker.settings.types import INT32, Host, HostNames, HttpToken, Pattern, TextFields, Topic, Topics
+from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, split_names, text_fields, whole_name
+
+
+def _is_loopback(host: str) -> bool:
+    address = ip_address(host)
+    return address.is_loopback if address else host.lower() == "localhost"
+
+
+class RunSettings(ModelSettings, EventSettings):
+    """Read text events from Kafka, publish their sentiment, commit."""
+
+    input_topics: Topics | None = Field("texts", description="topics to read, separated by commas")
+    input_pattern: Pattern | None = Field(
+        None,
+        description="in place of input_topics: all topics whose whole name matches this regular expression, also later ones",
+    )
+    output_topic: Topic = Field("sentiment", description="topic for results")
+    group_instance_id: str | None = Field(
+        None, description="static membership: a name of this process's own in the group"
+    )
+    auto_offset_reset: Literal["earliest", "latest"] = Field(
+        "earliest", description="where to begin when the group has no offset, or it is gone"
+    )
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed", description="whether to skip records of aborted transactions"
+    )
+    delivery: Literal["at-least-once", "exactly-once"] = Field(
+        "at-least-once",
+        description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
+    )
+    transaction_ms: float = Field(
+        100, ge=0, le=10_000, description="with exactly-once, time between two commits of a partition's results, ms"
+    )
+    output_mode: Literal["result", "enrich"] = Field(
+        "result", description="result: a new object; enrich: the input object with the field sentiment"
+    )
+    text_field: TextFields = Field(
+        DEFAULT_TEXT_FIELD,
+        description="where the text is; a dotted path reaches inside; by topic: reviews=body,posts=data.text, and text for "
+        "the others",
+    )
+    on_null_text: Literal["dead_letter", "skip"] = Field(
+        "dead_letter",
+        description="what becomes of a record whose text, or an object around it, is null: a dead letter, or it is skipped "
+        "and counted",
+    )
+    result_timestamp: Literal["event", "now"] = Field(
+        "event",
+        description="timestamp of results: the input record's, or that of their publishing, for outputs that keep records "
+        "for less time than the input is old",
+    )
+    output_format: Literal["json", "cloudevents"] = Field(
+        "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
+    )
+    max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
+    dead_letter_limit: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of dead letters among the newest records that ends the worker; 0: no share does",
+    )
+    dead_letter_window: int = Field(
+        1_000, ge=1, le=INT32, description="dead_letter_limit looks at so many of the newest records, or more"
+    )
+    compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
+        "none", description="compression of what is published"
+    )
+    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes when it has so many records")
+    linger_ms: float = Field(
+        10,
+        ge=0,
+        le=60_000,
+        description="a micro-batch closes at the latest so long after its oldest record arrived, ms",
+    )
+    max_unpacked_bytes: int = Field(
+        256 * 2**20,
+        ge=128 * 2**20,
+        description="memory for compressed batches when they are unpacked, all together, bytes",
+    )
+    cache_size: int = Field(
+        65_536, ge=0, description="results kept for texts that come again, of which half stay for certain; 0: none"
+    )
+    inference_timeout_s: float = Field(60, gt=0, description="a device batch that takes longer counts as hung, s")
+    drain_timeout_s: float = Field(20, gt=0, description="time to finish what is in flight at SIGTERM, s")
+    http_host: Host = Field("127.0.0.1", description="address for the console, /metrics, /livez, /readyz")
+    http_port: int = Field(8080, ge=0, le=65_535, description="port of http_host; 0: any free one")
+    http_names: HostNames | None = Field(
+        None,
+        description="names of http_host that browsers and clients may use, beside localhost and IP addresses: a service's, "
+        "an Ingress's or a proxy's, separated by commas",
+    )
+    http_token: CliSuppress[HttpToken | None] = None
+    http_token_for: Literal["changes", "all"] = Field(
+        "changes",
+        description="what needs the token in WORKER_HTTP_TOKEN or the file WORKER_HTTP_TOKEN_FILE names: whatever changes "
+        "something, or all but /livez and /readyz",
+    )
+    console_texts: bool = Field(False, description="the console at / shows the newest results' texts too")
+    tracing: Literal["off", "otel"] = Field(
+        "off",
+        description="otel: spans of each micro-batch to a collector, as the OTEL_… variables say; needs the extra otel",
+    )
+    session_timeout_ms: int = Field(
+        45_000, ge=1_000, le=INT32, description="a worker without a heartbeat leaves the group after so long, ms"
+    )
+    fetch_max_wait_ms: int = Field(
+        500, ge=1, le=INT32, description="a broker that has nothing new answers after so long, ms"
+    )
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The input topics that are named; none where there is a pattern."""
+        return split_names(self.input_topics or "")
+
+    def exposures(self) -> Iterator[str]:
+        """A sentence for each thing that these settings let others read."""
+        if self.security_protocol == "SASL_PLAINTEXT":
+            seen = "the password and every record" if self.sasl_mechanism == "PLAIN" else "every record"
+            yield (
+                "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
+                f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
+            )
+        if self.http_token_for != "all" and not _is_loopback(self.http_host):
+            seen = "results with their texts" if self.console_texts else "results"
+            lets = " with http_token_for changes" if self.http_token else ""
+            wants = "http_token_for=all" if self.http_token else "http_token and http_token_for=all"
+            yield (
+                f"http_host {self.http_host} answers other machines without a token{lets}: whoever reaches the port reads "
+                f"metrics, settings and {seen}; set {wants}, or let only those in who may"
+            )
+
+    def reads(self, topic: str) -> bool:
+        """Whether a topic is one of the input's."""
+        if self.input_pattern:
+            return whole_name(self.input_pattern).match(topic) is not None
+        return topic in self.topics
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_a_pattern_alone(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"input_topics": None, **given} if given.get("input_pattern") else given
+
+    @model_validator(mode="after")
+    def _has_an_input(self) -> Self:
+        if (self.input_topics is None) == (self.input_pattern is None):
+            raise ValueError("input_topics and input_pattern: set one of them, not both")
+        for topic in text_fields(self.text_field)[1]:
+            if not self.reads(topic):
+                raise ValueError(f"text_field has a path for the topic {topic}, which is not one of the input's")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.output_mode == "enrich" and self.input_format == "text":
+            raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        if self.output_mode == "enrich" and self.output_format == "cloudevents":
+            raise ValueError(
+                "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"
+            )
+        if self.output_topic == self.dead_letter_topic:
+            raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
+        for name in ("output_topic", "dead_letter_topic"):
+            if self.reads(getattr(self, name)):
+                by = f"matches input_pattern {self.input_pattern!r}" if self.input_pattern else "is one of input_topics"
+                raise ValueError(f"{name} {by}: the worker would read what it wrote; take another topic")
+        if self.delivery == "exactly-once" and self.isolation_level == "read_uncommitted":
+            raise ValueError(
+                "delivery exactly-once needs isolation_level read_committed: an aborted input record has no result"
+            )
+        if self.http_token_for == "all" and not self.http_token:
+            raise ValueError("http_token_for all needs http_token, from WORKER_HTTP_TOKEN or WORKER_HTTP_TOKEN_FILE")
+        if self.fetch_max_wait_ms >= self.request_timeout_ms:
+            raise ValueError("fetch_max_wait_ms should be below request_timeout_ms: an empty fetch would time out")
+        return self

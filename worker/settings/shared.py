@@ -1,0 +1,121 @@
+"""Options that several commands share: logs, the model, how to reach the brokers, what is known of events."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import CliSuppress
+
+from worker.settings.base import Settings
+from worker.settings.types import INT32, Device, FieldPath, LogLevel, Servers, Topic
+from worker.settings.values import revision_fault
+
+DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
+
+
+class LogSettings(Settings):
+    log_level: LogLevel = Field("info", description="least severe level logged")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else json")
+
+
+class CheckpointSettings(LogSettings):
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="checkpoint: a folder (named with / or ./ in front), a name on the hub, or builtin (small, for trials)",
+    )
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
+    activation: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
+    )
+    normalize: Literal["nfc", "none"] = Field(
+        "nfc",
+        description="nfc: before a text is tokenized, stress marks are dropped and letters composed (й, ё of two "
+        "characters); none: it is left as it is, as on the default model's card",
+    )
+    device: Device = Field("auto", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
+    cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
+        "auto", description="threads of the model on a CPU; auto: measured at the start"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_revision(self) -> Self:
+        fault = revision_fault(self.model, self.revision)
+        if fault:
+            raise ValueError(fault)
+        return self
+
+
+class ModelSettings(CheckpointSettings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description="numbers that the model computes with; auto: on a CPU float32, on a GPU float16 where 99.9 % of labels "
+        "are expected to stay, by the shipped reviews, else float32 with TF32; all but plain float32 may change a label now "
+        "and then",
+    )
+    backend: Literal["auto", "torch", "onnx"] = Field(
+        "auto", description="what runs the model on a CPU; auto: the faster one of those that are installed"
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
+        "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"
+    )
+
+
+class ConnectionSettings(LogSettings):
+    """How to reach the brokers."""
+
+    bootstrap_servers: Servers = Field("localhost:9092", description="brokers, host:port, separated by commas")
+    client_id: str = Field("sentiment-worker", description="name of this client in the brokers' logs")
+    request_timeout_ms: int = Field(30_000, ge=1_000, le=INT32, description="timeout of one request to a broker, ms")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to the brokers"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="how to log in")
+    sasl_username: str | None = Field(
+        None,
+        description="who logs in; the password is in WORKER_SASL_PASSWORD or the file WORKER_SASL_PASSWORD_FILE names",
+    )
+    sasl_password: CliSuppress[SecretStr | None] = None
+    ssl_cafile: Path | None = Field(
+        None, description="authorities that sign the brokers' certificates, PEM; default: the system's"
+    )
+    ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
+    ssl_keyfile: Path | None = Field(
+        None,
+        description="this client's key, PEM; its password, if it has one, is in WORKER_SSL_KEY_PASSWORD or the file "
+        "WORKER_SSL_KEY_PASSWORD_FILE names",
+    )
+    ssl_key_password: CliSuppress[SecretStr | None] = None
+
+    @model_validator(mode="after")
+    def _is_secured_as_a_whole(self) -> Self:
+        if self.security_protocol.startswith("SASL") != (self.sasl_mechanism is not None):
+            raise ValueError(
+                "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
+            )
+        if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
+            raise ValueError(
+                "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
+            )
+        if self.sasl_username and not self.sasl_mechanism:
+            raise ValueError("sasl_username goes with sasl_mechanism and security_protocol SASL_PLAINTEXT or SASL_SSL")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            if getattr(self, name) and not self.security_protocol.endswith("SSL"):
+                raise ValueError(
+                    f"{name} goes with security_protocol SSL or SASL_SSL; without them nothing is encrypted"
+                )
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile needs ssl_certfile")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            path: Path | None = getattr(self, name)
+            if path and not path.is_file():
+                raise ValueError(f"{name} should be a PEM file, and {path} is none")
+        return self
+
+
+class EventSettings(ConnectionSettings):
+    """What both the worker and a replay know about events."""
+
+    dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
+    group_id: str = Field("sentiment-worker", description="consumer group")
+    input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
+    id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")

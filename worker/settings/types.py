@@ -1,0 +1,161 @@
+"""Types of values: what each takes, and the sentence that says so where a value is refused."""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+from worker.reasons import Reason
+from worker.settings.lists import unquoted
+from worker.settings.values import moment_ms, split_names, text_fields, whole_name
+
+INT32 = 2**31 - 1
+HOST = re.compile(r"[^\s/\\@?#,]+")
+PORT = re.compile(r"[0-9]{1,5}")
+PROTOCOL = re.compile(r"[A-Za-z_]+://")
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
+HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
+TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
+
+
+def _once(names: Sequence[str]) -> None:
+    """Raises ValueError where one of them is there twice."""
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"it should name each one once, and {name} is there twice")
+
+
+def _names(value: str) -> str:
+    if not split_names(value):
+        raise ValueError("it should name at least one, separated by commas")
+    return value
+
+
+def _is_host(name: str) -> bool:
+    try:
+        return bool(HOST.fullmatch(name) and name.encode("idna"))
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        return False
+
+
+def _host(value: str) -> str:
+    if not _is_host(value):
+        raise ValueError("it should be a host's name or address")
+    return value
+
+
+def _host_names(value: str) -> str:
+    if not all(HOST_NAME.fullmatch(name) for name in split_names(_names(value))):
+        raise ValueError("it should be names of hosts without a port, separated by commas")
+    _once(split_names(value.lower()))
+    return value
+
+
+def _servers(value: str) -> str:
+    for server in split_names(_names(value)):
+        if protocol := PROTOCOL.match(server):
+            raise ValueError(
+                f"it should be host:port without {protocol[0]}; security_protocol says which protocol it is"
+            )
+        host, _, port = server.rpartition(":")
+        if not _is_host(host) or not PORT.fullmatch(port) or not 0 < int(port) < 65536:
+            raise ValueError("it should be host:port, several separated by commas")
+    _once(split_names(value.lower()))
+    return value
+
+
+def _topic(value: str) -> str:
+    if not TOPIC.fullmatch(value):
+        raise ValueError("it should be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens")
+    return value
+
+
+def _topics(value: str) -> str:
+    for name in split_names(_names(value)):
+        _topic(name)
+    _once(split_names(value))
+    return value
+
+
+def _http_token(value: SecretStr) -> SecretStr:
+    if not HTTP_TOKEN.fullmatch(value.get_secret_value()):
+        raise ValueError("it should be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints")
+    return value
+
+
+def _path_in_object(value: str) -> str:
+    if not all(value.split(".")):
+        raise ValueError("it should be a field's name, or a dotted path such as payload.text")
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        whole_name(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it should be a regular expression of Python's, and {error}") from None
+    return value
+
+
+def _text_fields(value: str) -> str:
+    words = split_names(_names(value))
+    if sum("=" not in word for word in words) > 1:
+        raise ValueError("it should be one path for all topics, or topic=path for each, separated by commas")
+    default, by_topic = text_fields(value)
+    for path in (default, *by_topic.values()):
+        _path_in_object(path)
+    for topic in by_topic:
+        _topic(topic)
+    if len(by_topic) < sum("=" in word for word in words):
+        raise ValueError("it should name each topic once")
+    return value
+
+
+def _width(value: int) -> int:
+    if value >= 128 and value % 64:
+        raise ValueError("it should be a multiple of 64, or below 128")
+    return value
+
+
+def _reasons(words: list[str]) -> list[str]:
+    reasons = unquoted(words)
+    if not set(reasons) <= set(get_args(Reason)):
+        raise ValueError(f"it should be one of {', '.join(get_args(Reason))}")
+    _once(reasons)
+    return reasons
+
+
+def _label_map(words: list[str]) -> list[str]:
+    mapped = unquoted(words)
+    _once([word.rpartition("=")[0] for word in mapped])
+    return mapped
+
+
+def _moment(value: str) -> str:
+    try:
+        moment_ms(value)
+    except (ValueError, OverflowError):
+        raise ValueError("it should be a time such as 2026-11-23T10:00Z, or how long ago: 30m, 2h, 7d") from None
+    return value
+
+
+Words = Annotated[list[str], AfterValidator(unquoted)]
+LabelMap = Annotated[list[str], AfterValidator(_label_map)]
+Columns = Annotated[  # a TOML file may have one word in place of a list
+    Words, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+Reasons = Annotated[list[str], AfterValidator(_reasons)]
+Moment = Annotated[str, AfterValidator(_moment)]
+Servers = Annotated[str, AfterValidator(_servers)]
+Topic = Annotated[str, AfterValidator(_topic)]
+Topics = Annotated[str, AfterValidator(_topics)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+TextFields = Annotated[str, AfterValidator(_text_fields)]
+HostNames = Annotated[str, AfterValidator(_host_names)]
+Host = Annotated[str, AfterValidator(_host)]
+HttpToken = Annotated[SecretStr, AfterValidator(_http_token)]
+FieldPath = Annotated[str, AfterValidator(_path_in_object)]
+Width = Annotated[int, AfterValidator(_width)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+LogLevel = Literal["debug", "info", "warning", "error"]

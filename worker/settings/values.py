@@ -1,0 +1,66 @@
+"""What the values of settings mean: lists in one word, moments, patterns, addresses, the names of models."""
+
+import ipaddress
+import re
+import time
+from datetime import UTC, datetime
+
+from pydantic import SecretStr
+
+DEFAULT_TEXT_FIELD = "text"
+AGO = re.compile(r"([0-9]{1,6})([smhd])")
+SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def revealed(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
+
+
+def split_names(value: str) -> tuple[str, ...]:
+    """``"a, b"`` → ``("a", "b")``."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def text_fields(value: str) -> tuple[str, dict[str, str]]:
+    """``"text, reviews=data.body"`` → ``("text", {"reviews": "data.body"})``: the path of all other topics, and by topic."""
+    words = split_names(value)
+    others = [word for word in words if "=" not in word]
+    by_topic = [
+        (name.strip(), path.strip()) for name, _, path in (word.partition("=") for word in words if "=" in word)
+    ]
+    return others[0] if others else DEFAULT_TEXT_FIELD, dict(by_topic)
+
+
+def whole_name(pattern: str) -> re.Pattern[str]:
+    """For names that match from their first character to their last. Raises re.error."""
+    re.compile(pattern)  # by itself: what is wrong with it should not be mended by the parentheses
+    return re.compile(rf"(?:{pattern})\Z")
+
+
+def moment_ms(value: str) -> int:
+    """``2026-11-23T10:00Z`` (without a zone: UTC), or how long ago (``30m``), in ms since 1970. Raises ValueError."""
+    ago = AGO.fullmatch(value)
+    if ago:
+        return int((time.time() - int(ago[1]) * SECONDS[ago[2]]) * 1000)
+    moment = datetime.fromisoformat(value)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name. An IPv6 address may stand in brackets."""
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def is_folder(model: str) -> bool:
+    """Whether ``model`` names a folder, by its beginning: any other is a name on the hub, or ``builtin``."""
+    return model in (".", "..") or model.startswith(("/", "./", "../", "~"))
+
+
+def revision_fault(model: str, revision: str | None) -> str | None:
+    """Why a model cannot have this revision; None if it can."""
+    if revision and (model == "builtin" or is_folder(model)):
+        return f"revision is of the hub, and model {model} is not from there; leave it out"
+    return None
