@@ -14,7 +14,7 @@ from tests.support.checkpoint import Oracle, make_checkpoint
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
-LONGEST = (  # of `make test`, each more than twenty seconds, the longest first
+LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, the longest first
     "test_partial_outages.py",
     "test_exactly_once.py",
     "test_console_page.py",
@@ -34,6 +34,8 @@ LONGEST = (  # of `make test`, each more than twenty seconds, the longest first
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
+    "test_backends.py",
+    "test_bert.py",
 )
 used_brokers = pytest.StashKey[list[str]]()
 

@@ -236,9 +236,10 @@ async def test_a_listener_without_tls_is_waited_for_with_a_hint(
 ) -> None:
     """It may be a broker that is starting, behind something that accepts for it: not certain enough to end."""
     waiting = asyncio.create_task(enter(by_tls(secure, "OPENLOGIN"), "any"))
-    while "does not speak TLS" not in caplog.text:
-        assert not waiting.done()
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while "does not speak TLS" not in caplog.text:
+            assert not waiting.done()
+            await asyncio.sleep(0.1)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from tests.support.waiting import wait_for
 from worker.commands import demo
 from worker.commands.demo.counts import DemoCounts, Speed, WorkerCounts, discrepancies, summary
 from worker.commands.demo.errors import DemoError
@@ -316,8 +317,7 @@ def test_a_worker_that_does_not_drain_is_told_and_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "DRAIN_S", 0.3)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(60)"
     with processes.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
-        while not (tmp_path / "log").read_text():
-            time.sleep(0.02)
+        wait_for((tmp_path / "log").read_text, "the process to have begun", every=0.02)
         with pytest.raises(DemoError, match="did not end within"):
             processes.drain(worker)
     assert worker.returncode == -signal.SIGKILL
