@@ -288,8 +288,8 @@ def test_a_wrong_variable_is_refused_in_one_line() -> None:
 def test_sigterm_is_heard_before_the_worker_has_begun() -> None:
     """Process 1 of a container misses each signal that it has no handler for."""
     code = (
-        "import os, signal, worker.settings; from worker.cli import main;"
-        "worker.settings.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(['run'])"
+        "import os, signal, worker.settings.sources as sources; from worker.cli import main;"
+        "sources.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(['run'])"
     )
     assert call("-c", code, program=(sys.executable,)).returncode == 0
 

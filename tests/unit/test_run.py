@@ -96,7 +96,7 @@ from worker.commands import run as service
 from worker.kafka.standstill import Standstill
 from worker.cli import main
 
-error = {"Standstill": source.Standstill, "WrongSetting": errors.WrongSetting}[sys.argv.pop()]
+error = {"Standstill": Standstill, "WrongSetting": errors.WrongSetting}[sys.argv.pop()]
 
 async def started(*_):
     raise error("it is so")
