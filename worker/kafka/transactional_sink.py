@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import IllegalOperation
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.kafka.aiokafka_compat.producer import forget_transaction_error, while_sending
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.output_limits import TimestampCheck
 from worker.kafka.producer_records import Columns, Indexes, ProducerRecord, unanswered
@@ -171,7 +172,7 @@ class PartitionSink(Sink):
                 await within(timeout_s / 2, producer.abort_transaction())
         await super().close(timeout_s / 2)
         if producer is not None:
-            _forget_error(producer)
+            forget_transaction_error(producer)
 
     async def _begin(self) -> None:
         if not self._is_in_transaction:
@@ -194,9 +195,7 @@ class PartitionSink(Sink):
     async def _while_alive(producer: AIOKafkaProducer, sending: "asyncio.Task[Failures]") -> Failures:
         """What is sent, unless the producer has died meanwhile: what it was about to send again then waits for ever."""
         try:
-            await asyncio.wait({sending, producer._sender.sender_task}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({sending}, timeout=None if not producer._sender.sender_task.done() else 1)
-            if not sending.done():
+            if not await while_sending(producer, sending):
                 raise Lost("the producer has failed")
             return sending.result()
         finally:
@@ -210,10 +209,3 @@ def _failures() -> Iterator[None]:
         yield
     except (*UNREACHABLE, IllegalOperation, AssertionError) as error:
         raise Lost(type(error).__name__) from error
-
-
-def _forget_error(producer: AIOKafkaProducer) -> None:
-    """An error that nobody waits for any more is not to be told as one that was never looked at."""
-    waiter = producer._txn_manager._transaction_waiter
-    if waiter is not None and waiter.done() and not waiter.cancelled():
-        waiter.exception()
