@@ -37,6 +37,7 @@ class ReadAhead:
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._turns = asyncio.Lock()
         self._has_ended = False
 
     def __len__(self) -> int:
@@ -86,12 +87,12 @@ class ReadAhead:
         return self._room.is_set()
 
     async def until_room(self) -> None:
-        """Waits for room. Readers take turns: they wake in the order in which they came; who finds no room queues again.
+        """Waits for room. Readers take turns, in the order in which they came: one who has just read is behind all others.
 
         Yields even if there is room, for reading what is already fetched never waits.
         """
         await asyncio.sleep(0)
-        while not self._room.is_set():
+        async with self._turns:  # it has one queue for all, which an event that is set lets newcomers pass
             await self._room.wait()
 
     def read_limit(self) -> int:

@@ -55,8 +55,9 @@ async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(16)))
     taken = stage.source._consumer.reader.taken
-    while taken.total() < 2 * FETCHED:
-        await asyncio.wait_for(stage.source.next_batch(), 5)
+    async with asyncio.timeout(10):
+        while taken.total() < 2 * FETCHED:
+            await stage.source.next_batch()
     shares = [taken[number] for number in range(16)]
     assert max(shares) <= min(shares) + 512  # one turn more at most, and what was read at the start
 
