@@ -31,9 +31,12 @@ def worker_module() -> str:
 
 
 def peak_mb(worker: WorkerProcess) -> float:
-    """The most memory that this process has had at a time."""
-    lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) / 1_000 for line in lines if line.startswith("VmHWM")), 0.0)  # none once it ended
+    """The most memory that this process has had at a time; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(line.split()[1]) / 1_000 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 @contextmanager

@@ -67,7 +67,11 @@ def test_a_broker_that_goes_away_under_load_loses_and_repeats_nothing(
         fragile_broker.start()
         worker.wait_until_ready()
         before = fragile_kafka.count(topics.output)
-        wait_for(lambda: fragile_kafka.count(topics.output) >= before + 1_000, "new results")
+        wait_for(
+            lambda: fragile_kafka.count(topics.output) >= before + 1_000,
+            "new results",
+            describe=lambda: (load.offered, fragile_kafka.count(topics.input), before, worker.metrics()),
+        )
     finally:
         load.end()
     sent = load.stop()
