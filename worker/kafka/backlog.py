@@ -113,6 +113,6 @@ async def log_backlog(
                 isolation_level=isolation_level,
             )
     except UNREACHABLE as error:
-        log.info("where the group will begin cannot be asked now", extra={"error": type(error).__name__})
+        log.info("the brokers do not answer where the group will begin", extra={"error": type(error).__name__})
     else:
         log.info("%s", unread)

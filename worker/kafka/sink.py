@@ -267,7 +267,7 @@ class Sink:
     # Producers.
 
     async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
-        """The producer, or a new one if there is none, or it cannot number so many records more."""
+        """The producer; a new one if there is none, or if its sequence numbers do not suffice for ``records`` more."""
         if self._records_sent + records > self._records_per_producer:
             await self._discard_producer(self._connection.request_timeout_s)
         if self._producer is None:
