@@ -1,4 +1,4 @@
-"""The worker process: its HTTP side, its signals, its end."""
+"""The worker process: its HTTP server, its signals, and how it ends."""
 
 import asyncio
 import logging

@@ -118,6 +118,6 @@ def _token(scheme: str, given: str) -> bytes:
 
 
 def _log_fields(request: web.Request) -> dict[str, str | None]:
-    """Who asked for what. The path is that of a known route, or None, for any other may hold a secret."""
+    """The peer's address, the method and the path. The path is None unless a route has it, for it may hold a secret."""
     resource = request.match_info.route.resource
     return {"peer": request.remote, "method": request.method, "path": resource.canonical if resource else None}
