@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11+, make and a network.
+# `make demo` and `make test` need only Python 3.11+, make and internet access.
 # TORCH=cpu takes torch's CPU build, a tenth of the download, where its channel can be reached.
 
 PYTHON ?= python3

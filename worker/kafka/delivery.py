@@ -96,7 +96,7 @@ class Delivery(Protocol):
         """Takes outcomes of one partition, in the order of their offsets. Waits while too much is waiting already."""
 
     async def run(self) -> None:
-        """Delivers what was put. Ends after ``finish``, once all of it is delivered. Raises what trying again cannot mend."""
+        """Delivers what was put. Ends after ``finish``, once all is delivered. Raises what trying again cannot mend."""
 
     def finish(self) -> None:
         """Nothing more will be put."""
