@@ -148,7 +148,9 @@ def _model(settings: RunSettings) -> Finding:
         return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:
-        return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")
+        return Finding(
+            "model", "fail", f"{model.name} does not score a plain text with finite numbers; use another model"
+        )
     if model.warning:
         return Finding("model", "warn", model.warning)
     return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")

@@ -98,7 +98,7 @@ class Console:
             await asyncio.sleep(due - clock())
             try:
                 self._show(clock())
-            except Exception as error:  # noqa: BLE001 - the next second may do better, and the worker needs none of it
+            except Exception as error:  # noqa: BLE001 - the next second may succeed, and the worker does not need the console
                 log.error("the console could not be updated", extra={"error": type(error).__name__})
 
     def _show(self, now: float) -> None:

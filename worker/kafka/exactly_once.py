@@ -40,7 +40,7 @@ from worker.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 LONGEST_INTERVAL_S: Final = 5.0
-COST_MEMORY: Final = 0.9  # of a new commit's duration a tenth goes into what commits are thought to take
+COST_MEMORY: Final = 0.9  # share of earlier commits in the average of how long one takes; the newest has the rest
 ROOM_BYTES: Final = 64_000_000
 RECORD_BYTES: Final = 1_000  # of a waiting record, beside its value
 CLOSE_S: Final = 5.0  # for closing a producer that is not used any more

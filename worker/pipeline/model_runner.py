@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 KNOWN_GOOD = "Хорошо, спасибо."
 TOO_MANY = 8  # texts of one micro-batch that cannot all be poison
-MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # waits for a neighbour on the same device to give memory back
+MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # waits for another process on the same device to free memory
 WARM_UP_LENGTHS = (4, 32, 128, 512)  # tokens
 
 Answer = TypeVar("Answer")
