@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
-PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
+PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot go on ends
 
 
 def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:

@@ -40,7 +40,7 @@ class Owner(Protocol):
         """These records go no further under this assignment, and are read again."""
 
     def restart(self, assignment: Assignment) -> None:
-        """The partition begins anew from its committed offset."""
+        """The partition begins again from its committed offset."""
 
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
@@ -96,7 +96,7 @@ class Delivery(Protocol):
         """Takes outcomes of one partition, in the order of their offsets. Waits while too much is waiting already."""
 
     async def run(self) -> None:
-        """Delivers what was put. Ends after ``finish``, once all is delivered. Raises what trying again cannot mend."""
+        """Delivers what was put. Ends after ``finish``, once all is delivered. Raises what trying again cannot cure."""
 
     def finish(self) -> None:
         """Nothing more will be put."""

@@ -2,7 +2,7 @@
 
 A transactional id belongs to one input partition, ``{group}/{topic}/{partition}``, so that whoever takes the partition
 over fences the owner before, and a transaction that the old owner left behind has ended before the new one reads where
-to begin. A transaction that fails in any way is not mended: the partition begins anew, by the same path.
+to begin. A transaction that fails in any way is not repaired: the partition begins again, by the same path.
 """
 
 import asyncio
