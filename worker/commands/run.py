@@ -70,7 +70,7 @@ def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:
 
 
 async def _left() -> set[asyncio.Future[Any]]:
-    """The tasks that do not end; all others have ended."""
+    """Cancels all other tasks; returns those that do not end."""
     return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
 
 

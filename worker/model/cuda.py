@@ -186,7 +186,7 @@ class CapturedGraph(NamedTuple):
 
 
 class Graphs:
-    """Which shapes have a graph. Knows no CUDA: how one is captured, and what it would take, is given."""
+    """Which shapes have a graph. Knows no CUDA: its caller says how a graph is captured and how much memory that takes."""
 
     def __init__(self) -> None:
         self._graphs: dict[Shape, CapturedGraph] = {}

@@ -35,7 +35,7 @@ class DrainTimeout(Exception):
 
 @dataclass(slots=True)
 class Queues:
-    """The queues between the stages; None in one of them: that was all."""
+    """The queues between the stages. A None in a queue says that nothing more comes."""
 
     tokenized: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
     scored: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
