@@ -44,7 +44,7 @@ LABEL org.opencontainers.image.title="sentiment-worker" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=packages-cpu /opt/worker /opt/worker
 COPY --from=worker /opt/worker /opt/worker
-# /cache is the one folder that is written to: the hub's checkpoints, the exported network, temporary files.
+# /cache is the one folder that is written to: the hub's checkpoints, the exported model, temporary files.
 RUN mkdir -m 1777 /cache
 VOLUME /cache
 WORKDIR /cache

@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11+, make and a network.
+# `make demo` and `make test` need only Python 3.11+, make and internet access.
 # TORCH=cpu takes torch's CPU build, a tenth of the download, where its channel can be reached.
 
 PYTHON ?= python3
@@ -31,13 +31,13 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
-# CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900", for one.
+# For example: make chaos CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900".
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos $(CHAOS)
 	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
 
 # 10,000 hostile payloads where `make test` takes 1,500, then ten minutes of coverage-guided fuzzing of the decoder. What that
-# finds stays in .fuzz. On what atheris has no package for it says so.
+# finds stays in .fuzz. Where there is no package of atheris for the machine, it says so.
 fuzz: $(INSTALLED)
 	HOSTILE_PAYLOADS=10000 $(BIN)/python -m pytest tests/unit/test_hostile_payloads.py tests/integration/test_hostile_input.py
 	$(UV) --require-hashes -r requirements/fuzz.txt
@@ -46,7 +46,7 @@ fuzz: $(INSTALLED)
 	  -max_total_time=600 -max_len=20000 -timeout=10 -use_value_profile=1 -print_final_stats=1 $(FUZZ)
 
 # Most figures, on an idle machine, about two hours: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to
-# the comparison with the peers, which cap what the worker has newer, hence an environment of their own. Not in SUITE:
+# the comparison with the peers, which need older versions of some packages and so an environment of their own. Not in SUITE:
 # python -m benchmarks.delivery, benchmarks.console and benchmarks.gpu, and make chaos CHAOS="--report FILE".
 bench: $(INSTALLED)
 	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done

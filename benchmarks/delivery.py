@@ -3,7 +3,7 @@
 Writes benchmarks/results/delivery.{json,md}; parts that are not asked for keep the figures that are there, if this very
 machine's.
 
-- model: events per second of a backlog through a network of the card's architecture; the two take turns.
+- model: events per second of a backlog through a model of the card's architecture; the two take turns.
 - costless: the same with a model that costs nothing: what is left is the plumbing.
 - latency: from publishing an event to reading its result, at a light load, with the card's architecture.
 - partitions: backlog, latency at a steady load, memory and transactions of one process that owns so many partitions.
@@ -179,7 +179,7 @@ def table(figures: dict[str, Any]) -> str:
     if "note" in figures:
         rows += ["", f"Measured {figures['note']}."]
     asked = {"model": 0.8, "costless": 0.6}
-    names = {"model": "a network of the card's architecture", "costless": "a model that costs nothing"}
+    names = {"model": "a model of the card's architecture", "costless": "a model that costs nothing"}
     speeds = [part for part in asked if part in figures]
     if speeds:
         rows += ["", "Events per second of a backlog, 4 partitions, medians of rounds that take turns:", ""]

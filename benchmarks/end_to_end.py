@@ -3,7 +3,7 @@
 Writes benchmarks/results/end_to_end.{json,md}. Each reads the same backlog of unique texts from 4 partitions, in a
 process of its own; in each round all take turns, in another order each time. Ratios are medians over the rounds.
 
-- model: a randomly initialised network of the card's architecture; the peers with transformers by the book (hf) and with
+- model: a randomly initialised model of the card's architecture; the peers with transformers by the book (hf) and with
   this project's own model class (ours), called with the smallest batch of 512 texts or more that is about as fast as any.
 - plumbing: a model that costs nothing; batches of 2,000 for the peers and of 1,024 for the worker.
 

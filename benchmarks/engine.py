@@ -1,6 +1,6 @@
 """The engine without Kafka: `python -m benchmarks.engine TEXTS.csv` writes benchmarks/results/engine.{json,md}.
 
-With a randomly initialised network of the card's architecture, taking turns in every round:
+With a randomly initialised model of the card's architecture, taking turns in every round:
 
 - card loop: the card's own function, one text after another;
 - pipeline: the Hugging Face pipeline with batch_size 32, texts in order of arrival;
@@ -202,8 +202,8 @@ def table(figures: dict[str, Any]) -> str:
         for name, floor in figures["floor_texts_per_s"].items()
     ]
     lines = [
-        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. Random "
-        "network of the card's architecture, unique texts, medians of "
+        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores; {figures['threads']} threads. A model "
+        "of the card's architecture with random weights, unique texts, medians of "
         f"{len(figures['texts_per_s']['card loop'])} rounds in turn (least to most).",
         "",
         "| engine | texts/s | over the card's loop | over the floor | labels that agree | largest difference |",

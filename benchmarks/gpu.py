@@ -4,7 +4,7 @@ It needs no network. In this order, and each part is written down as soon as it 
 
 - right: logits of CUDA graphs, of half precision and of both together against float32 without graphs, and labels on every
   text of the file (checkpoint builtin); what `dtype=auto` expects of them from the shipped reviews, and chooses.
-- engine: texts/s from token ids and from text, for a network of the card's architecture, in micro-batches of --window.
+- engine: texts/s from token ids and from text, for a model of the card's architecture, in micro-batches of --window.
 - floor: the multiply-adds that a text needs, at the measured peak of products of matrices in the same number type.
 - where the time goes: tokenizing, packing, the device alone, and all of it together, for one micro-batch.
 - end to end: events/s on a backlog, one worker and four that share the GPU, with the broker on the same machine; in
@@ -155,9 +155,11 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
     """Without graphs, one pass at a time."""
     passes = model._run
     if isinstance(passes, Passes):
-        lane = passes._lane
-        assert isinstance(lane, CudaPassDevice)
-        plain = CudaPassDevice(lane._forward, model.device, labels=lane._labels, padding=lane._padding)
+        pass_device = passes._pass_device
+        assert isinstance(pass_device, CudaPassDevice)
+        plain = CudaPassDevice(
+            pass_device._forward, model.device, labels=pass_device._labels, padding=pass_device._padding
+        )
         model._run = Passes(plain, passes._shapes)
     try:
         return model._all_logits(ids)
@@ -166,8 +168,8 @@ def plain_logits(model: SentimentModel, ids: Sequence[Any]) -> NDArray[np.float3
 
 
 def graphs_of(model: SentimentModel) -> int:
-    lane = getattr(model._run, "_lane", None)
-    return len(lane._graphs) if isinstance(lane, CudaPassDevice) else 0
+    pass_device = getattr(model._run, "_pass_device", None)
+    return len(pass_device._graphs) if isinstance(pass_device, CudaPassDevice) else 0
 
 
 # Engine.
@@ -252,18 +254,18 @@ def device_ms(model: SentimentModel, shaped: Sequence[Any], ids: Sequence[Any]) 
     """All passes of a window queued at once, between two events of the device."""
     passes = model._run
     assert isinstance(passes, Passes)
-    lane = passes._lane
-    assert isinstance(lane, CudaPassDevice)
-    slots = [(lane.slot(shape), shape, [ids[index] for index in batch]) for batch, shape in shaped]
+    pass_device = passes._pass_device
+    assert isinstance(pass_device, CudaPassDevice)
+    slots = [(pass_device.slot(shape), shape, [ids[index] for index in batch]) for batch, shape in shaped]
     ends = [pack(of_batch, shape, slot.wire) for slot, shape, of_batch in slots]
     times = []
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record(lane._passes)
+        begin.record(pass_device._passes)
         for (slot, shape, _), length in zip(slots, ends, strict=True):
-            lane.dispatch(slot, shape, length)
-        end.record(lane._passes)
-        lane.settle()
+            pass_device.dispatch(slot, shape, length)
+        end.record(pass_device._passes)
+        pass_device.settle()
         times.append(begin.elapsed_time(end))
     return float(min(times[1:]))
 

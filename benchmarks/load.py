@@ -2,7 +2,7 @@
 
 Writes benchmarks/results/load.{json,md}.
 
-- latency: an open-loop load of unique texts at 10, 50 and 80 % of capacity, from publishing to reading the result; a network
+- latency: an open-loop load of unique texts at 10, 50 and 80 % of capacity, from publishing to reading the result; a model
   of the card's architecture. Capacity is what the worker does while it is offered more, event by event: load and broker
   take their share of the machine, as they do while latency is measured.
 - scaling: one and two workers whose model takes a fixed time for each device batch, so that two cores do not hide it.

@@ -6,7 +6,7 @@ is to take more than 20 ms. The cases take turns:
 - a model that costs nothing, so that the plumbing is all there is: at-least-once, without the cache of results, with garbage
   looked for every second (by itself the worker does it once a minute in a backlog, so not at all within a turn), and
   exactly-once;
-- a network of the card's architecture, whose threads want the interpreter too, at Python's switch interval and at shorter
+- a model of the card's architecture, whose threads want the interpreter too, at Python's switch interval and at shorter
   ones. Shorter ones have brought nothing: the worker leaves it as it is.
 """
 

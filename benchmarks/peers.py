@@ -53,7 +53,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--group", required=True)
     parser.add_argument("--model", help="folder with the checkpoint; not for costless")
     parser.add_argument("--batch", type=int, default=512, help="events taken at once (default: 512)")
-    parser.add_argument("--cpu-threads", type=int, default=os.cpu_count(), help="of the network (default: the cores)")
+    parser.add_argument("--cpu-threads", type=int, default=os.cpu_count(), help="of the model (default: the cores)")
     parser.add_argument("--backend", default="torch", help="of ours (default: torch)")
     parser.add_argument("--max-batch-tokens", type=int, default=1024, help="of ours (default: 1024)")
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """The worker on a real Kafka: `python -m benchmarks.worker TEXTS.csv` writes benchmarks/results/worker.{json,md}.
 
-Its questions, with a randomly initialised network of the card's architecture:
+Its questions, with a randomly initialised model of the card's architecture:
 
 - backlog: texts per second of the worker on a backlog, of the same engine without Kafka, and of the card's own function,
   one text at a time. The three take turns; ratios are medians over the rounds.
@@ -236,8 +236,9 @@ def help_seconds() -> dict[str, float]:
 def table(figures: dict[str, Any]) -> str:
     speeds = figures["backlog"]["texts_per_s"]
     rows = [
-        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Random network of the card's "
-        f"architecture, {figures['backlog']['events']} events, medians of {len(speeds['worker'])} rounds in turn.",
+        f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. A model of the card's "
+        f"architecture with random weights, {figures['backlog']['events']} events, medians of {len(speeds['worker'])} "
+        "rounds in turn.",
         "",
         "| what | figure |",
         "| --- | --- |",

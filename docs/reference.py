@@ -284,7 +284,7 @@ def set_by(name: str, field: FieldInfo) -> str:
 
 def secret(name: str) -> str:
     return {
-        "http_token": "a token for the HTTP side, sent as `Authorization: Bearer …`",
+        "http_token": "a token for the HTTP server, sent as `Authorization: Bearer …`",
         "sasl_password": "the password of `sasl_username`",
         "ssl_key_password": "the password of `ssl_keyfile`, if it has one",
     }[name]

@@ -28,7 +28,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
   check      settings, model, brokers, topics and permissions, without consuming
   bench      this machine's speed with a model, and the settings to use
   replay     send dead letters back to the topics that they came from
-  demo       the whole thing on an embedded broker
+  demo       the real worker with real reviews, on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
 

@@ -87,7 +87,9 @@ def test_a_producers_clock_costs_a_refusal_a_minute_and_is_told_once(
 
 
 @BOTH
-def test_what_the_output_refuses_is_a_flood_too(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) -> None:
+def test_what_the_output_refuses_counts_towards_the_limit_too(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
     kafka.create(topics.input, 1, message_timestamp_after_max_ms=2**62)
     kafka.create(topics.output)
     kafka.create(topics.dead_letters)

@@ -118,15 +118,15 @@ def deletes(count: int) -> list[Record]:
 
 
 @DELIVERIES
-def test_null_texts_are_skipped_where_that_is_set_and_are_no_flood(
+def test_null_texts_are_skipped_where_that_is_set_and_do_not_count_towards_the_limit(
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
     kafka.create_all(topics, 2)
     kafka.send(topics.input, deletes(1_000))
     limits = {"text_field": "after.text", "dead_letter_window": 100, "max_batch_texts": 50, "delivery": delivery}
-    flooded = workers.start(topics, **limits)
-    assert flooded.wait(120) == 1
-    assert flooded.lines("for missing_text", "dead_letter_limit")
+    limited = workers.start(topics, **limits)
+    assert limited.wait(120) == 1
+    assert limited.lines("for missing_text", "dead_letter_limit")
     letters, results = kafka.count(topics.dead_letters), len(kafka.read(topics.output))
     worker = workers.start(topics, on_null_text="skip", **limits).wait_until_ready()
     wait_until_committed(kafka, topics)

@@ -1,4 +1,4 @@
-"""The HTTP side against who should not be there: methods, tokens, sizes, slow and many clients."""
+"""The HTTP server against those who should not be let in: methods, tokens, sizes, slow and many clients."""
 
 import asyncio
 import base64
@@ -355,13 +355,13 @@ async def test_a_large_head_is_refused(server: ServerUnderTest, request_head: by
 async def test_a_head_without_end_is_not_collected(server: ServerUnderTest) -> None:
     client = await server.connect()
 
-    async def flood() -> None:
+    async def send_too_much() -> None:
         await client.send(b"GET /livez HTTP/1.1\r\nX: ")
         while True:
             await client.send(b"x" * 65_536)
 
     with pytest.raises((ConnectionError, RuntimeError)):  # uvloop says it by the latter
-        await asyncio.wait_for(flood(), SECONDS)
+        await asyncio.wait_for(send_too_much(), SECONDS)
 
 
 async def test_a_large_body_is_refused(with_token: ServerUnderTest) -> None:

@@ -16,7 +16,7 @@ from worker.model import onnx_export as exported
 from worker.model.backends import BackendError, choose_forward
 from worker.model.bert import BertClassifier
 from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import ExportedNetwork, export
+from worker.model.onnx_export import ExportedModel, export
 from worker.model.sentiment_model import SentimentModel
 
 
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_onnx_runtime_gives_the_same_logits(name: str) -> None:
     torch.manual_seed(3)
     network = NETWORKS[name]()
-    forward = ExportedNetwork(export(network, is_int8=False))
+    forward = ExportedModel(export(network, is_int8=False))
     lengths = [*range(1, 40), 64, 100, 255, 256, longest(network)]
     assert max(differences(network, forward, [length]) for length in lengths) < 1e-5
     draw = np.random.default_rng(5)
@@ -81,19 +81,19 @@ def test_a_cache_that_cannot_be_written_costs_an_export_and_no_more(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     network = bert(num_hidden_layers=1)
-    forward = ExportedNetwork(export(network, is_int8=False))
+    forward = ExportedModel(export(network, is_int8=False))
     assert differences(network, forward, [7, 3]) < 1e-5
     assert "cannot be written" in caplog.text
 
 
-@pytest.mark.parametrize(("faster", "kind"), [("torch", BertClassifier), ("onnx", ExportedNetwork)])
+@pytest.mark.parametrize(("faster", "kind"), [("torch", BertClassifier), ("onnx", ExportedModel)])
 def test_auto_takes_the_faster_one(faster: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_fast = {"torch": BertClassifier, "onnx": ExportedNetwork}[faster]
+    is_fast = {"torch": BertClassifier, "onnx": ExportedModel}[faster]
     monkeypatch.setattr(backend, "shortest_run_s", lambda forward, *_: 1.0 if isinstance(forward, is_fast) else 2.0)
     assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), kind)
 
 
-@pytest.mark.parametrize(("full", "kind"), [(1.9, BertClassifier), (2.1, ExportedNetwork)])
+@pytest.mark.parametrize(("full", "kind"), [(1.9, BertClassifier), (2.1, ExportedModel)])
 def test_auto_weighs_a_single_text_and_a_full_pass_alike(
     full: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +101,7 @@ def test_auto_weighs_a_single_text_and_a_full_pass_alike(
     noise = [9.0]
 
     def seconds(forward: object, ids: torch.Tensor, _: object) -> float:
-        is_onnx = isinstance(forward, ExportedNetwork)
+        is_onnx = isinstance(forward, ExportedModel)
         if len(ids) == 1:
             return 0.002 if is_onnx else 0.001
         return (noise.pop() if noise else 0.010) if is_onnx else 0.010 * full
@@ -153,11 +153,11 @@ def test_a_file_that_others_may_have_written_is_not_loaded(cache: Path, mode: in
     network = bert(num_hidden_layers=1)
     file = planted(network, cache, mode)
     with pytest.raises(PermissionError):
-        ExportedNetwork(file)
+        ExportedModel(file)
     assert export(network, is_int8=False) == file
     assert file.read_bytes() != b"planted"
     assert file.stat().st_mode & 0o777 == 0o600
-    ExportedNetwork(file)
+    ExportedModel(file)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user, which root alone can")
@@ -166,7 +166,7 @@ def test_a_file_of_another_user_is_not_loaded(cache: Path) -> None:
     file = planted(bert(num_hidden_layers=1), cache, 0o600)
     os.chown(file, 12_345, 12_345)
     with pytest.raises(PermissionError):
-        ExportedNetwork(file)
+        ExportedModel(file)
 
 
 def test_a_folder_that_others_may_write_is_not_used(
@@ -180,7 +180,7 @@ def test_a_folder_that_others_may_write_is_not_used(
     assert file.parent != folder
     assert not list(folder.iterdir())
     assert "others may write there" in caplog.text
-    ExportedNetwork(file)
+    ExportedModel(file)
 
 
 def test_the_cache_folder_is_this_users_alone(cache: Path) -> None:

@@ -153,21 +153,21 @@ def answers(passes: Passes, texts: Sequence[Sequence[int]]) -> list[list[float]]
 
 
 def test_answers_come_in_order_and_buffers_are_used_again() -> None:
-    lane = HostDevice()
-    passes = Passes(lane, Shapes(64, 256))
+    pass_device = HostDevice()
+    passes = Passes(pass_device, Shapes(64, 256))
     assert answers(passes, [[5, 6, 7], [8]]) == [[3, 5], [1, 8]]
     assert answers(passes, [[9]]) == [[1, 9]]
-    assert lane.slots == 1
+    assert pass_device.slots == 1
     assert answers(passes, [[1] * 64] * 4) == [[64, 1]] * 4
-    assert lane.slots == 2
+    assert pass_device.slots == 2
 
 
 def test_a_failed_pass_settles_the_device_and_the_next_one_has_its_own_buffers() -> None:
-    lane = HostDevice(fails_on=13)
-    passes = Passes(lane, Shapes(64, 256))
+    pass_device = HostDevice(fails_on=13)
+    passes = Passes(pass_device, Shapes(64, 256))
     with pytest.raises(RuntimeError, match="out of memory"):
         passes([[1], [13]])
-    assert lane.settled == 1
+    assert pass_device.settled == 1
     assert answers(passes, [[2]]) == [[1, 2]]
 
 

@@ -148,7 +148,9 @@ def _model(settings: RunSettings) -> Finding:
         return Finding("model", "fail", str(error))
     sentiment, _ = model.score(["Хорошо, спасибо."])[0]
     if sentiment is None:
-        return Finding("model", "fail", f"{model.name} answers a plain text with what is no number; take another one")
+        return Finding(
+            "model", "fail", f"{model.name} does not score a plain text with finite numbers; use another model"
+        )
     if model.warning:
         return Finding("model", "warn", model.warning)
     return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")
@@ -266,7 +268,7 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
             isolation_level=settings.isolation_level,
         )
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
-        doubt = f"where group {settings.group_id} would begin cannot be asked ({type(error).__name__})"
+        doubt = f"the brokers do not answer where group {settings.group_id} would begin ({type(error).__name__})"
         return Finding("offsets", "warn", f"{doubt}; look at the permissions, or try again")
     return Finding("offsets", "warn" if unread.is_all_over_again or unread.recreated else "ok", str(unread))
 
@@ -274,7 +276,7 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
 async def _retention(
     settings: RunSettings, connection: Connection, topics: Iterable[TopicDescription], keeps_ms: int
 ) -> Finding | None:
-    """A warning where results would have timestamps older than their topic keeps, or where that cannot be asked."""
+    """A warning where results would have timestamps older than their topic keeps, or where the brokers do not answer."""
     if settings.result_timestamp == "now" or keeps_ms == NO_LIMIT:
         return None
     try:
@@ -282,7 +284,7 @@ async def _retention(
             keeps_ms, connection, topics, group_id=settings.group_id, auto_offset_reset=settings.auto_offset_reset
         )
     except UNREACHABLE as error:
-        doubt = f"how old the input is cannot be asked ({type(error).__name__}); try again"
+        doubt = f"the brokers do not answer how old the input is ({type(error).__name__}); try again"
         return Finding("retention", "warn", doubt)
     if not old:
         return None

@@ -1,4 +1,4 @@
-"""The worker process: its HTTP side, its signals, its end."""
+"""The worker process: its HTTP server, its signals, and how it ends."""
 
 import asyncio
 import logging
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
-PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot be mended ends
+PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot go on ends
 
 
 def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:
@@ -70,7 +70,7 @@ def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:
 
 
 async def _left() -> set[asyncio.Future[Any]]:
-    """The tasks that do not end; all others have ended."""
+    """Cancels all other tasks; returns those that do not end."""
     return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
 
 

@@ -250,7 +250,7 @@ def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
 
 
 def in_force(model: "SentimentModel") -> dict[str, str]:
-    """What a loaded model runs with, by the names of the settings, of which ``auto`` says nothing."""
+    """The values that a loaded model runs with, by the names of the settings: where one is ``auto``, what was chosen."""
     return {
         "device": str(model.device),
         "backend": model.backend,

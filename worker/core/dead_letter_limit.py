@@ -53,5 +53,5 @@ class DeadLetterLimit:
         return (
             f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
             f"reaches dead_letter_limit = {self._limit:g}; what is published is committed, and the rest is read again; "
-            "mend their producer, this worker's settings or the output topic's, or raise the limit (0: none)"
+            "fix their producer, this worker's settings or the output topic's, or raise the limit (0: none)"
         )

@@ -33,9 +33,9 @@ class AccessControl:
     token as the password of HTTP's basic login, which counts for reading alone, since they send it unasked from other
     sites' pages too.
 
-    Whatever the address, only requests for localhost, an IP address or one of ``names`` are answered: a page whose own name
-    was turned to this address sends that name. A browser says of a request whether another site's page made it; those are
-    refused, but for a link that opens the console, as a page of its own.
+    Whatever the address, only requests for localhost, an IP address or one of ``names`` are answered: the page of a site
+    that has pointed its own name at this address sends that name. A browser says of a request whether another site's page
+    made it; those requests are refused, but for a link that opens the console as a page of its own.
     """
 
     def __init__(
@@ -53,11 +53,13 @@ class AccessControl:
         if not self._is_own_name(request.headers.get("Host")):
             self._record_refusal(request, "host")
             raise web.HTTPMisdirectedRequest(
-                text="this answers to localhost, to IP addresses, and to the names in http_host and http_names\n"
+                text="this server answers requests for localhost, IP addresses, and the names in http_host and http_names\n"
             )
         if request.headers.get("Sec-Fetch-Site") == "cross-site" and not _is_link_to_console(request):
             self._record_refusal(request, "cross_site")
-            raise web.HTTPForbidden(text="another site's page asked for this: open it by its address instead\n")
+            raise web.HTTPForbidden(
+                text="this request comes from another site's page: open this address directly instead\n"
+            )
         if request.method in READING:
             if self._token_for == "all" and request.path not in PROBES:
                 self._refuse_without_token(request, "Bearer", "Basic")
@@ -70,7 +72,7 @@ class AccessControl:
         return await handler(request)
 
     def _is_own_name(self, host: str | None) -> bool:
-        """Whether a Host header names this server, rather than a site whose name was turned to this address."""
+        """Whether a Host header names this server, and not a site that has pointed its own name at this address."""
         if host is None:
             return True
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
@@ -82,19 +84,21 @@ class AccessControl:
         now = asyncio.get_running_loop().time()
         if now - self._logged.get(why, -math.inf) >= LOG_EVERY_S:
             self._logged[why] = now
-            level = logging.DEBUG if why == "no_token" else logging.WARNING  # each browser begins without one
+            level = logging.DEBUG if why == "no_token" else logging.WARNING  # a browser's first request has no token
             log.log(level, "refused a request", extra={"reason": why, **_log_fields(request)})
 
     def _refuse_without_token(self, request: web.Request, *schemes: str) -> None:
         why: Refusal = "wrong_token" if "Authorization" in request.headers else "no_token"
         if self._token is None:
             self._record_refusal(request, why)
-            raise web.HTTPForbidden(text="this needs http_token, which is not set: see WORKER_HTTP_TOKEN_FILE\n")
+            raise web.HTTPForbidden(
+                text="this request needs http_token, which is not set: see WORKER_HTTP_TOKEN_FILE\n"
+            )
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if scheme.title() in schemes and hmac.compare_digest(_token(scheme, given), self._token):
             return
         self._record_refusal(request, why)
-        refusal = web.HTTPUnauthorized(text="this needs the token that http_token holds\n")
+        refusal = web.HTTPUnauthorized(text="this request needs the token that http_token holds\n")
         for wanted in schemes:
             refusal.headers.add("WWW-Authenticate", f'{wanted} realm="sentiment-worker"')
         raise refusal
@@ -118,6 +122,6 @@ def _token(scheme: str, given: str) -> bytes:
 
 
 def _log_fields(request: web.Request) -> dict[str, str | None]:
-    """Who asked for what. The path is that of a known route, or None, for any other may hold a secret."""
+    """The peer's address, the method and the path. The path is None unless a route has it, for it may hold a secret."""
     resource = request.match_info.route.resource
     return {"peer": request.remote, "method": request.method, "path": resource.canonical if resource else None}

@@ -98,8 +98,8 @@ class Console:
             await asyncio.sleep(due - clock())
             try:
                 self._show(clock())
-            except Exception as error:  # noqa: BLE001 - the next second may do better, and the worker needs none of it
-                log.error("the console could not show a second", extra={"error": type(error).__name__})
+            except Exception as error:  # noqa: BLE001 - the next second may succeed, and the worker does not need the console
+                log.error("the console could not be updated", extra={"error": type(error).__name__})
 
     def _show(self, now: float) -> None:
         self._statistics.sample()
@@ -172,7 +172,10 @@ class Console:
         return response
 
     async def _send(self, transport: asyncio.Transport, response: web.StreamResponse) -> None:
-        """Sends everything, then each second. Raises ConnectionError, or TimeoutError if the client takes nothing."""
+        """Sends all that the page shows, then what is new each second.
+
+        Raises ConnectionError, or TimeoutError if the client takes nothing.
+        """
         transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, SOCKET_BYTES)
         coming = self._next
         await within(STUCK_S, response.write(self._hello_message()))

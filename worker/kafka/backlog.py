@@ -32,7 +32,7 @@ class Backlog(NamedTuple):
     new: int
     unread: int
     recreated: tuple[str, ...] = ()
-    """Topics that were deleted and created anew since the group committed there."""
+    """Topics that were deleted and created again since the group committed there."""
 
     @property
     def is_all_over_again(self) -> bool:
@@ -86,7 +86,7 @@ async def backlog(
 async def valid_offsets(
     consumer: Consumer, tps: Collection[TopicPartition]
 ) -> tuple[dict[TopicPartition, int], tuple[str, ...]]:
-    """The group's committed offsets, without those of deleted topics, and the names of topics created anew since.
+    """The group's committed offsets, without those of deleted topics, and the names of topics created again since.
 
     Raises what is in UNREACHABLE. Waits for the group's coordinator without end, so the caller sets a deadline.
     """
@@ -113,6 +113,6 @@ async def log_backlog(
                 isolation_level=isolation_level,
             )
     except UNREACHABLE as error:
-        log.info("where the group will begin cannot be asked now", extra={"error": type(error).__name__})
+        log.info("the brokers do not answer where the group will begin", extra={"error": type(error).__name__})
     else:
         log.info("%s", unread)

@@ -37,7 +37,7 @@ async def stop_client(client: Any, what: str, timeout_s: float) -> None:
         if not stopping.done():
             log.warning("the %s did not stop in time", what)
         elif not stopping.cancelled() and stopping.exception():
-            log.warning("the %s did not stop well", what, extra={"error": type(stopping.exception()).__name__})
+            log.warning("stopping the %s failed", what, extra={"error": type(stopping.exception()).__name__})
     finally:
         await cancelled([stopping])
         await end_remains(client)

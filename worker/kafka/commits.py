@@ -45,7 +45,7 @@ class Commits:
             await within(timeout_s, self._commit(timeout_s))
 
     async def _commit(self, timeout_s: float) -> bool:
-        """False: try again."""
+        """Commits what is due. False if it has to be tried again."""
         async with self._lock:
             due = [
                 (assignment, assignment.acknowledged, assignment.uncommitted)

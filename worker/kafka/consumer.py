@@ -1,4 +1,4 @@
-"""The consumer that this worker uses: aiokafka's, with what it lacks."""
+"""The consumer that this worker uses: aiokafka's, with what that lacks."""
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
@@ -22,4 +22,4 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
         try:
             super().seek(partition, offset)
         except AssertionError:
-            raise IllegalStateError(f"no partition is assigned, {partition} neither") from None
+            raise IllegalStateError(f"{partition} is not assigned, nor is any other partition") from None

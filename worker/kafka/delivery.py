@@ -40,7 +40,7 @@ class Owner(Protocol):
         """These records go no further under this assignment, and are read again."""
 
     def restart(self, assignment: Assignment) -> None:
-        """The partition begins anew from its committed offset."""
+        """The partition begins again from its committed offset."""
 
     async def confirm_membership(self) -> None:
         """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
@@ -52,17 +52,17 @@ class Owner(Protocol):
 class Delivery(Protocol):
     """Publishes outcomes and commits offsets. Neither source nor pipeline knows which guarantee runs.
 
-    The event loop alone calls it. The source calls ``begin``, ``resume``, ``commit``, ``flush``, ``abandon`` and
-    ``release``; the pipeline ``serve``, ``put``, ``run``, ``finish`` and ``close``.
+    The event loop alone calls it. Whoever puts the worker together calls ``start``; the source calls ``begin``, ``resume``,
+    ``commit``, ``flush``, ``abandon`` and ``release``; the pipeline ``serve``, ``put``, ``run``, ``finish`` and ``close``.
     """
 
     has_producer_per_partition: bool
 
     def serve(self, owner: Owner, publish: Publish, count: Count) -> None:
-        """Is called once, before all else.
+        """Says whom this delivery serves. Is called once, before anything else but ``start``.
 
-        ``publish`` publishes outcomes by a sink, and returns when each is acknowledged, or is a dead letter that is.
-        ``count`` takes outcomes that are delivered, and when they were, in s since 1970.
+        ``publish`` publishes outcomes by a sink, and returns when each of them, or a dead letter in its place, is
+        acknowledged. ``count`` takes outcomes that are delivered, and when they were, in s since 1970.
         """
 
     async def start(self) -> None:
@@ -75,7 +75,7 @@ class Delivery(Protocol):
         """
 
     def resume(self, assignment: Assignment, committed: int | None) -> None:
-        """The committed offset, read after ``begin``; None where there is none, or it is of another topic."""
+        """Tells the committed offset, read after ``begin``; None where there is none, or it is of another topic."""
 
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
         """Commits acknowledged offsets, and notes them in their assignments. False: try again.
@@ -96,7 +96,7 @@ class Delivery(Protocol):
         """Takes outcomes of one partition, in the order of their offsets. Waits while too much is waiting already."""
 
     async def run(self) -> None:
-        """Delivers what was put. Ends after ``finish``, once all of it is delivered; raises what cannot be mended."""
+        """Delivers what was put. Ends after ``finish``, once all is delivered. Raises what trying again cannot cure."""
 
     def finish(self) -> None:
         """Nothing more will be put."""

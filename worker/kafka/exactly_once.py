@@ -2,7 +2,7 @@
 
 A transactional id belongs to one input partition, ``{group}/{topic}/{partition}``, so that whoever takes the partition
 over fences the owner before, and a transaction that the old owner left behind has ended before the new one reads where
-to begin. A transaction that fails in any way is not mended: the partition begins anew, by the same path.
+to begin. A transaction that fails in any way is not repaired: the partition begins again, by the same path.
 """
 
 import asyncio
@@ -40,10 +40,10 @@ from worker.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 LONGEST_INTERVAL_S: Final = 5.0
-COST_MEMORY: Final = 0.9  # of a new commit's duration a tenth goes into what commits are thought to take
+COST_MEMORY: Final = 0.9  # share of earlier commits in the average of how long one takes; the newest has the rest
 ROOM_BYTES: Final = 64_000_000
 RECORD_BYTES: Final = 1_000  # of a waiting record, beside its value
-FAREWELL_S: Final = 5.0
+CLOSE_S: Final = 5.0  # for closing a producer that is not used any more
 
 
 def due_at(
@@ -58,16 +58,17 @@ def due_at(
 
 
 def least_interval_s(partitions: int, commit_s: float) -> float:
-    """How far apart the transactions of a partition are at least, where so many commit: as if one did after the other.
+    """The shortest time between two transactions of a partition, where so many partitions commit.
 
-    Nothing for a single partition, which cannot begin one before the last has ended.
+    It is as long as if they committed one after the other. It is 0 for a single partition, which begins no transaction
+    before its last one has ended.
     """
     return min(LONGEST_INTERVAL_S, partitions * commit_s) if partitions > 1 else 0.0
 
 
 @dataclass(slots=True)
 class Page:
-    """Some records of one partition, in order, that are ready to be published; without records, an offset alone."""
+    """Outcomes of one partition, in order, that are handed over together; without outcomes, only an offset to commit."""
 
     next_offset: int
     outcomes: Sequence[Outcome] = ()
@@ -109,12 +110,15 @@ class Writer:
         self._changed.set()
 
     def goes_beyond(self, offset: int) -> bool:
-        """Records after this offset are on their way: they commit it too, and behind them it would lead back."""
+        """Whether records after this offset are on their way.
+
+        Their transaction commits this offset too. Committed after theirs, it would move the group backwards.
+        """
         pages = (*self.committed, *self.committing, *self.pages)
         return any(page.outcomes and page.next_offset > offset for page in pages)
 
     def hurry(self) -> None:
-        """From now on whatever is there is committed at once."""
+        """From now on, whatever has been gathered is committed at once."""
         self.is_hurried = True
         self._changed.set()
 
@@ -208,7 +212,7 @@ class ExactlyOnce:
         self._in_doubt: dict[TopicPartition, list[Page]] = {}
         self._troubled: set[TopicPartition] = set()  # their last transaction was lost
         self._waiting: set[TopicPartition] = set()  # for the producer that they need
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._broken: list[BaseException] = []
         self._is_finishing = False
 
@@ -322,9 +326,9 @@ class ExactlyOnce:
 
     async def close(self, timeout_s: float) -> None:
         """Waits for the producers that are being closed; all of them, once the assignments are released."""
-        if self._farewells:
-            await asyncio.wait(self._farewells, timeout=timeout_s)
-        await cancelled(self._farewells)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=timeout_s)
+        await cancelled(self._closing)
 
     # For the writers.
 
@@ -389,7 +393,10 @@ class ExactlyOnce:
         return unreachable(self._connection, error)
 
     def _ended(self, writer: Writer) -> None:
-        """A writer ends by itself only when something has gone wrong; a cancel is ours where it was retired before."""
+        """Handles a writer that has ended: by an error, or because it was cancelled.
+
+        A cancel is expected if the writer was taken out of ``_writers`` before; any other one counts as a failure.
+        """
         if not writer.task.cancelled():
             error = writer.task.exception()
         elif self._writers.get(writer.assignment) is writer:
@@ -407,7 +414,7 @@ class ExactlyOnce:
         tp = writer.assignment.tp
         self._metrics.kafka_errors.labels("transaction").inc()
         log.warning(
-            "a transaction is given up, and its records are worked on again",
+            "a transaction is given up, and its records are processed again",
             extra={"partition": f"{tp.topic}-{tp.partition}", "reason": str(reason)},
         )
         if writer.assignment.is_owned:
@@ -442,19 +449,19 @@ class ExactlyOnce:
             self.settled(writer, page)
         writer.committed = []
         pages = [*writer.committing, *writer.pages]
-        farewell = asyncio.create_task(self._farewell(writer))
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+        closing = asyncio.create_task(self._close(writer))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
         for page in pages:
             self._owner.drop(writer.assignment, len(page.outcomes))
             page.done.set()
         self._free(sum(page.weight for page in pages))
 
-    async def _farewell(self, writer: Writer) -> None:
+    async def _close(self, writer: Writer) -> None:
         await cancelled([writer.task])
-        if writer.assignment.tp not in self._refusals:  # released: its last words may have been a trouble
+        if writer.assignment.tp not in self._refusals:  # it was released, and its last failure may still be reported
             self._health.working("publish", writer.assignment.tp)
-        await writer.sink.close(FAREWELL_S)
+        await writer.sink.close(CLOSE_S)
 
     def _free(self, weight: int) -> None:
         self._weight -= weight

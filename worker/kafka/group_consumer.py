@@ -91,16 +91,16 @@ class GroupConsumer:
 
     @property
     def live(self) -> Consumer:
-        """The consumer; raises IllegalStateError where it has been stop_client."""
+        """The consumer; raises IllegalStateError where none is running."""
         if self._consumer is None:
-            raise IllegalStateError("the consumer has been stop_client")
+            raise IllegalStateError("the consumer is not running")
         return self._consumer
 
     @property
     def reader(self) -> Reader:
-        """Reads the live consumer's partitions; raises IllegalStateError where it has been stop_client."""
+        """Reads the live consumer's partitions; raises IllegalStateError where none is running."""
         if self._consumer is None or self._reader is None:
-            raise IllegalStateError("the consumer has been stop_client")
+            raise IllegalStateError("the consumer is not running")
         return self._reader
 
     async def start(self) -> Consumer:

@@ -17,7 +17,7 @@ from worker.reasons import Reason
 log = logging.getLogger(__name__)
 
 LIMITS_AGE_S: Final = 30.0
-REFUSAL_VALID_S: Final = 60.0  # for so long after a refusal this machine's clock decides without the broker
+REFUSAL_VALID_S: Final = 60.0  # how long after a refusal records in doubt are not sent
 CLOCK_TOLERANCE_MS: Final = 60_000.0  # by which timestamps of the same clock may differ
 
 

@@ -22,19 +22,19 @@ from worker.kafka.group_consumer import Rejoin
 from worker.kafka.subscription import Subscription
 from worker.telemetry.health import Health
 
-MEMBERSHIP: Final = "membership"  # who has the trouble, where it is no partition
+MEMBERSHIP: Final = "membership"  # stands for the membership in the group, where other failures name a partition
 
 
 @dataclass(slots=True)
 class KnownOutages:
-    """What the watchers of the lag and the group know to be unavailable; they have told health about it themselves."""
+    """What LagWatcher and GroupHealth know to be unavailable. They tell health about it themselves."""
 
     brokers_away_at: float = -math.inf  # when no broker answered the last time
     is_coordinator_away: bool = False
     partitions: Mapping[TopicPartition, Exception] = field(default_factory=dict)  # whose end is not known, and why
 
     def explain(self, who: Hashable) -> bool:
-        """Whether they are why a call for a partition, or for the membership, fails."""
+        """Whether these outages are why a call for ``who``, a partition or MEMBERSHIP, fails."""
         return self.is_coordinator_away or who in self.partitions
 
 

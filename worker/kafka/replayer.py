@@ -134,7 +134,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         """Goes through all partitions, and ends early when ``stop`` is set. Raises ReplayFailed and WrongSetting."""
         await self._wait_until_usable("dead_letter_topic", [self._topic])
         if self._stop.is_set():
-            raise ReplayFailed("stopped before it had begun")
+            raise ReplayFailed("the replay was stopped before it had begun")
         try:
             await self._start()
             for tp, partition in self._partitions.items():
@@ -314,8 +314,9 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             return with_topic_id(self._topic_id, done.metadata())
         except ProgressTooLarge:
             raise ReplayFailed(
-                f"the group {self._group_id} cannot remember so many gaps in what it has replayed; replay all, or, where "
-                "they are records that are no dead letters, what is newer (since) with another replay_group_id"
+                f"the group {self._group_id} cannot remember so many gaps in what it has replayed; replay all dead "
+                "letters. Where the gaps are records that are no dead letters, replay only newer ones (since) with another "
+                "replay_group_id"
             ) from None
 
     async def _commit(self, commit: dict[TopicPartition, tuple[int, str]]) -> None:
@@ -325,8 +326,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
                 await within(self._connection.request_timeout_s, self._consumer.commit(commit))
             except (CommitFailedError, IllegalStateError):
                 raise ReplayFailed(
-                    f"the group {self._group_id} gave the topic {self._topic} away; up to {RECORDS_AT_ONCE} may be replayed "
-                    "once more"
+                    f"the group {self._group_id} has taken the topic {self._topic} from this replay; up to "
+                    f"{RECORDS_AT_ONCE} dead letters may be replayed twice"
                 ) from None
             except (KafkaError, OSError, TimeoutError) as error:
                 self._health.failing("commit", f"cannot commit what is replayed ({type(error).__name__})")

@@ -136,7 +136,7 @@ class Sink:
         indexes = sorted(index for batches in pending.values() for batch in batches for index in batch)
         for index, reason in self._limits.refused(columns, indexes).items():
             answers[index] = reason
-        if not errors <= REFUSALS.keys():  # a topic may have been created anew, with other partitions
+        if not errors <= REFUSALS.keys():  # a topic may have been created again, with other partitions
             return await self._pending(columns, [index for index in indexes if answers[index] is None])
         kept = {
             tp: [[index for index in batch if answers[index] is None] for batch in batches]
@@ -267,7 +267,7 @@ class Sink:
     # Producers.
 
     async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
-        """The producer, or a new one if there is none, or it cannot number so many records more."""
+        """The producer; a new one if there is none, or if its sequence numbers do not suffice for ``records`` more."""
         if self._records_sent + records > self._records_per_producer:
             await self._discard_producer(self._connection.request_timeout_s)
         if self._producer is None:

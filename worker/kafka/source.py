@@ -268,7 +268,7 @@ class Source:
                 await self._consumer.stop(self._connection.request_timeout_s)
 
     def _fail(self, error: BaseException) -> None:
-        """Ends the session with an error; the first one counts."""
+        """Ends the session with an error. If several are reported, the session ends with the first one."""
         if self._fault is not None and not self._fault.done():
             self._fault.set_exception(error)
 

@@ -76,7 +76,7 @@ class Subscription:
             took_s = time.monotonic() - started
             found = [name for name in matching(pattern, names) if name not in self.topics]
             if found:
-                log.info("topics have come that match input_pattern", extra={"topics": ",".join(found)})
+                log.info("new topics match input_pattern", extra={"topics": ",".join(found)})
                 await revoke_all()
                 self.topics = (*self.topics, *found)
                 self.subscribe(consumer, listener)

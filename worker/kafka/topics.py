@@ -98,7 +98,10 @@ async def _until_nothing_is_missing(
     *,
     patience_s: float = math.inf,
 ) -> Answer:
-    """Calls ``look`` until it finds that nothing is missing: it returns what is, as a sentence, and an answer for then."""
+    """Calls ``look`` until nothing is missing, and returns the answer that it then gives.
+
+    ``look`` returns what is missing as a sentence, empty if nothing is, and its answer.
+    """
     backoff = Backoff()
     deadline = time.monotonic() + patience_s
     while True:

@@ -26,7 +26,7 @@ TRANSACTION_TIMEOUT_MS: Final = 60_000  # a stall that is longer costs the trans
 
 
 class Lost(Exception):
-    """A transaction cannot be finished; the message says why. Its records are worked on again."""
+    """A transaction cannot be finished; the message says why. Its records are processed again."""
 
 
 RefusalKey = tuple[int, str, bool, int]
@@ -53,19 +53,19 @@ class Refusals:
         """Why this record is known to be refused."""
         return self._reasons.get(_refusal_key(producer_record)) if self._reasons else None
 
-    def apart(self, producer_records: Sequence[ProducerRecord], load: Indexes) -> list[Indexes]:
-        """A load in loads of their own for the suspects, in the same order."""
+    def apart(self, producer_records: Sequence[ProducerRecord], batch: Indexes) -> list[Indexes]:
+        """A batch, divided so that each record that may be the refused one is alone, in the same order."""
         if not self._suspects:
-            return [load]
-        loads: list[Indexes] = []
+            return [batch]
+        batches: list[Indexes] = []
         was_suspect = True
-        for place in load:
+        for place in batch:
             is_suspect = _refusal_key(producer_records[place]) in self._suspects
             if is_suspect or was_suspect:
-                loads.append([])
-            loads[-1].append(place)
+                batches.append([])
+            batches[-1].append(place)
             was_suspect = is_suspect
-        return loads
+        return batches
 
     def forget_before(self, offset: int) -> None:
         """The records before this offset are committed, and not sent again."""
@@ -86,7 +86,8 @@ def _refusal_key(producer_record: ProducerRecord) -> RefusalKey:
 class PartitionSink(Sink):
     """A transactional producer, of one input partition. What is published counts once ``commit`` has returned.
 
-    Any failure raises Lost, and leaves it good for nothing but ``close``. After a refusal ``limits`` are those of now.
+    Any failure raises Lost; afterwards only ``close`` may be called. After a refusal the topics' limits are read again
+    into ``limits``.
     """
 
     def __init__(
@@ -133,17 +134,17 @@ class PartitionSink(Sink):
         with _failures():
             async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1000):
                 await self._begin()
-                lanes = {
-                    lane: [apart for load in loads for apart in self._refusals.apart(producer_records, load)]
-                    for lane, loads in (await self._pending(columns, unanswered(answers))).items()
+                pending = {
+                    tp: [apart for batch in batches for apart in self._refusals.apart(producer_records, batch)]
+                    for tp, batches in (await self._pending(columns, unanswered(answers))).items()
                 }
                 producer = await self._fresh_producer(sum(answer is None for answer in answers))
-                sending = asyncio.create_task(self._send(producer, columns, lanes))
+                sending = asyncio.create_task(self._send(producer, columns, pending))
                 failures = await self._while_alive(producer, sending)
-        for loads, error in failures.values():
+        for batches, error in failures.values():
             reason = REFUSALS.get(type(error))
             if reason:
-                self._refusals.note([producer_records[place] for place in loads[0]], reason)
+                self._refusals.note([producer_records[place] for place in batches[0]], reason)
             if type(error) in LIMITS_MAY_HAVE_CHANGED:
                 await self._limits.refresh(0.0)
                 self._shared_limits.update(self._limits.by_topic)
@@ -181,7 +182,7 @@ class PartitionSink(Sink):
             self._is_in_transaction = True
 
     async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
-        """This very one: another would be another transaction."""
+        """The same producer as before, for a new one would begin another transaction. Raises Lost if it is used up."""
         if self._producer is None:
             raise Lost("the producer is closed")
         if self._records_sent + records > self._records_per_producer:
@@ -189,11 +190,11 @@ class PartitionSink(Sink):
         return self._producer
 
     def _count_possible_duplicates(self, records: int) -> None:
-        """Nothing: their transaction is aborted."""
+        """Counts nothing, for the transaction of these records is aborted."""
 
     @staticmethod
     async def _while_alive(producer: AIOKafkaProducer, sending: "asyncio.Task[Failures]") -> Failures:
-        """What is sent, unless the producer has died meanwhile: what it was about to send again then waits for ever."""
+        """What ``sending`` returns. Raises Lost if the producer fails: ``sending`` would then wait for ever."""
         try:
             if not await while_sending(producer, sending):
                 raise Lost("the producer has failed")
@@ -204,7 +205,7 @@ class PartitionSink(Sink):
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
-    """Whatever aiokafka raises becomes Lost; AssertionError is its word for a transaction that has failed before."""
+    """Whatever aiokafka raises becomes Lost. It raises AssertionError where the transaction has failed before."""
     try:
         yield
     except (*UNREACHABLE, IllegalOperation, AssertionError) as error:

@@ -101,7 +101,7 @@ def choose_cuda_forward(
 
 def backend_of(forward: Forward) -> str:
     """The forward's backend, as in settings: onnx or torch."""
-    return "onnx" if isinstance(forward, onnx_export.ExportedNetwork) else "torch"
+    return "onnx" if isinstance(forward, onnx_export.ExportedModel) else "torch"
 
 
 def has_bfloat16() -> bool:
@@ -192,8 +192,8 @@ def _passes_seconds(forwards: dict[str, Forward]) -> dict[str, list[float]]:
     return took
 
 
-def _onnx_forward(model: Any, *, is_int8: bool) -> onnx_export.ExportedNetwork:
-    return onnx_export.ExportedNetwork(onnx_export.export(model, is_int8=is_int8))
+def _onnx_forward(model: Any, *, is_int8: bool) -> onnx_export.ExportedModel:
+    return onnx_export.ExportedModel(onnx_export.export(model, is_int8=is_int8))
 
 
 def _refuse_what_onnx_cannot(model: Any, backend: str, is_int8: bool) -> None:

@@ -59,7 +59,7 @@ class Shapes:
         return sorted(shapes, key=lambda shape: (-shape.rows * shape.width, -shape.width))
 
     def of(self, count: int, length: int) -> Shape:
-        """The smallest that holds so many texts of such a length; beyond the budget, as many rows as there are texts."""
+        """The smallest shape for so many texts of such a length; beyond the budget it has just as many rows."""
         width = next((width for width in self.widths if width >= length), length)
         return Shape(next((rows for rows in self._rows(width) if rows >= count), count), width)
 
@@ -140,10 +140,10 @@ class Passes:
     precision does not; None if there is no other.
     """
 
-    def __init__(self, lane: PassDevice, shapes: Shapes, exact: "Passes | None" = None) -> None:
+    def __init__(self, pass_device: PassDevice, shapes: Shapes, exact: "Passes | None" = None) -> None:
         self.widths: Sequence[int] = shapes.widths
         self.pass_tokens = A_PASS_TOKENS
-        self._lane = lane
+        self._pass_device = pass_device
         self._shapes = shapes
         self._exact = exact
         self._slots: list[Any] = []
@@ -153,10 +153,10 @@ class Passes:
         shape = self._shapes.of(len(ids), max(map(len, ids)))
         slot = self._free_slot(shape)
         try:
-            self._lane.dispatch(slot, shape, pack(ids, shape, slot.wire))
-            logits = self._lane.fetch(slot, len(ids))
+            self._pass_device.dispatch(slot, shape, pack(ids, shape, slot.wire))
+            logits = self._pass_device.fetch(slot, len(ids))
         except BaseException:
-            self._lane.settle()  # raises itself where the device is lost; the slot is then never used again
+            self._pass_device.settle()  # raises itself where the device is lost; the slot is then never used again
             raise
         self._slots.append(slot)
         return self._mended(ids, logits)
@@ -165,7 +165,7 @@ class Passes:
         with self._lock:
             slot = self._slots.pop() if self._slots else None
             if slot is None or len(slot.wire) < shape.rows * (shape.width + 1):
-                slot = self._lane.slot(shape)
+                slot = self._pass_device.slot(shape)
             return slot
 
     def _mended(self, ids: Sequence[TokenIds], logits: Logits) -> Logits:
@@ -186,7 +186,7 @@ class CapturedGraph(NamedTuple):
 
 
 class Graphs:
-    """Which shapes have a graph. Knows no CUDA: how one is captured, and what it would take, is given."""
+    """Which shapes have a graph. Knows no CUDA: its caller says how a graph is captured and how much memory that takes."""
 
     def __init__(self) -> None:
         self._graphs: dict[Shape, CapturedGraph] = {}
@@ -343,12 +343,12 @@ def passes_on(
     ``longest``: the model's maximum; ``budget``: tokens in a pass; ``padding``: the id of it. Blocks for some seconds.
     """
     shapes = Shapes(longest, budget)
-    lane = CudaPassDevice(forward, device, labels=labels, padding=padding)
+    pass_device = CudaPassDevice(forward, device, labels=labels, padding=padding)
     if isinstance(forward, BertClassifier):
-        lane.capture(shapes.all())
+        pass_device.capture(shapes.all())
     if exact is None:
-        return Passes(lane, shapes)
-    return Passes(lane, shapes, Passes(CudaPassDevice(exact, device, labels=labels, padding=padding), shapes))
+        return Passes(pass_device, shapes)
+    return Passes(pass_device, shapes, Passes(CudaPassDevice(exact, device, labels=labels, padding=padding), shapes))
 
 
 # Half precision.

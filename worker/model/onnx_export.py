@@ -31,10 +31,10 @@ PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
 VERSION: Final = "3"  # of what this module writes
 
 
-class ExportedNetwork:
+class ExportedModel:
     """Token ids → logits by ONNX Runtime, called as a BertClassifier. Blocks; takes the calling thread alone.
 
-    ``file`` is read by the process's own user or root's work alone: raises PermissionError for any other.
+    Raises PermissionError where another user than the process's own and root may have written ``file``.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,29 +57,30 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in PACKAGES)
 
 
-def export(network: Any, *, is_int8: bool) -> Path:
+def export(model: Any, *, is_int8: bool) -> Path:
     """The ONNX file of a model that BertClassifier covers: from the cache folder, or written there first, in seconds.
 
-    Where the folder cannot be written or is another user's, into a temporary one. Raises what torch's exporter raises.
+    If the folder cannot be written or is another user's, the file goes into a temporary one. Raises what torch's exporter
+    raises.
     """
-    name = f"{_digest(network)}{'.int8' if is_int8 else ''}.onnx"
+    name = f"{_digest(model)}{'.int8' if is_int8 else ''}.onnx"
     folder = _cache_folder()
     if not (_is_own(folder) and _is_own(folder / name)):
         folder = _writable(folder)
         log.info("exporting the model for ONNX Runtime", extra={"file": str(folder / name)})
         with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            _write(network, Path(workplace), name, is_int8)
+            _write(model, Path(workplace), name, is_int8)
             (Path(workplace) / name).chmod(0o600)
             (Path(workplace) / name).replace(folder / name)  # at once, for another process may want it too
     return folder / name
 
 
-def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
+def _write(model: Any, folder: Path, name: str, is_int8: bool) -> None:
     plain = folder / "plain.onnx" if is_int8 else folder / name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Module(network).eval(),
+            _Module(model).eval(),
             (torch.randint(0, 2, (3, 7)), torch.tensor([7, 5, 2])),
             plain,
             input_names=["ids", "lengths"],
@@ -104,7 +105,7 @@ def _write(network: Any, folder: Path, name: str, is_int8: bool) -> None:
 
 
 class ApartLinear(PlainLinear):
-    """A product for each layer of the same input: parts of one would be copied before they can be used."""
+    """A product of its own for each layer of the same input. Parts of one product would be copied before they are used."""
 
     def __init__(self, weight: Tensor, bias: Tensor, is_gelu: bool = False, widths: Sequence[int] = ()) -> None:
         super().__init__(weight, bias, is_gelu, widths)
@@ -116,20 +117,20 @@ class ApartLinear(PlainLinear):
 
 
 class _Module(nn.Module):
-    """torch's exporter takes modules alone."""
+    """BertClassifier as a torch module, for torch's exporter takes nothing else."""
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._bert = BertClassifier(network, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
+        self._bert = BertClassifier(model, linear=ApartLinear, fused_from=NEVER, order=TOKEN_BY_TOKEN)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self._bert(ids, lengths)
 
 
-def _digest(network: Any) -> str:
+def _digest(model: Any) -> str:
     digest = hashlib.sha256()
-    digest.update(network.config.to_json_string().encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    digest.update(model.config.to_json_string().encode())
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     digest.update(repr([VERSION, _has_vnni(), torch.__version__, *map(version, PACKAGES)]).encode())

@@ -57,8 +57,8 @@ def prepare_runner(
 
     ``columns``, ``examples``: as for choose_cuda_forward. ``max_tokens``: of a text. ``padding``: the id of padding.
     ``backend``, ``dtype``, ``cpu_threads``, ``max_batch_tokens``: as in settings.
-    Blocks for about a second, on a GPU for some, and for ``tuning_s`` for each of the last two that is auto. Raises
-    BackendError.
+    Blocks for about a second, on a GPU for some, and for ``tuning_s`` for each of ``cpu_threads`` and
+    ``max_batch_tokens`` that is auto. Raises BackendError.
     """
     is_on_cuda = model.device.type == "cuda"
     if is_on_cuda:

@@ -113,7 +113,7 @@ class SentimentModel:
         backend: ``torch`` or ``onnx``; ``auto`` takes the faster one on a CPU
         cpu_threads: how many passes of the model run at once on a CPU, each on a thread; ``auto`` measures
         max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
-        tuning_s: seconds of measuring for each of the last two that is ``auto``
+        tuning_s: seconds of measuring for each of ``cpu_threads`` and ``max_batch_tokens`` that is ``auto``
         """
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)

@@ -185,7 +185,7 @@ def _refuse_tokens_without_rows(name: str, tokenizer: Any, model: Any) -> None:
 
 
 def _refuse_without_padding(name: str, model: Any) -> None:
-    """Refuses a decoder without an id of padding: it finds a text's end by it, and takes no two texts at once without."""
+    """Refuses a decoder without an id of padding: only by that it finds each text's end where it takes several at once."""
     ids = torch.zeros((2, 2), dtype=torch.long, device=model.device)
     try:
         with torch.inference_mode():

@@ -43,13 +43,19 @@ class Accounting:
         self._counted: dict[Hashable, int] = {}  # by partition, the offset up to which the limit has looked
 
     async def raise_when_exceeded(self) -> None:
-        """What the output refuses is known once it is published: it is acknowledged, and ends the worker from here."""
+        """Waits until refused results have reached the limit on dead letters; then raises TooManyDeadLetters.
+
+        Whether a result is refused is known only after publishing, when its dead letter is acknowledged already.
+        """
         await self._exceeded.wait()
         assert self._error
         raise self._error
 
     def _look_at_published(self, outcomes: Sequence[Outcome], is_refused: bool) -> None:
-        """Judges only where results are refused: the other failures were judged before they were published."""
+        """Counts published outcomes towards the limit on dead letters.
+
+        Only refused results can exceed it here: all other failures were counted before they were published.
+        """
         new: list[Outcome] = []
         for tp, run in groupby(outcomes, key=attrgetter("record.topic", "record.partition")):
             some, counted = list(run), self._counted.get(tp, 0)
@@ -63,7 +69,7 @@ class Accounting:
                 self._exceeded.set()
 
     def count(self, outcomes: Sequence[Outcome], now: float) -> None:
-        """What has been acknowledged, and when, in s since 1970."""
+        """Counts outcomes that have been acknowledged at ``now``, in s since 1970."""
         sentiments = [outcome.sentiment for outcome in outcomes if outcome.sentiment]
         if sentiments:
             labels, scores, _ = zip(*sentiments, strict=True)
@@ -82,7 +88,7 @@ class Accounting:
             self._metrics.records_skipped.inc(sum(outcome.producer_record is None for outcome in others))
             self._metrics.tombstones.inc(sum(o.producer_record is not None and o.failure is None for o in others))
         self._refusals.note(refused)
-        if self._refusals.is_active:  # while nothing is refused all was judged before it was published
+        if self._refusals.is_active:  # else all failures were counted before they were published
             self._look_at_published(outcomes, bool(refused))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)

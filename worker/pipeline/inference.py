@@ -36,7 +36,7 @@ class Inference:
         self._loader_thread = SerialExecutor("loader")
         self._runner: ModelRunner | None = None  # of the model in use
         self._cache = ResultCache(0)
-        self._why_dead: str | None = None  # once a fault is known that only another process mends
+        self._why_dead: str | None = None  # once a fault is known that only another process can repair
         self._awaited: set[asyncio.Future[Any]] = set()
 
     @property

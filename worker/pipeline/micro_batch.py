@@ -33,7 +33,7 @@ class MicroBatch:
         return sum(len(part.records) for part in self.parts)
 
     def failures(self) -> Counter[Reason]:
-        """Why how many of its records cannot be scored."""
+        """By reason, how many of its records cannot be scored."""
         reasons: Counter[Reason] = Counter()
         for part in self.parts:
             texts = len(part.decoded)
@@ -46,9 +46,9 @@ class MicroBatch:
         return +reasons
 
     def beyond(self, seen: dict[Hashable, int]) -> "MicroBatch":
-        """What of it lies beyond the offsets that ``seen`` has by partition, and moves them on.
+        """Its records at or after the offset that ``seen`` has for their partition; moves that offset behind them.
 
-        The rest is read again, after an abort or when the group was joined anew.
+        Records before it have been seen already. They were read again after an abort, or because the group was joined again.
         """
         parts = []
         for part in self.parts:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 KNOWN_GOOD = "Хорошо, спасибо."
 TOO_MANY = 8  # texts of one micro-batch that cannot all be poison
-MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # waits for a neighbour on the same device to give memory back
+MEMORY_PATIENCE_S = (0.1, 0.5, 1, 2)  # waits for another process on the same device to free memory
 WARM_UP_LENGTHS = (4, 32, 128, 512)  # tokens
 
 Answer = TypeVar("Answer")
@@ -54,8 +54,8 @@ class FatalInferenceError(Exception):
 class ModelRunner:
     """One model, and the token budget of its device batches, which shrinks where memory does not suffice.
 
-    A call to tokenizer or model may be made of many; ``tokenizer_progressed`` and ``model_progressed`` are called before
-    each that follows, so that time is measured for each alone.
+    ``tokenize`` and ``score`` may call the tokenizer or the model several times. ``tokenizer_progressed`` and
+    ``model_progressed`` are called before every further call, so that each call's time is measured alone.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ModelRunner:
         self._is_warm = True
 
     def warm_up_beside_another(self) -> None:
-        """The same while another model is at work: neither touches that one's clock, nor waits for its memory.
+        """As ``warm_up``, while another model is at work: it neither restarts that one's clock nor waits for its memory.
 
         Raises what the model raises, ValueError where a known-good text cannot be scored.
         """
@@ -169,7 +169,7 @@ class ModelRunner:
         return self._score_halves(ids)
 
     def _wait_for_memory(self, ids: list[TokenIds]) -> list[Sentiment | str]:
-        """A single text that is out of memory is no poison: any other of its length would be out of memory, too."""
+        """Out of memory for a single text, which is no poison: any other text of its length would lack memory, too."""
         for seconds in MEMORY_PATIENCE_S:
             time.sleep(seconds)
             self._model_progressed()

@@ -20,7 +20,10 @@ from worker.runtime.loop_budget import SLICE, TurnBudget
 
 
 class Outcomes:
-    """Decodes records, and makes outcomes of them once they are scored. Many records at once let the event loop turn."""
+    """Decodes records, and makes outcomes of them once they are scored.
+
+    It lets the event loop run other tasks in between where there are many records.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Outcomes:
         return parts, texts
 
     async def of(self, part: Part, job: Job) -> AsyncIterator[list[Outcome]]:
-        """By slices of at most SLICE records."""
+        """The outcomes of the records of a part, in order, in slices of at most SLICE."""
         processed_at = iso_time(time.time() * 1000)
         first_text = part.first_text
         for begin in range(0, len(part.records), SLICE):
@@ -75,7 +78,7 @@ class Outcomes:
         if isinstance(decoded, Failure):
             return self._dead_letter(record, decoded)
         is_sent = decoded is Null.TOMBSTONE
-        return Outcome(record, self._parcel(record, self._encoder.tombstone(record)) if is_sent else None)
+        return Outcome(record, self._for_output(record, self._encoder.tombstone(record)) if is_sent else None)
 
     def _results(
         self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
@@ -113,15 +116,15 @@ class Outcomes:
         return [
             self._dead_letter(record, result)
             if type(result) is Failure
-            else Outcome(record, self._parcel(record, result), None, answer)  # type: ignore[arg-type]
+            else Outcome(record, self._for_output(record, result), None, answer)  # type: ignore[arg-type]
             for record, result, answer in zip(records, results, answers, strict=True)
         ]
 
     def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
-        return Outcome(record, self._letter(record, dead_letter(record, failure, self._version)), failure)
+        return Outcome(record, self._for_dead_letters(record, dead_letter(record, failure, self._version)), failure)
 
-    def _parcel(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+    def _for_output(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
         return ProducerRecord(self._output_topic, outgoing, record.partition, record.offset)
 
-    def _letter(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
+    def _for_dead_letters(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
         return ProducerRecord(self._dead_letter_topic, outgoing, record.partition, record.offset)

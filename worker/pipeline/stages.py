@@ -26,7 +26,7 @@ from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
 
 FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
-LAST_WORDS_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
+AFTER_ERROR_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
 
 class DrainTimeout(Exception):
@@ -35,14 +35,14 @@ class DrainTimeout(Exception):
 
 @dataclass(slots=True)
 class Queues:
-    """The queues between the stages; None in one of them: that was all."""
+    """The queues between the stages. A None in a queue says that nothing more comes."""
 
     tokenized: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
     scored: asyncio.Queue[MicroBatch | None] = field(default_factory=lambda: asyncio.Queue(1))
 
 
 class Pipeline:
-    """Moves records from source through inference to delivery. ``run`` until ``drain`` is called, or something breaks.
+    """Moves records from source through inference to delivery. ``run`` works until ``drain`` is called or a part fails.
 
     After a revocation, records that have not reached the model go no further; those past it are published while their
     partition is still this process's.
@@ -97,7 +97,7 @@ class Pipeline:
             "encode": asyncio.create_task(self._encode(queues)),
             "deliver": asyncio.create_task(self._delivery.run()),
             "limit": asyncio.create_task(self._accounting.raise_when_exceeded()),
-            "garbage": asyncio.create_task(garbage_collection.collect(self._is_quiet)),
+            "garbage collection": asyncio.create_task(garbage_collection.collect(self._is_quiet)),
         }
         if self._watch_topics:
             tasks["topics"] = asyncio.create_task(self._watch_topics())
@@ -105,7 +105,7 @@ class Pipeline:
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
             broken = _first_error(tasks.values()) or self._first_end(tasks)
-            deadline = time.monotonic() + (LAST_WORDS_S if broken else self._drain_timeout_s)
+            deadline = time.monotonic() + (AFTER_ERROR_S if broken else self._drain_timeout_s)
             if broken:
                 self._source.stop_taking()
                 await self._finish_scored(tasks, queues, deadline)
@@ -128,7 +128,7 @@ class Pipeline:
     # Endings.
 
     def _first_end(self, tasks: dict[str, asyncio.Task[None]]) -> BaseException | None:
-        """None ends by itself before the drain; one that does, by a stray cancel, must not look like one."""
+        """The error if a task has ended before the drain although it should not; without one, it would look like a drain."""
         ended = [name for name, task in tasks.items() if task.done()]
         return RuntimeError(f"ended by itself: {', '.join(ended)}") if ended and not self._draining.is_set() else None
 

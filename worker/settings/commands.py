@@ -132,7 +132,7 @@ class TrainSettings(CorpusSettings):
 
 
 class DemoSettings(Settings):
-    """The whole thing on an embedded broker: real texts, the real worker, the small built-in model."""
+    """Try the real worker on an embedded broker, with real texts and the small built-in model."""
 
     events: int = Field(700, ge=1, description="events to replay")
     rate: float = Field(50, gt=0, description="events per second")

@@ -25,7 +25,7 @@ class CheckpointSettings(LogSettings):
     )
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
     activation: Literal["sigmoid", "softmax"] = Field(
-        "sigmoid", description="logits to probabilities; sigmoid is the default model's card"
+        "sigmoid", description="how logits become probabilities; sigmoid: as on the default model's card"
     )
     normalize: Literal["nfc", "none"] = Field(
         "nfc",

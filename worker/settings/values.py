@@ -33,7 +33,7 @@ def text_fields(value: str) -> tuple[str, dict[str, str]]:
 
 def whole_name(pattern: str) -> re.Pattern[str]:
     """For names that match from their first character to their last. Raises re.error."""
-    re.compile(pattern)  # by itself: what is wrong with it should not be mended by the parentheses
+    re.compile(pattern)  # by itself: a fault in it should not be hidden by the parentheses
     return re.compile(rf"(?:{pattern})\Z")
 
 

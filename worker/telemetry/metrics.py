@@ -211,7 +211,7 @@ class Metrics:
     def published(self, labels: Iterable[str], scores: Sequence[float], seconds: Sequence[float]) -> None:
         """Acknowledged results: their labels, their scores, and the seconds since their records' timestamps.
 
-        Seconds that cannot be right (see ``events.age_s``) would spoil the sum for good, and are counted apart.
+        Seconds that cannot be right (see ``timestamps.age_s``) would spoil the sum for good, and are counted apart.
         """
         for label, count in Tally(labels).items():
             self.results_published.labels(label).inc(count)

@@ -96,7 +96,7 @@ class Topic(NamedTuple):
 
 
 def inner_client(client: Any) -> AIOKafkaClient:
-    """The client with which an aiokafka consumer, producer or admin client sends its requests; itself for such a one."""
+    """The client with which an aiokafka consumer, producer or admin client sends its requests, or itself."""
     return getattr(client, "client", None) or getattr(client, "_client", client)
 
 

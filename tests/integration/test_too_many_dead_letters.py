@@ -1,4 +1,4 @@
-"""A flood of records that cannot be scored ends the worker before the topic is drained into the dead letters."""
+"""Too many records that cannot be scored end the worker, before the whole topic becomes dead letters."""
 
 import pytest
 
@@ -19,12 +19,12 @@ def bad(number: int) -> Record:
 
 
 @pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
-def test_a_flood_ends_the_worker_and_no_restart_repeats_a_dead_letter(
+def test_too_many_end_the_worker_and_no_restart_repeats_a_dead_letter(
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
     kafka.create_all(topics, 2)
     good = kafka.send(topics.input, map(numbered, range(3_000)))
-    flood = kafka.send(topics.input, map(bad, range(6_000)))
+    unscorable = kafka.send(topics.input, map(bad, range(6_000)))
     settings = {"max_batch_texts": 100, "dead_letter_window": 500, "delivery": delivery}
     for _ in range(2):
         worker = workers.start(topics, **settings)
@@ -33,7 +33,7 @@ def test_a_flood_ends_the_worker_and_no_restart_repeats_a_dead_letter(
         assert "for missing_text" in sentence, "two in three are for that"
         assert "Traceback" not in worker.output
         letters = kafka.read(topics.dead_letters)
-        assert len(letters) < 2_000, "most of the flood is withheld"
+        assert len(letters) < 2_000, "most of the records that cannot be scored are not taken"
         committed = sum(kafka.committed(topics.group, topics.input).values())
         done = len(kafka.read(topics.output, committed_only=False)) + len(
             kafka.read(topics.dead_letters, committed_only=False)
@@ -44,5 +44,5 @@ def test_a_flood_ends_the_worker_and_no_restart_repeats_a_dead_letter(
     workers.start(topics, **settings, dead_letter_limit=0)
     wait_until_committed(kafka, topics)
     letters = kafka.read(topics.dead_letters)
-    assert sorted(map(letter_place, letters)) == sorted(record.place for record in flood)
+    assert sorted(map(letter_place, letters)) == sorted(record.place for record in unscorable)
     assert len(kafka.read(topics.output)) == len(good)
