@@ -61,6 +61,13 @@ class FakeSource:
         self.dropped.append(assignment)
 
 
+class WaitingSource(FakeSource):
+    """Has no records until the end."""
+
+    async def next_batch(self) -> None:
+        await asyncio.Event().wait()
+
+
 class FakeSink:
     """Takes everything; ``after_first`` is called once the first records are acknowledged."""
 
@@ -384,3 +391,21 @@ async def test_what_was_handed_over_before_a_stage_broke_is_delivered(is_later: 
     for task in tasks.values():
         with contextlib.suppress(RuntimeError, asyncio.CancelledError):
             await asyncio.wait_for(task, 5)
+
+
+async def test_a_delivery_that_is_cancelled_does_not_end_the_pipeline_before_its_time() -> None:
+    """The source is closed all the same, which commits what is acknowledged and leaves the group."""
+
+    class Cancelled(FakeDelivery):
+        is_closed = False
+
+        async def run(self) -> None:
+            raise asyncio.CancelledError
+
+        async def close(self, _: float) -> None:
+            self.is_closed = True
+
+    delivery = Cancelled()
+    with pytest.raises(RuntimeError, match="ended by itself: deliver"):
+        await asyncio.wait_for(pipeline_of(WaitingSource(), delivery).run(), 30)
+    assert delivery.is_closed

@@ -87,15 +87,15 @@ class PartitionReader:
 
         Raises Rejoin, UnreadableRecord, TopicRecreated and WrongSetting.
         """
-        backoff = Backoff()
+        backoff, has_read = Backoff(), False
         if after is not None and await cancelled([after]):
             raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
         while assignment.accepts and not self._assignments.is_draining:
             try:
                 await self._ensure_offset(assignment)
-                await self._read_ahead.until_room()
+                await self._read_ahead.until_room(has_read=has_read)
                 if assignment.accepts and not self._assignments.is_draining:
-                    await self._read(assignment)
+                    has_read = await self._read(assignment)
                 self._errors.clear(assignment.tp)
                 backoff = Backoff()
             except IllegalStateError:
@@ -172,7 +172,8 @@ class PartitionReader:
         offsets: dict[TopicPartition, int] = await within(self._request_timeout_s, find([tp]))
         return offsets[tp]
 
-    async def _read(self, assignment: Assignment) -> None:
+    async def _read(self, assignment: Assignment) -> bool:
+        """Whether it brought records that are now read ahead."""
         # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
         # Nothing may be awaited between the read and what follows, for the position has moved.
         limit = (lambda: 1) if assignment.single_record_reads else self._read_ahead.read_limit
@@ -180,16 +181,17 @@ class PartitionReader:
             records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
         except UNREADABLE as error:
             self._retry_one_by_one(assignment, error)
-            return
+            return False
         self._turn_budget.after(len(records))
         if not records or not assignment.accepts or self._assignments.is_draining:
-            return
+            return False
         now = self._clock()
         assignment.single_record_reads = max(0, assignment.single_record_reads - 1)
         assignment.delivered = records[-1].offset + 1
         assignment.silent_since = now
         assignment.unacknowledged_reads.append((assignment.delivered, records[0].timestamp))
         self._read_ahead.add(assignment, records, now)
+        return True
 
     def _retry_one_by_one(self, assignment: Assignment, error: Exception) -> None:
         """Seeks back to the next record to read, and has records read one by one; raises UnreadableRecord the second time.

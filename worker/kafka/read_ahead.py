@@ -86,13 +86,16 @@ class ReadAhead:
     def has_room(self) -> bool:
         return self._room.is_set()
 
-    async def until_room(self) -> None:
-        """Waits for room. Readers take turns, in the order in which they came: one who has just read is behind all others.
+    async def until_room(self, *, has_read: bool) -> None:
+        """Waits for room. ``has_read``: the caller's last read brought records; it then comes after all others that have.
 
         Yields even if there is room, for reading what is already fetched never waits.
         """
         await asyncio.sleep(0)
-        async with self._turns:  # it has one queue for all, which an event that is set lets newcomers pass
+        if has_read:
+            async with self._turns:  # first come, first served: an event that is set would let newcomers pass
+                await self._room.wait()
+        while not self._room.is_set():
             await self._room.wait()
 
     def read_limit(self) -> int:

@@ -156,7 +156,7 @@ class Pipeline:
                     await asyncio.wait({encode, deliver, putting}, return_when=asyncio.FIRST_EXCEPTION)
                 self._delivery.finish()  # also where encoding broke: what was handed over before is delivered
                 await asyncio.wait({encode, deliver}, return_when=asyncio.FIRST_EXCEPTION)
-                await deliver
+                await asyncio.wait({deliver})
 
     # Stages.
 
@@ -194,12 +194,14 @@ class Pipeline:
                 continue
             failures, new = batch.failures(), batch.beyond(self._seen)
             self._dead_letter_limit.observe(len(new), failures if len(new) == len(batch) else new.failures())
-            for part in batch.parts:
-                async for outcomes in self._outcomes.of(part, batch.job):
-                    await self._delivery.put(part.assignment, outcomes)
+            made = [
+                (part.assignment, some) for part in batch.parts async for some in self._outcomes.of(part, batch.job)
+            ]
             if self._tracing and batch.trace:
                 done = [record for part in batch.parts for record in part.records]
                 self._tracing.processed(batch.trace, done, failures.total())
+            for assignment, outcomes in made:
+                await self._delivery.put(assignment, outcomes)
         self._delivery.finish()
 
     def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:

@@ -8,6 +8,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import (
     CorruptRecordException,
     IllegalStateError,
+    NoOffsetForPartitionError,
 )
 
 from tests.support.source import (
@@ -88,3 +89,25 @@ async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owne
     await until(reader.done)
     assert reader.exception() is None
     assert not stage.run.done()
+
+
+async def test_a_partition_whose_position_is_lost_begins_again_at_its_committed_offset(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was taken of it and not committed is read again, and may be published a second time."""
+    consumer.last_offset = 10
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    chunks = await stage.take()
+    before = stage.source._assignments[TP]
+    read = consumer.getmany
+
+    async def lost(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(consumer, "getmany", read)
+        raise NoOffsetForPartitionError
+
+    monkeypatch.setattr(consumer, "getmany", lost)
+    await until(lambda: stage.source._assignments[TP] is not before)
+    stage.acknowledge(chunks)
+    assert (await stage.take())[0][1][0].offset == 0
+    assert stage.metrics.duplicates_possible._value.get() == len(chunks[0][1])
