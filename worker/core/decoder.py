@@ -1,14 +1,17 @@
 """From a consumed record to the event in it, or to the reason why there is none. Pure."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, Final
 
 import orjson
 
 from worker.core import cloudevents
 from worker.core.empty_text import is_empty, is_invisible
-from worker.core.events import ENRICHED_FIELD, ID_HEADER, Decoded, Event, Failure, Null, Record, place
+from worker.core.events import ENRICHED_FIELD, ID_HEADER, Decoded, Event, Failure, Null, Record, named_tuples, place
 from worker.core.json_input import MAX_VALUES, MISSING, FieldPath, decode_failure, read_object, read_with_digits
+
+RUN: Final = 32  # records that are looked at together: one unusual one costs all of them the short way
 
 
 class Decoder:
@@ -46,10 +49,12 @@ class Decoder:
         return Event(self._id(record, value, fields), text) if isinstance(text, str) else text
 
     def decode_all(self, records: Sequence[Record]) -> list[Decoded]:
-        """What ``decode`` answers for each of N records; for usual ones in less time."""
-        if self._is_text:
-            return list(map(self.decode, records))
-        return [self._usual_event(record) or self.decode(record) for record in records]
+        """What ``decode`` answers for each of N records of one topic; for usual ones in half the time."""
+        decoded: list[Decoded] = []
+        for begin in range(0, len(records), RUN):
+            run = records[begin : begin + RUN]
+            decoded += (None if self._is_text else self._usual_events(run)) or map(self.decode, run)
+        return decoded
 
     def id_of(self, record: Record) -> str:
         """The id of a record's event, whatever else is wrong with the record. It never raises."""
@@ -62,24 +67,27 @@ class Decoder:
         fields = read_object(value)
         return _id_from_record(record) if isinstance(fields, Failure) else self._id(record, value, fields)
 
-    def _usual_event(self, record: Record) -> Event | None:
-        """What ``decode`` answers for a JSON object with an id of its own, where nothing is unusual; else None."""
-        value, headers = record.value, record.headers
-        if value is None or len(value) > MAX_VALUES or (headers and cloudevents.mode(headers)):
+    def _usual_events(self, records: Sequence[Record]) -> list[Event] | None:
+        """What ``decode`` answers for JSON objects that all have a text and an id; None where anything is unusual."""
+        headers, values = [record.headers for record in records], [record.value or b"" for record in records]
+        if (any(headers) and any(map(cloudevents.mode, headers))) or max(map(len, values)) > MAX_VALUES:
             return None
         try:
-            fields = orjson.loads(value)
+            objects = list(map(orjson.loads, values))
         except orjson.JSONDecodeError:
             return None
-        if type(fields) is not dict or (self._is_enriched and ENRICHED_FIELD in fields):
+        if set(map(type, objects)) != {dict} or (self._is_enriched and any(ENRICHED_FIELD in each for each in objects)):
             return None
-        text = self._text_paths.get(record.topic, self._text_path).get(fields)
-        if type(text) is not str or not 0 < len(text) <= self._max_text_chars or is_invisible(text[0]):
+        texts = list(map(self._text_paths.get(records[0].topic, self._text_path).get, objects))
+        if set(map(type, texts)) != {str} or not all(texts) or any(map(is_invisible, map(itemgetter(0), texts))):
             return None
-        id = self._id_path.get(fields)
-        if type(id) is int and 0 < id < 2**63:
-            id = str(id)
-        return tuple.__new__(Event, (id, text)) if type(id) is str else None  # calling Event takes longer
+        ids = list(map(self._id_path.get, objects))
+        kinds = set(map(type, ids))
+        if kinds == {int} and min(ids) > 0 and max(ids) < 2**63:  # others may have been written in another way
+            ids = list(map(str, ids))
+        elif kinds != {str}:
+            return None
+        return named_tuples(Event, ids, texts) if max(map(len, texts)) <= self._max_text_chars else None
 
     def _decode_text(self, record: Record, value: bytes) -> Decoded:
         try:
