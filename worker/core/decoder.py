@@ -11,7 +11,7 @@ from worker.core.empty_text import is_empty, is_invisible
 from worker.core.events import ENRICHED_FIELD, ID_HEADER, Decoded, Event, Failure, Null, Record, named_tuples, place
 from worker.core.json_input import MAX_VALUES, MISSING, FieldPath, decode_failure, read_object, read_with_digits
 
-RUN: Final = 32  # records that are looked at together: one unusual one costs all of them the short way
+RUN: Final = 128  # records that are looked at together: one unusual one costs all of them the short way
 
 
 class Decoder:
@@ -79,7 +79,9 @@ class Decoder:
         if set(map(type, objects)) != {dict} or (self._is_enriched and any(ENRICHED_FIELD in each for each in objects)):
             return None
         texts = list(map(self._text_paths.get(records[0].topic, self._text_path).get, objects))
-        if set(map(type, texts)) != {str} or not all(texts) or any(map(is_invisible, map(itemgetter(0), texts))):
+        if set(map(type, texts)) != {str} or not all(texts):
+            return None
+        if any(map(is_invisible, set(map(itemgetter(0), texts)))) and any(map(is_empty, texts)):
             return None
         ids = list(map(self._id_path.get, objects))
         kinds = set(map(type, ids))

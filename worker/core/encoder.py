@@ -65,10 +65,10 @@ class Encoder:
         if not records:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
-        event_times = [
-            (json_time_in(record.headers) if record.headers else None) or json_time(record.timestamp)
-            for record in records
-        ]
+        headers = [record.headers for record in records]
+        event_times = [json_time(record.timestamp) for record in records]
+        if any(headers):
+            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
         columns = (
             _json_strings([event.id for event in events]),
             map(_LABEL_BYTES.__getitem__, labels),
@@ -82,7 +82,10 @@ class Encoder:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
         timestamps = repeat(None) if self._is_dated_now else map(timestamp_ms, records)
-        results = named_tuples(Outgoing, keys, values, self._headers(records, events, processed_at), timestamps)
+        own_headers = self._headers(records, events, processed_at)
+        results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
+        if TOO_LATE not in event_times:
+            return results
         return [
             _INVALID_TIMESTAMP if time is TOO_LATE else result
             for result, time in zip(results, event_times, strict=True)
