@@ -1,5 +1,6 @@
 """The commands in the documents: whatever a reader may copy is one that there is, with options that there are."""
 
+import ast
 import importlib.util
 import re
 import runpy
@@ -35,6 +36,14 @@ SHELL = ("for", "do", "done", "if", "then", "fi")
 PATHS = ("/", "/metrics", "/livez", "/readyz", "/reload")
 MAKEFILE = text_of(ROOT / "Makefile")
 TARGETS = set(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split())
+METHODS = {
+    (node.name, part.name)
+    for path in (ROOT / "worker").rglob("*.py")
+    for node in ast.walk(ast.parse(text_of(path)))
+    if isinstance(node, ast.ClassDef)
+    for part in node.body
+    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+}
 TREES = {path.name for path in ROOT.iterdir() if path.is_dir()}
 
 
@@ -133,5 +142,7 @@ def test_what_a_sentence_names_is_there(page: Path) -> None:
         elif (match := re.fullmatch(r"([a-z_]+)=([\w.-]+)", code)) and match[1] not in OTHERS_SETTINGS:
             field = RunSettings.model_fields[match[1]]
             TypeAdapter(field.rebuild_annotation()).validate_strings(match[2])
+        elif match := re.fullmatch(r"([A-Z]\w+)\.([a-z_]\w*)", code):
+            assert match.groups() in METHODS, code
         elif len(words) == 1 and words[0].split("/")[0] in TREES and "/" in code and "…" not in code:
             assert (ROOT / code).exists() or (page.parent / code).exists(), code
