@@ -242,7 +242,7 @@ async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is
     queues.tokenized.put_nowait(None)
     if is_draining:
         pipeline.drain()
-    await asyncio.wait_for(pipeline._score(queues), 5)
+    await asyncio.wait_for(pipeline._forward(queues), 5)
     assert source.dropped == ([gone] if is_draining else [going, gone])
     assert scored == ([job] if is_draining else [])
 
@@ -380,7 +380,7 @@ async def test_what_was_handed_over_before_a_stage_broke_is_delivered(is_later: 
     pipeline = pipeline_of(FakeSource(), delivery)
     works: dict[str, Callable[[], Any]] = {
         "tokenize": never,
-        "score": never,
+        "forward": never,
         "encode": breaks_later(queues) if is_later else breaks,
         "deliver": delivery.run,
     }

@@ -20,7 +20,10 @@ Put = tuple[Assignment, Sequence[Outcome]]
 
 
 class AtLeastOnce:
-    """As of Delivery. ``capacity`` is how many records may wait for those before them to be acknowledged."""
+    """Implements ``Delivery``: publishes by one producer, and has the consumer commit what the brokers have acknowledged.
+
+    ``capacity`` is how many records may wait in ``put`` for those before them to be acknowledged.
+    """
 
     has_producer_per_partition = False
 
@@ -120,7 +123,7 @@ class AtLeastOnce:
 
 
 def _rounds(puts: Iterable[Put]) -> Iterator[list[Put]]:
-    """In order, of RECORDS_PER_PUBLISH records or more each, but for the last."""
+    """The puts in their order, in lists of at least RECORDS_PER_PUBLISH records each; only the last may have fewer."""
     some: list[Put] = []
     records = 0
     for put in puts:

@@ -173,9 +173,9 @@ class Writer:
 
 
 class ExactlyOnce:
-    """As of Delivery: for each partition that this process owns, a producer and its transactions.
+    """Implements ``Delivery`` with one transactional producer for each partition that this process owns.
 
-    A lost transaction drops its partition's work and asks the owner to begin it anew.
+    If a transaction is lost, its partition's work is dropped, and the owner is asked to begin the partition again.
     """
 
     has_producer_per_partition = True
@@ -317,7 +317,7 @@ class ExactlyOnce:
         self._settled.set()
 
     async def run(self) -> None:
-        """Raises what breaks for another reason than Kafka's, such as DeadLetterRefused."""
+        """As of ``Delivery``. Kafka's errors end a transaction, not this; it raises all others, such as DeadLetterRefused."""
         while not self._is_finishing or any(writer.is_busy or writer.committed for writer in self._writers.values()):
             self._raise_broken()
             self._settled.clear()

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Accounting:
-    """``count`` is for the delivery; ``watch`` gets the same outcomes, for the console."""
+    """Turns delivered outcomes into metrics, and checks them against the limit on dead letters.
+
+    The delivery calls ``count``. ``watch`` is called with the same outcomes; the console shows them.
+    """
 
     def __init__(
         self,

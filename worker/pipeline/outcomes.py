@@ -43,6 +43,7 @@ class Outcomes:
         self._turn_budget = turn_budget
 
     async def decoded(self, chunks: list[Chunk]) -> tuple[list[Part], list[str]]:
+        """A part for each chunk, with its records decoded; and the texts of all parts' events, in order."""
         parts: list[Part] = []
         texts: list[str] = []
         for assignment, records in chunks:

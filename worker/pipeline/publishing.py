@@ -36,7 +36,10 @@ class Publishing:
         self._tracing = tracing
 
     async def publish(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
-        """Publishes what there is to publish. What the output topic refuses goes on as a dead letter."""
+        """Publishes N outcomes by ``sink``, and returns when every record is acknowledged; waits for brokers that are away.
+
+        An outcome whose result the output topic refuses becomes a dead letter, in place. Raises DeadLetterRefused.
+        """
         refused = await self._send([outcome for outcome in outcomes if outcome.producer_record], sink)
         if not refused:
             return

@@ -1,4 +1,4 @@
-"""The stages and the queues between them: gather → tokenize → score → encode → deliver; start, drain, stop.
+"""The stages and the queues between them: gather → tokenize → forward → encode → deliver; start, drain, stop.
 
 Every consumed record travels in its micro-batch, tombstones and records that cannot be decoded too, so that none is
 overtaken. A queue holds one micro-batch; a full one is backpressure all the way to Kafka.
@@ -25,7 +25,7 @@ from worker.runtime.tasks import cancelled
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
 
-FEW: Final = 1_000  # records: to look through what belongs to them takes some milliseconds
+FEW: Final = 1_000  # records; a garbage collection beside so few takes some milliseconds
 AFTER_ERROR_S: Final = 5.0  # to publish, commit and leave the group when something has gone wrong for good
 
 
@@ -93,7 +93,7 @@ class Pipeline:
             "consume": asyncio.create_task(self._source.run()),
             "watch": asyncio.create_task(self._inference.watch()),
             "tokenize": asyncio.create_task(self._tokenize(queues)),
-            "score": asyncio.create_task(self._score(queues)),
+            "forward": asyncio.create_task(self._forward(queues)),
             "encode": asyncio.create_task(self._encode(queues)),
             "deliver": asyncio.create_task(self._delivery.run()),
             "limit": asyncio.create_task(self._accounting.raise_when_exceeded()),
@@ -134,7 +134,7 @@ class Pipeline:
 
     async def _finish(self, tasks: dict[str, asyncio.Task[None]], deadline: float) -> BaseException | None:
         """Lets the stages run empty. Answers with what went wrong, if anything did."""
-        stages = [tasks[name] for name in ("tokenize", "score", "encode", "deliver")]
+        stages = [tasks[name] for name in ("tokenize", "forward", "encode", "deliver")]
         timeout_s = max(0.0, deadline - time.monotonic())
         await asyncio.wait(stages, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         broken = _first_error(stages)
@@ -147,7 +147,7 @@ class Pipeline:
 
     async def _finish_scored(self, tasks: dict[str, asyncio.Task[None]], queues: Queues, deadline: float) -> None:
         """Delivers what inference has finished, and nothing that it has not."""
-        await cancelled([tasks["tokenize"], tasks["score"]])
+        await cancelled([tasks["tokenize"], tasks["forward"]])
         encode, deliver = tasks["encode"], tasks["deliver"]
         with contextlib.suppress(Exception):  # what is broken is known
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -173,7 +173,7 @@ class Pipeline:
             asked_at = time.time_ns()
         await queues.tokenized.put(None)
 
-    async def _score(self, queues: Queues) -> None:
+    async def _forward(self, queues: Queues) -> None:
         while (batch := await queues.tokenized.get()) is not None:
             self._metrics.queue_depth["tokenized"].dec(len(batch))
             # In a drain what was taken is finished also where its partition is about to go.
