@@ -80,7 +80,7 @@ class Delivery(Protocol):
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
         """Commits acknowledged offsets, and notes them in their assignments. False: try again.
 
-        ``due``: assignment, offset, and the number of records acknowledged since its last commit. Waits for at most ``timeout_s``.
+        ``due``: assignment, offset, and the number of records acknowledged since its last commit. Waits ``timeout_s`` at most.
         """
 
     def flush(self, assignments: Iterable[Assignment]) -> None:

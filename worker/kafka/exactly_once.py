@@ -317,7 +317,7 @@ class ExactlyOnce:
         self._settled.set()
 
     async def run(self) -> None:
-        """As of ``Delivery``. Kafka's errors end a transaction, not this; it raises all others, such as DeadLetterRefused."""
+        """As of ``Delivery``. Kafka's errors end a transaction alone; all others are raised, such as DeadLetterRefused."""
         while not self._is_finishing or any(writer.is_busy or writer.committed for writer in self._writers.values()):
             self._raise_broken()
             self._settled.clear()
