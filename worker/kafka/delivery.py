@@ -80,7 +80,8 @@ class Delivery(Protocol):
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
         """Commits acknowledged offsets, and notes them in their assignments. False: try again.
 
-        ``due``: assignment, offset, and the number of records acknowledged since its last commit. Waits ``timeout_s`` at most.
+        ``due`` has assignment, offset and the number of records acknowledged since the last commit. Waits at most
+        ``timeout_s``.
         """
 
     def flush(self, assignments: Iterable[Assignment]) -> None:

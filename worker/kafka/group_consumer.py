@@ -165,9 +165,8 @@ class GroupConsumer:
                 max_poll_interval_ms=LONGEST_POLL_INTERVAL_MS,
                 fetch_max_wait_ms=self._fetch_max_wait_ms,
             )
-            use_topics(
-                consumer, self._subscription.topics
-            )  # else it asks for all of the cluster's until it has subscribed
+            # Without this it asks for the metadata of all topics until it has subscribed.
+            use_topics(consumer, self._subscription.topics)
             try:
                 await within(self._connection.request_timeout_s, consumer.start())
             except UNREACHABLE as error:

@@ -55,9 +55,8 @@ class GroupHealth:
                 )
             since = self._rebalances.rejoining_since
             is_rebalancing = answers.is_joining or self._rebalances.is_revoking()
-            is_known_why = (
-                not is_rebalancing and now - answers.at > MAX_REBALANCE_S
-            )  # the coordinator, or Kafka, is away
+            # The coordinator, or all of Kafka, is away, which is reported already.
+            is_known_why = not is_rebalancing and now - answers.at > MAX_REBALANCE_S
             if (
                 since is not None
                 and not is_known_why

@@ -95,10 +95,8 @@ class Inspector:
         while True:
             try:
                 answers = await self._client.describe_consumer_groups([group])
-            except (
-                GroupCoordinatorNotAvailableError
-            ):  # until Kafka has made the topic of offsets for the first who asks
-                await backoff.wait()
+            except GroupCoordinatorNotAvailableError:
+                await backoff.wait()  # Kafka creates the topic of offsets for the first one who asks
             else:
                 return sum(len(description[5]) for answer in answers for description in answer.groups)
 

@@ -220,9 +220,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
     # Through one partition.
 
     async def _replay_partition(self, tp: TopicPartition, partition: PartitionReplay) -> None:
-        with contextlib.suppress(
-            IllegalStateError
-        ):  # revoked just now: on_partitions_assigned seeks when it comes back
+        # Where the partition was revoked just now, on_partitions_assigned seeks when it comes back.
+        with contextlib.suppress(IllegalStateError):
             self._consumer.seek(tp, partition.next)
         heard_at = time.monotonic()
         while partition.next < partition.end and not self._stop.is_set():

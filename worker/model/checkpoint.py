@@ -143,9 +143,8 @@ class Checkpoint:
     def _refuse_wrong_tokenizer(self) -> None:
         config = self._object("tokenizer_config.json") or {}
         if isinstance(config.get("model_max_length"), float) and config["model_max_length"].is_integer():
-            config["model_max_length"] = int(
-                config["model_max_length"]
-            )  # 512.0 is fine, and 1e30 says that there is none
+            # 512.0 is fine, and 1e30 says that there is none.
+            config["model_max_length"] = int(config["model_max_length"])
         self._refuse_wrong_count("tokenizer_config.json", config, "model_max_length")
         if config.get("fast_tokenizer_files") is not None:
             self._refuse_outside("tokenizer_config.json", config["fast_tokenizer_files"])

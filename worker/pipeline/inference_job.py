@@ -27,9 +27,8 @@ class Job:
     are_truncated: list[bool] = field(default_factory=list)
     failures: list[str | None] = field(default_factory=list)  # why a text could not be tokenized
     hits: list[tuple[Sentiment, bool]] = field(default_factory=list)
-    places: list[int] = field(
-        default_factory=list
-    )  # of each of the N: its index in [*texts, *hits], negative for a hit
+    # of each of the N: its index in [*texts, *hits], negative for a hit
+    places: list[int] = field(default_factory=list)
     answers: list[Sentiment | str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
 
