@@ -29,10 +29,10 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_texts, write
 from benchmarks.worker import TORCH_THREADS, CardLoop
 from worker.commands.load_model import prepare_process
-from worker.model.bert import PackedLinear, PlainLinear
 from worker.model.checkpoint import BUILTIN
 from worker.model.onnx_export import is_installed
 from worker.model.sentiment_model import SentimentModel
+from worker.model.torch.bert import PackedLinear, PlainLinear
 
 Speed = Callable[[Sequence[str]], float]
 PEAK_S = 1.0  # of each product in a turn

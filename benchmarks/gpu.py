@@ -49,10 +49,10 @@ from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
 from worker.commands.demo.broker import ANSWER_S
 from worker.commands.demo.broker import start as start_mock
-from worker.model.bert import shortest_run_s
-from worker.model.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
+from worker.model.torch.bert import shortest_run_s
+from worker.model.torch.cuda import CudaPassDevice, Passes, Shapes, expected_agreement, pack
 from worker.settings.run import RunSettings
 
 ASKED = {

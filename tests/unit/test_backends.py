@@ -11,13 +11,13 @@ import torch
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from tests.unit.test_bert import NETWORKS, SIZES, bert, differences, longest
-from worker.model import backends as backend
 from worker.model import onnx_export as exported
-from worker.model.backends import BackendError, choose_forward
-from worker.model.bert import BertClassifier
 from worker.model.checkpoint import BUILTIN
 from worker.model.onnx_export import ExportedModel, export
 from worker.model.sentiment_model import SentimentModel
+from worker.model.torch import backends as backend
+from worker.model.torch.backends import BackendError, choose_forward
+from worker.model.torch.bert import BertClassifier
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import torch
 from worker.commands import bench
 from worker.commands.bench import FLOAT32, BenchReport, Engine, EngineSpeed, Steps, measure
 from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
-from worker.model.backends import BackendError
+from worker.model.torch.backends import BackendError
 from worker.settings.commands import BenchSettings
 
 

@@ -18,9 +18,12 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from worker.model import bert as bert_module
-from worker.model.backends import PaddedPasses, choose_forward
-from worker.model.bert import (
+from worker.model.checkpoint import BUILTIN
+from worker.model.onnx_export import ApartLinear
+from worker.model.sentiment_model import SentimentModel
+from worker.model.torch import bert as bert_module
+from worker.model.torch.backends import PaddedPasses, choose_forward
+from worker.model.torch.bert import (
     TEXT_BY_TEXT,
     TOKEN_BY_TOKEN,
     BertClassifier,
@@ -30,9 +33,6 @@ from worker.model.bert import (
     is_alike,
     is_covered,
 )
-from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import ApartLinear
-from worker.model.sentiment_model import SentimentModel
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.model.backends import choose_cuda_forward
-from worker.model.cuda import (
+from worker.model.sentiment_model import SentimentModel
+from worker.model.torch.backends import choose_cuda_forward
+from worker.model.torch.cuda import (
     AGREEMENT,
     CapturedGraph,
     Graphs,
@@ -23,7 +24,6 @@ from worker.model.cuda import (
     pack,
     unpacked,
 )
-from worker.model.sentiment_model import SentimentModel
 
 TEXTS = st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=40), min_size=1, max_size=20)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

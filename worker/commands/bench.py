@@ -20,11 +20,11 @@ from worker.commands.classify import file_lines
 from worker.commands.load_model import prepare_process
 from worker.errors import WrongSetting
 from worker.model.autotune import MIN_GAIN, TUNING_S, candidate_budgets, fastest, smallest_at_full_speed
-from worker.model.backends import BackendError, has_bfloat16
-from worker.model.cuda import AGREEMENT
 from worker.model.onnx_export import is_installed
 from worker.model.reviews import read_reviews
 from worker.model.sentiment_model import SentimentModel
+from worker.model.torch.backends import BackendError, has_bfloat16
+from worker.model.torch.cuda import AGREEMENT
 from worker.printable import printable
 from worker.runtime.memory import free_device_memory
 from worker.settings.commands import BenchSettings

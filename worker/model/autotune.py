@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from worker.model.bert import Forward, shortest_run_s
+from worker.model.torch.bert import Forward, shortest_run_s
 
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)

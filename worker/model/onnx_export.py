@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.model.autotune import cpu_has
-from worker.model.bert import NEVER, TOKEN_BY_TOKEN, BertClassifier, PlainLinear
+from worker.model.torch.bert import NEVER, TOKEN_BY_TOKEN, BertClassifier, PlainLinear
 
 log = logging.getLogger(__name__)
 os.environ.setdefault(

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds
 from worker.model.autotune import tune_budget, tune_pass_tokens, tune_threads
-from worker.model.backends import Choice, PaddedPasses, backend_of, choose_cuda_forward, choose_forward, name_of
-from worker.model.cuda import PASSES, passes_on
 from worker.model.tokenizer import Ids
+from worker.model.torch.backends import Choice, PaddedPasses, backend_of, choose_cuda_forward, choose_forward, name_of
+from worker.model.torch.cuda import PASSES, passes_on
 
 log = logging.getLogger(__name__)
 Auto = Literal["auto"]

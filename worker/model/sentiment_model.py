@@ -29,7 +29,7 @@ from worker.model.library_errors import as_model_error
 from worker.model.reviews import read_reviews
 from worker.model.runner import PreparedRunner, prepare_runner
 from worker.model.tokenizer import Ids, choose_encode, with_normalization
-from worker.model.transformers_loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
+from worker.model.torch.loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
 from worker.runtime.threads import parallel_map
 from worker.settings.shared import DEFAULT_MODEL

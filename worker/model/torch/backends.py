@@ -1,6 +1,7 @@
 """Chooses what computes a loaded model: BertClassifier in torch, the same in ONNX Runtime, or transformers' own code.
 
-In this module a *forward* is a function from padded token ids and lengths to logits (see ``worker.model.bert.Forward``).
+In this module a *forward* is a function from padded token ids and lengths to logits (``Forward`` in
+``worker.model.torch.bert``).
 """
 
 import copy
@@ -17,9 +18,9 @@ from worker.core.batching import TokenIds, cut_by_length
 from worker.errors import UserError
 from worker.model import onnx_export
 from worker.model.autotune import cpu_has, fastest, single_torch_thread
-from worker.model.bert import EXAMPLE_TOKENS, BertClassifier, Forward, is_alike, is_covered, shortest_run_s
-from worker.model.cuda import AGREEMENT, expected_agreement
 from worker.model.tokenizer import Ids
+from worker.model.torch.bert import EXAMPLE_TOKENS, BertClassifier, Forward, is_alike, is_covered, shortest_run_s
+from worker.model.torch.cuda import AGREEMENT, expected_agreement
 
 log = logging.getLogger(__name__)
 

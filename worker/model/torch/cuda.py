@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.core.batching import TokenIds
-from worker.model.bert import BertClassifier, Forward
+from worker.model.torch.bert import BertClassifier, Forward
 
 log = logging.getLogger(__name__)
 
