@@ -1,5 +1,6 @@
 # `make demo` and `make test` need only Python 3.11+, make and internet access.
-# TORCH=cpu takes torch's CPU build, a tenth of the download, where its channel can be reached.
+# The demo runs without torch. Everything else here takes the full set, with the plain torch package, which brings CUDA's
+# libraries; TORCH=cpu takes torch's CPU build, a tenth of the download, where its channel can be reached.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +8,8 @@ BIN := $(VENV)/bin
 TORCH ?= default
 TORCH_VERSION := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+INSTALL := $(UV) --no-deps --build-constraints requirements/build.txt --editable .
+DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed-$(TORCH)
 LOCK ?= dev
 JOBS ?= 3
@@ -17,9 +20,9 @@ SUITE ?= engine tokenizers worker load loop end_to_end
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo unit test chaos fuzz bench compare check audit format lock image image-test dashboard docs clean
+.PHONY: demo unit test chaos fuzz bench compare check audit format lock image image-test sbom dashboard docs clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
 
 # Without a broker: what one module does.
@@ -86,6 +89,11 @@ image:
 image-test: image $(INSTALLED)
 	TEST_IMAGE=$(IMAGE):$(TARGET) $(BIN)/python -m pytest tests/container
 
+# What the image was made of, in CycloneDX's form; the build wrote it.
+sbom: image
+	mkdir -p dist
+	docker run --rm --entrypoint cat $(IMAGE):$(TARGET) /opt/worker/sbom.cdx.json >dist/sentiment-worker-$(TARGET).cdx.json
+
 # What is generated in deploy/: the dashboard, the alerts' links, and the rules as the Prometheus operator wants them.
 # RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none. Where
 # pyproject.toml names one, as Runbook in [project.urls], the console's banner links to it, too.
@@ -102,7 +110,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/reference.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/uv: requirements/uv.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -110,7 +118,15 @@ $(BIN)/uv: requirements/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	touch $@
 
-$(INSTALLED): $(BIN)/uv pyproject.toml requirements/$(LOCK).txt requirements/torch.txt
+# A set adds to what is there and takes nothing away, so both fit into one environment; all locks agree on versions.
+$(DEMO_INSTALLED): $(BIN)/uv pyproject.toml requirements/demo.txt requirements/build.txt
+	@echo "Installing what the demo needs into $(VENV): at first some 90 MB to download, 300 MB on disk ..."
+	$(UV) --require-hashes -r requirements/demo.txt
+	$(INSTALL)
+	touch $@
+
+# The full set has what the demo needs.
+$(INSTALLED): $(BIN)/uv pyproject.toml requirements/$(LOCK).txt requirements/torch.txt requirements/build.txt
 	@echo "Installing into $(VENV): at first some 3 GB to download, 6 GB on disk; a tenth of it with TORCH=cpu ..."
 	$(UV) --require-hashes -r requirements/$(LOCK).txt
 ifeq ($(TORCH),cpu)
@@ -120,5 +136,5 @@ ifeq ($(TORCH),cpu)
 else
 	$(UV) --require-hashes -r requirements/torch.txt
 endif
-	$(UV) --no-deps --no-build-isolation --editable .
-	rm -f $(VENV)/.installed-* && touch $@
+	$(INSTALL)
+	rm -f $(VENV)/.installed-* && touch $@ $(DEMO_INSTALLED)
