@@ -20,7 +20,7 @@ SUITE ?= engine tokenizers worker load loop end_to_end
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo unit test chaos fuzz bench compare check audit format lock image image-test sbom dashboard docs clean
+.PHONY: demo unit test chaos fuzz bench compare check audit format lock dist image image-test sbom dashboard docs clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -79,6 +79,10 @@ format: $(INSTALLED)
 
 lock: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock --upgrade
+
+# The sdist, and the wheel made from it.
+dist: $(BIN)/uv
+	$(BIN)/uv build --quiet --python $(BIN)/python --require-hashes --build-constraints requirements/build.txt --out-dir dist
 
 # TARGET=cuda for NVIDIA's GPUs; DOCKER_BUILD holds options more, such as --build-arg BASE=registry.example/python:3.11.
 image:
