@@ -47,11 +47,12 @@ CMD ["run"]
 # EXTRAS=torch takes torch's CPU build, the one package that no hash is checked of: the locked version, but from torch's own
 # channel, whose files have other hashes. With --build-arg TORCH=locked, or where that channel cannot be reached, the plain
 # package is taken by its hash. It does the same, and brings CUDA's libraries, for without them it cannot be imported.
-# triton is the compiler behind torch.compile, which the worker does not use.
+# What only serves to compile or test is left out: triton, the compiler behind torch.compile, which the worker does not use,
+# headers, static libraries and CUDA's bitcode, and the packages' own tests.
 FROM tools AS packages-cpu
 COPY requirements/runtime.txt requirements/
 RUN uv pip install --require-hashes -r requirements/runtime.txt && \
-    find /opt/worker -name tests -type d -prune -exec rm -rf {} +
+    find /opt/worker -type d -name tests -prune -exec rm -rf {} +
 ARG EXTRAS=
 ARG TORCH=cpu
 COPY requirements/runtime-torch.txt requirements/torch.txt requirements/
@@ -61,7 +62,9 @@ RUN case "$EXTRAS" in torch) ;; "") exit ;; *) echo "EXTRAS=$EXTRAS: only torch 
     { { [ "$TORCH" = cpu ] && uv pip install --torch-backend=cpu --constraint requirements/torch.txt "torch==$version"; } || \
       { echo "taking torch's plain package: TORCH=$TORCH, or its CPU channel cannot be reached" && \
         uv pip install --require-hashes --excludes unused -r requirements/torch.txt; }; } && \
-    rm -rf /opt/worker/lib/python3*/site-packages/torch/include && /opt/worker/bin/python -c 'import torch'
+    find /opt/worker -type d \( -name tests -o -path '*/torch/include' -o -path '*/nvidia/*/include' \) -prune \
+      -exec rm -rf {} + && \
+    find /opt/worker \( -name '*.a' -o -name '*.bc' \) -delete && /opt/worker/bin/python -c 'import torch'
 
 # What is installed, as CycloneDX: name, version, licence and what needs what.
 FROM packages-cpu AS sbom-cpu
@@ -79,8 +82,9 @@ FROM tools AS packages-cuda
 COPY requirements/runtime-torch.txt requirements/torch.txt requirements/
 RUN uv pip install --require-hashes -r requirements/runtime-torch.txt
 RUN echo triton >unused && uv pip install --require-hashes --excludes unused -r requirements/torch.txt && \
-    find /opt/worker -name tests -type d -prune -exec rm -rf {} + && \
-    rm -rf /opt/worker/lib/python3*/site-packages/torch/include && /opt/worker/bin/python -c 'import torch'
+    find /opt/worker -type d \( -name tests -o -path '*/torch/include' -o -path '*/nvidia/*/include' \) -prune \
+      -exec rm -rf {} + && \
+    find /opt/worker \( -name '*.a' -o -name '*.bc' \) -delete && /opt/worker/bin/python -c 'import torch'
 
 FROM packages-cuda AS sbom-cuda
 COPY --from=worker /opt/worker /opt/worker

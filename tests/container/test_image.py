@@ -17,6 +17,7 @@ from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 
 IMAGE = os.environ.get("TEST_IMAGE", "")
+IS_LIGHT = IMAGE.endswith(":cpu")
 EVENTS = 300
 READY_SECONDS = 120
 
@@ -129,6 +130,34 @@ def test_a_wrong_setting_ends_with_2_and_one_sentence() -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "linger_ms" in done.stderr
+
+
+def installed() -> set[str]:
+    """Names and versions of the packages in the image, as its own Python sees them."""
+    look = "import importlib.metadata as m; print(*{f'{d.name}=={d.version}' for d in m.distributions()})"
+    return set(docker("run", "--rm", "--read-only", "--entrypoint", "python", IMAGE, "-c", look).split())
+
+
+def test_it_classifies_without_a_network_or_a_place_to_write() -> None:
+    line = docker("run", "--rm", "--read-only", "--network", "none", IMAGE, "classify", "--model", "builtin", "Ужас!")
+    assert json.loads(line)["label"] == "negative"
+
+
+def test_it_lists_what_it_has() -> None:
+    listed = json.loads(docker("run", "--rm", "--entrypoint", "cat", IMAGE, "/opt/worker/sbom.cdx.json"))
+    assert listed["bomFormat"] == "CycloneDX"
+    parts = [listed["metadata"]["component"], *listed["components"]]
+    assert {f"{part['name']}=={part['version']}" for part in parts} == installed()
+    assert all(part.get("licenses") for part in parts if part["name"] in ("sentiment-worker", "numpy", "aiokafka"))
+
+
+@pytest.mark.skipif(not IS_LIGHT, reason="is about the image for a CPU as it is by default, whose tag is cpu")
+def test_the_image_for_a_cpu_has_no_torch_and_is_small() -> None:
+    names = {part.partition("==")[0] for part in installed()}
+    assert "onnxruntime" in names
+    assert not names & {"torch", "transformers", "sentencepiece", "sympy"}
+    kibibytes = docker("run", "--rm", "--entrypoint", "du", IMAGE, "-sk", "/opt/worker").split()[0]
+    assert int(kibibytes) < 280 * 1024, "with a base of 170 MB it should stay under 450 MB"
 
 
 def test_the_image_has_a_numeric_user_labels_and_no_compiler() -> None:
