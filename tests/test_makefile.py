@@ -1,5 +1,7 @@
 """What the Makefile's targets install, with stand-ins for uv, Python and the worker that only note how they were called."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -52,6 +54,13 @@ def test_tests_after_the_demo_install_the_full_set(environment: Environment) -> 
 def test_the_demo_after_tests_installs_nothing(environment: Environment) -> None:
     assert environment.make("test") == ["dev", "torch"]
     assert environment.make("demo") == []
+
+
+def test_the_demo_says_what_it_downloads_and_keeps() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "install.json").read_text())["megabytes"]
+    said = re.findall(r"demo needs .* (\d+) MB to download, (\d+) MB on disk", (ROOT / "Makefile").read_text())[0]
+    kept = [measured["make_demo_downloads"], measured["make_demo_keeps"]]
+    assert [int(number) for number in said] == [math.ceil(number / 10) * 10 for number in kept], "rounded up to tens"
 
 
 def pins(lock: str) -> set[tuple[str, str]]:
