@@ -80,54 +80,72 @@ def tune_cpu(
     max_batch_tokens: int | Literal["auto"],
     tuning_s: float,
 ) -> CpuTuning:
-    """What is ``auto`` is measured, the rest stays as it is given. Takes ``tuning_s`` in all, or a single pass each."""
-    began = time.monotonic()
-    pass_tokens = tune_pass_tokens(forward, tuning_s / 4)
+    """What is ``auto`` is measured, the rest stays as it is given. Takes ``tuning_s`` seconds in all at most.
+
+    Only a model that takes a third of that for a text of 48 tokens takes longer. What there is no time to measure becomes
+    the smallest budget, and a thread for each core.
+    """
+    deadline = time.monotonic() + tuning_s
+    pass_tokens, token_s = measure_pass(forward, tuning_s / 4)
     if max_batch_tokens == "auto":
-        max_batch_tokens = tune_budget(forward, "cpu", max_tokens, tuning_s / 2)
+        max_batch_tokens = tune_budget(forward, "cpu", max_tokens, tuning_s / 2, token_s)
     if cpu_threads == "auto":
-        cpu_threads = tune_threads(forward, began + tuning_s - time.monotonic())
+        cpu_threads = tune_threads(forward, deadline - time.monotonic(), token_s)
     return CpuTuning(cpu_threads, max_batch_tokens, pass_tokens)
 
 
-def tune_threads(forward: Forward, tuning_s: float = TUNING_S) -> int:
-    """Measures how many passes at once, each on a CPU thread, score most texts; the smallest number at full speed."""
+def tune_threads(forward: Forward, tuning_s: float = TUNING_S, token_s: float = 0.0) -> int:
+    """Measures how many passes at once, each on a CPU thread, score most texts; the smallest number at full speed.
+
+    ``token_s``: the seconds that a token is known to take. Measures nothing that would last beyond ``tuning_s``.
+    """
     ids = example(EXAMPLE_TOKENS)
     speeds: dict[int, float] = {}
-    threads = available_cores()
+    threads, took_s = available_cores(), ids.size * token_s
     deadline = time.monotonic() + tuning_s
-    while threads and (not speeds or time.monotonic() < deadline):
-        speeds[threads] = threads / _concurrent_passes_s(forward, ids, threads)
+    while threads and (left_s := deadline - time.monotonic()) > 3 * took_s:  # the first run warms up, and cores share their caches
+        took_s = _concurrent_passes_s(forward, ids, threads, left_s / 2)
+        speeds[threads] = threads / took_s
         threads //= 2
-    return smallest_at_full_speed(speeds)
+    return smallest_at_full_speed(speeds) if speeds else threads
 
 
-def tune_budget(forward: Forward, device: str, max_tokens: int, tuning_s: float = TUNING_S) -> int:
+def tune_budget(
+    forward: Forward, device: str, max_tokens: int, tuning_s: float = TUNING_S, token_s: float = 0.0
+) -> int:
     """Measures tokens a second by token budget; the smallest budget at full speed, at least ``max_tokens``.
 
-    A budget whose two passes would last beyond ``tuning_s``, at the speed measured so far, is not measured any more.
+    ``token_s``: as for tune_threads.
     """
     speeds: dict[int, float] = {}
     deadline = time.monotonic() + tuning_s
-    for budget in candidate_budgets(device, max_tokens):
-        if speeds and time.monotonic() + 2 * budget / max(speeds.values()) > deadline:
+    budgets = candidate_budgets(device, max_tokens)
+    for budget in budgets:
+        left_s = deadline - time.monotonic()
+        if left_s < 2 * budget * token_s:
             break
         ids = example(budget)
-        speeds[budget] = ids.size / _pass_s(forward, ids)
-    best = smallest_at_full_speed(speeds)
-    log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speeds[best])})
+        took_s = _pass_s(forward, ids, left_s / 2)
+        speeds[budget], token_s = ids.size / took_s, took_s / ids.size
+    best = smallest_at_full_speed(speeds) if speeds else budgets[0]
+    log.info("measured the token budget", extra={"max_batch_tokens": best, "budgets": list(speeds)})
     return best
 
 
-def tune_pass_tokens(forward: Forward, tuning_s: float = TUNING_S) -> int:
-    """Measures what one more pass costs on a CPU, in the tokens that it could compute meanwhile: from 8 to 128."""
-    short, full = 1, EXAMPLE_TOKENS // EXAMPLE_LENGTH
-    took = {texts: _pass_s(forward, example(texts * EXAMPLE_LENGTH), tuning_s / 2) for texts in (short, full)}
-    token_s = (took[full] - took[short]) / ((full - short) * EXAMPLE_LENGTH)
+def measure_pass(forward: Forward, tuning_s: float = TUNING_S) -> tuple[int, float]:
+    """What one more pass costs on a CPU, in the tokens that it could compute meanwhile (8 to 128), and seconds of a token."""
+    one_s = _pass_s(forward, example(EXAMPLE_LENGTH), tuning_s / 3)
+    texts = EXAMPLE_TOKENS // EXAMPLE_LENGTH
+    while texts > 1 and 3 * texts * one_s > tuning_s:  # a text alone takes longer than one of many: this bounds it
+        texts //= 2
+    if texts == 1:
+        return MIN_PASS_TOKENS, one_s / EXAMPLE_LENGTH
+    full_s = _pass_s(forward, example(texts * EXAMPLE_LENGTH), tuning_s / 3)
+    token_s = (full_s - one_s) / ((texts - 1) * EXAMPLE_LENGTH)
     if token_s <= 0:
-        return MAX_PASS_TOKENS
-    overhead = round(took[short] / token_s) - short * EXAMPLE_LENGTH
-    return min(max(overhead, MIN_PASS_TOKENS), MAX_PASS_TOKENS)
+        return MAX_PASS_TOKENS, full_s / (texts * EXAMPLE_LENGTH)
+    overhead = round(one_s / token_s) - EXAMPLE_LENGTH
+    return min(max(overhead, MIN_PASS_TOKENS), MAX_PASS_TOKENS), token_s
 
 
 def example(tokens: int) -> NDArray[np.int64]:
@@ -138,19 +156,19 @@ def example(tokens: int) -> NDArray[np.int64]:
 def shortest_run_s(function: Callable[[], object], measuring_s: float = MEASURING_S) -> float:
     """Seconds of the shortest of 2 to 8 calls, the first left out: the least disturbed by a noisy machine."""
     runs: list[float] = []
-    while len(runs) < 2 or (len(runs) < 8 and sum(runs) < measuring_s):
+    while len(runs) < 2 or (len(runs) < 8 and sum(runs) < min(measuring_s, MEASURING_S)):
         started = time.perf_counter()
         function()
         runs.append(time.perf_counter() - started)
     return min(runs[1:])
 
 
-def _pass_s(forward: Forward, ids: NDArray[np.int64], measuring_s: float = MEASURING_S) -> float:
+def _pass_s(forward: Forward, ids: NDArray[np.int64], measuring_s: float) -> float:
     """Seconds for one pass."""
     return shortest_run_s(lambda: forward(ids, None), measuring_s)
 
 
-def _concurrent_passes_s(forward: Forward, ids: NDArray[np.int64], threads: int) -> float:
+def _concurrent_passes_s(forward: Forward, ids: NDArray[np.int64], threads: int, measuring_s: float) -> float:
     """Seconds until each of so many threads has computed one pass."""
     with ThreadPoolExecutor(threads) as pool:
-        return shortest_run_s(lambda: list(pool.map(lambda _: forward(ids, None), range(threads))))
+        return shortest_run_s(lambda: list(pool.map(lambda _: forward(ids, None), range(threads))), measuring_s)
