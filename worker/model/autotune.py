@@ -103,7 +103,7 @@ def tune_threads(forward: Forward, tuning_s: float = TUNING_S, token_s: float = 
     speeds: dict[int, float] = {}
     threads, took_s = available_cores(), ids.size * token_s
     deadline = time.monotonic() + tuning_s
-    while threads and (left_s := deadline - time.monotonic()) > 3 * took_s:  # the first run warms up, and cores share their caches
+    while threads and (left_s := deadline - time.monotonic()) > 2 * took_s:
         took_s = _concurrent_passes_s(forward, ids, threads, left_s / 2)
         speeds[threads] = threads / took_s
         threads //= 2
@@ -133,7 +133,7 @@ def tune_budget(
 
 
 def measure_pass(forward: Forward, tuning_s: float = TUNING_S) -> tuple[int, float]:
-    """What one more pass costs on a CPU, in the tokens that it could compute meanwhile (8 to 128), and seconds of a token."""
+    """What one more pass costs on a CPU, in tokens that it could compute meanwhile (8 to 128), and seconds of a token."""
     one_s = _pass_s(forward, example(EXAMPLE_LENGTH), tuning_s / 3)
     texts = EXAMPLE_TOKENS // EXAMPLE_LENGTH
     while texts > 1 and 3 * texts * one_s > tuning_s:  # a text alone takes longer than one of many: this bounds it
