@@ -15,6 +15,7 @@ from worker.model.onnx import protobuf
 from worker.model.onnx.activations import ACTIVATIONS
 from worker.model.onnx.architecture import Architecture
 from worker.model.onnx.graph_builder import Graph, GraphBuilder
+from worker.model.onnx.products import Float32Products, Int8Products
 
 Weights = Mapping[str, NDArray[np.float32]]
 IDS: Final = "ids"
@@ -22,18 +23,23 @@ LENGTHS: Final = "lengths"
 LOGITS: Final = "logits"
 
 
-def build_graph(architecture: Architecture, weights: Weights) -> Graph:
-    """The graph of a classifier. ``weights``: those that ``weight_shapes`` names, of these shapes."""
-    return _Classifier(architecture, weights).graph()
+def build_graph(architecture: Architecture, weights: Weights, *, is_int8: bool = False) -> Graph:
+    """The graph of a classifier. ``weights``: those that ``weight_shapes`` names, of these shapes.
+
+    ``is_int8``: products with weights are computed in int8, their inputs quantized as they come. The rest stays in float32:
+    rows of embeddings are only looked up, and bytes would make them coarser for no speed.
+    """
+    return _Classifier(architecture, weights, is_int8).graph()
 
 
 class _Classifier:
     """Writes a classifier into a graph, part by part."""
 
-    def __init__(self, architecture: Architecture, weights: Weights) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights, is_int8: bool) -> None:
         self._of = architecture
         self._weights = weights
         self._builder = GraphBuilder()
+        self._product = Int8Products(self._builder) if is_int8 else Float32Products(self._builder)
         self._head_size = architecture.hidden // architecture.heads
 
     def graph(self) -> Graph:
@@ -56,30 +62,25 @@ class _Classifier:
         shape = builder.apply("Shape", IDS)
         self._texts = builder.apply("Gather", shape, builder.constant(0))
         self._tokens = builder.apply("Gather", shape, builder.constant(1))
-        text_heads = builder.apply("Mul", self._texts, heads)
-        self._to_heads = builder.apply("Concat", self._tokens, text_heads, size, axis=0)
-        self._from_heads = builder.apply("Concat", builder.constant(-1), width, axis=0)
-        one = builder.constant(1)
-        self._first_to_heads = builder.apply("Concat", one, text_heads, size, axis=0)
-        self._to_scores = {
-            is_last: builder.apply("Concat", self._texts, heads, one if is_last else self._tokens, self._tokens, axis=0)
-            for is_last in (False, True)
-        }
-        self._from_scores = {
-            is_last: builder.apply("Concat", text_heads, one if is_last else self._tokens, self._tokens, axis=0)
-            for is_last in (False, True)
-        }
+        self._text_heads = builder.apply("Mul", self._texts, heads)
+        self._to_heads = builder.apply("Concat", self._tokens, self._text_heads, size, axis=0)
+        self._first_to_heads = builder.apply("Concat", builder.constant(1), self._text_heads, size, axis=0)
+        self._to_rows = builder.apply("Concat", builder.constant(-1), width, axis=0)
         self._bias = self._padding_bias()
 
     def _padding_bias(self) -> str:
-        """What is added to attention's scores: (N, 1, 1, T), minus infinity at padding, else 0."""
+        """What is added to attention's scores: (N · heads, 1, T), minus infinity at padding, else 0."""
         builder = self._builder
-        zero = builder.scalar(0, "int64")
-        tokens = builder.apply("Squeeze", self._tokens)
-        places = builder.apply("Range", zero, tokens, builder.scalar(1, "int64"))
-        lengths = builder.apply("Unsqueeze", LENGTHS, builder.constant(1, 2, 3))
-        is_text = builder.apply("Less", places, lengths)
-        return builder.apply("Where", is_text, builder.scalar(0.0), builder.scalar(-np.inf))
+        one = builder.constant(1)
+        places = builder.apply(
+            "Range", builder.scalar(0, "int64"), builder.apply("Squeeze", self._tokens), builder.scalar(1, "int64")
+        )
+        is_text = builder.apply("Less", places, builder.apply("Unsqueeze", LENGTHS, builder.constant(1, 2)))
+        of_texts = builder.apply("Where", is_text, builder.scalar(0.0), builder.scalar(-np.inf))
+        of_heads = builder.apply(
+            "Expand", of_texts, builder.apply("Concat", one, builder.constant(self._of.heads), one, axis=0)
+        )
+        return builder.apply("Reshape", of_heads, builder.apply("Concat", self._text_heads, one, self._tokens, axis=0))
 
     def _embeddings(self) -> str:
         """Ids (N, T) → rows (T · N, width)."""
@@ -92,7 +93,7 @@ class _Classifier:
         zero = builder.constant(0)
         rows = builder.apply("Gather", builder.weight("words", words), builder.apply("Transpose", IDS, perm=[1, 0]))
         sums = builder.apply("Add", rows, builder.apply("Slice", positions, zero, self._tokens, zero))
-        return self._norm(builder.apply("Reshape", sums, self._from_heads), f"{name}.LayerNorm")
+        return self._norm(builder.apply("Reshape", sums, self._to_rows), f"{name}.LayerNorm")
 
     def _layer(self, hidden: str, name: str, is_last: bool) -> str:
         """Rows (T · N, width) → rows (T · N, width), or (N, width) in the last layer."""
@@ -119,11 +120,9 @@ class _Classifier:
         value = builder.apply("Reshape", self._linear(hidden, f"{name}.value"), self._to_heads)
         query = builder.apply("Transpose", query, perm=[1, 0, 2])
         scores = builder.apply("MatMul", query, builder.apply("Transpose", key, perm=[1, 2, 0]))
-        scores = builder.apply("Reshape", scores, self._to_scores[is_last])
         shares = builder.apply("Softmax", builder.apply("Add", scores, self._bias), axis=-1)
-        shares = builder.apply("Reshape", shares, self._from_scores[is_last])
         attended = builder.apply("MatMul", shares, builder.apply("Transpose", value, perm=[1, 0, 2]))
-        return builder.apply("Reshape", builder.apply("Transpose", attended, perm=[1, 0, 2]), self._from_heads)
+        return builder.apply("Reshape", builder.apply("Transpose", attended, perm=[1, 0, 2]), self._to_rows)
 
     def _head(self, rows: str) -> str:
         """The first tokens' rows (N, width) → logits (N, labels)."""
@@ -139,13 +138,7 @@ class _Classifier:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         if scale != 1.0:
             weight, bias = weight * np.float32(scale), bias * np.float32(scale)
-        return self._builder.apply(
-            "Gemm",
-            rows,
-            self._builder.weight(f"{name}.weight", weight),
-            self._builder.weight(f"{name}.bias", bias),
-            transB=1,
-        )
+        return self._product(rows, name, weight, bias)
 
     def _norm(self, rows: str, name: str) -> str:
         scale, bias = (

@@ -30,9 +30,17 @@ class GraphBuilder:
 
     def apply(self, op_type: str, *inputs: str, domain: str = "", **attributes: protobuf.Attribute) -> str:
         """Adds a node with one output, and returns the output's name. An input that is left out is an empty name."""
-        output = self._new_name()
-        self._nodes.append(protobuf.node(op_type, inputs, [output], domain, attributes))
+        (output,) = self.apply_for(1, op_type, *inputs, domain=domain, **attributes)
         return output
+
+    def apply_for(
+        self, outputs: int, op_type: str, *inputs: str, domain: str = "", **attributes: protobuf.Attribute
+    ) -> list[str]:
+        """Adds a node with so many outputs, and returns their names."""
+        names = [f"value {self._values + number}" for number in range(outputs)]
+        self._values += outputs
+        self._nodes.append(protobuf.node(op_type, inputs, names, domain, attributes))
+        return names
 
     def constant(self, *values: float, dtype: str = "int64") -> str:
         """A vector of these values that stands in the graph itself."""
@@ -61,7 +69,3 @@ class GraphBuilder:
         """Gives a value another name, such as that of the graph's output."""
         self._nodes.append(protobuf.node("Identity", [value], [name], "", {}))
         return name
-
-    def _new_name(self) -> str:
-        self._values += 1
-        return f"value {self._values}"
