@@ -1,4 +1,4 @@
-"""What runs on a CPU imports neither torch nor transformers, though both are installed: real processes say what they imported."""
+"""What runs on a CPU imports neither torch nor transformers, though both are installed: real processes say so."""
 
 import csv
 import os
@@ -78,9 +78,7 @@ def test_demo(imports: Imports) -> None:
 
 
 @pytest.mark.kafka
-def test_run_check_and_replay(
-    imports: Imports, kafka: Kafka, topics: Topics, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_run_check_and_replay(imports: Imports, kafka: Kafka, topics: Topics, checkpoint: Path, tmp_path: Path) -> None:
     kafka.create_all(topics)
     places = ["--bootstrap-servers", kafka.bootstrap, "--dead-letter-topic", topics.dead_letters]
     run(

@@ -4,21 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from tests.support.checkpoint import TOKENIZER
-from worker.model.checkpoint import BUILTIN, ModelError, find_in
+from worker.model.checkpoint import BUILTIN, find_in
 from worker.model.reviews import read_reviews
 from worker.model.tokenizer import ODD_TEXTS, CheckpointTokenizer
-from worker.model.tokenizer_files import NeedsExtra, load_tokenizer
+from worker.model.tokenizer_files import load_tokenizer
 from worker.model.torch.wrapped_tokenizer import WrappedTokenizer, wrap_tokenizer
 
 TEXTS = [*ODD_TEXTS, *read_reviews(), "Ёлка [new] x[new]y <mask>a <s>b</s> [UNK] [[MASK] ]  <unk> \u0130 e\u0301 ﬁ ½ ①"]

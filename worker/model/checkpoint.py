@@ -44,10 +44,10 @@ class ModelError(UserError):
 
 
 class NeedsTorch(ModelError):
-    """A checkpoint that only torch and transformers can load."""
+    """A checkpoint that only torch and transformers can load. ``why`` is the reason alone."""
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"model {name} cannot be loaded without torch ({why}); {TORCH_COMMAND} installs it")
+        super().__init__(f"model {name} cannot be loaded without torch: {why}; {TORCH_COMMAND} installs it")
         self.why = why
 
 

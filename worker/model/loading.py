@@ -12,7 +12,8 @@ from worker.model.checkpoint import Checkpoint, NeedsTorch, find_in, folder_of
 from worker.model.device import has_torch
 from worker.model.onnx.loader import load_onnx_model
 from worker.model.runner import BackendError, PreparedRunner, RunnerOptions, prepare_cpu_runner
-from worker.model.tokenizer_files import CheckpointTokenizer, load_tokenizer
+from worker.model.tokenizer import CheckpointTokenizer
+from worker.model.tokenizer_files import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,9 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
     folder = folder_of(name, revision)
     if folder:
         return Checkpoint(name, find_in(folder))
-    from worker.model.hub import find_on_hub  # noqa: PLC0415 - a folder needs no client of the hub
+    from worker.model.hub import open_repository  # noqa: PLC0415 - a folder needs no client of the hub
 
-    commit, find = find_on_hub(name, revision)
+    commit, find = open_repository(name, revision)
     return Checkpoint(name, find, commit)
 
 
@@ -64,7 +65,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: str, backend: str)
 
 def _for_onnx(checkpoint: Checkpoint, *, is_int8: bool) -> LoadedModel:
     tokenizer = load_tokenizer(checkpoint.name, checkpoint.find, checkpoint.config)
-    forward = load_onnx_model(checkpoint, highest_id=tokenizer.highest_id, is_int8=is_int8)
+    forward = load_onnx_model(checkpoint, tokenizer, is_int8=is_int8)
     dtype = "int8" if is_int8 else "float32"
     return LoadedModel(tokenizer, partial(prepare_cpu_runner, forward, backend="onnx", dtype=dtype))
 

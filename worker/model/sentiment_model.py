@@ -31,9 +31,9 @@ from worker.model.library_errors import as_model_error
 from worker.model.loading import load_model, open_checkpoint
 from worker.model.reviews import read_reviews
 from worker.model.runner import PreparedRunner, RunnerOptions
-from worker.model.tokenizer import Ids, choose_encode, with_normalization
-from worker.model.tokenizer_files import CheckpointTokenizer, unknown_words_warning
-from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
+from worker.model.tokenizer import CheckpointTokenizer, Ids, choose_encode, with_normalization
+from worker.model.tokenizer_checks import unknown_words_warning
+from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, max_tokens_of
 from worker.runtime.threads import parallel_map
 from worker.settings.shared import DEFAULT_MODEL
 
@@ -227,11 +227,14 @@ def _prepare_tokenizer(
         encode = choose_encode(tokenizer)
         examples = encode(read_reviews(), max_tokens)
         warning = unknown_words_warning(name, tokenizer, examples)
-        closing = closing_tokens_of(tokenizer)
     if normalize == "nfc":
         encode = with_normalization(encode)
-    padding = tokenizer.padding_id or 0
-    return TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=closing), examples, warning
+    padding = tokenizer.padding or 0
+    return (
+        TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=tokenizer.closing),
+        examples,
+        warning,
+    )
 
 
 def _non_default(activation: Activation, normalize: Normalize) -> str:

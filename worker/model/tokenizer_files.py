@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it decides once, when
 
 from tokenizers import AddedToken, Tokenizer
 
-from worker.model.checkpoint import Find, ModelError
+from worker.model.checkpoint import Find, ModelError, NeedsTorch
 from worker.model.library_errors import as_model_error
 from worker.model.tokenizer import CheckpointTokenizer, stated_maximum
 from worker.model.tokenizer_classes import CLASSES, GENERIC, Files, MissingFiles, Token, TokenizerClass
@@ -29,10 +29,6 @@ ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 OTHER_FORMATS: Final = ("sentencepiece.bpe.model", "tokenizer.model", "tekken.json", "tiktoken.model")
 
 
-class NeedsExtra(ModelError):
-    """A checkpoint can be used only with the extra ``torch``."""
-
-
 class SpecialTokens(NamedTuple):
     """``named``: by role, such as ``cls_token``. ``extra``: those without a role. ``added``: in the order of their ids."""
 
@@ -44,7 +40,7 @@ class SpecialTokens(NamedTuple):
 def load_tokenizer(name: str, find: Find, config: Mapping[str, Any]) -> CheckpointTokenizer:
     """The tokenizer of a checkpoint with the files that ``find`` finds and ``config`` as its config.json. Blocks.
 
-    ``name`` is for error messages. Raises ModelError; NeedsExtra for a tokenizer that only transformers can read.
+    ``name`` is for error messages. Raises ModelError; NeedsTorch for a tokenizer that only transformers can read.
     """
     with as_model_error(name, "loaded"):
         options = _object(name, find, "tokenizer_config.json") or {}
@@ -65,13 +61,13 @@ def load_tokenizer(name: str, find: Find, config: Mapping[str, Any]) -> Checkpoi
 
 
 def _class_of(name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> TokenizerClass:
-    """The class that transformers takes. Raises NeedsExtra for one that is not built here."""
+    """The class that transformers takes. Raises NeedsTorch for one that is not built here."""
     own = CLASS_OF.get(str(config.get("model_type")))
     stated = options.get("tokenizer_class") or config.get("tokenizer_class") or own
     kind = CLASSES.get(str(stated).removesuffix("Fast"))
     if own is None or kind is None or (config.get("model_name") and kind is not CLASSES[own]):
         # transformers takes another class than the stated one for some values of model_name
-        raise _needs_extra(name, f"a tokenizer of class {str(stated)[:100]}")
+        raise NeedsTorch(name, f"a tokenizer of class {str(stated)[:100]}")
     return kind
 
 
@@ -81,22 +77,13 @@ def _refuse_what_needs_the_extra(
     if serialized is None:
         for file in OTHER_FORMATS:
             if find(file):
-                raise _needs_extra(name, f"{file} without a tokenizer.json")
+                raise NeedsTorch(name, f"{file} without a tokenizer.json")
     elif kind.model not in (None, serialized["model"].get("type", kind.model)):
-        raise _needs_extra(
-            name, f"a tokenizer.json of type {serialized['model']['type']} for a tokenizer of that class"
-        )
+        raise NeedsTorch(name, f"a tokenizer.json of type {serialized['model']['type']} for a tokenizer of that class")
     if options.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
-        raise _needs_extra(name, "fast_tokenizer_files in tokenizer_config.json")
+        raise NeedsTorch(name, "fast_tokenizer_files in tokenizer_config.json")
     if options.get("fix_mistral_regex"):
-        raise _needs_extra(name, "fix_mistral_regex in tokenizer_config.json")
-
-
-def _needs_extra(name: str, what: str) -> NeedsExtra:
-    return NeedsExtra(
-        f"model {name} cannot be loaded: {what} needs the extra torch: pip install 'sentiment-worker[torch]', or save a "
-        "tokenizer.json with AutoTokenizer.from_pretrained(...).save_pretrained(...) where that is installed"
-    )
+        raise NeedsTorch(name, "fix_mistral_regex in tokenizer_config.json")
 
 
 def _special_tokens(

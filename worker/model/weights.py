@@ -7,15 +7,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from worker.model.checkpoint import Checkpoint, ModelError
+from worker.model.checkpoint import Checkpoint, ModelError, NeedsTorch
 from worker.model.torch_archive import read_archive
 from worker.model.weight_arrays import DTYPES, ITEM_BYTES, Array, Damaged, OnlyForTorch, UnusableFile, read_array
 
 log = logging.getLogger(__name__)
-
-
-class TorchNeeded(ModelError):
-    """A checkpoint that only torch reads."""
 
 
 def read_weights(checkpoint: Checkpoint, wanted: Container[str] | None = None) -> dict[str, Array]:
@@ -23,7 +19,7 @@ def read_weights(checkpoint: Checkpoint, wanted: Container[str] | None = None) -
 
     Each array is contiguous and in the process's own memory; tied weights share it. Needs no more memory than the weights
     and one of them once more. Runs no code of the files. Blocks. Raises ModelError for a file that cannot be used,
-    TorchNeeded for one that only torch reads.
+    NeedsTorch for one that only torch reads.
     """
     weights: dict[str, Array] = {}
     files = [name for name in checkpoint.weights if not name.endswith(".index.json")]
@@ -33,22 +29,20 @@ def read_weights(checkpoint: Checkpoint, wanted: Container[str] | None = None) -
         log.warning(
             "model %s comes as a .bin without safetensors: only its tensors were read, by a reader that runs no code of "
             "the file and refuses all else",
-            checkpoint._name,
+            checkpoint.name,
         )
     return weights
 
 
 def _read(checkpoint: Checkpoint, file: str, wanted: Container[str] | None) -> dict[str, Array]:
-    path = checkpoint._find(file)
-    refusal = f"model {checkpoint._name} cannot be loaded: its {file[:100]}"
+    path = checkpoint.find(file)
+    refusal = f"model {checkpoint.name} cannot be loaded: its {file[:100]}"
     if path is None:
         raise ModelError(f"{refusal} is not there; copy or download it again")
     try:
         return _read_safetensors(path, wanted) if file.endswith(".safetensors") else read_archive(path, wanted)
     except OnlyForTorch as error:
-        raise TorchNeeded(
-            f"{refusal} {error}; pip install 'sentiment-worker[torch]', or save its weights as .safetensors"
-        ) from None
+        raise NeedsTorch(checkpoint.name, f"its {file[:100]} {error}; or save its weights as .safetensors") from None
     except UnusableFile as error:
         raise ModelError(f"{refusal} {error}") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from worker.model.checkpoint import Checkpoint, ModelError, folder_of
 from worker.model.library_errors import as_model_error
 from worker.model.tokenizer import CheckpointTokenizer
+from worker.model.tokenizer_checks import refuse_tokens_without_rows
 from worker.model.torch.wrapped_tokenizer import wrap_tokenizer
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert a .bin
@@ -51,7 +52,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
     )
     _refuse_untrained(name, loading)
     wrapped = wrap_tokenizer(tokenizer)
-    refuse_tokens_without_rows(name, wrapped.highest_id, model.get_input_embeddings().weight.shape[0])
+    refuse_tokens_without_rows(name, wrapped, model.get_input_embeddings().weight.shape[0])
     _warn_of_pickle(name, checkpoint.weights)
     model = _in_own_memory(model.to(device).eval())
     _refuse_without_padding(name, model)
