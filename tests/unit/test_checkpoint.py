@@ -41,7 +41,7 @@ def examined(folder: Path) -> Checkpoint:
 
 
 def identity(folder: Path) -> str:
-    return examined(folder).identity(folder)
+    return examined(folder).identity()
 
 
 def edit(file: str, **entries: Any) -> Edit:
