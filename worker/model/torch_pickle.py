@@ -69,8 +69,10 @@ def parse_state_dict(data: bytes) -> dict[str, View]:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.carry_out(opcode.name, argument)
-    except (ValueError, LookupError) as error:  # of genops, and an empty stack
+    except ValueError as error:
         raise Damaged(f"its pickle: {str(error)[:100]}") from None
+    except LookupError:
+        raise Damaged("its pickle takes what is not there") from None
     entries = machine.result
     if not isinstance(entries, dict):
         raise UnusableFile("holds no state dictionary; it should map the name of each weight to its tensor")
@@ -165,7 +167,7 @@ class _Machine:
 
     def _pop(self) -> Any:
         if self._marks and self._marks[-1] >= len(self._stack):
-            raise IndexError("nothing is left on the stack")
+            raise IndexError
         return self._stack.pop()
 
     def _since_mark(self) -> list[Any]:
@@ -189,9 +191,9 @@ def _view(storage: Storage, offset: Any, shape: tuple[Any, ...], strides: tuple[
     if len(shape) != len(strides) or len(shape) > MAX_RANK or not all(map(_is_count, (offset, *shape, *strides))):
         raise Damaged("a tensor's offset, shape and strides should be whole numbers, 0 or more, one for each axis")
     count = math.prod(shape)
-    last = (
-        offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else offset - 1
-    )
+    if count == 0:
+        return View(storage, 0, shape, strides)  # torch lets an empty tensor begin anywhere
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if last >= storage.length or count > storage.length:
         raise Damaged("a tensor is larger than its storage")
     return View(storage, offset, shape, strides)
