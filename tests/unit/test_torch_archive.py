@@ -56,7 +56,7 @@ TENSORS: dict[str, tuple[Tensor, str]] = {
     "an offset past the end": (Tensor(offset=1), "a tensor is larger than its storage"),
     "a shape past the end": (Tensor(shape=(3, 3)), "a tensor is larger than its storage"),
     "strides past the end": (Tensor(strides=(4, 1)), "a tensor is larger than its storage"),
-    "an expanded tensor": (Tensor(shape=(2**40,), strides=(0,)), "a tensor is larger than its storage"),
+    "an expanded tensor": (Tensor(shape=(2**40,), strides=(0,)), "holds tensors that repeat their numbers"),
     "sizes that overflow": (Tensor(shape=(2**33, 2**33)), "a tensor is larger than its storage"),
     "an offset below 0": (Tensor(offset=-1), "whole numbers, 0 or more"),
     "an offset that overflows": (Tensor(offset=2**63), "whole numbers, 0 or more"),
@@ -95,7 +95,7 @@ def test_a_small_file_of_many_overlapping_tensors_does_not_take_all_memory(tmp_p
     storage = Storage(length=side * side)
     turned = {str(i): Tensor(storage, i, (side - 1, side - 1), (1, side)) for i in range(1_000)}
     path = write_archive(tmp_path / "x.bin", pickled(turned), {"data/0": bytes(4 * side * side)})
-    assert "its tensors overlap" in refusal(path)
+    assert "holds tensors that overlap" in refusal(path)
     apart = {str(i): Tensor(storage, i, (side - 1, side), (side, 1)) for i in range(side)}
     found = read_archive(write_archive(path, pickled(apart), {"data/0": bytes(4 * side * side)}), None)
     assert all(np.shares_memory(found["0"], array) for array in found.values())
@@ -114,6 +114,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a method of a class that is known": (opcodes(b"ccollections\nOrderedDict.fromkeys\n"), RUNS),
     "another attribute of torch": (opcodes(b"ctorch\nload\n"), RUNS),
     "a whole model": (pickled(torch.nn.Linear(1, 1)), RUNS),
+    "numbers that only torch reads": (opcodes(b"ctorch\nComplexFloatStorage\n"), "that only torch reads"),
     "a tensor that only torch makes": (opcodes(b"ctorch._utils\n_rebuild_sparse_tensor\n"), "that only torch reads"),
     "a dictionary made of pairs": (pickled(Call(OrderedDict, (("a", 1),))), "with other values than torch.save does"),
     "a call of a storage": (pickled(Call(torch.FloatStorage, 2**40)), "with other values than torch.save does"),
@@ -153,7 +154,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a dictionary inside": (pickled({"state_dict": {"a": Tensor()}, "epoch": 3}), "holds 'state_dict', which is no tensor"),
     "a tensor alone": (pickled(Tensor()), "holds no state dictionary"),
     "the newest protocol": (pickled({"a": Tensor()}, 5), "the pickle's opcode FRAME"),
-    "too much": (opcodes(b"N" * MAX_PICKLE_BYTES), "its data.pkl is larger than 1,048,576 bytes"),
+    "too much": (opcodes(b"N" * MAX_PICKLE_BYTES), "has a data.pkl of more than 1,048,576 bytes"),
 }  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path, method: int) -> None:
 RECORDS: dict[str, tuple[dict[str, bytes], str]] = {
     "big-endian": ({"byteorder": b"big"}, "has its numbers in another byte order"),
     "no byte order": ({"byteorder": b"\xff" * 16}, "has its numbers in another byte order"),
-    "a long byte order": ({"byteorder": b"little" * 10}, "its byteorder is larger than 16 bytes"),
+    "a long byte order": ({"byteorder": b"little" * 10}, "has a byteorder of more than 16 bytes"),
     "a program": ({"constants.pkl": b"\x80\x02N."}, "is a TorchScript program"),
     "code": ({"code/__torch__.py": b"print()"}, "is a TorchScript program"),
 }

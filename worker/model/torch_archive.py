@@ -61,7 +61,7 @@ def read_archive(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
 
 
 def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
-    """The tensors of one storage. Raises Damaged where their copies would need more memory than the storage."""
+    """The tensors of one storage. Raises OnlyForTorch where their copies would need more memory than the storage."""
     arrays: dict[View, Array] = {}
     copied = 0
     for view in views:
@@ -74,7 +74,7 @@ def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
         if not array.flags.c_contiguous:
             copied += array.size
             if copied > numbers.size:
-                raise Damaged("its tensors overlap")
+                raise OnlyForTorch("holds tensors that overlap, which only torch reads")
             array = array.copy("C")
         arrays[view] = array
     return arrays
@@ -108,7 +108,7 @@ def _read(file: io.BufferedReader, records: dict[str, Record], name: str, most: 
     if record is None:
         raise Damaged(f"it has no {name}")
     if record.size > most:
-        raise Damaged(f"its {name} is larger than {most:,} bytes")
+        raise OnlyForTorch(f"has a {name} of more than {most:,} bytes, which only torch reads")
     file.seek(record.offset)
     return file.read(record.size)
 
@@ -132,7 +132,7 @@ def _records(file: io.BufferedReader) -> dict[str, Record]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries, directory = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         raise Damaged(str(error)[:100]) from None
     entries.sort(key=lambda entry: entry.header_offset)
     begins = [entry.header_offset for entry in entries]
@@ -161,7 +161,7 @@ def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> Record:
     ):
         raise Damaged("a record is compressed or encrypted, which torch.save does not do")
     file.seek(entry.header_offset)
-    header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(LOCAL_HEADER.size))
     signature, _, flags, method, _, _, crc, *sizes, name_bytes, extra_bytes = header
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF_8 else "cp437")
     told = {(entry.CRC, entry.compress_size, entry.file_size), (entry.CRC, IN_ZIP64, IN_ZIP64)}
