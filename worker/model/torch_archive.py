@@ -18,7 +18,7 @@ from worker.model.torch_pickle import Storage, View, parse_state_dict
 from worker.model.weight_arrays import ITEM_BYTES, Array, Damaged, OnlyForTorch, UnusableFile, read_array
 
 MAX_DIRECTORY_BYTES: Final = 4 << 20  # some 40,000 records
-MAX_PICKLE_BYTES: Final = 2 << 20  # some 10,000 tensors; read in two seconds at most
+MAX_PICKLE_BYTES: Final = 1 << 20  # some 6,000 tensors; at worst read in some seconds
 MAX_ORDER_BYTES: Final = 16
 OLD_FORMAT: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, before 1.6
 TAR_MARK: Final = (257, b"ustar")  # an older format still: the place and the mark of a tar archive
@@ -44,12 +44,10 @@ def read_archive(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
     with _Bounded(io.FileIO(path)) as file:
         _refuse_other_formats(file)
         records = _records(file)
-        if "constants.pkl" in records or any(name.startswith("code/") for name in records):
-            raise UnusableFile("is a TorchScript program, and no weights; save the model's weights as .safetensors")
         if "byteorder" in records and _read(file, records, "byteorder", MAX_ORDER_BYTES) != b"little":
             raise UnusableFile("has its numbers in another byte order; save its weights as .safetensors")
         tensors = parse_state_dict(_read(file, records, "data.pkl", MAX_PICKLE_BYTES))
-        _refuse_wrong_storages(records, {view.storage for view in tensors.values()})
+        _refuse_wrong_storages(records, dict.fromkeys(view.storage for view in tensors.values()))
         names: dict[Storage, dict[View, list[str]]] = {}
         for name, view in tensors.items():
             if wanted is None or name in wanted:
@@ -63,7 +61,7 @@ def read_archive(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
 
 
 def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
-    """The tensors of one storage. Raises Damaged where their copies would need more memory than the storage."""
+    """The tensors of one storage. Raises OnlyForTorch where their copies would need more memory than the storage."""
     arrays: dict[View, Array] = {}
     copied = 0
     for view in views:
@@ -76,7 +74,7 @@ def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
         if not array.flags.c_contiguous:
             copied += array.size
             if copied > numbers.size:
-                raise Damaged("its tensors overlap")
+                raise OnlyForTorch("holds tensors that overlap, which only torch reads")
             array = array.copy("C")
         arrays[view] = array
     return arrays
@@ -110,7 +108,7 @@ def _read(file: io.BufferedReader, records: dict[str, Record], name: str, most: 
     if record is None:
         raise Damaged(f"it has no {name}")
     if record.size > most:
-        raise Damaged(f"its {name} is larger than {most:,} bytes")
+        raise OnlyForTorch(f"has a {name} of more than {most:,} bytes, which only torch reads")
     file.seek(record.offset)
     return file.read(record.size)
 
@@ -121,10 +119,12 @@ def _refuse_other_formats(file: io.BufferedReader) -> None:
         raise OnlyForTorch("has the format of torch before 1.6, which only torch reads")
     if begun[TAR_MARK[0] :].startswith(TAR_MARK[1]):
         raise UnusableFile("has the format of torch before 0.4, a tar archive; save its weights as .safetensors")
-    if not begun.startswith(b"PK\x03\x04"):
+    if begun.startswith(b"\x80"):
         raise UnusableFile(
-            "is no archive of torch.save, and other pickles could run code; save its weights as .safetensors"
+            "is a pickle and no archive of torch.save: it could run code; save its weights as .safetensors"
         )
+    if not begun.startswith(b"PK\x03\x04"):
+        raise Damaged("it is no archive of torch.save")
 
 
 def _records(file: io.BufferedReader) -> dict[str, Record]:
@@ -132,23 +132,24 @@ def _records(file: io.BufferedReader) -> dict[str, Record]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries, directory = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         raise Damaged(str(error)[:100]) from None
     entries.sort(key=lambda entry: entry.header_offset)
-    spans = [_span(file, entry) for entry in entries]
-    if not spans or entries[0].header_offset != 0:
+    begins = [entry.header_offset for entry in entries]
+    if not entries or begins[0] != 0:
         raise Damaged("it does not begin with a record")
-    ends = [record.offset + record.size for record in spans]
-    if any(
-        end > begin
-        for end, begin in zip(ends, [*(entry.header_offset for entry in entries[1:]), directory], strict=True)
-    ):
-        raise Damaged("its records overlap")
     folder = entries[0].orig_filename.partition("/")[0] + "/"
-    names = [entry.orig_filename for entry in entries]
-    if len(set(names)) < len(names) or not all(name.startswith(folder) for name in names):
+    names = [entry.orig_filename.removeprefix(folder) for entry in entries if entry.orig_filename.startswith(folder)]
+    if len(set(names)) < len(entries):
         raise Damaged("a record is there twice, or in another folder than the first")
-    return dict(zip((name.removeprefix(folder) for name in names), spans, strict=True))
+    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
+        raise UnusableFile("is a TorchScript program, and no weights; save the model's weights as .safetensors")
+    if begins[-1] >= directory:
+        raise Damaged("a record is not where its directory says")
+    spans = [_span(file, entry) for entry in entries]
+    if any(span.offset + span.size > end for span, end in zip(spans, [*begins[1:], directory], strict=True)):
+        raise Damaged("its records overlap")
+    return dict(zip(names, spans, strict=True))
 
 
 def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> Record:
@@ -160,10 +161,8 @@ def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> Record:
     ):
         raise Damaged("a record is compressed or encrypted, which torch.save does not do")
     file.seek(entry.header_offset)
-    fixed = file.read(LOCAL_HEADER.size)
-    if len(fixed) < LOCAL_HEADER.size:
-        raise Damaged("a record is not where its directory says")
-    signature, _, flags, method, _, _, crc, *sizes, name_bytes, extra_bytes = LOCAL_HEADER.unpack(fixed)
+    header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size).ljust(LOCAL_HEADER.size))
+    signature, _, flags, method, _, _, crc, *sizes, name_bytes, extra_bytes = header
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF_8 else "cp437")
     told = {(entry.CRC, entry.compress_size, entry.file_size), (entry.CRC, IN_ZIP64, IN_ZIP64)}
     if flags & SIZES_FOLLOW:

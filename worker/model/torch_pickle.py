@@ -3,11 +3,13 @@
 Python's unpickler takes no part: even one that knows few classes ends the process with a fault of memory where a dictionary
 has a deeply nested tuple as a key. ``pickletools`` splits the opcodes, and the few of them that state dictionaries are made
 of (those that torch's own weights-only reader knows, without lists, sets and NEWOBJ) are carried out here, on strings,
-numbers, tuples, dictionaries and the three types below. So nothing that a file names is imported, called or hashed.
+numbers, tuples, dictionaries and the types below. So nothing that a file names is imported or called, and only strings are
+keys.
 """
 
 import math
 import pickletools
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -58,6 +60,7 @@ KNOWN: Final[dict[str, Function | StorageType]] = {
     **{function.value: function for function in Function},
     **{f"torch {name}": StorageType(dtype) for name, dtype in STORAGES.items()},
 }
+TENSORS_OF_TORCH: Final = re.compile(r"torch(\.storage)? \w+Storage|torch\._utils _rebuild\w+")
 
 
 def parse_state_dict(data: bytes) -> dict[str, View]:
@@ -69,8 +72,10 @@ def parse_state_dict(data: bytes) -> dict[str, View]:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.carry_out(opcode.name, argument)
-    except (ValueError, LookupError) as error:  # of genops, and an empty stack
+    except ValueError as error:
         raise Damaged(f"its pickle: {str(error)[:100]}") from None
+    except LookupError:
+        raise Damaged("its pickle takes what is not there") from None
     entries = machine.result
     if not isinstance(entries, dict):
         raise UnusableFile("holds no state dictionary; it should map the name of each weight to its tensor")
@@ -115,13 +120,13 @@ class _Machine:
         self.result = self._pop()
 
     def name(self, name: str) -> None:
-        if name.startswith("torch._utils _rebuild") and name not in KNOWN:
-            raise OnlyForTorch(f"holds tensors that only torch reads ({ascii(name)[:100]})")
+        if name not in KNOWN and TENSORS_OF_TORCH.fullmatch(name):
+            raise OnlyForTorch(f"holds tensors that only torch reads ({name[:100]})")
         if name not in KNOWN:
             raise UnusableFile(f"holds more than tensors ({ascii(name)[:100]}), which could run code")
         self._stack.append(KNOWN[name])
 
-    def tuple(self, _: None) -> None:
+    def tuple_since_mark(self, _: None) -> None:
         self._stack.append(tuple(self._since_mark()))
 
     def tuple_of(self, count: int) -> None:
@@ -165,7 +170,7 @@ class _Machine:
 
     def _pop(self) -> Any:
         if self._marks and self._marks[-1] >= len(self._stack):
-            raise IndexError("nothing is left on the stack")
+            raise IndexError
         return self._stack.pop()
 
     def _since_mark(self) -> list[Any]:
@@ -185,15 +190,17 @@ class _Machine:
 
 
 def _view(storage: Storage, offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> View:
-    """Raises Damaged if the tensor is not within its storage, or has more elements: it would be larger than the file."""
+    """Raises UnusableFile if the tensor is not within its storage, or has more elements."""
     if len(shape) != len(strides) or len(shape) > MAX_RANK or not all(map(_is_count, (offset, *shape, *strides))):
         raise Damaged("a tensor's offset, shape and strides should be whole numbers, 0 or more, one for each axis")
     count = math.prod(shape)
-    last = (
-        offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else offset - 1
-    )
-    if last >= storage.length or count > storage.length:
+    if count == 0:
+        return View(storage, 0, shape, strides)  # torch lets an empty tensor begin anywhere
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if last >= storage.length:
         raise Damaged("a tensor is larger than its storage")
+    if count > storage.length:  # in memory it would be larger than the file
+        raise OnlyForTorch("holds tensors that repeat their numbers, which only torch reads")
     return View(storage, offset, shape, strides)
 
 
@@ -219,7 +226,7 @@ STEPS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "GLOBAL": _Machine.name,
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
-    "TUPLE": _Machine.tuple,
+    "TUPLE": _Machine.tuple_since_mark,
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),

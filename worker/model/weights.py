@@ -59,9 +59,8 @@ def _read_safetensors(path: Path, wanted: Container[str] | None) -> dict[str, Ar
         raise Damaged(str(error).splitlines()[0]) from None
     arrays: dict[str, Array] = {}
     with path.open("rb") as file:
-        offset = 8 + int.from_bytes(
-            file.read(8), "little"
-        )  # the header's length and the header; then numbers, without gaps
+        # The file is the header's length in eight bytes, the header, and the numbers without gaps.
+        offset = 8 + int.from_bytes(file.read(8), "little")
         for name, (dtype, shape) in tensors.items():
             if dtype not in DTYPES:
                 raise OnlyForTorch(f"holds tensors of the type {dtype}, which only torch reads")
