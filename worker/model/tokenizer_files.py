@@ -124,6 +124,9 @@ def _special_tokens(
     named: dict[str, Any] = dict.fromkeys(ROLES) | dict(kind.tokens)
     named |= {role: by_content.get(str(given[role]), given[role]) for role in ROLES if role in given}
     named |= {key: given[key] for key in given if _is_other_role(key) and isinstance(given[key], Token)} | others
+    for role, token in named.items():
+        if not isinstance(token, Token | None):
+            raise ModelError(f"model {name} cannot be loaded: {role} is {ascii(token)[:100]}; it should be a string")
     padding = (serialized or {}).get("padding")
     if kind is GENERIC and "pad_token" not in given and padding:
         named["pad_token"] = padding["pad_token"]
@@ -157,8 +160,7 @@ def _added_tokens(
         for content, number in (_object(name, find, "added_tokens.json") or {}).items()
     }
     for token in (serialized or {}).get("added_tokens", []):
-        options = dict(token)
-        added[options.pop("id")] = AddedToken(**options)
+        added[token["id"]] = AddedToken(**{option: value for option, value in token.items() if option != "id"})
     return added
 
 
