@@ -64,10 +64,10 @@ def _download(name: str, file: str, revision: str | None) -> Path | None:
     """
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow
     from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: PLC0415
-    from huggingface_hub.utils import silent_tqdm  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import silent_tqdm  # noqa: PLC0415
 
     try:
-        return Path(hf_hub_download(name, file, revision=revision, tqdm_class=silent_tqdm))  # type: ignore[arg-type]
+        return Path(hf_hub_download(name, file, revision=revision, tqdm_class=silent_tqdm))
     except RemoteEntryNotFoundError:
         return None
 
