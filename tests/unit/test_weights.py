@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from tests.unit.test_checkpoint_attacks import REFUSED
 from worker.model import torch_archive, weights
-from worker.model.checkpoint import Checkpoint, ModelError, find_in
-from worker.model.weights import TorchNeeded, read_weights
+from worker.model.checkpoint import Checkpoint, ModelError, NeedsTorch, find_in
+from worker.model.weights import read_weights
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OTHERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -176,13 +176,13 @@ def test_a_file_that_was_cut_short_is_said_to_be(folder: Path, file: str) -> Non
 def test_what_only_torch_reads_says_which_extra_it_needs(folder: Path) -> None:
     tensors = {"a": torch.zeros(4).to(torch.float8_e4m3fn)}
     torch.save({"a": torch.zeros(3)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(TorchNeeded, match=r"format of torch before 1\.6.*pip install 'sentiment-worker\[torch\]'"):
+    with pytest.raises(NeedsTorch, match=r"format of torch before 1\.6.*pip install 'sentiment-worker\[torch\]'"):
         read(folder)
     torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(TorchNeeded, match="_rebuild_tensor_v3"):
+    with pytest.raises(NeedsTorch, match="_rebuild_tensor_v3"):
         read(folder)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(TorchNeeded, match="F8_E4M3"):
+    with pytest.raises(NeedsTorch, match="F8_E4M3"):
         read(folder)
 
 

@@ -44,10 +44,11 @@ class ModelError(UserError):
 
 
 class NeedsTorch(ModelError):
-    """A checkpoint that only torch and transformers can load. ``why`` is the reason alone."""
+    """A checkpoint that only torch and transformers can load. ``why``: the reason alone. ``instead``: what else to do."""
 
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"model {name} cannot be loaded without torch: {why}; {TORCH_COMMAND} installs it")
+    def __init__(self, name: str, why: str, instead: str = "") -> None:
+        choice = f", or {instead}" if instead else ""
+        super().__init__(f"model {name} cannot be loaded without torch: {why}; {TORCH_COMMAND} installs it{choice}")
         self.why = why
 
 

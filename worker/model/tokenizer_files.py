@@ -67,7 +67,7 @@ def _class_of(name: str, options: Mapping[str, Any], config: Mapping[str, Any]) 
     kind = CLASSES.get(str(stated).removesuffix("Fast"))
     if own is None or kind is None or (config.get("model_name") and kind is not CLASSES[own]):
         # transformers takes another class than the stated one for some values of model_name
-        raise NeedsTorch(name, f"a tokenizer of class {str(stated)[:100]}")
+        raise NeedsTorch(name, f"its tokenizer is of class {str(stated)[:100]}")
     return kind
 
 
@@ -77,13 +77,13 @@ def _refuse_what_needs_the_extra(
     if serialized is None:
         for file in OTHER_FORMATS:
             if find(file):
-                raise NeedsTorch(name, f"{file} without a tokenizer.json")
+                raise NeedsTorch(name, f"it has {file} and no tokenizer.json", "save one with transformers")
     elif kind.model not in (None, serialized["model"].get("type", kind.model)):
-        raise NeedsTorch(name, f"a tokenizer.json of type {serialized['model']['type']} for a tokenizer of that class")
+        raise NeedsTorch(name, f"its tokenizer.json is of type {serialized['model']['type']}, unlike its class")
     if options.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
-        raise NeedsTorch(name, "fast_tokenizer_files in tokenizer_config.json")
+        raise NeedsTorch(name, "its tokenizer_config.json sets fast_tokenizer_files")
     if options.get("fix_mistral_regex"):
-        raise NeedsTorch(name, "fix_mistral_regex in tokenizer_config.json")
+        raise NeedsTorch(name, "its tokenizer_config.json sets fix_mistral_regex")
 
 
 def _special_tokens(
@@ -111,6 +111,9 @@ def _special_tokens(
     named: dict[str, Any] = dict.fromkeys(ROLES) | dict(kind.tokens)
     named |= {role: by_content.get(str(given[role]), given[role]) for role in ROLES if role in given}
     named |= {key: given[key] for key in given if _is_other_role(key) and isinstance(given[key], Token)} | others
+    for role, token in named.items():
+        if not isinstance(token, Token | None):
+            raise ModelError(f"model {name} cannot be loaded: {role} is {ascii(token)[:100]}; it should be a string")
     padding = (serialized or {}).get("padding")
     if kind is GENERIC and "pad_token" not in given and padding:
         named["pad_token"] = padding["pad_token"]
@@ -144,8 +147,7 @@ def _added_tokens(
         for content, number in (_object(name, find, "added_tokens.json") or {}).items()
     }
     for token in (serialized or {}).get("added_tokens", []):
-        options = dict(token)
-        added[options.pop("id")] = AddedToken(**options)
+        added[token["id"]] = AddedToken(**{option: value for option, value in token.items() if option != "id"})
     return added
 
 

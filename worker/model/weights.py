@@ -42,7 +42,7 @@ def _read(checkpoint: Checkpoint, file: str, wanted: Container[str] | None) -> d
     try:
         return _read_safetensors(path, wanted) if file.endswith(".safetensors") else read_archive(path, wanted)
     except OnlyForTorch as error:
-        raise NeedsTorch(checkpoint.name, f"its {file[:100]} {error}; or save its weights as .safetensors") from None
+        raise NeedsTorch(checkpoint.name, f"its {file[:100]} {error}", "save its weights as .safetensors") from None
     except UnusableFile as error:
         raise ModelError(f"{refusal} {error}") from None
     except OSError as error:
