@@ -62,25 +62,19 @@ class _Classifier:
         shape = builder.apply("Shape", IDS)
         self._texts = builder.apply("Gather", shape, builder.constant(0))
         self._tokens = builder.apply("Gather", shape, builder.constant(1))
-        self._text_heads = builder.apply("Mul", self._texts, heads)
-        self._to_heads = builder.apply("Concat", self._tokens, self._text_heads, size, axis=0)
-        self._first_to_heads = builder.apply("Concat", builder.constant(1), self._text_heads, size, axis=0)
+        self._to_heads = builder.apply("Concat", self._tokens, self._texts, heads, size, axis=0)
+        self._first_to_heads = builder.apply("Concat", builder.constant(1), self._texts, heads, size, axis=0)
         self._to_rows = builder.apply("Concat", builder.constant(-1), width, axis=0)
         self._bias = self._padding_bias()
 
     def _padding_bias(self) -> str:
-        """What is added to attention's scores: (N · heads, 1, T), minus infinity at padding, else 0."""
+        """What is added to attention's scores: (N, 1, 1, T), minus infinity at padding, else 0."""
         builder = self._builder
-        one = builder.constant(1)
         places = builder.apply(
             "Range", builder.scalar(0, "int64"), builder.apply("Squeeze", self._tokens), builder.scalar(1, "int64")
         )
-        is_text = builder.apply("Less", places, builder.apply("Unsqueeze", LENGTHS, builder.constant(1, 2)))
-        of_texts = builder.apply("Where", is_text, builder.scalar(0.0), builder.scalar(-np.inf))
-        of_heads = builder.apply(
-            "Expand", of_texts, builder.apply("Concat", one, builder.constant(self._of.heads), one, axis=0)
-        )
-        return builder.apply("Reshape", of_heads, builder.apply("Concat", self._text_heads, one, self._tokens, axis=0))
+        is_text = builder.apply("Less", places, builder.apply("Unsqueeze", LENGTHS, builder.constant(1, 2, 3)))
+        return builder.apply("Where", is_text, builder.scalar(0.0), builder.scalar(-np.inf))
 
     def _embeddings(self) -> str:
         """Ids (N, T) → rows (T · N, width)."""
@@ -114,15 +108,22 @@ class _Classifier:
     def _attention(self, queries: str, hidden: str, name: str, is_last: bool) -> str:
         """Rows of the queries and of all tokens → rows of the queries."""
         builder = self._builder
-        to_heads = self._first_to_heads if is_last else self._to_heads
-        query = builder.apply("Reshape", self._linear(queries, f"{name}.query", self._head_size**-0.5), to_heads)
-        key = builder.apply("Reshape", self._linear(hidden, f"{name}.key"), self._to_heads)
-        value = builder.apply("Reshape", self._linear(hidden, f"{name}.value"), self._to_heads)
-        query = builder.apply("Transpose", query, perm=[1, 0, 2])
-        scores = builder.apply("MatMul", query, builder.apply("Transpose", key, perm=[1, 2, 0]))
+        query, key, value = (
+            builder.apply("Reshape", rows, shape)
+            for rows, shape in (
+                (
+                    self._linear(queries, f"{name}.query", self._head_size**-0.5),
+                    self._first_to_heads if is_last else self._to_heads,
+                ),
+                (self._linear(hidden, f"{name}.key"), self._to_heads),
+                (self._linear(hidden, f"{name}.value"), self._to_heads),
+            )
+        )
+        query = builder.apply("Transpose", query, perm=[1, 2, 0, 3])
+        scores = builder.apply("MatMul", query, builder.apply("Transpose", key, perm=[1, 2, 3, 0]))
         shares = builder.apply("Softmax", builder.apply("Add", scores, self._bias), axis=-1)
-        attended = builder.apply("MatMul", shares, builder.apply("Transpose", value, perm=[1, 0, 2]))
-        return builder.apply("Reshape", builder.apply("Transpose", attended, perm=[1, 0, 2]), self._to_rows)
+        attended = builder.apply("MatMul", shares, builder.apply("Transpose", value, perm=[1, 2, 0, 3]))
+        return builder.apply("Reshape", builder.apply("Transpose", attended, perm=[2, 0, 1, 3]), self._to_rows)
 
     def _head(self, rows: str) -> str:
         """The first tokens' rows (N, width) → logits (N, labels)."""
