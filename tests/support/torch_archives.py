@@ -45,6 +45,11 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
     return file.getvalue()
 
 
+def opcodes(*parts: bytes) -> bytes:
+    """A pickle of these opcodes."""
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
 def write_archive(path: Path, data: bytes, records: Mapping[str, bytes] | None = None, **options: Any) -> Path:
     """An archive with this pickle and these further records; ``options`` are of ``zipfile.ZipFile``."""
     with zipfile.ZipFile(path, "w", **options) as archive:
