@@ -29,7 +29,7 @@ from worker.model.truncation import max_tokens_of
 TEXTS = [
     *ODD_TEXTS,
     *read_reviews()[:20],
-    "Ёлка [new] x[new]y <mask>a <s>b</s> [UNK] [[MASK] ]  <unk> \u0130 e\u0301 ﬁ ½ ①",
+    "Ёлка [new] x[new]y  <mask>a <s>b</s> [UNK] [[MASK] ]  <unk> \u0130 e\u0301 ﬁ ½ ①",
 ]
 
 Make = Callable[[Path], None]
@@ -202,6 +202,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a role of its own": {"tokenizer_config": {"image_token": "[new]", "bos_token": "y"}},
     "marked tokens": {"tokenizer_config": {"mask_token": {"__type": "AddedToken", **MASK}, "bos_token": "[new]"}},
     "added tokens": {"tokenizer_config": {"added_tokens_decoder": {"90001": NEW, "90000": MASK | {"content": "y"}}}},
+    "no added tokens": {"tokenizer_config": {"mask_token": "<mask>", "added_tokens_decoder": {}}},
     "an added token with a role": {
         "tokenizer_config": {"mask_token": "[[MASK]", "added_tokens_decoder": {"90000": MASK, "90001": NEW}}
     },

@@ -169,14 +169,14 @@ ROBERTA: Final = {
     "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>",
     "pad_token": "<pad>", "mask_token": "<mask>",
 }  # fmt: skip
-CAMEMBERT: Final = ROBERTA | {"mask_token": AddedToken("<mask>", lstrip=True, special=True)}
 NOT_USED: Final = ("<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED")
+CAMEMBERT: Final = TokenizerClass("Unigram", ROBERTA, NOT_USED, _camembert, _around_sentence_piece)
 GENERIC: Final = TokenizerClass(None, {}, (), _as_it_is, None)
 CLASSES: Final = {
     "BertTokenizer": TokenizerClass("WordPiece", BERT, (), _bert, _around_bert),
     "RobertaTokenizer": TokenizerClass("BPE", ROBERTA, (), _roberta, _around_roberta),
     "XLMRobertaTokenizer": TokenizerClass("Unigram", ROBERTA, (), _xlm_roberta, _around_sentence_piece),
-    "CamembertTokenizer": TokenizerClass("Unigram", CAMEMBERT, NOT_USED, _camembert, _around_sentence_piece),
+    "CamembertTokenizer": CAMEMBERT,
     "TokenizersBackend": GENERIC,
     "PreTrainedTokenizer": GENERIC,
     "PythonBackend": GENERIC,

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from worker.model.checkpoint import Find, ModelError, NeedsTorch
 from worker.model.library_errors import as_model_error
 from worker.model.tokenizer import CheckpointTokenizer, stated_maximum
-from worker.model.tokenizer_classes import CLASSES, GENERIC, Files, MissingFiles, Token, TokenizerClass
+from worker.model.tokenizer_classes import CAMEMBERT, CLASSES, GENERIC, Files, MissingFiles, Token, TokenizerClass
 
 CLASS_OF: Final = {  # of a model_type, where no file names a class
     "bert": "BertTokenizer",
@@ -107,10 +107,11 @@ def _special_tokens(
             others |= given.pop("extra_special_tokens")
         added = _added_tokens(name, find, given, serialized)
     given, others = _as_tokens(given), _as_tokens(others)
-    by_content = {str(token): token for token in added.values()}
     named: dict[str, Any] = dict.fromkeys(ROLES) | dict(kind.tokens)
-    named |= {role: by_content.get(str(given[role]), given[role]) for role in ROLES if role in given}
+    named |= {role: given[role] for role in ROLES if role in given}
     named |= {key: given[key] for key in given if _is_other_role(key) and isinstance(given[key], Token)} | others
+    if kind is CAMEMBERT and isinstance(named["mask_token"], str):
+        named["mask_token"] = AddedToken(named["mask_token"], lstrip=True, special=True)
     for role, token in named.items():
         if not isinstance(token, Token | None):
             raise ModelError(f"model {name} cannot be loaded: {role} is {ascii(token)[:100]}; it should be a string")
