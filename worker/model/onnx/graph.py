@@ -127,11 +127,7 @@ class _Classifier:
 
     def _head(self, rows: str) -> str:
         """The first tokens' rows (N, width) → logits (N, labels)."""
-        inner, outer = (
-            (f"{self._of.prefix}.pooler.dense", "classifier")
-            if self._of.has_pooler
-            else ("classifier.dense", "classifier.out_proj")
-        )
+        inner, outer = self._of.head
         return self._linear(self._builder.apply("Tanh", self._linear(rows, inner)), outer)
 
     def _linear(self, rows: str, name: str, scale: float = 1.0) -> str:

@@ -22,10 +22,14 @@ class OnnxModel:
     """Token ids → logits. A call computes on the calling thread alone and blocks; several threads may call at once."""
 
     def __init__(self, graph: Graph) -> None:
-        """Blocks for some hundred milliseconds while ONNX Runtime prepares the graph and packs the weights."""
+        """Blocks for some hundred milliseconds while ONNX Runtime prepares the graph.
+
+        It copies the weights: the graph and its arrays need not be kept. Raises what ONNX Runtime raises.
+        """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = ERRORS
+        options.enable_mem_pattern = False  # it keeps memory for each shape of a batch that it has met
         names = list(graph.initializers)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(graph.initializers[name]) for name in names]
         options.add_external_initializers(names, values)
