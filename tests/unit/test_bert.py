@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import ApartLinear
 from worker.model.sentiment_model import SentimentModel
 from worker.model.torch import bert as bert_module
 from worker.model.torch.backends import PaddedPasses, choose_forward
@@ -110,7 +109,7 @@ def test_mixed_lengths(network: Any) -> None:
         assert differences(network, forward, draw.integers(1, min(bound, longest(network)) + 1, 9).tolist()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear, ApartLinear])
+@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear])
 @pytest.mark.parametrize("fused_from", [0, bert_module.NEVER])
 @pytest.mark.parametrize("order", [TEXT_BY_TEXT, TOKEN_BY_TOKEN])
 def test_whichever_way_was_measured_to_be_faster(

@@ -4,6 +4,7 @@ from worker.model.checkpoint import Checkpoint, NeedsTorch
 from worker.model.onnx.architecture import NotCovered, architecture_of
 from worker.model.onnx.graph import build_graph
 from worker.model.onnx.session import OnnxModel
+from worker.model.onnx.weights import weights_of
 from worker.model.tokenizer import CheckpointTokenizer
 from worker.model.tokenizer_checks import refuse_tokens_without_rows
 from worker.model.weights import read_weights
@@ -20,4 +21,5 @@ def load_onnx_model(checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, *, i
     except NotCovered as error:
         raise NeedsTorch(checkpoint.name, str(error)) from None
     refuse_tokens_without_rows(checkpoint.name, tokenizer, architecture.vocabulary)
-    return OnnxModel(build_graph(architecture, read_weights(checkpoint), is_int8=is_int8))
+    weights = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    return OnnxModel(build_graph(architecture, weights, is_int8=is_int8))
