@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from worker.model.checkpoint import Checkpoint, NeedsTorch, find_in, folder_of
 from worker.model.device import has_torch
-from worker.model.onnx.loader import load_onnx_model
+from worker.model.onnx.loader import covered_architecture, load_onnx_model
 from worker.model.runner import BackendError, PreparedRunner, RunnerOptions, prepare_cpu_runner
 from worker.model.tokenizer import CheckpointTokenizer
 from worker.model.tokenizer_files import load_tokenizer
@@ -64,8 +64,9 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: str, backend: str)
 
 
 def _for_onnx(checkpoint: Checkpoint, *, is_int8: bool) -> LoadedModel:
+    architecture = covered_architecture(checkpoint)
     tokenizer = load_tokenizer(checkpoint.name, checkpoint.find, checkpoint.config)
-    forward = load_onnx_model(checkpoint, tokenizer, is_int8=is_int8)
+    forward = load_onnx_model(checkpoint, architecture, tokenizer, is_int8=is_int8)
     dtype = "int8" if is_int8 else "float32"
     return LoadedModel(tokenizer, partial(prepare_cpu_runner, forward, backend="onnx", dtype=dtype))
 
