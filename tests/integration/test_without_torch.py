@@ -15,8 +15,13 @@ from worker.model.checkpoint import BUILTIN
 
 HEAVY = {"torch", "transformers", "sentencepiece", "sklearn", "scipy", "pandas"}
 RECORD_MODULES = """
-import atexit, os, sys
-atexit.register(lambda: open(os.environ["IMPORTED"] + str(os.getpid()), "w").write("\\n".join(sys.modules)))
+import os, sys
+end_at_once = os._exit
+def end(code):
+    with open(os.environ["IMPORTED"] + str(os.getpid()), "w") as file:
+        file.write("\\n".join(sys.modules))
+    end_at_once(code)
+os._exit = end  # by which every command ends
 """
 
 

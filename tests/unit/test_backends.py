@@ -72,7 +72,7 @@ def test_without_torch_a_setting_that_needs_it_says_what_to_install(asked: dict[
 
 @pytest.mark.usefixtures("no_torch")
 def test_without_torch_a_checkpoint_that_needs_it_says_why(albert: Path) -> None:
-    with pytest.raises(NeedsTorch, match=r"model_type is albert.*pip install 'sentiment-worker\[torch\]'"):
+    with pytest.raises(NeedsTorch, match=r"model_type is 'albert'.*pip install 'sentiment-worker\[torch\]'"):
         load(albert)
 
 
@@ -126,7 +126,7 @@ def test_settings_that_contradict_each_other_are_refused(asked: dict[str, Any], 
     ("asked", "words"), [({"backend": "onnx"}, "backend onnx cannot"), ({"dtype": "int8"}, "dtype int8 cannot")]
 )
 def test_what_onnx_cannot_compute_is_refused(albert: Path, asked: dict[str, Any], words: str) -> None:
-    with pytest.raises(BackendError, match=f"{words} compute this checkpoint: its model_type is albert"):
+    with pytest.raises(BackendError, match=f"{words} compute this checkpoint: its model_type is 'albert'"):
         load(albert, **asked)
 
 
