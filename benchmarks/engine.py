@@ -30,7 +30,6 @@ from benchmarks.common import WINDOW, machine, make_checkpoint, ratio, read_text
 from benchmarks.worker import TORCH_THREADS, CardLoop
 from worker.commands.load_model import prepare_process
 from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import is_installed
 from worker.model.sentiment_model import SentimentModel
 from worker.model.torch.bert import PackedLinear, PlainLinear
 
@@ -57,10 +56,12 @@ def parsed_options() -> argparse.Namespace:
 
 def engines() -> dict[str, dict[str, str]]:
     """What to load for each of ours."""
-    wanted = {"torch float32": {"backend": "torch"}, "torch bfloat16": {"backend": "torch", "dtype": "bfloat16"}}
-    if is_installed():
-        wanted |= {"onnx float32": {"backend": "onnx"}, "onnx int8": {"dtype": "int8"}}
-    return wanted
+    return {
+        "torch float32": {"backend": "torch"},
+        "torch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
+        "onnx float32": {"backend": "onnx"},
+        "onnx int8": {"dtype": "int8"},
+    }
 
 
 def measured(checkpoint: Path, texts: Sequence[str], rounds: int) -> dict[str, Any]:

@@ -39,13 +39,11 @@ from tests.support.process import workers_in
 from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
 from worker.commands.load_model import prepare_process
-from worker.model.onnx_export import is_installed
 from worker.model.sentiment_model import SentimentModel
 from worker.pipeline.inference import Inference
 from worker.telemetry.metrics import Metrics
 
 LINGER_MS = 10
-BACKEND = "onnx" if is_installed() else "torch"  # what each measures at its own start differs by chance
 TORCH_THREADS = torch.get_num_threads()  # as torch chooses; the engine has its passes take one thread each
 
 
@@ -88,8 +86,8 @@ def backlog(
 ) -> dict[str, Any]:
     """Texts per second of each, by round."""
     prepare_process()
-    model = SentimentModel.load(str(checkpoint), backend=BACKEND)
-    measured = {"backend": BACKEND, "cpu_threads": model.passes, "max_batch_tokens": model.max_batch_tokens}
+    model = SentimentModel.load(str(checkpoint))
+    measured = {"backend": model.backend, "cpu_threads": model.passes, "max_batch_tokens": model.max_batch_tokens}
     card = CardLoop(checkpoint)
     speeds: dict[str, list[float]] = {"card loop": [], "engine": [], "worker": []}
     sample = texts[:events]

@@ -3,16 +3,23 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 
 from worker.model import autotune as tuning
-from worker.model.autotune import available_cores, fastest, tune_budget, tune_pass_tokens, tune_threads
+from worker.model.autotune import (
+    CpuTuning,
+    available_cores,
+    fastest,
+    measure_pass,
+    tune_budget,
+    tune_cpu,
+    tune_threads,
+)
 
-CPU = torch.device("cpu")
 
-
-def never(*_: object) -> torch.Tensor:
+def never(*_: object) -> NDArray[np.float32]:
     raise AssertionError
 
 
@@ -27,19 +34,19 @@ def never(*_: object) -> torch.Tensor:
 def test_the_fewest_threads_that_are_about_as_fast(
     seconds: dict[int, float], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_concurrent_passes_s", lambda _, ids, count: seconds[count])
+    monkeypatch.setattr(tuning, "_concurrent_passes_s", lambda _, ids, count, __: seconds[count])
     monkeypatch.setattr(tuning, "available_cores", lambda: 8)
-    assert tune_threads(never) == threads
+    assert tune_threads(never, 99) == threads
 
 
 def test_the_smallest_budget_with_about_the_most_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     used = [budget // 48 * 48 for budget in tuning.CPU_BUDGETS]
     took = dict(zip(used, (1.0, 1.5, 2.0, 4.0, 8.1, 17.0), strict=True))
-    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids: took[ids.numel()])
-    assert tune_budget(never, CPU, 128) == 1_024
-    assert tune_budget(never, CPU, 2_000) == 2_048
+    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids, __: took[ids.size])
+    assert tune_budget(never, "cpu", 128, 99) == 1_024
+    assert tune_budget(never, "cpu", 2_000, 99) == 2_048
     took[10_000 // 48 * 48] = 1.0
-    assert tune_budget(never, CPU, 10_000) == 10_000
+    assert tune_budget(never, "cpu", 10_000, 99) == 10_000
 
 
 def test_of_two_that_are_good_at_different_loads_the_ratios_decide() -> None:
@@ -49,17 +56,17 @@ def test_of_two_that_are_good_at_different_loads_the_ratios_decide() -> None:
 
 
 def test_more_time_measures_more() -> None:
-    def slow(ids: torch.Tensor, _: object) -> torch.Tensor:
-        calls.append(ids.numel())
+    def slow(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        calls.append(ids.size)
         time.sleep(0.01)
-        return torch.zeros(1)
+        return np.zeros(1, np.float32)
 
     measured = []
     for tuning_s in (0.0, 10.0):
         calls: list[int] = []
-        tune_budget(slow, CPU, 1, tuning_s)
+        tune_budget(slow, "cpu", 1, tuning_s)
         measured.append(len(set(calls)))
-    assert measured == [1, len(tuning.CPU_BUDGETS)]
+    assert measured == [0, len(tuning.CPU_BUDGETS)]
 
 
 @pytest.mark.parametrize(
@@ -69,22 +76,45 @@ def test_more_time_measures_more() -> None:
 def test_what_a_pass_costs_in_tokens(
     overhead_s: float, token_s: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids: overhead_s + token_s * ids.numel())
-    assert tune_pass_tokens(never) == tokens
+    monkeypatch.setattr(tuning, "_pass_s", lambda _, ids, __: overhead_s + token_s * ids.size)
+    assert measure_pass(never, 99)[0] == tokens
 
 
 def test_a_slow_model_is_not_measured_for_long() -> None:
     calls = []
 
-    def slow(ids: torch.Tensor, _: object) -> torch.Tensor:
-        calls.append(ids.numel())
+    def slow(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        calls.append(ids.size)
         time.sleep(tuning.TUNING_S)
-        return torch.zeros(1)
+        return np.zeros(1, np.float32)
 
-    assert tune_budget(slow, CPU, 1) == tuning.CPU_BUDGETS[0]
+    assert tune_budget(slow, "cpu", 1) == tuning.CPU_BUDGETS[0]
     assert set(calls) == {tuning.CPU_BUDGETS[0] // 48 * 48}
     tune_threads(slow)
     assert len(calls) <= 12
+
+
+@pytest.mark.parametrize("tokens_per_s", [2_000, 20_000, 60_000, 1_000_000])
+def test_measuring_ends_within_its_bound(tokens_per_s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+
+    def model(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        now[0] += ids.size / tokens_per_s
+        return np.zeros(1, np.float32)
+
+    monkeypatch.setattr(tuning, "available_cores", lambda: 1)  # this clock adds up what runs at once
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(tuning.time, clock, lambda: now[0])
+    assert tune_cpu(model, 512, "auto", "auto", tuning.TUNING_S).max_batch_tokens >= 512
+    assert now[0] - 100 <= 1.1 * tuning.TUNING_S
+
+
+def test_what_is_given_is_not_measured() -> None:
+    def model(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        assert ids.size <= tuning.EXAMPLE_TOKENS
+        return np.zeros(1, np.float32)
+
+    assert tune_cpu(model, 512, 3, 700, tuning.TUNING_S)[:2] == CpuTuning(3, 700, 0)[:2]
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("150000 100000", 2), ("5000 100000", 1), ("", 8)])

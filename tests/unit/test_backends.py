@@ -1,188 +1,140 @@
-"""ONNX Runtime gives the logits of BertClassifier; which forward is taken, kept and refused."""
+"""Which backend loads a checkpoint on a CPU, what is refused, and what is said where torch is missing."""
 
 import csv
-import os
-from collections.abc import Iterator
+import logging
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-from tests.unit.test_bert import NETWORKS, SIZES, bert, differences, longest
-from worker.model import onnx_export as exported
-from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import ExportedModel, export
+from tests.support.checkpoint import LABELS, TOKENIZER
+from tests.unit.test_bert import SIZES, bert
+from worker.model import device, loading
+from worker.model.checkpoint import BUILTIN, ModelError, NeedsTorch
+from worker.model.device import device_of, unused_device_warning
+from worker.model.runner import BackendError
 from worker.model.sentiment_model import SentimentModel
-from worker.model.torch import backends as backend
-from worker.model.torch.backends import BackendError, choose_forward
-from worker.model.torch.bert import BertClassifier
+from worker.model.torch import backends
+from worker.model.torch.backends import choose_forward
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of these tests' own."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder / "sentiment-worker" / "onnx"
+@pytest.fixture(scope="module")
+def albert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that the ONNX graph does not cover."""
+    folder = tmp_path_factory.mktemp("albert")
+    for file in TOKENIZER.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    sizes = {**SIZES, "vocab_size": 29_564, "embedding_size": 8, "id2label": dict(enumerate(LABELS))}
+    AlbertForSequenceClassification(AlbertConfig(**sizes)).save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_onnx_runtime_gives_the_same_logits(name: str) -> None:
-    torch.manual_seed(3)
-    network = NETWORKS[name]()
-    forward = ExportedModel(export(network, is_int8=False))
-    lengths = [*range(1, 40), 64, 100, 255, 256, longest(network)]
-    assert max(differences(network, forward, [length]) for length in lengths) < 1e-5
-    draw = np.random.default_rng(5)
-    for bound in (2, 60, longest(network)):
-        assert differences(network, forward, draw.integers(1, bound + 1, 9).tolist()) < 1e-5
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (device, loading):
+        monkeypatch.setattr(module, "has_torch", lambda: False)
+
+
+def load(name: object, **settings: Any) -> SentimentModel:
+    return SentimentModel.load(str(name), **{"cpu_threads": 1, "max_batch_tokens": 512, **settings})
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "dtype"),
+    [
+        ({}, "onnx", "float32"),
+        ({"dtype": "float32"}, "onnx", "float32"),
+        ({"backend": "onnx"}, "onnx", "float32"),
+        ({"dtype": "int8"}, "onnx", "int8"),
+        ({"backend": "torch"}, "torch", "float32"),
+        ({"dtype": "bfloat16"}, "torch", "bfloat16"),
+    ],
+)
+def test_a_cpu_takes_onnx_unless_torch_is_asked_for(asked: dict[str, Any], backend: str, dtype: str) -> None:
+    model = load("builtin", **asked)
+    assert (model.device, model.backend, model.dtype) == ("cpu", backend, dtype)
+
+
+def test_what_the_graph_does_not_cover_is_computed_by_torch(albert: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert load(albert).backend == "torch"
+    assert "torch computes this model" in caplog.text
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize("asked", [{"backend": "torch"}, {"dtype": "bfloat16"}])
+def test_without_torch_a_setting_that_needs_it_says_what_to_install(asked: dict[str, Any]) -> None:
+    with pytest.raises(NeedsTorch, match=r"without torch: .*; pip install 'sentiment-worker\[torch\]' installs it"):
+        load("builtin", **asked)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_without_torch_a_checkpoint_that_needs_it_says_why(albert: Path) -> None:
+    with pytest.raises(NeedsTorch, match=r"model_type is 'albert'.*pip install 'sentiment-worker\[torch\]'"):
+        load(albert)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_gpu_that_is_left_unused_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_nvidia_device", lambda: True)
+    assert device_of("auto") == "cpu"
+    assert "lets it use the NVIDIA GPU" in str(unused_device_warning("auto"))
+    assert unused_device_warning("cpu") is None
+    with pytest.raises(ModelError, match=r"device is cuda, which needs torch; install it by pip install"):
+        device_of("cuda")
+    warning = load("builtin").warning  # as `check` shows it
+    assert warning
+    assert "NVIDIA GPU" in warning
+    monkeypatch.setattr(device, "has_nvidia_device", lambda: False)
+    assert unused_device_warning("auto") is None
 
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_number_type_that_the_cpu_lacks_is_slow_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_it: bool
 ) -> None:
-    monkeypatch.setattr(backend, "has_bfloat16", lambda: has_it)
-    choose_forward(bert(num_hidden_layers=1).bfloat16(), backend="torch", is_int8=False)
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: has_it)
+    choose_forward(bert(num_hidden_layers=1).bfloat16())
     assert ("slower here than float32" in caplog.text) != has_it
 
 
-def test_int8_agrees_on_real_texts() -> None:
+def test_backends_and_int8_agree_on_real_texts() -> None:
     """On the reviews that ship with the package; benchmarks/engine.py measures it on all."""
     with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
-    exact = SentimentModel.load("builtin", backend="torch")
-    quantized = SentimentModel.load("builtin", dtype="int8")
-    assert quantized.dtype == "int8"
+    exact, onnx, quantized = (load("builtin", **asked) for asked in ({"backend": "torch"}, {}, {"dtype": "int8"}))
+    assert onnx.get_sentiment(texts, "proba") == pytest.approx(exact.get_sentiment(texts, "proba"), abs=1e-5)
     labels = zip(exact.get_sentiment(texts), quantized.get_sentiment(texts), strict=True)
     assert sum(one == other for one, other in labels) >= 0.99 * len(texts)
 
 
-def test_an_export_is_kept_for_the_same_weights_alone(cache: Path) -> None:
-    torch.manual_seed(4)
-    network = bert(num_hidden_layers=1)
-    file = export(network, is_int8=False)
-    written = file.stat().st_mtime_ns
-    assert file.parent == cache
-    assert export(network, is_int8=False) == file
-    assert file.stat().st_mtime_ns == written
-    with torch.no_grad():
-        network.classifier.bias += 1
-    assert export(network, is_int8=False) != file
-    assert not [left for left in cache.iterdir() if left.is_dir()]
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"backend": "torch", "dtype": "int8"}, "backend is torch"),
+        ({"backend": "onnx", "dtype": "bfloat16"}, "float32 or int8"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        load("builtin", **asked)
 
 
-def test_a_cache_that_cannot_be_written_costs_an_export_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    network = bert(num_hidden_layers=1)
-    forward = ExportedModel(export(network, is_int8=False))
-    assert differences(network, forward, [7, 3]) < 1e-5
-    assert "cannot be written" in caplog.text
+@pytest.mark.parametrize(
+    ("asked", "words"), [({"backend": "onnx"}, "backend onnx cannot"), ({"dtype": "int8"}, "dtype int8 cannot")]
+)
+def test_what_onnx_cannot_compute_is_refused(albert: Path, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=f"{words} compute this checkpoint: its model_type is 'albert'"):
+        load(albert, **asked)
 
 
-@pytest.mark.parametrize(("faster", "kind"), [("torch", BertClassifier), ("onnx", ExportedModel)])
-def test_auto_takes_the_faster_one(faster: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_fast = {"torch": BertClassifier, "onnx": ExportedModel}[faster]
-    monkeypatch.setattr(backend, "shortest_run_s", lambda forward, *_: 1.0 if isinstance(forward, is_fast) else 2.0)
-    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), kind)
-
-
-@pytest.mark.parametrize(("full", "kind"), [(1.9, BertClassifier), (2.1, ExportedModel)])
-def test_auto_weighs_a_single_text_and_a_full_pass_alike(
-    full: float, kind: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Onnx takes twice as long for one text; torch takes ``full`` times as long for many, and a neighbour disturbs once."""
-    noise = [9.0]
-
-    def seconds(forward: object, ids: torch.Tensor, _: object) -> float:
-        is_onnx = isinstance(forward, ExportedModel)
-        if len(ids) == 1:
-            return 0.002 if is_onnx else 0.001
-        return (noise.pop() if noise else 0.010) if is_onnx else 0.010 * full
-
-    monkeypatch.setattr(backend, "shortest_run_s", seconds)
-    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), kind)
-
-
-def test_an_export_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no such operator")
-
-    monkeypatch.setattr(exported, "export", fail)
-    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), BertClassifier)
-    assert "cannot be exported" in caplog.text
-
-
-def test_without_the_extra_auto_is_torch_and_the_rest_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported, "is_installed", lambda: False)
-    assert isinstance(choose_forward(bert(), backend="auto", is_int8=False), BertClassifier)
-    for asked in ({"backend": "onnx", "is_int8": False}, {"backend": "auto", "is_int8": True}):
-        with pytest.raises(BackendError, match=r"sentiment-worker\[onnx\]"):
-            choose_forward(bert(), **asked)  # type: ignore[arg-type]
-
-
-def test_what_cannot_be_done_is_refused_in_a_sentence() -> None:
-    with pytest.raises(BackendError, match="backend is torch"):
-        choose_forward(bert(), backend="torch", is_int8=True)
-    with pytest.raises(BackendError, match="float32 or int8"):
-        choose_forward(bert().bfloat16(), backend="onnx", is_int8=False)
-    albert = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
-    with pytest.raises(BackendError, match="BERT and RoBERTa classifiers alone"):
-        choose_forward(albert, backend="onnx", is_int8=False)
-    with pytest.raises(BackendError, match="dtype int8 covers"):
-        choose_forward(albert, backend="auto", is_int8=True)
-
-
-def planted(network: torch.nn.Module, cache: Path, mode: int) -> Path:
-    """What a neighbour leaves under the name that the next export will have."""
-    file = export(network, is_int8=False)
-    file.write_bytes(b"planted")
-    file.chmod(mode)
-    return file
-
-
-@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
-def test_a_file_that_others_may_have_written_is_not_loaded(cache: Path, mode: int) -> None:
-    torch.manual_seed(11)
-    network = bert(num_hidden_layers=1)
-    file = planted(network, cache, mode)
-    with pytest.raises(PermissionError):
-        ExportedModel(file)
-    assert export(network, is_int8=False) == file
-    assert file.read_bytes() != b"planted"
-    assert file.stat().st_mode & 0o777 == 0o600
-    ExportedModel(file)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user, which root alone can")
-def test_a_file_of_another_user_is_not_loaded(cache: Path) -> None:
-    torch.manual_seed(12)
-    file = planted(bert(num_hidden_layers=1), cache, 0o600)
-    os.chown(file, 12_345, 12_345)
-    with pytest.raises(PermissionError):
-        ExportedModel(file)
-
-
-def test_a_folder_that_others_may_write_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "sentiment-worker" / "onnx"
-    folder.mkdir(parents=True)
-    folder.chmod(0o777)
-    file = export(bert(num_hidden_layers=1), is_int8=False)
-    assert file.parent != folder
-    assert not list(folder.iterdir())
-    assert "others may write there" in caplog.text
-    ExportedModel(file)
-
-
-def test_the_cache_folder_is_this_users_alone(cache: Path) -> None:
-    export(bert(num_hidden_layers=1), is_int8=False)
-    assert cache.stat().st_mode & 0o777 == 0o700
+def test_torch_is_left_with_its_threads_after_a_load() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        load("builtin", backend="torch")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from worker.commands import bench
 from worker.commands.bench import FLOAT32, BenchReport, Engine, EngineSpeed, Steps, measure
 from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
-from worker.model.torch.backends import BackendError
+from worker.model.runner import BackendError
+from worker.model.torch import backends
 from worker.settings.commands import BenchSettings
 
 
@@ -30,7 +30,7 @@ class FakeModel:
     max_tokens = 256
 
     def __init__(self, device: str, dtype: str, max_batch_tokens: int, passes: int) -> None:
-        self.device = torch.device(device)
+        self.device = device
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens
         self.passes = passes
@@ -68,8 +68,7 @@ def settings() -> BenchSettings:
 
 def with_loads(monkeypatch: pytest.MonkeyPatch, loads: Loads) -> None:
     monkeypatch.setattr(bench.SentimentModel, "load", loads)
-    monkeypatch.setattr(bench, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(bench, "is_installed", lambda: True)
+    monkeypatch.setattr(backends, "has_bfloat16", lambda: True)
 
 
 @pytest.mark.parametrize("refused", ["", "int8"])

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from worker.model.checkpoint import BUILTIN
-from worker.model.onnx_export import ApartLinear
+from worker.model.runner import PaddedPasses
 from worker.model.sentiment_model import SentimentModel
 from worker.model.torch import bert as bert_module
-from worker.model.torch.backends import PaddedPasses, choose_forward
+from worker.model.torch.backends import NumpyForward, choose_forward
 from worker.model.torch.bert import (
     TEXT_BY_TEXT,
     TOKEN_BY_TOKEN,
@@ -110,7 +110,7 @@ def test_mixed_lengths(network: Any) -> None:
         assert differences(network, forward, draw.integers(1, min(bound, longest(network)) + 1, 9).tolist()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear, ApartLinear])
+@pytest.mark.parametrize("kind", [PlainLinear, PackedLinear])
 @pytest.mark.parametrize("fused_from", [0, bert_module.NEVER])
 @pytest.mark.parametrize("order", [TEXT_BY_TEXT, TOKEN_BY_TOKEN])
 def test_whichever_way_was_measured_to_be_faster(
@@ -153,7 +153,7 @@ def test_a_model_of_another_family_keeps_its_own_forward(caplog: pytest.LogCaptu
     network = AlbertForSequenceClassification(AlbertConfig(**SIZES, embedding_size=8)).eval()
     assert not is_covered(network)
     with caplog.at_level(logging.INFO):
-        forward = choose_forward(network, backend="auto", is_int8=False)
+        forward = choose_forward(network)
     assert [record.message for record in caplog.records] == [
         "transformers computes this model: BertClassifier does not cover a AlbertForSequenceClassification"
     ]
@@ -165,7 +165,7 @@ def test_a_model_that_answers_otherwise_keeps_its_own_forward(caplog: pytest.Log
     torch.nn.init.normal_(network.bert.pooler.dense.weight)
     network.bert.pooler.activation = torch.nn.Identity()
     with caplog.at_level(logging.INFO):
-        forward = choose_forward(network, backend="auto", is_int8=False)
+        forward = choose_forward(network)
     assert not isinstance(forward, BertClassifier)
     assert len(caplog.records) == 1
     assert differences(network, forward, [7, 3]) < 1e-5
@@ -175,7 +175,8 @@ def test_a_loaded_checkpoint_is_computed_by_bert_classifier(checkpoint: Path) ->
     for name in (str(checkpoint), "builtin"):
         run = SentimentModel.load(name, device="cpu", backend="torch")._run
         assert isinstance(run, PaddedPasses)
-        assert isinstance(run._forward, BertClassifier)
+        assert isinstance(run._forward, NumpyForward)
+        assert isinstance(run._forward._forward, BertClassifier)
         assert 8 <= run.pass_tokens <= 128
 
 

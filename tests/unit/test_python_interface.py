@@ -26,7 +26,7 @@ from worker.model.sentiment_model import SentimentModel
 
 TEXTS = [f"Хорошо, но дорого, {number}. " * (1 + number % 30) for number in range(200)]
 HALF = "Плохо \ud83d"  # of an emoji, as a text that was cut in UTF-16
-ENGINE: dict[str, Any] = {"backend": "torch", "cpu_threads": 2, "max_batch_tokens": 512}
+ENGINE: dict[str, Any] = {"cpu_threads": 2, "max_batch_tokens": 512}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,9 +37,9 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def model() -> SentimentModel:
-    return SentimentModel.load("builtin", **ENGINE)
+@pytest.fixture(scope="module", params=["onnx", "torch"])
+def model(request: pytest.FixtureRequest) -> SentimentModel:
+    return SentimentModel.load("builtin", backend=request.param, **ENGINE)
 
 
 class Column:
@@ -189,7 +189,7 @@ def in_a_child(work: Callable[[], bool]) -> bool:
 def test_a_child_scores_after_a_fork(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_fast:  # the library tokenizers has threads of its own
         monkeypatch.setattr(tokenizing.importlib.util, "find_spec", lambda name: None)
-    model = SentimentModel.load("builtin", **ENGINE)
+    model = SentimentModel.load("builtin", backend="onnx", **ENGINE)
     wanted = model.get_sentiment(TEXTS)
     (torch.randn(512, 512) @ torch.randn(512, 512)).exp().sum()  # the parent's own work on torch's threads
     assert in_a_child(lambda: model.get_sentiment(TEXTS) == wanted)

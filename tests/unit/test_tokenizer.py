@@ -20,11 +20,11 @@ from worker.model.tokenizer import (
     BareTokenizer,
     TokenizerPanicked,
     WordPieceTokenizer,
-    WrappedTokenizer,
     choose_encode,
     normalize_text,
     panics_as_errors,
 )
+from worker.model.torch.wrapped_tokenizer import WrappedTokenizer, wrap_tokenizer
 
 needs_nanotoken = pytest.mark.skipif(importlib.util.find_spec("nanotoken") is None, reason="nanotoken is not installed")
 CHECKPOINTS = {"card": TOKENIZER, "builtin": BUILTIN}
@@ -38,7 +38,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module", params=WAYS)
 def way(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
-    return request.param(tokenizer)
+    return request.param(tokenizer.backend_tokenizer, "right")
 
 
 WITH_MARKS = st.text(
@@ -102,9 +102,10 @@ def test_a_call_that_cuts_leaves_the_next_one_whole(way: Any) -> None:
 
 @needs_nanotoken
 def test_the_fastest_that_agrees_is_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choose_encode(tokenizer), WordPieceTokenizer)
+    wrapped = wrap_tokenizer(tokenizer)
+    assert isinstance(choose_encode(wrapped), WordPieceTokenizer)
     monkeypatch.setattr(tokenizing.importlib.util, "find_spec", lambda _: None)
-    assert isinstance(choose_encode(tokenizer), BareTokenizer)
+    assert isinstance(choose_encode(wrapped), BareTokenizer)
 
 
 @needs_nanotoken
@@ -114,11 +115,11 @@ def test_one_that_gives_other_ids_is_not_taken(
     encode = WordPieceTokenizer.__call__
     monkeypatch.setattr(WordPieceTokenizer, "__call__", lambda *given: [ids[::-1] for ids in encode(*given)])
     with caplog.at_level(logging.INFO):
-        assert isinstance(choose_encode(tokenizer), BareTokenizer)
+        assert isinstance(choose_encode(wrap_tokenizer(tokenizer)), BareTokenizer)
     assert "nanotoken gives other ids" in caplog.text
 
 
-@pytest.mark.parametrize("way", [WrappedTokenizer, BareTokenizer])
+@pytest.mark.parametrize("way", [WrappedTokenizer, lambda tokenizer: wrap_tokenizer(tokenizer).encode])
 def test_a_real_panic_costs_its_text_alone(way: Any) -> None:
     """A pattern of the checkpoint's own that gives up on a text, which Rust calls a panic."""
     panicking = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -138,16 +139,39 @@ def test_nothing_else_is_taken_for_a_panic(error: type[BaseException]) -> None:
         raise error
 
 
+class PlainPython:
+    """A tokenizer of transformers that is plain Python, as far as the worker asks it."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        return self._tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 def test_a_tokenizer_in_python_keeps_its_own_call(tokenizer: Any) -> None:
-    class Slow:
-        is_fast = False
-
-        def __call__(self, texts: list[str], **options: Any) -> Any:
-            return tokenizer(texts, **options)
-
-    encode = choose_encode(Slow())
+    wrapped = wrap_tokenizer(PlainPython(tokenizer))
+    encode = choose_encode(wrapped)
     assert isinstance(encode, WrappedTokenizer)
     assert encode(["привет"])[0].tolist() == tokenizer(["привет"])["input_ids"][0]
+    assert (wrapped.shortest, wrapped.closing, wrapped.padding) == (2, 1, tokenizer.pad_token_id)
+
+
+def test_a_class_that_does_more_than_its_backend_keeps_its_own_call(tokenizer: Any) -> None:
+    class Reversing(PlainPython):
+        is_fast = True
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            reversed_texts = [text[::-1] for text in texts] if isinstance(texts, list) else texts
+            return super().__call__(reversed_texts, **options)
+
+    encode = choose_encode(wrap_tokenizer(Reversing(tokenizer)))
+    assert encode(["тевирп"])[0].tolist() == tokenizer(["привет"])["input_ids"][0]
 
 
 @needs_nanotoken
@@ -159,7 +183,7 @@ def test_a_panic_is_an_error_that_can_be_handled(tokenizer: Any, monkeypatch: py
         def encode_batch(self, *_: Any, **__: Any) -> Any:
             raise PanicException
 
-    encode = WordPieceTokenizer(tokenizer)
+    encode = WordPieceTokenizer(tokenizer.backend_tokenizer, "right")
     monkeypatch.setattr(encode, "_tokenizer", Panicking())
     with pytest.raises(TokenizerPanicked):
         encode(["привет"])

@@ -20,11 +20,10 @@ from worker.commands.classify import file_lines
 from worker.commands.load_model import prepare_process
 from worker.errors import WrongSetting
 from worker.model.autotune import MIN_GAIN, TUNING_S, candidate_budgets, fastest, smallest_at_full_speed
-from worker.model.onnx_export import is_installed
+from worker.model.device import has_torch
 from worker.model.reviews import read_reviews
+from worker.model.runner import AGREEMENT, BackendError
 from worker.model.sentiment_model import SentimentModel
-from worker.model.torch.backends import BackendError, has_bfloat16
-from worker.model.torch.cuda import AGREEMENT
 from worker.printable import printable
 from worker.runtime.memory import free_device_memory
 from worker.settings.commands import BenchSettings
@@ -47,7 +46,7 @@ class Engine(NamedTuple):
         return f"{self.backend} {self.dtype}"
 
 
-FLOAT32: Final = Engine("torch", "float32", True)
+FLOAT32: Final = Engine("auto", "float32", True)  # what labels are compared with
 
 
 @dataclass
@@ -168,7 +167,7 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Benc
     """Measures all engines that this machine has, on windows as large as a micro-batch, tokenizing included."""
     prepare_process()
     first = _load(settings, FLOAT32)
-    report = BenchReport(first.name, str(first.device), len(texts))
+    report = BenchReport(first.name, first.device, len(texts))
     wanted = first.get_sentiment(list(texts[:SAMPLE]))
     engines, budgets = list(_engines(report.device)), _budgets(first)
     del first  # one model at a time: a device may have no room for two
@@ -197,7 +196,7 @@ def _measure_engine(
     steps: Steps,
 ) -> EngineSpeed:
     model = _load(settings, engine)
-    is_on_cpu = model.device.type == "cpu"
+    is_on_cpu = model.device == "cpu"
     agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
     measured = EngineSpeed(engine, {}, agreement, model.passes if is_on_cpu else None)
     for budget in budgets:
@@ -229,22 +228,25 @@ def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"]
 
 
 def _engines(device: str) -> Iterator[Engine]:
-    yield FLOAT32
     if device != "cpu":
         yield from (
+            Engine("torch", "float32", True),
             Engine("torch", "auto", True),
             Engine("torch", "bfloat16", False),
             Engine("torch", "float16", False),
         )
         return
-    if has_bfloat16():
-        yield Engine("torch", "bfloat16", False)
-    if is_installed():
-        yield from (Engine("onnx", "float32", True), Engine("onnx", "int8", False))
+    yield from (Engine("onnx", "float32", True), Engine("onnx", "int8", False))
+    if has_torch():
+        from worker.model.torch.backends import has_bfloat16  # noqa: PLC0415 - the extra torch
+
+        yield Engine("torch", "float32", True)
+        if has_bfloat16():
+            yield Engine("torch", "bfloat16", False)
 
 
 def _budgets(model: SentimentModel) -> list[int]:
-    return candidate_budgets(model.device.type, model.max_tokens)
+    return candidate_budgets(model.device.partition(":")[0], model.max_tokens)
 
 
 def _texts_per_s(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:

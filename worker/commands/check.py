@@ -140,7 +140,7 @@ def _is_a_worker(host: str, port: int) -> bool:
 
 
 def _model(settings: RunSettings) -> Finding:
-    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds, and the lines before it do not
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - the model takes longer than the lines before it
 
     try:
         model = load_from_settings(settings)

@@ -18,7 +18,7 @@ def run(settings: EvaluateSettings) -> int:
     with faults_as_wrong_settings():
         for source in sources:
             read_source(source)  # what is wrong with a file is said before a model is loaded
-    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
     from worker.training.evaluate import evaluate  # noqa: PLC0415
 
     model = load_from_settings(settings)

@@ -2,16 +2,15 @@
 
 import logging
 
-from worker.model.autotune import use_single_torch_thread
 from worker.model.sentiment_model import SentimentModel
 from worker.runtime.memory import keep_freed_blocks
 from worker.settings.shared import ModelSettings
 
 
 def load_from_settings(settings: ModelSettings) -> SentimentModel:
-    """The model that the settings name. Blocks for seconds. Raises ModelError, BackendError."""
+    """The model that the settings name. Blocks for up to seconds. Raises ModelError, BackendError."""
     prepare_process()
-    model = SentimentModel.load(
+    return SentimentModel.load(
         settings.model,
         revision=settings.revision,
         activation=settings.activation,
@@ -22,9 +21,6 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
         cpu_threads=settings.cpu_threads,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    if model.device.type == "cpu":
-        use_single_torch_thread()
-    return model
 
 
 def prepare_process() -> None:

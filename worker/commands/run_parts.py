@@ -54,7 +54,7 @@ LoadModel = Callable[[RunSettings], "SentimentModel"]
 
 def load_model(settings: RunSettings) -> "SentimentModel":
     """The model that the settings name. Blocks for seconds; raises UserError."""
-    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - torch takes seconds, /livez answers meanwhile
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - /livez answers meanwhile
 
     return load_from_settings(settings)
 
@@ -93,7 +93,7 @@ async def started_pipeline(shared: Shared) -> Pipeline:
 async def _load(shared: Shared) -> None:
     model = cast("SentimentModel", await shared.inference.load(lambda: shared.load_model(shared.settings)))
     gc.collect()
-    gc.freeze()  # torch brings 400,000 objects: to look through them would stop the event loop for a fifth of a second
+    gc.freeze()  # with torch there are 400,000 objects, and looking through them stops the event loop for 0.2 s
     tell_of_model(model, shared.metrics)
     shared.health.working("model")
 

@@ -1,35 +1,45 @@
 """Measures this machine: the token budget and threads that ``auto`` takes, and what ``bench`` recommends.
 
-The commands that score and ``bench`` choose by the same functions. Those that measure block for some hundred
-milliseconds, or for as long as their argument ``tuning_s`` says.
+The commands that score and ``bench`` choose by the same functions. Those that measure block, for about as long as their
+argument ``tuning_s`` says.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
-import torch
-
-from worker.model.torch.bert import Forward, shortest_run_s
+import numpy as np
+from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)
+
+Forward = Callable[[NDArray[np.int64], NDArray[np.int64] | None], NDArray[np.float32]]
+"""Padded ids (N, T) and lengths (N), or None where each text has T tokens → logits (N, labels). A call blocks."""
 
 EXAMPLE_LENGTH: Final = 48  # tokens; the mean of reviews and of posts
 EXAMPLE_TOKENS: Final = 1_024
 CPU_BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
 CUDA_BUDGETS: Final = (4_096, 8_192, 16_384, 32_768, 65_536)
 TUNING_S: Final = 0.3
+MEASURING_S: Final = 0.05  # of one pass that is repeated, at most
 MIN_PASS_TOKENS: Final = 8  # the bounds hold whatever a noisy machine shows
 MAX_PASS_TOKENS: Final = 128
 MIN_GAIN: Final = 1.03  # a larger budget pads more and a thread costs others a core, so either has to bring this much
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "150000 100000": microseconds of a period
+
+
+class CpuTuning(NamedTuple):
+    """What was chosen for a CPU. ``pass_tokens``: the tokens that are computed in the time that one more pass costs."""
+
+    cpu_threads: int
+    max_batch_tokens: int
+    pass_tokens: int
 
 
 def available_cores() -> int:
@@ -41,33 +51,6 @@ def available_cores() -> int:
     except (OSError, ValueError):  # there is no quota
         pass
     return max(1, cores)
-
-
-def cpu_has(*names: str) -> bool:
-    """Whether this CPU has one of these capabilities, by torch's names; False where this version of torch has no list."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in names)
-
-
-def use_single_torch_thread() -> None:
-    """Has torch compute on one thread per pass, for the calling thread and those that begin later, until it is set anew.
-
-    Several passes at once, on a thread each, waste less than several threads in one pass.
-    """
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
-
-
-@contextmanager
-def single_torch_thread() -> Iterator[None]:
-    """Has torch compute on the calling thread alone inside, and on as many as before after it. Takes a microsecond."""
-    before = torch.get_num_threads()
-    use_single_torch_thread()
-    try:
-        yield
-    finally:
-        if before != 1:
-            torch.set_num_threads(before)
 
 
 def fastest(took: Mapping[Name, Sequence[float]]) -> Name:
@@ -90,60 +73,102 @@ def candidate_budgets(device: str, max_tokens: int) -> list[int]:
     return [budget for budget in budgets if budget >= max_tokens] or [max_tokens]
 
 
-def tune_threads(forward: Forward, tuning_s: float = TUNING_S) -> int:
-    """Measures how many passes at once, each on a CPU thread, score most texts; the smallest number at full speed."""
-    ids = _example(EXAMPLE_TOKENS, torch.device("cpu"))
-    speeds: dict[int, float] = {}
-    threads = available_cores()
+def tune_cpu(
+    forward: Forward,
+    max_tokens: int,
+    cpu_threads: int | Literal["auto"],
+    max_batch_tokens: int | Literal["auto"],
+    tuning_s: float,
+) -> CpuTuning:
+    """What is ``auto`` is measured, the rest stays as it is given. Takes ``tuning_s`` seconds in all at most.
+
+    Only a model that takes a third of that for a text of 48 tokens takes longer. What there is no time to measure becomes
+    the smallest budget, and a thread for each core.
+    """
     deadline = time.monotonic() + tuning_s
-    while threads and (not speeds or time.monotonic() < deadline):
-        speeds[threads] = threads / _concurrent_passes_s(forward, ids, threads)
+    pass_tokens, token_s = measure_pass(forward, tuning_s / 4)
+    if max_batch_tokens == "auto":
+        max_batch_tokens = tune_budget(forward, "cpu", max_tokens, tuning_s / 2, token_s)
+    if cpu_threads == "auto":
+        cpu_threads = tune_threads(forward, deadline - time.monotonic(), token_s)
+    return CpuTuning(cpu_threads, max_batch_tokens, pass_tokens)
+
+
+def tune_threads(forward: Forward, tuning_s: float = TUNING_S, token_s: float = 0.0) -> int:
+    """Measures how many passes at once, each on a CPU thread, score most texts; the smallest number at full speed.
+
+    ``token_s``: the seconds that a token is known to take. Measures nothing that would last beyond ``tuning_s``.
+    """
+    ids = example(EXAMPLE_TOKENS)
+    speeds: dict[int, float] = {}
+    threads, took_s = available_cores(), ids.size * token_s
+    deadline = time.monotonic() + tuning_s
+    while threads and (left_s := deadline - time.monotonic()) > 2 * took_s:
+        took_s = _concurrent_passes_s(forward, ids, threads, left_s / 2)
+        speeds[threads] = threads / took_s
         threads //= 2
-    return smallest_at_full_speed(speeds)
+    return smallest_at_full_speed(speeds) if speeds else threads
 
 
-def tune_budget(forward: Forward, device: torch.device, max_tokens: int, tuning_s: float = TUNING_S) -> int:
-    """Measures tokens a second by token budget; the smallest budget at full speed, at least ``max_tokens``."""
+def tune_budget(
+    forward: Forward, device: str, max_tokens: int, tuning_s: float = TUNING_S, token_s: float = 0.0
+) -> int:
+    """Measures tokens a second by token budget; the smallest budget at full speed, at least ``max_tokens``.
+
+    ``token_s``: as for tune_threads.
+    """
     speeds: dict[int, float] = {}
     deadline = time.monotonic() + tuning_s
-    for budget in candidate_budgets(device.type, max_tokens):
-        if speeds and time.monotonic() > deadline:
+    budgets = candidate_budgets(device, max_tokens)
+    for budget in budgets:
+        left_s = deadline - time.monotonic()
+        if left_s < 2 * budget * token_s:
             break
-        ids = _example(budget, device)
-        speeds[budget] = ids.numel() / _pass_s(forward, ids)
-    best = smallest_at_full_speed(speeds)
-    log.info("measured the token budget", extra={"max_batch_tokens": best, "tokens_per_s": round(speeds[best])})
+        ids = example(budget)
+        took_s = _pass_s(forward, ids, left_s / 2)
+        speeds[budget], token_s = ids.size / took_s, took_s / ids.size
+    best = smallest_at_full_speed(speeds) if speeds else budgets[0]
+    log.info("measured the token budget", extra={"max_batch_tokens": best, "budgets": list(speeds)})
     return best
 
 
-def tune_pass_tokens(forward: Forward) -> int:
-    """Measures what one more pass costs on a CPU, in the tokens that it could compute meanwhile: from 8 to 128."""
-    short, full = 1, EXAMPLE_TOKENS // EXAMPLE_LENGTH
-    took = {texts: _pass_s(forward, torch.full((texts, EXAMPLE_LENGTH), 1)) for texts in (short, full)}
-    token_s = (took[full] - took[short]) / ((full - short) * EXAMPLE_LENGTH)
+def measure_pass(forward: Forward, tuning_s: float = TUNING_S) -> tuple[int, float]:
+    """What one more pass costs on a CPU, in tokens that it could compute meanwhile (8 to 128), and seconds of a token."""
+    one_s = _pass_s(forward, example(EXAMPLE_LENGTH), tuning_s / 3)
+    texts = EXAMPLE_TOKENS // EXAMPLE_LENGTH
+    while texts > 1 and 3 * texts * one_s > tuning_s:  # a text alone takes longer than one of many: this bounds it
+        texts //= 2
+    if texts == 1:
+        return MIN_PASS_TOKENS, one_s / EXAMPLE_LENGTH
+    full_s = _pass_s(forward, example(texts * EXAMPLE_LENGTH), tuning_s / 3)
+    token_s = (full_s - one_s) / ((texts - 1) * EXAMPLE_LENGTH)
     if token_s <= 0:
-        return MAX_PASS_TOKENS
-    overhead = round(took[short] / token_s) - short * EXAMPLE_LENGTH
-    return min(max(overhead, MIN_PASS_TOKENS), MAX_PASS_TOKENS)
+        return MAX_PASS_TOKENS, full_s / (texts * EXAMPLE_LENGTH)
+    overhead = round(one_s / token_s) - EXAMPLE_LENGTH
+    return min(max(overhead, MIN_PASS_TOKENS), MAX_PASS_TOKENS), token_s
 
 
-def _example(tokens: int, device: torch.device) -> torch.Tensor:
+def example(tokens: int) -> NDArray[np.int64]:
     """Token ids (N, 48) with about so many tokens."""
-    return torch.full((max(1, tokens // EXAMPLE_LENGTH), EXAMPLE_LENGTH), 1, device=device)
+    return np.full((max(1, tokens // EXAMPLE_LENGTH), EXAMPLE_LENGTH), 1, np.int64)
 
 
-def _pass_s(forward: Forward, ids: torch.Tensor) -> float:
-    """Seconds for one pass, its logits copied to the host."""
-    with torch.inference_mode():
-        return shortest_run_s(lambda: forward(ids, None).cpu())
+def shortest_run_s(function: Callable[[], object], measuring_s: float = MEASURING_S) -> float:
+    """Seconds of the shortest of 2 to 8 calls, the first left out: the least disturbed by a noisy machine."""
+    runs: list[float] = []
+    while len(runs) < 2 or (len(runs) < 8 and sum(runs) < min(measuring_s, MEASURING_S)):
+        started = time.perf_counter()
+        function()
+        runs.append(time.perf_counter() - started)
+    return min(runs[1:])
 
 
-def _concurrent_passes_s(forward: Forward, ids: torch.Tensor, threads: int) -> float:
+def _pass_s(forward: Forward, ids: NDArray[np.int64], measuring_s: float) -> float:
+    """Seconds for one pass."""
+    return shortest_run_s(lambda: forward(ids, None), measuring_s)
+
+
+def _concurrent_passes_s(forward: Forward, ids: NDArray[np.int64], threads: int, measuring_s: float) -> float:
     """Seconds until each of so many threads has computed one pass."""
-
-    def one_pass(_: int) -> None:
-        with single_torch_thread(), torch.inference_mode():
-            forward(ids, None)
-
     with ThreadPoolExecutor(threads) as pool:
-        return shortest_run_s(lambda: list(pool.map(one_pass, range(threads))))
+        return shortest_run_s(lambda: list(pool.map(lambda _: forward(ids, None), range(threads))), measuring_s)

@@ -31,6 +31,7 @@ MAX_COUNTS: Final = {  # transformers builds so many parts before it looks at a 
         1_000,
     ),
 }  # fmt: skip
+TORCH_COMMAND: Final = "pip install 'sentiment-worker[torch]'"
 MAX_CHARS: Final = 300  # of the words of a checkpoint or a library, in a message
 LFS: Final = b"version https://git-lfs.github.com/spec/"
 
@@ -40,6 +41,15 @@ Find = Callable[[str], Path | None]
 
 class ModelError(UserError):
     """A checkpoint cannot be used."""
+
+
+class NeedsTorch(ModelError):
+    """A checkpoint that only torch and transformers can load. ``why``: the reason alone. ``instead``: what else to do."""
+
+    def __init__(self, name: str, why: str, instead: str = "") -> None:
+        choice = f", or {instead}" if instead else ""
+        super().__init__(f"model {name} cannot be loaded without torch: {why}; {TORCH_COMMAND} installs it{choice}")
+        self.why = why
 
 
 class HubUnreachable(ModelError):
@@ -80,13 +90,17 @@ def find_in(folder: Path) -> Find:
 
 
 class Checkpoint:
-    """The files of one checkpoint that transformers reads. ``name`` is for error messages."""
+    """The files of one checkpoint.
 
-    def __init__(self, name: str, find: Find) -> None:
+    ``name``: as it was given. ``commit``: of the hub; None for a folder. ``find``: finds a file. ``config``: config.json.
+    """
+
+    def __init__(self, name: str, find: Find, commit: str | None = None) -> None:
         """Reads and checks the files. Raises ModelError if one is missing or wrong."""
-        self._name = name
-        self._find = find
-        self._config = self._object("config.json") or self._refuse(
+        self.name = name
+        self.commit = commit
+        self.find = find
+        self.config = self._object("config.json") or self._refuse(
             "it has no config.json that names its model_type; it should be a folder with a checkpoint"
         )
         self._refuse_wrong_config()
@@ -94,8 +108,15 @@ class Checkpoint:
         self.weights = self._weights()
         """Names of the files with the weights, and of their index."""
 
-    def identity(self, folder: Path) -> str:
-        """The first 12 hex digits of the SHA-256 of what ``sha256sum`` prints for the files that are read, by name."""
+    def identity(self) -> str:
+        """The hub's commit; for a folder the first 12 hex digits of a SHA-256. Blocks: it reads the files.
+
+        It is that of what ``sha256sum`` prints for the files that are read, sorted by name.
+        """
+        config = self.find("config.json")
+        if self.commit or config is None:
+            return str(self.commit)
+        folder = config.parent
         others = (file.name for file in folder.iterdir() if file.suffix in READ and file.is_file())
         names = {*self.weights, *(name for name in others if not name.startswith("."))}
         lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in sorted(names))
@@ -103,8 +124,8 @@ class Checkpoint:
 
     def _weights(self) -> list[str]:
         """The files that transformers reads. Raises ModelError if one is outside the checkpoint's folder."""
-        chosen = self._config.get("transformers_weights")
-        first = chosen or next((name for name in WEIGHTS if self._find(name)), None)
+        chosen = self.config.get("transformers_weights")
+        first = chosen or next((name for name in WEIGHTS if self.find(name)), None)
         if first is None:
             self._refuse(f"it has none of {', '.join(WEIGHTS)}")
         self._refuse_outside("config.json", [first])
@@ -121,23 +142,23 @@ class Checkpoint:
 
     def _refuse_wrong_config(self) -> None:
         for field in (*COUNTS, *MAX_COUNTS):
-            self._refuse_wrong_count("config.json", self._config, field)
+            self._refuse_wrong_count("config.json", self.config, field)
         for field, most in MAX_COUNTS.items():
-            if (self._config.get(field) or 0) > most:
-                self._refuse(f"{field} in config.json is {_shown(self._config[field])}; it should be {most:,} at most")
-        if self._config.get("max_position_embeddings") != -1:  # which says that there is no maximum
-            self._refuse_wrong_count("config.json", self._config, "max_position_embeddings")
-        padding, rows = self._config.get("pad_token_id"), self._config.get("vocab_size")
+            if (self.config.get(field) or 0) > most:
+                self._refuse(f"{field} in config.json is {_shown(self.config[field])}; it should be {most:,} at most")
+        if self.config.get("max_position_embeddings") != -1:  # which says that there is no maximum
+            self._refuse_wrong_count("config.json", self.config, "max_position_embeddings")
+        padding, rows = self.config.get("pad_token_id"), self.config.get("vocab_size")
         if type(padding) is int and type(rows) is int and padding >= rows:
             self._refuse(f"pad_token_id in config.json is {padding}, and vocab_size {rows}; it should be one of them")
-        labels = self._config.get("id2label")
+        labels = self.config.get("id2label")
         if labels is None:
             return
         if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
             self._refuse("id2label in config.json should give each number a label's name")
         if not all(number.removeprefix("-").isdecimal() for number in labels):
             self._refuse('id2label in config.json should have numbers before its names, as in {"0": "negative"}')
-        if self._config.get("num_labels", len(labels)) != len(labels):
+        if self.config.get("num_labels", len(labels)) != len(labels):
             self._refuse(f"num_labels and id2label in config.json do not agree: id2label has {len(labels)} names")
 
     def _refuse_wrong_tokenizer(self) -> None:
@@ -148,7 +169,7 @@ class Checkpoint:
         self._refuse_wrong_count("tokenizer_config.json", config, "model_max_length")
         if config.get("fast_tokenizer_files") is not None:
             self._refuse_outside("tokenizer_config.json", config["fast_tokenizer_files"])
-        file = self._find("tokenizer.json")
+        file = self.find("tokenizer.json")
         if file is None:
             return
         self._refuse_unreadable("tokenizer.json")
@@ -173,7 +194,7 @@ class Checkpoint:
 
     def _object(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file; None if there is no such file. Raises ModelError if it is no object."""
-        file = self._find(name)
+        file = self.find(name)
         if file is None:
             return None
         self._refuse_unreadable(name)
@@ -184,7 +205,7 @@ class Checkpoint:
         return value if isinstance(value, dict) else self._refuse(f"{name} is JSON, and no object")
 
     def _refuse_unreadable(self, name: str) -> None:
-        file = self._find(name)
+        file = self.find(name)
         if file is None:
             self._refuse(f"its file {_shown(name)} is not there; copy or download it again")
         try:
@@ -199,7 +220,7 @@ class Checkpoint:
         self._refuse(f"{name} is no valid JSON ({why}); if it was cut short, copy or download it again")
 
     def _refuse(self, why: str) -> NoReturn:
-        raise ModelError(f"model {self._name} cannot be loaded: {why}")
+        raise ModelError(f"model {self.name} cannot be loaded: {why}")
 
 
 def _shown(value: object) -> str:

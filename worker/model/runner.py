@@ -1,20 +1,25 @@
-"""How a loaded model is computed on this machine: backend, number type, token budget, and passes at once."""
+"""How a loaded model is computed: what is common to its backends, and the passes on a CPU."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds
-from worker.model.autotune import tune_budget, tune_pass_tokens, tune_threads
+from worker.errors import UserError
+from worker.model.autotune import Forward, tune_cpu
 from worker.model.tokenizer import Ids
-from worker.model.torch.backends import Choice, PaddedPasses, backend_of, choose_cuda_forward, choose_forward, name_of
-from worker.model.torch.cuda import PASSES, passes_on
 
 log = logging.getLogger(__name__)
 Auto = Literal["auto"]
+
+AGREEMENT: Final = 0.999  # of labels, that a number type must keep to be taken unasked
+
+
+class BackendError(UserError):
+    """The backend or number type that the settings name cannot compute this model here."""
 
 
 class PassRunner(Protocol):
@@ -31,54 +36,67 @@ class PassRunner(Protocol):
 
 
 class PreparedRunner(NamedTuple):
-    """A runner and what was chosen for it: how many threads should call it at once, and the values of the settings."""
+    """A runner and what was chosen for it: how many threads should call it at once, and the values of the settings.
+
+    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own.
+    """
 
     run: PassRunner
     passes: int
     backend: str
     dtype: str
     max_batch_tokens: int
+    memory_bytes: Callable[[], int] = lambda: 0
 
 
-def prepare_runner(
-    model: Any,
-    *,
-    columns: Sequence[int],
-    examples: Sequence[Ids],
-    max_tokens: int,
-    padding: int,
-    backend: str,
-    dtype: str,
-    cpu_threads: int | Auto,
-    max_batch_tokens: int | Auto,
-    tuning_s: float,
-) -> PreparedRunner:
-    """A runner for a transformers model on its device.
+class RunnerOptions(NamedTuple):
+    """What a runner is prepared by.
 
-    ``columns``, ``examples``: as for choose_cuda_forward. ``max_tokens``: of a text. ``padding``: the id of padding.
-    ``backend``, ``dtype``, ``cpu_threads``, ``max_batch_tokens``: as in settings.
-    Blocks for about a second, on a GPU for some, and for ``tuning_s`` for each of ``cpu_threads`` and
-    ``max_batch_tokens`` that is auto. Raises BackendError.
+    ``columns``: the places of negative, neutral and positive among the logits. ``examples``: token ids of texts to compare
+    number types by. ``max_tokens``: of a text. ``padding``: the id of padding. ``cpu_threads`` and ``max_batch_tokens``: as
+    in settings. ``tuning_s``: seconds that measuring may take in all.
     """
-    is_on_cuda = model.device.type == "cuda"
-    if is_on_cuda:
-        choice = choose_cuda_forward(model, backend=backend, dtype=dtype, columns=columns, examples=examples)
-    else:
-        forward = choose_forward(model, backend=backend, is_int8=dtype == "int8")
-        choice = Choice(forward, "int8" if dtype == "int8" else name_of(model.dtype))
-    if max_batch_tokens == "auto":
-        max_batch_tokens = tune_budget(choice.forward, model.device, max_tokens, tuning_s)
-    if is_on_cuda:
-        passes, run = PASSES, _cuda_runner(model, choice, max_tokens, max_batch_tokens, padding)
-    else:
-        passes = tune_threads(choice.forward, tuning_s) if cpu_threads == "auto" else cpu_threads
-        run = PaddedPasses(choice.forward, padding, tune_pass_tokens(choice.forward))
-        log.info("chose how many passes run at once", extra={"cpu_threads": passes, "pass_tokens": run.pass_tokens})
-    return PreparedRunner(run, passes, backend_of(choice.forward), choice.dtype, max_batch_tokens)
+
+    columns: Sequence[int]
+    examples: Sequence[Ids]
+    max_tokens: int
+    padding: int
+    cpu_threads: int | Auto
+    max_batch_tokens: int | Auto
+    tuning_s: float
 
 
-def _cuda_runner(model: Any, choice: Choice, max_tokens: int, budget: int, padding: int) -> PassRunner:
-    labels = model.config.num_labels
-    return passes_on(
-        model.device, choice.forward, choice.exact, longest=max_tokens, budget=budget, labels=labels, padding=padding
+def prepare_cpu_runner(forward: Forward, options: RunnerOptions, *, backend: str, dtype: str) -> PreparedRunner:
+    """A runner for a model on a CPU. ``backend`` and ``dtype``: what computes it, as in settings. Blocks: it measures."""
+    tuned = tune_cpu(
+        forward, options.max_tokens, options.cpu_threads, options.max_batch_tokens, tuning_s=options.tuning_s
     )
+    log.info("chose how the model runs on this CPU", extra=tuned._asdict())
+    run = PaddedPasses(forward, options.padding, tuned.pass_tokens)
+    return PreparedRunner(run, tuned.cpu_threads, backend, dtype, tuned.max_batch_tokens)
+
+
+class PaddedPasses:
+    """Token ids of N texts → logits (N, labels) on a CPU, in one pass padded to the longest text.
+
+    The calling thread computes; several threads may call at once. ``widths`` and ``pass_tokens``: as for PassRunner.
+    """
+
+    widths: Sequence[int] = ()
+
+    def __init__(self, forward: Forward, padding: int, pass_tokens: int) -> None:
+        self.pass_tokens = pass_tokens
+        self._forward = forward
+        self._padding = padding
+
+    def __call__(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        padded, lengths = padded_ids(ids, self._padding)
+        return self._forward(padded, None if lengths.min() == padded.shape[1] else lengths)
+
+
+def padded_ids(ids: Sequence[TokenIds], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids of N texts → padded ids (N, T), T tokens in the longest text, and the lengths (N)."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    padded = np.full((len(ids), lengths.max()), padding, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(ids)
+    return padded, lengths

@@ -6,10 +6,9 @@ Every public function here blocks, and none may be called from an event loop. Se
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
@@ -24,19 +23,22 @@ from worker.core.sentiment import (
     to_scores,
     to_sentiments,
 )
-from worker.model.autotune import TUNING_S, single_torch_thread
+from worker.model.autotune import TUNING_S
+from worker.model.checkpoint import Checkpoint
+from worker.model.device import device_of, unused_device_warning
+from worker.model.labels import label_columns
 from worker.model.library_errors import as_model_error
+from worker.model.loading import load_model, open_checkpoint
 from worker.model.reviews import read_reviews
-from worker.model.runner import PreparedRunner, prepare_runner
-from worker.model.tokenizer import Ids, choose_encode, with_normalization
-from worker.model.torch.loader import LoadedCheckpoint, device_of, load_checkpoint, unknown_words_warning
-from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, closing_tokens_of, max_tokens_of
+from worker.model.runner import PreparedRunner, RunnerOptions
+from worker.model.tokenizer import CheckpointTokenizer, Ids, choose_encode, with_normalization
+from worker.model.tokenizer_checks import unknown_words_warning
+from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, max_tokens_of
 from worker.runtime.threads import parallel_map
 from worker.settings.shared import DEFAULT_MODEL
 
 log = logging.getLogger(__name__)
 
-DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # else float32, whatever the file holds
 ReturnType = Literal["label", "score", "proba"]
 Normalize = Literal["nfc", "none"]
 
@@ -55,7 +57,7 @@ class SentimentModel:
         name: str,
         tokenizer: TruncatingTokenizer,
         runner: PreparedRunner,
-        device: torch.device,
+        device: str,
         columns: Sequence[int],
         activation: Activation,
         warning: str | None,
@@ -74,6 +76,7 @@ class SentimentModel:
         self.max_tokens = tokenizer.max_tokens
         self._tokenizer = tokenizer
         self._run = runner.run
+        self._memory_bytes = runner.memory_bytes
         self._columns = list(columns)
         self._load_arguments = load_arguments
 
@@ -82,7 +85,6 @@ class SentimentModel:
         return partial(SentimentModel.load, **self._load_arguments), ()
 
     @classmethod
-    @single_torch_thread()
     def load(
         cls,
         name_or_path: str = DEFAULT_MODEL,
@@ -99,8 +101,8 @@ class SentimentModel:
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
-        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. On a CPU nothing of torch
-        or transformers stays set for the process. Raises ModelError, and BackendError where this checkpoint or machine
+        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. On a CPU, torch is imported
+        only for what ONNX Runtime cannot compute. Raises ModelError, and BackendError where this checkpoint or machine
         cannot do what ``backend`` or ``dtype`` ask for.
 
         name_or_path: a folder, with ``/``, ``./``, ``../`` or ``~`` in front; ``builtin``; any other name is of the hub
@@ -117,28 +119,25 @@ class SentimentModel:
         """
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)
-        checkpoint = load_checkpoint(name_or_path, revision, where, DTYPES.get(dtype, torch.float32))
-        tokenizer, examples, warning = _prepare_tokenizer(name_or_path, checkpoint, normalize)
-        runner = prepare_runner(
-            checkpoint.model,
-            columns=checkpoint.columns,
-            examples=examples,
-            max_tokens=tokenizer.max_tokens,
-            padding=tokenizer.padding,
-            backend=backend,
-            dtype=dtype,
-            cpu_threads=cpu_threads,
-            max_batch_tokens=max_batch_tokens,
-            tuning_s=tuning_s,
+        checkpoint = open_checkpoint(name_or_path, revision)
+        columns = label_columns(name_or_path, checkpoint.config)
+        with as_model_error(name_or_path, "loaded"):
+            loaded = load_model(checkpoint, device=where, dtype=dtype, backend=backend)
+        tokenizer, examples, warning = _prepare_tokenizer(checkpoint, loaded.tokenizer, normalize)
+        options = RunnerOptions(
+            columns, examples, tokenizer.max_tokens, tokenizer.padding, cpu_threads, max_batch_tokens, tuning_s
         )
+        warnings = [each for each in (unused_device_warning(device), warning) if each]
+        for each in warnings:
+            log.warning("%s", each)
         return cls(
-            name=f"{name_or_path}@{checkpoint.identity}{_non_default(activation, normalize)}",
+            name=f"{name_or_path}@{checkpoint.identity()}{_non_default(activation, normalize)}",
             tokenizer=tokenizer,
-            runner=runner,
+            runner=loaded.prepare_runner(options),
             device=where,
-            columns=checkpoint.columns,
+            columns=columns,
             activation=activation,
-            warning=warning,
+            warning="; ".join(warnings) or None,
             load_arguments=load_arguments | {"revision": checkpoint.commit},
         )
 
@@ -149,13 +148,13 @@ class SentimentModel:
     def logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """Logits (N, 3), columns as LABELS, of the token ids of N texts, in one pass of the model.
 
-        Raises what torch raises, torch.OutOfMemoryError among it.
+        Raises what ONNX Runtime or torch raises, torch.OutOfMemoryError among it.
         """
         return self._run(ids)[:, self._columns]
 
     def memory_bytes(self) -> int:
         """Device memory in use, bytes; 0 on a CPU, where it is the process's own."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return self._memory_bytes()
 
     @overload
     def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> Label | None: ...  # type: ignore[overload-overlap]
@@ -216,24 +215,26 @@ class SentimentModel:
 
 
 def _prepare_tokenizer(
-    name: str, checkpoint: LoadedCheckpoint, normalize: Normalize
+    checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, normalize: Normalize
 ) -> tuple[TruncatingTokenizer, list[Ids], str | None]:
-    """The tokenizer, the token ids of the shipped reviews, and a warning, which is logged, if it hardly knows their words.
+    """The tokenizer, the token ids of the shipped reviews, and a warning if it hardly knows their words, else None.
 
     Raises ModelError where the tokenizer cannot be used.
     """
+    name = checkpoint.name
     with as_model_error(name, "used"):
-        max_tokens = max_tokens_of(name, checkpoint.tokenizer, checkpoint.config)
-        encode = choose_encode(checkpoint.tokenizer)
+        max_tokens = max_tokens_of(name, tokenizer, checkpoint.config)
+        encode = choose_encode(tokenizer)
         examples = encode(read_reviews(), max_tokens)
-        warning = unknown_words_warning(name, checkpoint.tokenizer, examples)
-        closing = closing_tokens_of(checkpoint.tokenizer)
-    if warning:
-        log.warning("%s", warning)
+        warning = unknown_words_warning(name, tokenizer, examples)
     if normalize == "nfc":
         encode = with_normalization(encode)
-    padding = checkpoint.tokenizer.pad_token_id or 0
-    return TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=closing), examples, warning
+    padding = tokenizer.padding or 0
+    return (
+        TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=tokenizer.closing),
+        examples,
+        warning,
+    )
 
 
 def _non_default(activation: Activation, normalize: Normalize) -> str:

@@ -1,13 +1,12 @@
 """Texts → token ids, by the fastest tokenizer that gives the same ids as the checkpoint's own. Every call here blocks.
 
-There are three, of which the first is taken that is installed and can take the checkpoint's tokenizer:
+There are two:
 
-- nanotoken (extra ``fast``), WordPiece alone, 20 to 30 times as fast as transformers;
-- the ``tokenizers`` library that transformers wraps, without the wrapper: 1.2 times as fast with the card's tokenizer,
-  1.5 times with builtin's;
-- transformers' own call, for tokenizers that are plain Python.
+- nanotoken (extra ``fast``), WordPiece alone, 20 to 30 times as fast as the other, taken if it is installed, can take
+  the checkpoint's tokenizer and gives the same ids for odd texts and shipped reviews;
+- the library ``tokenizers``.
 
-The first two are used only if they give transformers' ids for the shipped reviews and for odd texts.
+A tokenizer of transformers that is plain Python is called as it is (``worker.model.torch.wrapped_tokenizer``).
 """
 
 import importlib.util
@@ -16,8 +15,9 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any, Final, Protocol
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int32]
 
+NO_MAXIMUM: Final = 2**31  # numbers from here on say that there is no maximum, as transformers' 1e30 does
+CUT: Final = 16  # tokens to which texts are cut where two tokenizers are compared
 CACHED_WORDS: Final = 1 << 17  # in a cache of nanotoken, per thread and level: at most some 16 MB each
 ODD_TEXTS: Final = (
     "", " ", "Ё", "и\u0306 е\u0308", "[CLS] внутри [SEP][MASK]", "слово" * 60, "a\u200bб\u00a0в\u2028г\x00д\ufeff",
@@ -108,36 +110,83 @@ def with_normalization(encode: Encode) -> Encode:
     return lambda texts, max_length=None, /: encode(list(map(normalize_text, texts)), max_length)
 
 
-def choose_encode(tokenizer: Any) -> Encode:
-    """The fastest Encode for a tokenizer that transformers has loaded. Blocks for some hundred milliseconds.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointTokenizer:
+    """A checkpoint's tokenizer, whichever library has read its files.
+
+    ``encode``: ids as that library gives them. ``backend``: a ``tokenizers.Tokenizer`` that gives the same; None for a
+    tokenizer in plain Python. ``model_max_length``: tokens of a text at most, special ones among them, as the files state
+    it; None if they state none. ``padding``, ``unknown``: ids of these tokens; None if there is none. ``special``: ids of
+    all special tokens. ``highest``: the highest id of a token. ``truncation_side``: where long texts are cut, ``left`` or
+    ``right``. ``shortest``: number of tokens of the empty text. ``closing``: number of special tokens behind a text.
+    """
+
+    encode: Encode
+    backend: Any
+    model_max_length: int | None
+    padding: int | None
+    unknown: int | None
+    special: frozenset[int]
+    highest: int
+    truncation_side: str
+    shortest: int
+    closing: int
+
+    @classmethod
+    def of_backend(cls, backend: Any, *, truncation_side: str, **fields: Any) -> "CheckpointTokenizer":
+        """From a ``tokenizers.Tokenizer``, which says itself what ``fields`` do not state."""
+        encode = BareTokenizer(backend, truncation_side)
+        (shortest,) = encode([""])
+        return cls(
+            encode=encode,
+            backend=backend,
+            truncation_side=truncation_side,
+            highest=max(backend.get_vocab().values(), default=0),
+            shortest=len(shortest),
+            closing=count_closing(backend.encode("а").special_tokens_mask),
+            **fields,
+        )
+
+
+def count_closing(mask: Sequence[int]) -> int:
+    """The number of special tokens behind a text, by the mask (1 is special) of one with a token."""
+    return list(mask)[::-1].index(0) if 0 in mask else 0
+
+
+def stated_maximum(maximum: float | None) -> int | None:
+    """The most tokens of a text, as a tokenizer's files state it; None for no number, and for one that stands for none."""
+    return None if maximum is None or maximum >= NO_MAXIMUM else int(maximum)
+
+
+def choose_encode(tokenizer: CheckpointTokenizer) -> Encode:
+    """The fastest Encode with the ids of a checkpoint's tokenizer. Blocks for some 100 ms.
+
+    Two are compared on the odd texts, which have what tokenizers are known to treat differently, and on each fourth of
+    the shipped reviews, for usual words: all of them would cost 50 ms more at each start.
 
     Raises TokenizerPanicked where the tokenizer panics, and so do calls of what it answers.
     """
     _outlive_forks()
-    own: Encode = WrappedTokenizer(tokenizer)
-    if not getattr(tokenizer, "is_fast", False):
-        return own
-    texts = [*ODD_TEXTS, *read_reviews()]
-    limit = min(64, tokenizer.model_max_length)
-    wanted = [own(texts), own(texts, limit)]
-    ways: dict[str, Callable[[Any], Encode]] = {"nanotoken": WordPieceTokenizer, "tokenizers": BareTokenizer}
-    if importlib.util.find_spec("nanotoken") is None:
-        del ways["nanotoken"]
-    for name, make in ways.items():
-        try:
-            with panics_as_errors():
-                encode = make(tokenizer)
-            is_same = all(
-                _are_same(encode(texts, length), ids) for length, ids in zip((None, limit), wanted, strict=True)
-            )
-        except Exception as error:  # noqa: BLE001 - it takes some tokenizers only, and another way is left
-            log.debug("%s does not take this tokenizer", name, extra={"error": type(error).__name__})
-            continue
-        if is_same:
-            log.info("texts are tokenized by %s", name)
-            return encode
-        log.info("%s gives other ids than transformers for this tokenizer, and is not used", name)
-    return own
+    reviews = read_reviews()[::4]
+    compared: list[tuple[list[str], int | None]] = [
+        ([*ODD_TEXTS, *reviews], None),
+        ([*ODD_TEXTS, *reviews[:20], " ".join(reviews[:20])], CUT),
+    ]
+    wanted = [tokenizer.encode(texts, length) for texts, length in compared]
+    if tokenizer.backend is None or importlib.util.find_spec("nanotoken") is None:
+        return tokenizer.encode
+    try:
+        with panics_as_errors():
+            encode = WordPieceTokenizer(tokenizer.backend, tokenizer.truncation_side)
+            ids = [encode(texts, length) for texts, length in compared]
+    except Exception as error:  # noqa: BLE001 - it takes some tokenizers only, and the other is left
+        log.debug("nanotoken does not take this tokenizer", extra={"error": type(error).__name__})
+        return tokenizer.encode
+    if not all(map(are_same, ids, wanted)):
+        log.info("nanotoken gives other ids than tokenizers for this tokenizer, and is not used")
+        return tokenizer.encode
+    log.info("texts are tokenized by nanotoken")
+    return encode
 
 
 @cache
@@ -146,34 +195,13 @@ def _outlive_forks() -> None:
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
-class WrappedTokenizer:
-    """transformers' own call."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._lock = threading.Lock()  # each call sets the maximum length at the tokenizer
-
-    def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
-        with self._lock, panics_as_errors():
-            encoded = self._tokenizer(
-                list(texts),
-                padding=False,
-                truncation=max_length is not None,
-                max_length=max_length,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-        return _rows(encoded["input_ids"])
-
-
 class BareTokenizer:
-    """The library ``tokenizers``, without what transformers adds for each text."""
+    """The library ``tokenizers``. ``backend``: a ``tokenizers.Tokenizer``; ``side``: where long texts are cut."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._side = tokenizer.truncation_side
-        self._lock = threading.Lock()
+    def __init__(self, backend: Any, side: str) -> None:
+        self._tokenizer = backend
+        self._side = side
+        self._lock = threading.Lock()  # each call sets the maximum length at the backend
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
         with self._lock, panics_as_errors():
@@ -189,12 +217,12 @@ class BareTokenizer:
 class WordPieceTokenizer:
     """nanotoken, for WordPiece tokenizers; for others, its loader raises."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, backend: Any, side: str) -> None:
         import nanotoken  # noqa: PLC0415 - an extra
 
         nanotoken.set_cache_entries(CACHED_WORDS)
-        self._tokenizer = nanotoken.Tokenizer.from_json(tokenizer.backend_tokenizer.to_str()).backend
-        self._side = tokenizer.truncation_side
+        self._tokenizer = nanotoken.Tokenizer.from_json(backend.to_str()).backend
+        self._side = side
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, /) -> list[Ids]:
         with panics_as_errors():
@@ -207,5 +235,6 @@ def _rows(lists: Sequence[Sequence[int]]) -> list[Ids]:
     return [np.array(each, dtype=np.int32) for each in lists]
 
 
-def _are_same(some: Sequence[Ids], others: Sequence[Ids]) -> bool:
+def are_same(some: Sequence[Ids], others: Sequence[Ids]) -> bool:
+    """Whether two answers of an Encode are equal."""
     return len(some) == len(others) and all(map(np.array_equal, some, others))

@@ -1,17 +1,16 @@
 """Texts → token ids of at most the model's maximum, without tokenizing all of a very long text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from worker.model.checkpoint import ModelError
-from worker.model.tokenizer import Encode, Ids
+from worker.model.tokenizer import NO_MAXIMUM, CheckpointTokenizer, Encode, Ids
 
 CHARS_PER_TOKEN: Final = 8  # Russian words have about four: a prefix of so many nearly always fills the model's maximum
 WORD_TOKENS: Final = 128  # more than one word has: only the last so many tokens of a prefix depend on what follows it
-NO_MAXIMUM: Final = 2**31  # numbers from here on say that there is no maximum, as transformers' 1e30 does
 ROBERTA_LIKE: Final = {
     "roberta",
     "xlm-roberta",
@@ -69,35 +68,32 @@ class TruncatingTokenizer:
         return np.concatenate([ids[: self.max_tokens - self._closing], ids[last:]]), True
 
 
-def closing_tokens_of(tokenizer: Any) -> int:
-    """The number of special tokens that a tokenizer of transformers puts behind each text."""
-    mask = tokenizer("а", return_special_tokens_mask=True)["special_tokens_mask"]
-    return int(mask[::-1].index(0)) if 0 in mask else 0
-
-
-def max_tokens_of(name: str, tokenizer: Any, config: Any) -> int:
-    """The most tokens that a text may have, by a checkpoint's tokenizer and configuration, as transformers loads them.
+def max_tokens_of(name: str, tokenizer: CheckpointTokenizer, config: Mapping[str, Any]) -> int:
+    """The most tokens that a text may have, by a checkpoint's tokenizer and its config.json.
 
     Special tokens are among them. Raises ModelError where nothing states a maximum, or no text would fit.
     """
-    limits = {"model_max_length in tokenizer_config.json": tokenizer.model_max_length}
-    positions = getattr(config, "max_position_embeddings", None)
+    limits = {}
+    if tokenizer.model_max_length is not None:
+        limits["model_max_length in tokenizer_config.json"] = tokenizer.model_max_length
+    is_roberta_like = config.get("model_type") in ROBERTA_LIKE
+    is_of_the_family = is_roberta_like or config.get("model_type") == "bert"
+    positions = config.get("max_position_embeddings", 512 if is_of_the_family else None)  # as transformers assumes it
     if positions not in (None, -1):
-        behind = (config.pad_token_id or 0) + 1 if config.model_type in ROBERTA_LIKE else 0
+        behind = (config.get("pad_token_id", 1) or 0) + 1 if is_roberta_like else 0
         limits["max_position_embeddings in config.json"] = positions - behind
-    least = len(tokenizer("", verbose=False)["input_ids"]) + 1
+    least = tokenizer.shortest + 1
     for field, limit in limits.items():
         if limit < least:
             raise ModelError(
                 f"model {name} cannot be used: {field} leaves room for {limit} tokens, and the shortest text has {least}"
             )
-    maximum = int(min(limits.values()))
-    if maximum >= NO_MAXIMUM:
+    if not limits:
         raise ModelError(
             f"model {name} cannot be used: nothing says how many tokens a text may have; set model_max_length in its "
             "tokenizer_config.json"
         )
-    return maximum
+    return min(NO_MAXIMUM, *limits.values())
 
 
 def _prefix(text: str, length: int) -> str:

@@ -32,7 +32,6 @@ A_PASS_TOKENS: Final = 2_048  # computed in the time that one more pass takes to
 GRAPHS: Final = 256  # the shapes of the largest budget that is tried
 GRAPH_MEMORY: Final = 1 / 8  # of what is free at the start
 GRAPH_PATIENCE_S: Final = 15.0
-AGREEMENT: Final = 0.999  # of labels, that half precision must keep to be taken unasked
 NEAR: Final = 0.05  # the share of texts, those with the closest labels, from which the density of ties is taken
 
 

@@ -1,0 +1,30 @@
+"""Loads a checkpoint's model for ONNX Runtime."""
+
+from worker.model.checkpoint import Checkpoint, NeedsTorch
+from worker.model.onnx.architecture import Architecture, NotCovered, architecture_of
+from worker.model.onnx.graph import build_graph
+from worker.model.onnx.session import OnnxModel
+from worker.model.onnx.weights import weights_of
+from worker.model.tokenizer import CheckpointTokenizer
+from worker.model.tokenizer_checks import refuse_tokens_without_rows
+from worker.model.weights import read_weights
+
+
+def covered_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture that config.json states. Raises NeedsTorch for one that the graph does not cover."""
+    try:
+        return architecture_of(checkpoint.config)
+    except NotCovered as error:
+        raise NeedsTorch(checkpoint.name, str(error)) from None
+
+
+def load_onnx_model(
+    checkpoint: Checkpoint, architecture: Architecture, tokenizer: CheckpointTokenizer, *, is_int8: bool
+) -> OnnxModel:
+    """The model of a checkpoint, in float32 or int8. Blocks.
+
+    Raises ModelError for weights that do not fit config.json or the tokenizer, NeedsTorch for a file that torch alone reads.
+    """
+    refuse_tokens_without_rows(checkpoint.name, tokenizer, architecture.vocabulary)
+    weights = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    return OnnxModel(build_graph(architecture, weights, is_int8=is_int8))
