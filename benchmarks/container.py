@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)  # the container's user is another one
         checkpoint = make_checkpoint(Path(name) / "checkpoint")
+        for path in (Path(name), *checkpoint.iterdir()):
+            path.chmod(0o755)  # the container's user is another one
         broker = start_broker()
         try:
             figures: dict[str, Any] = {"machine": machine(broker), "images": {}}
@@ -82,17 +83,17 @@ def started(broker: Broker, image: str, checkpoint: Path | None) -> dict[str, fl
     try:
         docker(*command)
         return {
-            "alive_s": after(start, lambda: answer(port, "/livez") != ""),
-            "ready_s": after(start, lambda: "ready" in answer(port, "/readyz")),
-            "result_s": after(start, lambda: kafka.count(topics.output) > 0),
+            "alive_s": after(start, lambda: answer(port, "/livez") != "", name),
+            "ready_s": after(start, lambda: "ready" in answer(port, "/readyz"), name),
+            "result_s": after(start, lambda: kafka.count(topics.output) > 0, name),
             "memory_mb": memory(int(docker("inspect", "--format", "{{.State.Pid}}", name))),
         }
     finally:
         docker("rm", "--force", "--volumes", name)
 
 
-def after(start: float, condition: Callable[[], bool]) -> float:
-    wait_for(condition, "the container", 120, POLL_S)
+def after(start: float, condition: Callable[[], bool], container: str) -> float:
+    wait_for(condition, "the container", 60, POLL_S, lambda: docker("logs", container))
     return round(time.monotonic() - start, 2)
 
 
