@@ -124,7 +124,7 @@ $(BIN)/uv: requirements/uv.txt
 
 # A set adds to what is there and takes nothing away, so both fit into one environment; all locks agree on versions.
 $(DEMO_INSTALLED): $(BIN)/uv pyproject.toml requirements/demo.txt requirements/build.txt
-	@echo "Installing what the demo needs into $(VENV): at first some 90 MB to download, 300 MB on disk ..."
+	@echo "Installing what the demo needs into $(VENV): at first some 90 MB to download, 290 MB on disk ..."
 	$(UV) --require-hashes -r requirements/demo.txt
 	$(INSTALL)
 	touch $@
