@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from transformers import BertConfig, BertForSequenceClassification
-
 from tests.support.broker import Broker
 from tests.support.checkpoint import TOKENIZER
 from tests.support.topics import Record
@@ -45,6 +42,10 @@ def read_texts(path: Path) -> list[str]:
 
 
 def make_checkpoint(folder: Path) -> Path:
+    """The card's architecture with random weights. Imports torch, which takes seconds and which other benchmarks lack."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
     shutil.copytree(TOKENIZER, folder)
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig.from_pretrained(TOKENIZER)).save_pretrained(folder)
