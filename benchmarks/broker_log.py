@@ -7,7 +7,7 @@ whose files can be read: one that the benchmark itself has started.
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +36,12 @@ class TopicLog:
     readable: list[Readable] = field(default_factory=list)
     records: int = 0
     control_records: int = 0
+
+    def per_second(self) -> float:
+        """Records that became readable per second, from a tenth of them to nine tenths."""
+        times = sorted(record.since_ms for record in self.readable)
+        begin, end = (times[int(len(times) * share)] for share in (0.1, 0.9))
+        return 0.8 * len(times) / (end - begin) * 1000
 
     def first(self) -> dict[int, Readable]:
         """The first record of each event."""
@@ -75,9 +81,7 @@ def read_partition(entries: Iterator[Any], partition: int, log: TopicLog) -> Non
             log.control_records += 1
             first = began.pop(batch.producer_id, batch.base_offset)
             if next(iter(batch)).key != COMMIT_MARKER:
-                waiting = deque(
-                    each for each in waiting if not (each[1] == batch.producer_id and each[0] >= first)
-                )
+                waiting = deque(each for each in waiting if not (each[1] == batch.producer_id and each[0] >= first))
         else:
             numbers = [int(json.loads(record.value)["id"]) for record in batch]
             log.records += len(numbers)
@@ -89,13 +93,12 @@ def read_partition(entries: Iterator[Any], partition: int, log: TopicLog) -> Non
             log.readable += [Readable(number, partition, batch.max_timestamp) for number in waiting.popleft()[2]]
 
 
-def waits(events: TopicLog, results: TopicLog) -> list[Wait]:
+def waits(events: TopicLog, results: Mapping[int, Readable]) -> list[Wait]:
     """Of each event that has a result, in the order of their publishing."""
-    first = results.first()
     found = [
-        Wait(event.partition, event.since_ms, first[number].since_ms)
-        for number, event in events.first().items()
-        if number in first
+        Wait(event.partition, event.since_ms, results[event.number].since_ms)
+        for event in events.readable
+        if event.number in results
     ]
     return sorted(found, key=lambda wait: wait.from_ms)
 

@@ -90,9 +90,10 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
-def write(name: str, figures: dict[str, Any], table: str) -> None:
+def write(name: str, figures: dict[str, Any], table: str, *, is_shown: bool = True) -> None:
     """Puts figures and their table into `results/`, and prints the table."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
     (RESULTS / f"{name}.md").write_text(table)
-    print(table)
+    if is_shown:
+        print(table)

@@ -16,11 +16,16 @@ FLUSH_S = 120
 QUEUE_RECORDS = 200_000
 
 
+def numbered(number: int) -> Record:
+    """An event whose text is no other's."""
+    return event(number, f"текст {number}")
+
+
 class OpenLoop(threading.Thread):
-    """Publishes events at a rate while its `with` block runs, or until `events` are published: see `join`.
+    """Publishes events at a rate while its `with` block runs; `record` makes one of its number.
 
     Open loop: an event is published when it is due, whatever became of those before. Gaps are exponential, so that the
-    events arrive independently of each other. The number of an event is the first argument of `record`.
+    events arrive independently of each other.
     """
 
     def __init__(
@@ -28,23 +33,20 @@ class OpenLoop(threading.Thread):
         bootstrap: str,
         topic: str,
         rate: float,
-        record: Callable[[int], Record] = lambda number: event(number, f"текст {number}"),
-        *,
-        events: int | None = None,
+        record: Callable[[int], Record],
     ) -> None:
         super().__init__(daemon=True)
         self._producer = new_producer(bootstrap, **{"linger.ms": 0})
         self._topic = topic
         self._rate = rate
         self._record = record
-        self._most = events
         self._ended = threading.Event()
         self.published = 0
 
     def run(self) -> None:
         gaps = random.Random(1)
         due = time.perf_counter()
-        while self.published != self._most and not self._ended.is_set():
+        while not self._ended.is_set():
             due += gaps.expovariate(self._rate)
             wait = due - time.perf_counter()
             if wait > 0:
@@ -56,7 +58,9 @@ class OpenLoop(threading.Thread):
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self.join()
         if error is None:
@@ -90,10 +94,9 @@ def delivered(error: KafkaError | None, _: Message) -> None:
 
 def send(producer: Producer, topic: str, record: Record) -> None:
     """Waits while the queue is full."""
-    place = {} if record.partition < 0 else {"partition": record.partition}
     while True:
         try:
-            producer.produce(topic, record.value, record.key, **place)
+            producer.produce(topic, record.value, record.key, record.partition)  # -1: by its key
         except BufferError:
             producer.poll(0.1)
         else:

@@ -4,40 +4,34 @@ The model costs nothing, unless a part says so: what is left is the plumbing. Re
 alone; waits are from the moment when the broker has an event to the moment when its result can be read.
 """
 
+import io
 import os
-import tempfile
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.broker_log import (
-    APPEND_TIME,
-    OFFSETS_TOPIC,
-    TopicLog,
-    Wait,
-    commit_times,
-    percentiles,
-    read_topic,
-    waits,
-)
+from benchmarks.broker_log import TopicLog, Wait, percentiles, waits
 from benchmarks.common import event
-from benchmarks.load_generator import OpenLoop, publish
-from tests.support.broker import Broker, start_broker
-from tests.support.process import COSTLESS, Workers, WorkerProcess, workers_in
-from tests.support.topics import Kafka, Record, Topics
+from benchmarks.testbed import Testbed, new_testbed, now_ms
+from tests.support.broker import start_broker
+from tests.support.topics import Record
 from tests.support.waiting import wait_for
 
 Figures = dict[str, float]
 
 STEADY_RATE = 200
+GROUP = 4
 SESSION_MS = 6_000
 BASELINE_S = 5.0
+DELAY_MS = 100
 HOLD_S = 4.0
 BACKLOG_EVENTS = 200_000
 BACKLOG_TEXTS = 5_000
-PASS_S = 0.05  # of the model, where it must be slower than the plumbing
+PASS_S = 0.05  # of a model that is slower than the plumbing
+SLOW_PASS_S = 0.5  # of one that leaves a backlog where it is
 UNEQUAL_EVENTS = 100_000
 UNEQUAL_SHARE = 0.95
 UNEQUAL_RATE = 100
@@ -45,74 +39,21 @@ UNPACKED_BYTES = 2_000_000  # of a partition's backlog
 TEXT_BYTES = 2_000
 
 
-@dataclass
-class Scene:
-    """A broker, topics with so many partitions, and the workers on them."""
-
-    broker: Broker
-    kafka: Kafka
-    topics: Topics
-    workers: Workers
-    partitions: int
-    delivery: str
-
-    def start(self, name: str | None = None, *, pass_s: float = 0) -> WorkerProcess:
-        """A new worker; `name` is its `group_instance_id`, `pass_s` what a pass of its model takes."""
-        return self.workers.start(
-            self.topics,
-            {"PASS_SECONDS": str(pass_s)},
-            delivery=self.delivery,
-            group_instance_id=name,
-            session_timeout_ms=SESSION_MS,
-            cache_size=0,
-        )
-
-    def load(self, rate: float = STEADY_RATE, record: Callable[[int], Record] | None = None) -> OpenLoop:
-        return OpenLoop(self.kafka.bootstrap, self.topics.input, rate, *([record] if record else []))
-
-    def wait_until_done(self, seconds: float = 300) -> None:
-        """Until the group has committed all that is in the input."""
-        ends = {partition: end for partition, end in self.kafka.ends(self.topics.input).items() if end}
-        wait_for(
-            lambda: ends.items() <= self.kafka.committed(self.topics.group, self.topics.input).items(),
-            "all results",
-            seconds,
-            every=0.5,
-        )
-
-    def wait_until_shared(self, workers: Sequence[WorkerProcess]) -> None:
-        """Until each of these workers, and nobody else, has partitions."""
-
-        def are_shared() -> bool:
-            counts = [worker.metrics.get("assigned_partitions") for worker in workers]
-            return all(counts) and sum(counts) == self.partitions
-
-        wait_for(are_shared, f"{len(workers)} workers to share the partitions")
-
-    def output(self) -> TopicLog:
-        return read_topic(self.broker, self.topics.output, self.partitions)
-
-    def waits(self) -> list[Wait]:
-        return waits(read_topic(self.broker, self.topics.input, self.partitions), self.output())
-
-    def commits(self) -> list[int]:
-        partitions = len(self.kafka.partitions(OFFSETS_TOPIC))
-        return sorted(commit_times(self.broker, partitions, exactly_once=self.delivery == "exactly-once"))
-
-
 @contextmanager
-def scene(partitions: int, delivery: str) -> Iterator[Scene]:
-    with tempfile.TemporaryDirectory() as folder, closing(start_broker(controllable=True)) as broker:
-        kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-        for topic in (topics.input, topics.output):
-            kafka.create(topic, partitions, **APPEND_TIME)
-        kafka.create(topics.dead_letters)
-        with workers_in(broker.bootstrap, Path("builtin"), Path(folder), COSTLESS) as workers:
-            yield Scene(broker, kafka, topics, workers, partitions, delivery)
+def fresh(partitions: int, delivery: str) -> Iterator[Testbed]:
+    """With a broker of its own. What workers print is left out; that of one that fails is in the error."""
+    settings = {"delivery": delivery, "session_timeout_ms": SESSION_MS, "log_level": "warning"}
+    with (
+        closing(start_broker(controllable=True)) as broker,
+        redirect_stdout(io.StringIO()),
+        new_testbed(broker, partitions, **settings) as bed,
+    ):
+        yield bed
 
 
-def now_ms() -> float:
-    return time.time() * 1000
+def slow(pass_s: float) -> dict[str, str]:
+    """The environment of a worker whose model takes so long for a pass."""
+    return {"PASS_SECONDS": str(pass_s)}
 
 
 # One process.
@@ -120,24 +61,24 @@ def now_ms() -> float:
 
 def steady(partitions: int, delivery: str, seconds: float) -> Figures:
     """A steady load: waits and what the process holds after a warm-up of half the time."""
-    with scene(partitions, delivery) as here:
-        worker = here.start().wait_until_assigned(partitions)
-        with here.load():
+    with fresh(partitions, delivery) as bed:
+        worker = bed.start().wait_until_assigned(partitions)
+        with bed.load(STEADY_RATE):
             time.sleep(seconds / 2)
             begin, cpu_s = now_ms(), cpu_seconds(worker.pid)
             time.sleep(seconds)
             end, cpu_s = now_ms(), cpu_seconds(worker.pid) - cpu_s
-            held = process_figures(worker.pid, here.broker.bootstrap)
-        here.wait_until_done()
+            held = process_figures(worker.pid, bed.broker.bootstrap)
+        bed.wait_until_done()
         assert worker.terminate() == 0
-        measured = [wait.ms for wait in here.waits() if begin <= wait.from_ms < end]
-        commits = sum(begin <= moment < end for moment in here.commits())
+        measured = [wait.ms for wait in bed.waits() if begin <= wait.from_ms < end]
+        commits = sum(begin <= moment < end for moment in bed.commits(exactly_once=delivery == "exactly-once"))
         return {
             "events_per_s": round(len(measured) / seconds, 1),
             **percentiles(measured),
             **held,
             "commits_per_s": round(commits / seconds, 1),
-            "control_records_per_result": control_share(here.output()),
+            "control_records_per_result": control_share(bed.output()),
             "cores": round(cpu_s / seconds, 2),
         }
 
@@ -145,21 +86,17 @@ def steady(partitions: int, delivery: str, seconds: float) -> Figures:
 def backlog(partitions: int, delivery: str, seconds: float) -> Figures:
     """A backlog: events/s from a tenth of the results to nine tenths of them."""
     texts = [f"{number} " + "событие, всё хорошо или не очень " * 4 for number in range(BACKLOG_TEXTS)]
-    with scene(partitions, delivery) as here:
+    with fresh(partitions, delivery) as bed:
         records = (event(number, texts[number % BACKLOG_TEXTS]) for number in range(BACKLOG_EVENTS))
-        publish(here.kafka.bootstrap, here.topics.input, records)
-        worker = here.start()
-        here.wait_until_done()
+        bed.publish(records)
+        worker = bed.start()
+        bed.wait_until_done()
         peak_mb = round(memory_kb(worker.pid, "VmHWM") / 1e3)
         assert worker.terminate() == 0
-        output = here.output()
-        times = sorted(record.since_ms for record in output.readable)
-        begin, end = times[len(times) // 10], times[len(times) * 9 // 10]
-        commits = sum(begin <= moment < end for moment in here.commits())
+        output = bed.output()
         return {
-            "events_per_s": round(0.8 * len(times) / (end - begin) * 1000),
+            "events_per_s": round(output.per_second()),
             "peak_memory_mb": peak_mb,
-            "commits_per_s": round(commits / (end - begin) * 1000, 1),
             "control_records_per_result": control_share(output),
         }
 
@@ -168,14 +105,14 @@ def memory(partitions: int, delivery: str, seconds: float) -> Figures:
     """What a backlog of compressed, large batches in every partition adds to the memory of a worker with a slow model."""
     value = event(0, "событие, всё хорошо или не очень " * (TEXT_BYTES // 60)).value
     sending = {"compression.type": "zstd", "linger.ms": 200, "batch.size": 900_000, "message.max.bytes": 1_000_000}
-    with scene(partitions, delivery) as here:
-        idle = here.start().wait_until_assigned(partitions)
+    with fresh(partitions, delivery) as bed:
+        idle = bed.start().wait_until_assigned(partitions)
         idle_mb = memory_kb(idle.pid, "VmRSS") / 1e3
         assert idle.terminate() == 0
         count = UNPACKED_BYTES // len(value or b"")
         records = (Record(value, partition=partition) for partition in range(partitions) for _ in range(count))
-        publish(here.kafka.bootstrap, here.topics.input, records, **sending)
-        worker = here.start(pass_s=0.5).wait_until_assigned(partitions)
+        bed.publish(records, **sending)
+        worker = bed.start(slow(SLOW_PASS_S)).wait_until_assigned(partitions)
         time.sleep(seconds)
         peak_mb = memory_kb(worker.pid, "VmHWM") / 1e3
         worker.kill()
@@ -188,22 +125,21 @@ def memory(partitions: int, delivery: str, seconds: float) -> Figures:
 
 def join(partitions: int, delivery: str, seconds: float) -> Figures:
     """A second member joins under a steady load."""
-    with scene(partitions, delivery) as here:
-        first = here.start().wait_until_assigned(partitions)
-        with here.load():
+    with fresh(partitions, delivery) as bed:
+        first = bed.start().wait_until_assigned(partitions)
+        with bed.load(STEADY_RATE):
             time.sleep(seconds / 2)
-            begin = now_ms()
-            time.sleep(BASELINE_S)
-            second = here.start()
-            wait_for(lambda: not is_stable(here), "a second member to join", every=0.02)
+            quiet = baseline()
+            second = bed.start()
+            wait_for(lambda: not bed.is_stable(), "a second member to join", every=0.02)
             joined = now_ms()
-            wait_for(lambda: is_stable(here), "the group to share its partitions", every=0.02)
+            wait_for(bed.is_stable, "the group to share its partitions", every=0.02)
             stable = now_ms()
-            here.wait_until_shared([first, second])
+            bed.wait_until_shared([first, second])
             time.sleep(HOLD_S)
-        here.wait_until_done()
+        bed.wait_until_done()
         assert [worker.terminate() for worker in (first, second)] == [0, 0]
-        return {"join_to_stable_s": seconds_between(joined, stable), **interruption(here.waits(), begin, joined)}
+        return {"join_to_stable_s": seconds_between(joined, stable), **interruption(bed.waits(), quiet, joined)}
 
 
 def kill(partitions: int, delivery: str, seconds: float) -> Figures:
@@ -217,73 +153,147 @@ def kill_static(partitions: int, delivery: str, seconds: float) -> Figures:
 
 
 def restart_after_kill(partitions: int, delivery: str, seconds: float, name: str | None) -> Figures:
-    with scene(partitions, delivery) as here:
+    with fresh(partitions, delivery) as bed:
         started = now_ms()
-        worker = here.start(name).wait_until_assigned(partitions)
+        worker = bed.start(group_instance_id=name).wait_until_assigned(partitions)
         own_start_s = seconds_between(started, now_ms())
-        with here.load():
+        with bed.load(STEADY_RATE):
             time.sleep(seconds / 2)
-            begin = now_ms()
-            time.sleep(BASELINE_S)
+            quiet = baseline()
             killed = now_ms()
             worker.kill()
-            worker = here.start(name).wait_until_assigned(partitions)
+            worker = bed.start(group_instance_id=name).wait_until_assigned(partitions)
             time.sleep(HOLD_S)
-        here.wait_until_done()
+        bed.wait_until_done()
         assert worker.terminate() == 0
-        found = here.waits()
+        found = bed.waits()
         first = min(wait.to_ms for wait in found if wait.to_ms > killed + 300)  # what was on its way is not the other's
         return {
             "own_start_s": own_start_s,
             "first_result_s": seconds_between(killed, first),
-            **interruption(found, begin, killed),
+            **interruption(found, quiet, killed),
         }
 
 
-# A group.
+# Unequal partitions.
 
 
 def unequal(partitions: int, delivery: str, seconds: float) -> Figures:
-    """One partition has 95 % of a backlog, and the others a steady load: how long their events wait meanwhile.
+    """Partition 0 has 95 % of a backlog, and the others a steady load besides: how long their events wait meanwhile.
 
-    A pass of the model takes 50 ms, which is a micro-batch's turn.
+    A pass of the model takes 50 ms: that is a micro-batch's turn.
     """
+    large = int(UNEQUAL_EVENTS * UNEQUAL_SHARE)
+    with fresh(partitions, delivery) as bed:
+        records = [unequal_record(number, 0 if number < large else neighbour(number, partitions))
+                   for number in range(UNEQUAL_EVENTS)]  # fmt: skip
+        bed.publish(records)
+        worker = bed.start(slow(PASS_S)).wait_until_assigned(partitions)
 
-    def neighbour(number: int) -> Record:
-        return Record(event(number, "текст").value, partition=1 + number % (partitions - 1))
+        def later(number: int) -> Record:
+            return unequal_record(UNEQUAL_EVENTS + number, neighbour(number, partitions))
 
-    with scene(partitions, delivery) as here:
-        large = int(UNEQUAL_EVENTS * UNEQUAL_SHARE)
-        first = 10 * UNEQUAL_EVENTS  # the number of the backlog's first event
-        backlog = (
-            Record(event(first + number, f"текст {number}").value, partition=0 if number < large else 1 + number % (partitions - 1))
-            for number in range(UNEQUAL_EVENTS)
-        )  # fmt: skip
-        publish(here.kafka.bootstrap, here.topics.input, backlog)
-        begin = now_ms()
-        worker = here.start(pass_s=PASS_S).wait_until_assigned(partitions)
-        ready = now_ms()
-        with here.load(UNEQUAL_RATE, neighbour):
-            here.wait_until_done_of(0)
-        here.wait_until_done()
+        with bed.load(UNEQUAL_RATE, later):
+            bed.wait_until_done([0])
+        bed.wait_until_done()
         assert worker.terminate() == 0
-        done = here.output().first()
-        ends = {is_large: max(r.since_ms for r in done.values() if r.number >= first and (r.partition == 0) == is_large) for is_large in (True, False)}
-        neighbours = [wait.ms for wait in here.waits() if wait.partition and ready <= wait.from_ms < ends[True]]
-        return {}
+        events, results = bed.input(), bed.output().first()
+        begin = min(result.since_ms for result in results.values())
+        end = max(results[number].since_ms for number in range(large))
+        others_end = max(results[number].since_ms for number in range(large, UNEQUAL_EVENTS))
+        found = [
+            wait.ms for wait in waits(events, results) if wait.partition and wait.from_ms > begin and wait.to_ms < end
+        ]
+        return {
+            "events_per_s": round(large / (end - begin) * 1000),
+            "backlog_done_s": seconds_between(begin, end),
+            "neighbours_backlog_done_s": seconds_between(begin, others_end),
+            **percentiles(found),
+            "max_ms": max(found),
+        }
+
+
+def unequal_record(number: int, partition: int) -> Record:
+    return Record(event(number, f"текст {number}").value, partition=partition)
+
+
+def neighbour(number: int, partitions: int) -> int:
+    return 1 + number % (partitions - 1)
+
+
+# Four workers.
+
+
+def rolling(partitions: int, delivery: str, seconds: float) -> Figures:
+    """Four workers are restarted one after another under a steady load."""
+    return rolling_restart(partitions, delivery, seconds, [None] * GROUP)
+
+
+def rolling_static(partitions: int, delivery: str, seconds: float) -> Figures:
+    """The same with instance ids, which are kept."""
+    return rolling_restart(partitions, delivery, seconds, [f"number-{number}" for number in range(GROUP)])
+
+
+def rolling_restart(partitions: int, delivery: str, seconds: float, names: Sequence[str | None]) -> Figures:
+    with fresh(partitions, delivery) as bed:
+        group = [bed.start(group_instance_id=name) for name in names]
+        bed.wait_until_shared(group)
+        with bed.load(STEADY_RATE):
+            time.sleep(seconds / 2)
+            begin = now_ms()
+            for number, name in enumerate(names):
+                assert group[number].terminate() == 0
+                group[number] = bed.start(group_instance_id=name)
+                bed.wait_until_shared(group)
+            end = now_ms()
+            time.sleep(HOLD_S)
+        bed.wait_until_done()
+        assert [worker.terminate() for worker in group] == [0] * GROUP
+        return {"took_s": seconds_between(begin, end), **stillness(bed.waits(), begin, end)}
+
+
+def one_to_four(partitions: int, delivery: str, seconds: float) -> Figures:
+    """Three workers join one at once under a steady load, and leave it again."""
+    with fresh(partitions, delivery) as bed:
+        group = [bed.start().wait_until_assigned(partitions)]
+        with bed.load(STEADY_RATE):
+            time.sleep(seconds / 2)
+            grows = now_ms()
+            group += [bed.start() for _ in range(GROUP - 1)]
+            bed.wait_until_shared(group)
+            time.sleep(HOLD_S)
+            shrinks = now_ms()
+            for worker in group[1:]:
+                worker.ask(signal.SIGTERM)
+            assert [worker.wait() for worker in group[1:]] == [0] * (GROUP - 1)
+            bed.wait_until_shared(group[:1])
+            time.sleep(HOLD_S)
+            end = now_ms()
+        bed.wait_until_done()
+        assert group[0].terminate() == 0
+        found = bed.waits()
+        phases = {"grows": stillness(found, grows, shrinks), "shrinks": stillness(found, shrinks, end)}
+        return {f"{phase}_{name}": value for phase, figures in phases.items() for name, value in figures.items()}
 
 
 # Evaluation.
 
 
-def interruption(found: Sequence[Wait], begin: float, disturbed: float) -> Figures:
+def baseline() -> tuple[float, float]:
+    """Lets a while pass in which nothing is disturbed, and answers with its beginning and its end."""
+    begin = now_ms()
+    time.sleep(BASELINE_S)
+    return begin, now_ms()
+
+
+def interruption(found: Sequence[Wait], quiet: tuple[float, float], disturbed: float) -> Figures:
     """What a disturbance did: seconds until the last event that it delayed had its result, and the longest wait.
 
-    An event counts as delayed if it waited longer than twice the longest wait between `begin` and the disturbance.
+    An event counts as delayed if it waited for DELAY_MS longer than any in the quiet time before.
     """
-    longest = max(wait.ms for wait in found if wait.from_ms >= begin and wait.to_ms < disturbed)
+    longest = max(wait.ms for wait in found if quiet[0] <= wait.from_ms and wait.to_ms < quiet[1])
     after = [wait for wait in found if wait.to_ms >= disturbed]
-    last = max((wait.to_ms for wait in after if wait.ms > 2 * longest), default=disturbed)
+    last = max((wait.to_ms for wait in after if wait.ms > longest + DELAY_MS), default=disturbed)
     return {
         "all_served_s": seconds_between(disturbed, last),
         "longest_wait_s": seconds_between(0, max(wait.ms for wait in after)),
@@ -291,9 +301,15 @@ def interruption(found: Sequence[Wait], begin: float, disturbed: float) -> Figur
     }
 
 
-def is_stable(here: Scene) -> bool:
-    described = here.kafka.of_the_group(lambda admin: admin.describe_consumer_groups([here.topics.group])[here.topics.group])
-    return described.state.name == "STABLE"
+def stillness(found: Sequence[Wait], begin: float, end: float) -> Figures:
+    """Between two moments: the longest time without any result, and the waits of the events."""
+    moments = [begin, *sorted(wait.to_ms for wait in found if begin <= wait.to_ms < end), end]
+    within = [wait.ms for wait in found if begin <= wait.from_ms < end]
+    return {
+        "without_a_result_s": seconds_between(0, max(later - one for one, later in pairwise(moments))),
+        "longest_wait_s": seconds_between(0, max(within)),
+        "p95_wait_s": seconds_between(0, percentiles(within)["p95_ms"]),
+    }
 
 
 def control_share(output: TopicLog) -> float:
@@ -308,7 +324,7 @@ def seconds_between(begin_ms: float, end_ms: float) -> float:
 
 
 def process_figures(pid: int, bootstrap: str) -> Figures:
-    files = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    files = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
     return {
         "memory_mb": round(memory_kb(pid, "VmRSS") / 1e3),
         "connections": len({name for name in files if name.startswith("socket:")} & connections_to(bootstrap)),

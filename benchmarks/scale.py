@@ -1,0 +1,167 @@
+"""One process with up to 1,000 input partitions, and groups, on a real Kafka: `python -m benchmarks.scale`.
+
+Writes benchmarks/results/scale.{json,md} after each step. All of it takes about an hour; parts, partitions and deliveries
+that are not asked for keep the figures that are there, if this very machine's. `--label` names a state of the code, so that
+figures of several states stand beside each other. For example, in two minutes:
+
+    python -m benchmarks.scale steady --partitions 24 --delivery exactly-once --rounds 1 --label before
+
+Each figure is the median of its rounds, and each round has a broker of its own. The model costs nothing, but for two parts
+in which a pass takes a fixed time. A wait is from the moment when the broker has an event to the moment when a reader with
+read_committed can get its result, both by the broker's clock.
+
+- steady: 200 events/s over all partitions.
+- backlog: 200,000 events.
+- memory: 2 MB, unpacked, of compressed batches in each partition, and a slow model.
+- join: a second member, under the steady load. all_served_s: until the last event had its result that waited for 0.1 s
+  longer than any did before.
+- kill, kill_static: kill -9 of the process, and another one at once; without and with an instance id. The session timeout
+  is 6 s. own_start_s is what a process takes that nothing was killed before.
+- unequal: 24 partitions, one of which has 95 % of a backlog; the others have 100 events/s besides, whose waits are shown. A
+  pass of the model takes 50 ms.
+- rolling, rolling_static, one_to_four: four workers with 24 partitions, under the steady load.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from benchmarks import scale_parts
+from benchmarks.common import RESULTS, WORKER, machine, write
+from benchmarks.scale_parts import Figures
+
+COUNTS = (1, 24, 96, 400, 1_000)
+GROUP_COUNTS = (24,)
+DELIVERIES = ("at-least-once", "exactly-once")
+NOTE = "The load, the broker and the workers share these cores."
+
+
+class Part(NamedTuple):
+    measure: Callable[[int, str, float], Figures]
+    title: str
+    rounds: int = 1
+    is_of_group: bool = False
+
+
+PARTS = {
+    "steady": Part(scale_parts.steady, f"{scale_parts.STEADY_RATE} events/s over all partitions", rounds=3),
+    "backlog": Part(scale_parts.backlog, f"A backlog of {scale_parts.BACKLOG_EVENTS:,} events", rounds=3),
+    "memory": Part(scale_parts.memory, "Memory with a backlog in every partition"),
+    "join": Part(scale_parts.join, "A second member joins"),
+    "kill": Part(scale_parts.kill, "kill -9 and a new process, without an instance id"),
+    "kill_static": Part(scale_parts.kill_static, "kill -9 and a new process, with an instance id"),
+    "unequal": Part(scale_parts.unequal, "One partition with 95 % of a backlog, and its neighbours", is_of_group=True),
+    "rolling": Part(scale_parts.rolling, "A rolling restart of four workers", is_of_group=True),
+    "rolling_static": Part(scale_parts.rolling_static, "A rolling restart with instance ids", is_of_group=True),
+    "one_to_four": Part(scale_parts.one_to_four, "From one worker to four and back", is_of_group=True),
+}
+
+
+class Step(NamedTuple):
+    part: str
+    partitions: int
+    delivery: str
+
+
+def main() -> int:
+    options = parsed_options()
+    figures = former_figures()
+    failures = 0
+    for step in steps(options):
+        began = time.monotonic()
+        rounds = []
+        for _ in range(options.rounds or PARTS[step.part].rounds):
+            try:
+                rounds.append(PARTS[step.part].measure(step.partitions, step.delivery, options.seconds))
+                print(*step, rounds[-1], flush=True)
+            except Exception:  # noqa: BLE001 - what fails is shown, and the rest of an hour's figures is still wanted
+                traceback.print_exc()
+                failures += 1
+        if rounds:
+            keep(figures, options.label, step, rounds)
+            write("scale", figures, table(figures), is_shown=False)
+        print(f"{time.monotonic() - began:.0f} s", flush=True)
+    print(table(figures))
+    return int(failures > 0)
+
+
+def parsed_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--partitions", type=int, nargs="+", default=COUNTS, help=f"(default: {COUNTS})")
+    parser.add_argument("--delivery", nargs="+", choices=DELIVERIES, default=DELIVERIES, help="(default: both)")
+    parser.add_argument("--rounds", type=int, help="(default: 3 of a steady load and of a backlog, 1 of the rest)")
+    parser.add_argument("--seconds", type=float, default=10, help="that are measured under a load, s (default: 10)")
+    parser.add_argument("--label", default="now", help="name of this state of the code (default: now)")
+    return parser.parse_args()
+
+
+def steps(options: argparse.Namespace) -> Iterator[Step]:
+    for part in options.parts or PARTS:
+        for partitions in GROUP_COUNTS if PARTS[part].is_of_group else options.partitions:
+            for delivery in options.delivery:
+                yield Step(part, partitions, delivery)
+
+
+# What is written.
+
+
+def former_figures() -> dict[str, Any]:
+    """Those that are there, without those of another machine."""
+    here = {**machine(None), "broker": "a fresh one for each round"}
+    path = RESULTS / "scale.json"
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = figures.get("machine", {}).get("cpu") == here["cpu"]
+    return {"machine": here, "note": NOTE, "parts": figures["parts"] if same else {}}
+
+
+def keep(figures: dict[str, Any], label: str, step: Step, rounds: list[Figures]) -> None:
+    """Puts rounds in the place of former ones: part, label, partitions, delivery."""
+    place = figures["parts"].setdefault(step.part, {}).setdefault(label, {}).setdefault(str(step.partitions), {})
+    columns = {name: [figures[name] for figures in rounds] for name in rounds[0]}
+    place[step.delivery] = {"commit": commit(), "day": f"{datetime.now(UTC):%Y-%m-%d}", "figures": columns}
+
+
+def commit() -> str:
+    """The last commit that changed the worker, with a plus where its files have been changed since."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(WORKER), *words, "."]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h", "--") + ("+" if git("status", "--porcelain", "--") else "")
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = [f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. {figures['note']}"]
+    for name, part in PARTS.items():
+        if found := figures["parts"].get(name):
+            lines += ["", f"{part.title}:", "", *rows(found)]
+    return "\n".join(lines) + "\n"
+
+
+def rows(part: dict[str, Any]) -> Iterator[str]:
+    """A table of one part: states of the code beside each other, for each number of partitions and delivery."""
+    cells = [
+        (int(count), delivery, label, cell)
+        for label, counts in part.items()
+        for count, deliveries in counts.items()
+        for delivery, cell in deliveries.items()
+    ]
+    names = list(cells[0][3]["figures"])
+    yield f"| partitions | delivery | code | {' | '.join(name.replace('_', ' ') for name in names)} |"
+    yield "| --- " * (len(names) + 3) + "|"
+    for count, delivery, label, cell in sorted(cells, key=lambda cell: cell[:2]):
+        values = [f"{round(statistics.median(cell['figures'][name]), 3):,}" for name in names]
+        yield f"| {count:,} | {delivery} | {label} ({cell['commit']}) | {' | '.join(values)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
