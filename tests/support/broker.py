@@ -375,11 +375,23 @@ def started(broker: Broker) -> None:
 
 def answers(bootstrap: str) -> bool:
     """Whether a client gets the cluster's metadata."""
+    if not any(accepts(address) for address in bootstrap.split(",")):
+        return False  # librdkafka 2.16 ends the process now and then when clients that never connected are closed
     client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "socket.connection.setup.timeout.ms": 2000})
     try:
         return bool(client.list_topics(timeout=2).brokers)
     except KafkaException:
         return False
+
+
+def accepts(address: str) -> bool:
+    """Whether something listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def server_properties(
