@@ -388,7 +388,7 @@ def accepts(address: str) -> bool:
     """Whether something listens there."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError:
         return False
     return True
