@@ -10,7 +10,7 @@ Each figure is the median of its rounds, and each round has a broker of its own.
 in which a pass takes a fixed time. A wait is from the moment when the broker has an event to the moment when a reader with
 read_committed can get its result, both by the broker's clock.
 
-- steady: 200 events/s over all partitions.
+- steady: 200 events/s over all partitions; fast: 2,000 over 96.
 - backlog: 200,000 events.
 - memory: 2 MB, unpacked, of compressed batches in each partition, and a slow model.
 - join: a second member, under the steady load. all_served_s: until the last event had its result that waited for 0.1 s
@@ -24,6 +24,7 @@ read_committed can get its result, both by the broker's clock.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,29 +39,33 @@ from benchmarks.common import RESULTS, WORKER, machine, write
 from benchmarks.scale_parts import Figures
 
 COUNTS = (1, 24, 96, 400, 1_000)
-GROUP_COUNTS = (24,)
 DELIVERIES = ("at-least-once", "exactly-once")
-NOTE = "The load, the broker and the workers share these cores."
+NOTE = (
+    "The load, the broker and the workers share these cores. `load before` is the machine's load average when a round "
+    "began: about 2 is left by the round before, and more is other programs'."
+)
 
 
 class Part(NamedTuple):
     measure: Callable[[int, str, float], Figures]
     title: str
     rounds: int = 1
-    is_of_group: bool = False
+    counts: tuple[int, ...] = ()
+    """Of partitions; else those of the command line."""
 
 
 PARTS = {
     "steady": Part(scale_parts.steady, f"{scale_parts.STEADY_RATE} events/s over all partitions", rounds=3),
+    "fast": Part(scale_parts.fast, f"{scale_parts.FAST_RATE:,} events/s over all partitions", counts=(96,)),
     "backlog": Part(scale_parts.backlog, f"A backlog of {scale_parts.BACKLOG_EVENTS:,} events", rounds=3),
     "memory": Part(scale_parts.memory, "Memory with a backlog in every partition"),
     "join": Part(scale_parts.join, "A second member joins"),
     "kill": Part(scale_parts.kill, "kill -9 and a new process, without an instance id"),
     "kill_static": Part(scale_parts.kill_static, "kill -9 and a new process, with an instance id"),
-    "unequal": Part(scale_parts.unequal, "One partition with 95 % of a backlog, and its neighbours", is_of_group=True),
-    "rolling": Part(scale_parts.rolling, "A rolling restart of four workers", is_of_group=True),
-    "rolling_static": Part(scale_parts.rolling_static, "A rolling restart with instance ids", is_of_group=True),
-    "one_to_four": Part(scale_parts.one_to_four, "From one worker to four and back", is_of_group=True),
+    "unequal": Part(scale_parts.unequal, "One partition with 95 % of a backlog, and its neighbours", counts=(24,)),
+    "rolling": Part(scale_parts.rolling, "A rolling restart of four workers", counts=(24,)),
+    "rolling_static": Part(scale_parts.rolling_static, "A rolling restart with instance ids", counts=(24,)),
+    "one_to_four": Part(scale_parts.one_to_four, "From one worker to four and back", counts=(24,)),
 }
 
 
@@ -76,10 +81,11 @@ def main() -> int:
     failures = 0
     for step in steps(options):
         began = time.monotonic()
-        rounds = []
+        rounds: list[Figures] = []
         for _ in range(options.rounds or PARTS[step.part].rounds):
+            busy = {"load_before": round(os.getloadavg()[0], 1)}
             try:
-                rounds.append(PARTS[step.part].measure(step.partitions, step.delivery, options.seconds))
+                rounds.append(PARTS[step.part].measure(step.partitions, step.delivery, options.seconds) | busy)
                 print(*step, rounds[-1], flush=True)
             except Exception:  # noqa: BLE001 - what fails is shown, and the rest of an hour's figures is still wanted
                 traceback.print_exc()
@@ -105,7 +111,7 @@ def parsed_options() -> argparse.Namespace:
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
     for part in options.parts or PARTS:
-        for partitions in GROUP_COUNTS if PARTS[part].is_of_group else options.partitions:
+        for partitions in PARTS[part].counts or options.partitions:
             for delivery in options.delivery:
                 yield Step(part, partitions, delivery)
 
@@ -155,12 +161,17 @@ def rows(part: dict[str, Any]) -> Iterator[str]:
         for count, deliveries in counts.items()
         for delivery, cell in deliveries.items()
     ]
-    names = list(cells[0][3]["figures"])
+    names = list(dict.fromkeys(name for cell in cells for name in cell[3]["figures"]))
     yield f"| partitions | delivery | code | {' | '.join(name.replace('_', ' ') for name in names)} |"
     yield "| --- " * (len(names) + 3) + "|"
     for count, delivery, label, cell in sorted(cells, key=lambda cell: cell[:2]):
-        values = [f"{round(statistics.median(cell['figures'][name]), 3):,}" for name in names]
+        values = [shown(cell["figures"].get(name, [])) for name in names]
         yield f"| {count:,} | {delivery} | {label} ({cell['commit']}) | {' | '.join(values)} |"
+
+
+def shown(rounds: list[float]) -> str:
+    """The median; nothing where the figure was not measured."""
+    return f"{round(statistics.median(rounds), 3):,}" if rounds else ""
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tests.support.waiting import wait_for
 Figures = dict[str, float]
 
 STEADY_RATE = 200
+FAST_RATE = 2_000
 GROUP = 4
 SESSION_MS = 6_000
 BASELINE_S = 5.0
@@ -59,11 +60,16 @@ def slow(pass_s: float) -> dict[str, str]:
 # One process.
 
 
-def steady(partitions: int, delivery: str, seconds: float) -> Figures:
+def fast(partitions: int, delivery: str, seconds: float) -> Figures:
+    """Ten times the steady load."""
+    return steady(partitions, delivery, seconds, FAST_RATE)
+
+
+def steady(partitions: int, delivery: str, seconds: float, rate: float = STEADY_RATE) -> Figures:
     """A steady load: waits and what the process holds after a warm-up of half the time."""
     with fresh(partitions, delivery) as bed:
         worker = bed.start().wait_until_assigned(partitions)
-        with bed.load(STEADY_RATE):
+        with bed.load(rate):
             time.sleep(seconds / 2)
             begin, cpu_s = now_ms(), cpu_seconds(worker.pid)
             time.sleep(seconds)
@@ -94,9 +100,11 @@ def backlog(partitions: int, delivery: str, seconds: float) -> Figures:
         peak_mb = round(memory_kb(worker.pid, "VmHWM") / 1e3)
         assert worker.terminate() == 0
         output = bed.output()
+        speed, commits = output.per_second(), len(bed.commits(exactly_once=delivery == "exactly-once"))
         return {
-            "events_per_s": round(output.per_second()),
+            "events_per_s": round(speed),
             "peak_memory_mb": peak_mb,
+            "commits_per_s": round(commits / output.records * speed, 1),
             "control_records_per_result": control_share(output),
         }
 
