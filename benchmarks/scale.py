@@ -16,7 +16,7 @@ read_committed can get its result, both by the broker's clock.
 - join: a second member, under the steady load. all_served_s: until the last event had its result that waited for 0.1 s
   longer than any did before.
 - kill, kill_static: kill -9 of the process, and another one at once; without and with an instance id. The session timeout
-  is 6 s. own_start_s is what a process takes that nothing was killed before.
+  is 6 s, with instance ids 45 s. own_start_s is what the first process took from its start until it had all partitions.
 - unequal: 24 partitions, one of which has 95 % of a backlog; the others have 100 events/s besides, whose waits are shown. A
   pass of the model takes 50 ms.
 - rolling, rolling_static, one_to_four: four workers with 24 partitions, under the steady load.

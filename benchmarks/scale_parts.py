@@ -26,6 +26,7 @@ STEADY_RATE = 200
 FAST_RATE = 2_000
 GROUP = 4
 SESSION_MS = 6_000
+STATIC_SESSION_MS = 45_000  # long enough for a restart
 BASELINE_S = 5.0
 DELAY_MS = 100
 HOLD_S = 4.0
@@ -55,6 +56,11 @@ def fresh(partitions: int, delivery: str) -> Iterator[Testbed]:
 def slow(pass_s: float) -> dict[str, str]:
     """The environment of a worker whose model takes so long for a pass."""
     return {"PASS_SECONDS": str(pass_s)}
+
+
+def member(name: str | None) -> dict[str, object]:
+    """The settings of a worker with an instance id, or of one without."""
+    return {"group_instance_id": name, "session_timeout_ms": STATIC_SESSION_MS} if name else {}
 
 
 # One process.
@@ -139,9 +145,9 @@ def join(partitions: int, delivery: str, seconds: float) -> Figures:
             time.sleep(seconds / 2)
             quiet = baseline()
             second = bed.start()
-            wait_for(lambda: not bed.is_stable(), "a second member to join", every=0.02)
+            wait_for(lambda: bed.group() != ("STABLE", 1), "a second member to join", every=0.02)
             joined = now_ms()
-            wait_for(bed.is_stable, "the group to share its partitions", every=0.02)
+            wait_for(lambda: bed.group() == ("STABLE", 2), "the group to share its partitions", every=0.02)
             stable = now_ms()
             bed.wait_until_shared([first, second])
             time.sleep(HOLD_S)
@@ -163,14 +169,14 @@ def kill_static(partitions: int, delivery: str, seconds: float) -> Figures:
 def restart_after_kill(partitions: int, delivery: str, seconds: float, name: str | None) -> Figures:
     with fresh(partitions, delivery) as bed:
         started = now_ms()
-        worker = bed.start(group_instance_id=name).wait_until_assigned(partitions)
+        worker = bed.start(**member(name)).wait_until_assigned(partitions)
         own_start_s = seconds_between(started, now_ms())
         with bed.load(STEADY_RATE):
             time.sleep(seconds / 2)
             quiet = baseline()
             killed = now_ms()
             worker.kill()
-            worker = bed.start(group_instance_id=name).wait_until_assigned(partitions)
+            worker = bed.start(**member(name)).wait_until_assigned(partitions)
             time.sleep(HOLD_S)
         bed.wait_until_done()
         assert worker.terminate() == 0
@@ -244,14 +250,14 @@ def rolling_static(partitions: int, delivery: str, seconds: float) -> Figures:
 
 def rolling_restart(partitions: int, delivery: str, seconds: float, names: Sequence[str | None]) -> Figures:
     with fresh(partitions, delivery) as bed:
-        group = [bed.start(group_instance_id=name) for name in names]
+        group = [bed.start(**member(name)) for name in names]
         bed.wait_until_shared(group)
         with bed.load(STEADY_RATE):
             time.sleep(seconds / 2)
             begin = now_ms()
             for number, name in enumerate(names):
                 assert group[number].terminate() == 0
-                group[number] = bed.start(group_instance_id=name)
+                group[number] = bed.start(**member(name))
                 bed.wait_until_shared(group)
             end = now_ms()
             time.sleep(HOLD_S)

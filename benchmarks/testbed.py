@@ -71,11 +71,11 @@ class Testbed:
 
         wait_for(are_shared, f"{len(workers)} workers to share the partitions")
 
-    def is_stable(self) -> bool:
-        """Whether no member joins or leaves the group."""
+    def group(self) -> tuple[str, int]:
+        """The state of the group, such as STABLE, and its number of members."""
         group = self.topics.group
         described = self.kafka.of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
-        return bool(described.state.name == "STABLE")
+        return described.state.name, len(described.members)
 
     def input(self) -> TopicLog:
         return read_topic(self.broker, self.topics.input, self.partitions)
