@@ -69,7 +69,10 @@ class Broker(ABC):
         self.wait_until_up()
 
     def wait_until_up(self) -> None:
-        wait_for(lambda: self._check_alive() or answers(self.bootstrap), f"Kafka at {self.bootstrap}", START_SECONDS)
+        # One client for all tries: to close one that still waits for an answer has ended this process with a segfault.
+        timeouts = {"socket.connection.setup.timeout.ms": 2_000, "reconnect.backoff.max.ms": 500}
+        client = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0, **timeouts})
+        wait_for(lambda: self._check_alive() or answers(client), f"Kafka at {self.bootstrap}", START_SECONDS)
 
     @abstractmethod
     def stop(self) -> None:
@@ -373,25 +376,12 @@ def started(broker: Broker) -> None:
         raise
 
 
-def answers(bootstrap: str) -> bool:
+def answers(client: AdminClient) -> bool:
     """Whether a client gets the cluster's metadata."""
-    if not any(accepts(address) for address in bootstrap.split(",")):
-        return False  # librdkafka 2.16 ends the process now and then when clients that never connected are closed
-    client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "socket.connection.setup.timeout.ms": 2000})
     try:
         return bool(client.list_topics(timeout=2).brokers)
     except KafkaException:
         return False
-
-
-def accepts(address: str) -> bool:
-    """Whether something listens there."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def server_properties(
