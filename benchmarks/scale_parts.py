@@ -127,6 +127,7 @@ def memory(partitions: int, delivery: str, seconds: float) -> Figures:
         records = (Record(value, partition=partition) for partition in range(partitions) for _ in range(count))
         bed.publish(records, **sending)
         worker = bed.start(slow(SLOW_PASS_S)).wait_until_assigned(partitions)
+        wait_for(lambda: worker.metrics.get("records_consumed_total"), "the first results", 300)
         time.sleep(seconds)
         peak_mb = memory_kb(worker.pid, "VmHWM") / 1e3
         worker.kill()
@@ -305,7 +306,8 @@ def interruption(found: Sequence[Wait], quiet: tuple[float, float], disturbed: f
 
     An event counts as delayed if it waited for DELAY_MS longer than any in the quiet time before.
     """
-    longest = max(wait.ms for wait in found if quiet[0] <= wait.from_ms and wait.to_ms < quiet[1])
+    calm = [wait.ms for wait in found if quiet[0] <= wait.from_ms and wait.to_ms < quiet[1]]
+    longest = max(calm, default=quiet[1] - quiet[0])  # where none was done in that time
     after = [wait for wait in found if wait.to_ms >= disturbed]
     last = max((wait.to_ms for wait in after if wait.ms > longest + DELAY_MS), default=disturbed)
     return {
