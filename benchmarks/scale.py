@@ -77,7 +77,6 @@ class Step(NamedTuple):
 
 def main() -> int:
     options = parsed_options()
-    figures = former_figures()
     failures = 0
     for step in steps(options):
         began = time.monotonic()
@@ -91,10 +90,11 @@ def main() -> int:
                 traceback.print_exc()
                 failures += 1
         if rounds:
+            figures = former_figures()
             keep(figures, options.label, step, rounds)
             write("scale", figures, table(figures), is_shown=False)
         print(f"{time.monotonic() - began:.0f} s", flush=True)
-    print(table(figures))
+    print(table(former_figures()))
     return int(failures > 0)
 
 
