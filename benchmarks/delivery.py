@@ -1,41 +1,36 @@
 """Exactly-once beside at-least-once on a real Kafka: `python -m benchmarks.delivery TEXTS.csv [PART …]`.
 
 Writes benchmarks/results/delivery.{json,md}; parts that are not asked for keep the figures that are there, if this very
-machine's.
+machine's. What many partitions cost is measured by benchmarks/scale.py.
 
 - model: events per second of a backlog through a model of the card's architecture; the two take turns.
 - costless: the same with a model that costs nothing: what is left is the plumbing.
-- latency: from publishing an event to reading its result, at a light load, with the card's architecture.
-- partitions: backlog, latency at a steady load, memory and transactions of one process that owns so many partitions.
+- latency: at a light load, from the moment when the broker has an event to the moment when a reader with read_committed can
+  get its result, both by the broker's clock; with the card's architecture.
 """
 
 import argparse
-import asyncio
 import json
-import os
-import re
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, alive, event, machine, make_checkpoint, ratio, read_texts, write
-from benchmarks.load import percentiles, publish_to_result_ms, resident_bytes
+from benchmarks.broker_log import percentiles
+from benchmarks.common import RESULTS, event, machine, make_checkpoint, ratio, read_texts, write
+from benchmarks.testbed import Testbed, new_testbed
 from tests.support.broker import Broker, start_broker
-from tests.support.process import WorkerProcess, workers_in
-from tests.support.topics import Kafka, Topics
-from tests.support.waiting import wait_for
+from tests.support.process import COSTLESS
+from tests.support.topics import Record
 
 DELIVERIES = ("at-least-once", "exactly-once")
-PARTS = ("model", "costless", "latency", "partitions")
-PARTITIONS = (1, 6, 24, 96)
-COSTLESS = "tests.support.costless_model"
+PARTS = ("model", "costless", "latency")
+PARTITIONS = 4
 CARD: dict[str, object] = {"backend": "torch", "max_batch_tokens": 1_024, "cpu_threads": 2}  # no time lost in tuning
 LIGHT_RATE = 20
-STEADY_RATE = 200
-POLL_S = 0.05
+LIGHT_SECONDS = 20
 
 
 def main() -> None:
@@ -44,16 +39,14 @@ def main() -> None:
     path = RESULTS / "delivery.json"
     figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        checkpoint = make_checkpoint(folder / "card")
-        broker = start_broker()
+        checkpoint = make_checkpoint(Path(name) / "card")
+        broker = start_broker(controllable=True)
         try:
             here = machine(broker)
             if figures.get("machine", {}).get("cpu") != here["cpu"]:
                 figures = {}
             figures["machine"] = here
-            figures.pop("note", None)
-            bench = Bench(broker, checkpoint, folder, texts, options.rounds)
+            bench = Bench(broker, checkpoint, texts, options.rounds)
             for part in options.parts or PARTS:
                 figures[part] = getattr(bench, part)()
         finally:
@@ -70,10 +63,9 @@ def parsed_options() -> argparse.Namespace:
 
 
 class Bench:
-    def __init__(self, broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], rounds: int) -> None:
-        self.kafka = Kafka(broker.bootstrap)
+    def __init__(self, broker: Broker, checkpoint: Path, texts: Sequence[str], rounds: int) -> None:
+        self.broker = broker
         self.checkpoint = checkpoint
-        self.folder = folder
         self.texts = texts
         self.rounds = rounds
 
@@ -84,28 +76,19 @@ class Bench:
         return self._in_turns(200_000, COSTLESS)
 
     def latency(self) -> dict[str, Any]:
-        return {
-            "events_per_s": LIGHT_RATE,
-            **{delivery: self._latency(delivery, 4, LIGHT_RATE, "worker", **CARD) for delivery in DELIVERIES},
-        }
-
-    def partitions(self) -> dict[str, Any]:
-        return {
-            str(count): {delivery: self._carried(delivery, count) for delivery in DELIVERIES} for count in PARTITIONS
-        }
+        return {"events_per_s": LIGHT_RATE, **{delivery: self._latency(delivery) for delivery in DELIVERIES}}
 
     def _in_turns(self, events: int, module: str, **settings: object) -> dict[str, Any]:
         """A worker at a time, started when its backlog is complete: it may be faster than who sends."""
         speeds: dict[str, list[float]] = {delivery: [] for delivery in DELIVERIES}
         for _ in range(self.rounds):
             for delivery in DELIVERIES:
-                topics = Topics.unique()
-                self.kafka.create_all(topics, 4)
-                self._send(topics, events)
-                with self._workers() as workers:
-                    worker = workers.start(topics, module=module, delivery=delivery, cache_size=0, **settings)
-                    speeds[delivery].append(speed(worker, events))
+                with self._testbed(module, delivery=delivery, **settings) as bed:
+                    bed.publish(map(self._event, range(events)))
+                    worker = bed.start()
+                    bed.wait_until_done()
                     assert worker.terminate() == 0
+                    speeds[delivery].append(bed.output().per_second())
             print({delivery: round(values[-1]) for delivery, values in speeds.items()}, flush=True)
         return {
             "events": events,
@@ -113,71 +96,24 @@ class Bench:
             "ratio": ratio(speeds["exactly-once"], speeds["at-least-once"]),
         }
 
-    def _latency(
-        self, delivery: str, partitions: int, rate: float, module: str, **settings: object
-    ) -> dict[str, float]:
-        topics = Topics.unique()
-        self.kafka.create_all(topics, partitions)
-        with self._workers() as workers:
-            worker = workers.start(topics, module=module, delivery=delivery, cache_size=0).wait_until_assigned(
-                partitions
-            )
-            cpu_s, began = cpu_seconds(worker), time.monotonic()
-            times = asyncio.run(
-                publish_to_result_ms(self.kafka.bootstrap, topics, self.texts, rate, int(rate * 15), "read_committed")
-            )
-            busy = (cpu_seconds(worker) - cpu_s) / (time.monotonic() - began)
-            transactions = worker.metrics.get("stage_seconds_count", stage="commit")
+    def _latency(self, delivery: str) -> dict[str, float]:
+        with self._testbed("worker", delivery=delivery, **CARD) as bed:
+            worker = bed.start().wait_until_assigned(PARTITIONS)
+            times, _ = bed.waits_under_load(LIGHT_RATE, LIGHT_SECONDS, self._event)
             assert worker.terminate() == 0
-        return {**percentiles(times), "cpu": round(busy, 3), "commits_per_s": round(transactions / 15, 1)}
+        return percentiles(times)
 
-    def _carried(self, delivery: str, partitions: int) -> dict[str, Any]:
-        events = 50_000
-        topics = Topics.unique()
-        self.kafka.create_all(topics, partitions)
-        with self._workers() as workers:
-            self._send(topics, events)
-            worker = workers.start(topics, module=COSTLESS, delivery=delivery, cache_size=0)
-            figure = speed(worker, events)
-            resident = resident_bytes(worker)
-            assert worker.terminate() == 0
-        steady = self._latency(delivery, partitions, STEADY_RATE, COSTLESS)
-        figures = {"events_per_s": round(figure), "memory_mb": round(resident / 1e6), **steady}
-        print(partitions, delivery, figures, flush=True)
-        return figures
+    def _testbed(self, module: str, **settings: object) -> AbstractContextManager[Testbed]:
+        return new_testbed(self.broker, PARTITIONS, self.checkpoint, module, **settings)
 
-    def _workers(self) -> Any:
-        return workers_in(self.kafka.bootstrap, self.checkpoint, self.folder)
-
-    def _send(self, topics: Topics, events: int) -> None:
-        self.kafka.send(topics.input, (event(number, self.texts[number % len(self.texts)]) for number in range(events)))
-
-
-def speed(worker: WorkerProcess, events: int) -> float:
-    """Events per second that count as done, from a tenth of them to the last."""
-    begin = wait_for(lambda: alive(worker) and done(worker, events // 10), "the first tenth", 300, every=POLL_S)
-    end = wait_for(lambda: done(worker, events), "all of it", 300, every=POLL_S)
-    return (end[1] - begin[1]) / (end[0] - begin[0])
-
-
-def done(worker: WorkerProcess, least: int) -> tuple[float, float] | None:
-    """When, and how many; None as long as there are fewer."""
-    counts = re.findall(r"^sentiment_worker_records_consumed_total{.*} (.*)$", worker.get("/metrics")[1], re.MULTILINE)
-    count = sum(map(float, counts))
-    return (time.monotonic(), count) if count >= least else None
-
-
-def cpu_seconds(worker: WorkerProcess) -> float:
-    ticks = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    def _event(self, number: int) -> Record:
+        return event(number, self.texts[number % len(self.texts)])
 
 
 def table(figures: dict[str, Any]) -> str:
     rows = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Load, worker and broker share them."
     ]
-    if "note" in figures:
-        rows += ["", f"Measured {figures['note']}."]
     asked = {"model": 0.8, "costless": 0.6}
     names = {"model": "a model of the card's architecture", "costless": "a model that costs nothing"}
     speeds = [part for part in asked if part in figures]
@@ -193,27 +129,13 @@ def table(figures: dict[str, Any]) -> str:
         rate = figures["latency"]["events_per_s"]
         rows += [
             "",
-            f"From publishing to reading the result at {rate} events/s, the card's architecture, 4 partitions:",
+            f"From publishing to the readable result at {rate} events/s, the card's architecture, 4 partitions:",
             "",
         ]
         rows += ["| delivery | p50 ms | p95 ms | p99 ms |", "| --- | --- | --- | --- |"]
         for name in DELIVERIES:
             one = figures["latency"][name]
             rows.append(f"| {name} | {one['p50_ms']} | {one['p95_ms']} | {one['p99_ms']} |")
-    if "partitions" in figures:
-        rows += ["", "One process, a model that costs nothing; the latter four at a steady "
-                 f"{STEADY_RATE} events/s over all partitions:", ""]  # fmt: skip
-        rows += [
-            "| partitions | delivery | backlog, events/s | memory, MB | p50 ms | p95 ms | commits/s | cores |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for count, both in figures["partitions"].items():
-            for name in DELIVERIES:
-                one = both[name]
-                rows.append(
-                    f"| {count} | {name} | {one['events_per_s']} | {one['memory_mb']} | {one['p50_ms']} | {one['p95_ms']} | "
-                    f"{one['commits_per_s']} | {one['cpu']} |"
-                )
     return "\n".join(rows) + "\n"
 
 

@@ -9,11 +9,12 @@ It needs no network. In this order, and each part is written down as soon as it 
 - where the time goes: tokenizing, packing, the device alone, and all of it together, for one micro-batch.
 - end to end: events/s on a backlog, one worker and four that share the GPU, with the broker on the same machine; in
   micro-batches of --window too (8,192).
-- latency: publish to result at half the measured speed, in an open loop; in micro-batches of the worker's default (512).
+- latency: publish to result at half the measured speed, in an open loop, by the broker's clock; in micro-batches of the
+  worker's default (512).
 
 The broker is a Kafka where tests would start one and nothing need be fetched for it: bring a Java runtime and the folder of
-jars that tests keep in `$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`), or name a running one in
-TEST_KAFKA_BOOTSTRAP. Else, and with --mock, it is librdkafka's mock cluster, and the table says so and why. That takes one
+jars that tests keep in `$XDG_CACHE_HOME/sentiment-worker` (`~/.cache/sentiment-worker`). Else, and with --mock, it is
+librdkafka's mock cluster, and the table says so and why. That dates no records, so latency is not measured; and it takes one
 consumer per group: each of four workers has topics and a group of its own. Its topics have 4 partitions of 5 MiB, and what
 is older than that is dropped: a backlog is compressed, and lies in a topic for every 50,000 events.
 
@@ -39,9 +40,11 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 from numpy.typing import NDArray
 
+from benchmarks.broker_log import percentiles
 from benchmarks.common import alive, event, machine, make_checkpoint, read_texts, write
 from benchmarks.engine import compared, flops_per_text
-from benchmarks.load import percentiles, publish_to_result_ms
+from benchmarks.load_generator import publish
+from benchmarks.testbed import new_testbed
 from tests.support.broker import KINDS, VERSION, Broker, UnavailableError, allowed_kinds
 from tests.support.broker import started as start_kafka
 from tests.support.process import WorkerProcess
@@ -289,12 +292,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass
 class Server:
-    """A running broker: where and what it is, why it is no Kafka if it is none, and then the mock's owner."""
+    """A running broker: where and what it is; the Kafka, or else why there is none, and the mock's owner."""
 
     bootstrap: str
     kind: str
     why: str = ""
     owner: Producer | None = None
+    kafka: Broker | None = None
     client: Kafka = field(init=False)
 
     def __post_init__(self) -> None:
@@ -322,24 +326,23 @@ class Server:
 def kafka(checkpoint: Path, folder: Path, options: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     """Backlogs for one and for four workers, then half of the one's speed in an open loop."""
     settings = {
-        "model": checkpoint, "device": options.device, "dtype": options.dtype, "max_batch_tokens": options.budget,
+        "device": options.device, "dtype": options.dtype, "max_batch_tokens": options.budget,
         "cache_size": 0, "backend": "torch",
     }  # fmt: skip
-    of_backlog = {**settings, "max_batch_texts": options.window}
+    of_backlog = {**settings, "model": checkpoint, "max_batch_texts": options.window}
     counts = (1, 2) if options.quick else (1, 4)
     speeds: dict[int, float] = {}
     with broker(options.mock) as server:
         for count in counts:
             speeds[count] = backlog_speed(server, folder, of_backlog, texts, options.events, count)
             print(f"{count} of the workers: {speeds[count]:,.0f} events/s", flush=True)
-        rate = max(1.0, speeds[1] / 2)
-        times = half_load(server, folder, settings, texts, rate, options.seconds)
+        latency = half_load(server, checkpoint, settings, texts, max(1.0, speeds[1] / 2), options.seconds)
     return {
         "broker": server.kind,
         "no_kafka": server.why,
         "micro_batches": {"backlog": options.window, "half_load": WORKERS_WINDOW},
         "events_per_s": {str(count): round(speed) for count, speed in speeds.items()},
-        "half_load": {"events_per_s": round(rate), **percentiles(times)},
+        **latency,
     }
 
 
@@ -353,14 +356,14 @@ def broker(mock: bool) -> Iterator[Server]:
         yield Server(bootstrap, "mock", found, owner)
         return
     with closing(found):
-        yield Server(found.bootstrap, found.kind)
+        yield Server(found.bootstrap, found.kind, kafka=found)
 
 
 def kafka_at_hand() -> Broker | str:
     """A running Kafka, of the first kind for which nothing must be fetched; the reasons where there is none."""
     reasons = []
     with patch("tests.support.broker.fetch_jars", side_effect=UnavailableError("Kafka's jars are not in the cache")):
-        for kind in allowed_kinds(controllable=False):
+        for kind in allowed_kinds(controllable=True):
             try:
                 if kind == "docker":
                     look_for_image()
@@ -418,10 +421,10 @@ def backlog(server: Server, texts: Sequence[str], events: int) -> Topics:
     parts = [range(begin, min(events, begin + TOPIC_EVENTS)) for begin in range(0, events, TOPIC_EVENTS)]
     inputs = [f"{topics.input}.{part.start}" for part in parts] if is_mock else [topics.input]
     # The mock keeps little, and answers a fetch with one batch of a partition: large and compressed ones.
-    sending: dict[str, Any] = {"codec": "zstd", "linger.ms": 200} if is_mock else {}
+    sending: dict[str, Any] = {"compression.type": "zstd", "linger.ms": 200} if is_mock else {}
     server.create(*inputs, topics.output, topics.dead_letters)
     for part, name in zip(parts, cycle(inputs), strict=False):
-        server.client.send(name, [event(number, numbered(texts, number)) for number in part], **sending)
+        publish(server.bootstrap, name, (event(number, numbered(texts, number)) for number in part), **sending)
     first = server.offsets(server.places(inputs), OffsetSpec.earliest())
     assert not first, f"the broker has dropped {first} events of the backlog: lower TOPIC_EVENTS"
     return replace(topics, input=",".join(inputs))
@@ -450,15 +453,15 @@ def started(stack: ExitStack, folder: Path, bootstrap: str, topics: Topics, sett
 
 
 def half_load(
-    server: Server, folder: Path, settings: dict[str, Any], texts: Sequence[str], rate: float, seconds: float
-) -> list[float]:
-    """Milliseconds from publishing to the result of each event, at `rate` events/s."""
-    topics = Topics.unique()
-    server.create(topics.input, topics.output, topics.dead_letters)
-    with ExitStack() as stack:
-        worker = started(stack, folder / topics.group, server.bootstrap, topics, settings)
-        worker.wait_for_status("/readyz", 200, LOADING_S)
-        return asyncio.run(publish_to_result_ms(server.bootstrap, topics, texts, rate, int(rate * seconds)))
+    server: Server, checkpoint: Path, settings: dict[str, Any], texts: Sequence[str], rate: float, seconds: float
+) -> dict[str, Any]:
+    """Milliseconds from publishing to the result of each event at `rate` events/s; nothing where there is no Kafka."""
+    if server.kafka is None:
+        return {}
+    with new_testbed(server.kafka, PARTITIONS, checkpoint, "worker", **settings) as bed:
+        bed.start().wait_for_status("/readyz", 200, LOADING_S)
+        times, _ = bed.waits_under_load(rate, seconds, lambda number: event(number, numbered(texts, number)))
+    return {"half_load": {"events_per_s": round(rate), **percentiles(times)}}
 
 
 # The table.
@@ -500,9 +503,9 @@ def table(figures: dict[str, Any]) -> str:
     if kafka:
         words = {"1": "one worker, events/s", "2": "two workers, events/s", "4": "four workers, events/s"}
         rows += [(words[count], speed, ASKED.get(words[count])) for count, speed in kafka["events_per_s"].items()]
-        load = kafka["half_load"]
-        rows += [(f"half load ({load['events_per_s']} events/s), p50 ms", load["p50_ms"], None)]
-        rows += [("half load, p99 ms", load["p99_ms"], ASKED["half load, p99 ms"])]
+        if load := kafka.get("half_load"):
+            rows += [(f"half load ({load['events_per_s']} events/s), p50 ms", load["p50_ms"], None)]
+            rows += [("half load, p99 ms", load["p99_ms"], ASKED["half load, p99 ms"])]
         lines += ["", served(kafka)]
     if rows:
         lines += ["", "| what | measured | asked |", "| --- | --- | --- |"]

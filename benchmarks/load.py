@@ -2,39 +2,35 @@
 
 Writes benchmarks/results/load.{json,md}.
 
-- latency: an open-loop load of unique texts at 10, 50 and 80 % of capacity, from publishing to reading the result; a model
-  of the card's architecture. Capacity is what the worker does while it is offered more, event by event: load and broker
-  take their share of the machine, as they do while latency is measured.
+- latency: an open-loop load of unique texts at 10, 50 and 80 % of capacity, from the moment when the broker has an event to
+  the moment when it has the result, both by its clock; a model of the card's architecture. Capacity is what the worker does
+  while it is offered more, event by event: load and broker take their share of the machine, as they do while latency is
+  measured.
 - scaling: one and two workers whose model takes a fixed time for each device batch, so that two cores do not hide it.
 - memory: a worker with a model that costs nothing, after a tenth of the events and after all.
 """
 
 import argparse
-import asyncio
-import json
-import os
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-
-from benchmarks.common import alive, event, machine, make_checkpoint, ratio, read_texts, write
-from benchmarks.worker import published, worker_speed
+from benchmarks.broker_log import percentiles
+from benchmarks.common import event, machine, make_checkpoint, ratio, read_texts, write
+from benchmarks.load_generator import numbered
+from benchmarks.testbed import new_testbed
+from benchmarks.worker import worker_speed
 from tests.support.broker import Broker, start_broker
-from tests.support.process import WorkerProcess, workers_in
-from tests.support.topics import Kafka, Topics
-from tests.support.waiting import wait_for
+from tests.support.process import WorkerProcess
 
+PARTITIONS = 4
 SHARES = (0.1, 0.5, 0.8)
 TOO_MUCH = 1.5  # times what the worker does on a backlog
 PASS_SECONDS = 0.05
 SCALING_ROUNDS = 3
-COSTLESS = "tests.support.costless_model"
+CACHE_SIZE = 65_536  # the default
 
 
 def main() -> None:
@@ -42,13 +38,13 @@ def main() -> None:
     texts = read_texts(options.texts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        broker = start_broker()
+        broker = start_broker(controllable=True)
         try:
             figures = {
                 "machine": machine(broker),
                 "latency": latency(broker, make_checkpoint(folder / "card"), folder, texts, options.seconds),
-                "scaling": scaling(broker, folder, texts),
-                "memory": memory(broker, folder, options.events),
+                "scaling": scaling(broker, texts),
+                "memory": memory(broker, options.events),
             }
         finally:
             broker.close()
@@ -68,123 +64,58 @@ def parsed_options() -> argparse.Namespace:
 
 def latency(broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], seconds: float) -> dict[str, Any]:
     backlog = worker_speed(broker, checkpoint, folder, texts[:5_000])
-    _, capacity = offered(broker, checkpoint, folder, texts, backlog * TOO_MUCH, seconds)
+    _, capacity = offered(broker, checkpoint, texts, backlog * TOO_MUCH, seconds)
     assert capacity < backlog * TOO_MUCH * 0.95, "it kept up: that is no capacity"
     loads = {}
     for share in SHARES:
-        times, _ = offered(broker, checkpoint, folder, texts, capacity * share, seconds)
+        times, _ = offered(broker, checkpoint, texts, capacity * share, seconds)
         loads[f"{share:.0%}"] = {"events_per_s": round(capacity * share), **percentiles(times)}
     return {"backlog_events_per_s": round(backlog), "capacity_events_per_s": round(capacity), "loads": loads}
 
 
 def offered(
-    broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], rate: float, seconds: float
-) -> tuple[list[float], float]:
-    """A load of ``rate`` events/s: ms from publishing to reading of each result, and results/s while the load lasts."""
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    kafka.create_all(topics, 4)
-    with workers_in(broker.bootstrap, checkpoint, folder) as workers:
-        worker = workers.start(topics, cache_size=0, cpu_threads="auto").wait_until_ready()
-        began = time.time()
-        times = asyncio.run(publish_to_result_ms(broker.bootstrap, topics, texts, rate, int(rate * seconds)))
+    broker: Broker, checkpoint: Path, texts: Sequence[str], rate: float, seconds: float
+) -> tuple[list[int], float]:
+    """A load of ``rate`` events/s: the wait of each event for its result, ms, and results/s while the load lasts."""
+    with new_testbed(broker, PARTITIONS, checkpoint, "worker", cpu_threads="auto") as bed:
+        worker = bed.start().wait_until_ready()
+        found = bed.waits_under_load(rate, seconds, lambda number: event(number, texts[number % len(texts)]))
         assert worker.terminate() == 0
-    begin, end = began + seconds / 4, began + seconds
-    return times, sum(begin <= moment < end for moment in published(kafka, topics)) / (end - begin)
-
-
-def percentiles(times: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(times[len(times) // 10 :])
-    return {f"p{share}_ms": round(ordered[int(len(ordered) * share / 100)], 1) for share in (50, 95, 99)}
-
-
-async def publish_to_result_ms(
-    bootstrap: str, topics: Topics, texts: Sequence[str], rate: float, events: int, isolation: str = "read_uncommitted"
-) -> list[float]:
-    """Open loop: an event sets out when it is due, whatever became of those before; time counts from when it was due."""
-    producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
-    consumer = AIOKafkaConsumer(
-        topics.output, bootstrap_servers=bootstrap, auto_offset_reset="earliest", isolation_level=isolation
-    )
-    await producer.start()
-    await consumer.start()
-    due: list[float] = []
-    times: list[float] = []
-
-    async def receive() -> None:
-        async for record in consumer:
-            times.append((time.perf_counter() - due[int(json.loads(record.value)["id"])]) * 1000)
-            if len(times) == events:
-                return
-
-    receiving = asyncio.create_task(receive())
-    gaps = random.Random(1)
-    at = time.perf_counter()
-    for number in range(events):
-        at += gaps.expovariate(rate)
-        due.append(at)
-        await asyncio.sleep(max(0.0, at - time.perf_counter()))
-        sent = event(number, texts[number % len(texts)])
-        await producer.send(topics.input, sent.value, key=sent.key)
-    await asyncio.wait_for(receiving, 60)
-    await consumer.stop()
-    await producer.stop()
-    return times
+    return found
 
 
 # Scaling.
 
 
-def scaling(broker: Broker, folder: Path, texts: Sequence[str]) -> dict[str, Any]:
+def scaling(broker: Broker, texts: Sequence[str]) -> dict[str, Any]:
     """Events per second of one and of two workers in turn, each limited by a device batch of fixed cost."""
     speeds: dict[int, list[float]] = {1: [], 2: []}
-    os.environ["PASS_SECONDS"] = str(PASS_SECONDS)
-    try:
-        for _ in range(SCALING_ROUNDS):
-            for count, of_all_rounds in speeds.items():
-                of_all_rounds.append(round(group_speed(broker, folder, texts, count), 1))
-    finally:
-        del os.environ["PASS_SECONDS"]
+    for _ in range(SCALING_ROUNDS):
+        for count, of_all_rounds in speeds.items():
+            of_all_rounds.append(round(group_speed(broker, texts, count), 1))
     return {"one": speeds[1], "two": speeds[2], "two / one": ratio(speeds[2], speeds[1])}
 
 
-def group_speed(broker: Broker, folder: Path, texts: Sequence[str], count: int) -> float:
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    kafka.create_all(topics, 4)
-    with workers_in(broker.bootstrap, Path("builtin"), folder) as workers:
-        group = [workers.start(topics, module=COSTLESS, cache_size=0, max_batch_texts=64) for _ in range(count)]
-        for worker in group:
-            worker.wait_until_ready()
-        wait_for(lambda: sum(worker.metrics.get("assigned_partitions") for worker in group) == 4, "assignment")
-        events = 6_000 * count
-        kafka.send(topics.input, [event(number, texts[number % len(texts)]) for number in range(events)])
-        begin = wait_for(lambda: counted(kafka, topics, events // 5), "a fifth of the results")
-        end = wait_for(lambda: counted(kafka, topics, events * 9 // 10), "most of the results", 300)
+def group_speed(broker: Broker, texts: Sequence[str], count: int) -> float:
+    with new_testbed(broker, PARTITIONS, max_batch_texts=64) as bed:
+        group = [bed.start({"PASS_SECONDS": str(PASS_SECONDS)}) for _ in range(count)]
+        bed.wait_until_shared(group)
+        bed.publish(event(number, texts[number % len(texts)]) for number in range(6_000 * count))
+        bed.wait_until_done()
         assert [worker.terminate() for worker in group] == [0] * count
-    return (end[1] - begin[1]) / (end[0] - begin[0])
-
-
-def counted(kafka: Kafka, topics: Topics, least: int) -> tuple[float, int] | None:
-    """When, and how many results there are; None as long as there are fewer."""
-    count = kafka.count(topics.output)
-    return (time.monotonic(), count) if count >= least else None
+        return bed.output().per_second()
 
 
 # Memory.
 
 
-def memory(broker: Broker, folder: Path, events: int) -> dict[str, float]:
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    kafka.create_all(topics, 4)
-    with workers_in(broker.bootstrap, Path("builtin"), folder) as workers:
-        worker = workers.start(topics, module=COSTLESS).wait_until_ready()
+def memory(broker: Broker, events: int) -> dict[str, float]:
+    with new_testbed(broker, PARTITIONS, cache_size=CACHE_SIZE) as bed:
+        worker = bed.start().wait_until_ready()
         bytes_at = []
-        sent = 0
-        for goal in (events // 10, events):
-            while sent < goal:
-                step = min(50_000, goal - sent)
-                kafka.send(topics.input, [event(number, f"текст {number}") for number in range(sent, sent + step)])
-                sent += step
-            wait_for(lambda goal=goal: alive(worker) and kafka.count(topics.output) >= goal, "all results", 600)  # type: ignore[misc]
+        for begin, goal in ((0, events // 10), (events // 10, events)):
+            bed.publish(map(numbered, range(begin, goal)))
+            bed.wait_until_done(seconds=600)
             bytes_at.append(resident_bytes(worker))
         assert worker.terminate() == 0
     return {"events": events, "early_mb": round(bytes_at[0] / 1e6, 1), "late_mb": round(bytes_at[1] / 1e6, 1),
@@ -202,7 +133,7 @@ def table(figures: dict[str, Any]) -> str:
     rows = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. Load, worker and broker share them.",
         "",
-        "Latency from publishing to reading the result, in ms, at shares of "
+        "Latency from the broker's getting an event to its getting the result, in ms, at shares of "
         f"{latencies['capacity_events_per_s']} events/s, which is what it does while it is offered more "
         f"({latencies['backlog_events_per_s']} on a backlog, with no load beside it):",
         "",

@@ -4,8 +4,8 @@ Its questions, with a randomly initialised model of the card's architecture:
 
 - backlog: texts per second of the worker on a backlog, of the same engine without Kafka, and of the card's own function,
   one text at a time. The three take turns; ratios are medians over the rounds.
-- light load: from publishing an event to reading its result, at 5 events per second; and with a model that costs nothing,
-  which leaves the linger and two ways through Kafka.
+- light load: from publishing an event to its result, by the broker's clock, at 5 events per second; and with a model that
+  costs nothing, which leaves the linger and the ways to and from the broker.
 
 It starts a Kafka as the tests do. Nothing else should run on the machine.
 """
@@ -13,7 +13,6 @@ It starts a Kafka as the tests do. Nothing else should run on the machine.
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -26,16 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from numpy.typing import NDArray
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
+from benchmarks.broker_log import percentiles
 from benchmarks.common import WINDOW, alive, event, machine, make_checkpoint, ratio, read_texts, write
+from benchmarks.testbed import new_testbed
 from tests.support.broker import Broker, start_broker
-from tests.support.process import workers_in
+from tests.support.process import COSTLESS, workers_in
 from tests.support.topics import Kafka, Topics
 from tests.support.waiting import wait_for
 from worker.commands.load_model import prepare_process
@@ -44,6 +44,7 @@ from worker.pipeline.inference import Inference
 from worker.telemetry.metrics import Metrics
 
 LINGER_MS = 10
+LIGHT_RATE = 5
 TORCH_THREADS = torch.get_num_threads()  # as torch chooses; the engine has its passes take one thread each
 
 
@@ -53,15 +54,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = make_checkpoint(folder / "card")
-        broker = start_broker()
+        broker = start_broker(controllable=True)
         try:
             figures = {
                 "machine": machine(broker),
                 "backlog": backlog(broker, checkpoint, folder, texts, options.events, options.rounds),
-                "light_load": light_load(broker, checkpoint, folder, texts, options.seconds),
-                "light_load_costless": light_load(
-                    broker, checkpoint, folder, texts, options.seconds, module="tests.support.costless_model"
-                ),
+                "light_load": light_load(broker, checkpoint, texts, options.seconds),
+                "light_load_costless": light_load(broker, checkpoint, texts, options.seconds, COSTLESS),
                 "help_s": help_seconds(),
             }
         finally:
@@ -170,48 +169,18 @@ def published(kafka: Kafka, topics: Topics) -> list[float]:
 
 
 def light_load(
-    broker: Broker, checkpoint: Path, folder: Path, texts: Sequence[str], seconds: float, **more: Any
+    broker: Broker, checkpoint: Path, texts: Sequence[str], seconds: float, module: str = "worker"
 ) -> dict[str, Any]:
-    """Milliseconds from publishing to reading the result, 5 events per second, one partition."""
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    kafka.create_all(topics, 1)
-    with workers_in(broker.bootstrap, checkpoint, folder) as workers:
-        worker = workers.start(topics, cache_size=0, cpu_threads="auto", linger_ms=LINGER_MS, **more)
-        worker.wait_until_ready()
-        times = asyncio.run(publish_to_result_ms(broker.bootstrap, topics, texts, int(seconds * 5)))
+    """Milliseconds from publishing to the result, by the broker's clock, 5 events per second, one partition."""
+    with new_testbed(broker, 1, checkpoint, module, cpu_threads="auto", linger_ms=LINGER_MS) as bed:
+        worker = bed.start().wait_until_ready()
+        times, _ = bed.waits_under_load(LIGHT_RATE, seconds, lambda number: event(number, texts[number]))
         assert worker.terminate() == 0
-    ordered = sorted(times[5:])
     return {
         "linger_ms": LINGER_MS,
-        "events": len(ordered),
-        "p50_ms": round(statistics.median(ordered), 1),
-        "p95_ms": round(ordered[int(len(ordered) * 0.95)], 1),
+        "events": len(times),
+        **percentiles(times),
     }
-
-
-async def publish_to_result_ms(bootstrap: str, topics: Topics, texts: Sequence[str], events: int) -> list[float]:
-    producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
-    consumer = AIOKafkaConsumer(topics.output, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
-    await producer.start()
-    await consumer.start()
-    sent: dict[str, float] = {}
-    times: list[float] = []
-
-    async def receive() -> None:
-        async for record in consumer:
-            times.append((time.perf_counter() - sent[json.loads(record.value)["id"]]) * 1000)
-            if len(times) == events:
-                return
-
-    receiving = asyncio.create_task(receive())
-    for number in range(events):
-        sent[str(number)] = time.perf_counter()
-        await producer.send(topics.input, json.dumps({"id": number, "text": texts[number]}).encode())
-        await asyncio.sleep(random.Random(number).uniform(0.15, 0.25))
-    await asyncio.wait_for(receiving, 30)
-    await consumer.stop()
-    await producer.stop()
-    return times
 
 
 # The rest.
