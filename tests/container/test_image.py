@@ -17,7 +17,7 @@ from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 
 IMAGE = os.environ.get("TEST_IMAGE", "")
-IS_LIGHT = IMAGE.endswith(":cpu")
+IS_LIGHT = IMAGE.endswith("sentiment-worker:cpu")
 EVENTS = 300
 READY_SECONDS = 120
 
@@ -151,7 +151,7 @@ def test_it_lists_what_it_has() -> None:
     assert all(part.get("licenses") for part in parts if part["name"] in ("sentiment-worker", "numpy", "aiokafka"))
 
 
-@pytest.mark.skipif(not IS_LIGHT, reason="is about the image for a CPU as it is by default, whose tag is cpu")
+@pytest.mark.skipif(not IS_LIGHT, reason="is about sentiment-worker:cpu, the image without torch")
 def test_the_image_for_a_cpu_has_no_torch_and_is_small() -> None:
     names = {part.partition("==")[0] for part in installed()}
     assert "onnxruntime" in names
