@@ -8,6 +8,7 @@ first member of a group begin at once (`group.initial.rebalance.delay.ms=0`).
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import tempfile
@@ -39,7 +40,8 @@ def main() -> None:
             path.chmod(0o755)  # the container's user is another one
         broker = start_broker()
         try:
-            figures: dict[str, Any] = {"machine": machine(broker), "images": {}}
+            busy = round(os.getloadavg()[0], 1)
+            figures: dict[str, Any] = {"machine": machine(broker), "load_before": busy, "images": {}}
             for image in options.images:
                 figures["images"][image] = {"megabytes": megabytes(image)} | {
                     model: [
@@ -114,7 +116,7 @@ def table(figures: dict[str, Any]) -> str:
     where = figures["machine"]
     lines = [
         f"Machine: {where['cpu']}, {where['cores']} cores, which the broker shares. Times are from `docker run`, with an "
-        "empty /cache. Medians; in brackets minimum and maximum.",
+        f"empty /cache. Medians; in brackets minimum and maximum. The machine's load before was {figures['load_before']}.",
         "",
         "| image | MB | model | alive, s | ready, s | first result, s | memory, MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -26,6 +26,7 @@ def main() -> None:
     rounds = [measured() for _ in range(parser.parse_args().rounds)]
     figures = {
         "machine": machine(None),
+        "load_before": [one["load_before"] for one in rounds],
         "seconds": {part: [one["seconds"][part] for one in rounds] for part in rounds[0]["seconds"]},
         "megabytes": rounds[-1]["megabytes"],
     }
@@ -34,6 +35,7 @@ def main() -> None:
 
 def measured() -> dict[str, Any]:
     """Seconds of each part and megabytes of each set, in folders that are deleted afterwards."""
+    load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clone = folder / "clone"
@@ -51,7 +53,11 @@ def measured() -> dict[str, Any]:
         )
         megabytes["make_demo_downloads"] = size(folder / "wheels")
         megabytes |= installed(clone, fresh, folder / "environment")
-    return {"seconds": {part: round(value, 1) for part, value in seconds.items()}, "megabytes": megabytes}
+    return {
+        "load_before": load,
+        "seconds": {part: round(value, 1) for part, value in seconds.items()},
+        "megabytes": megabytes,
+    }
 
 
 class Fresh:
@@ -113,7 +119,8 @@ def table(figures: dict[str, Any]) -> str:
     where = figures["machine"]
     head = [
         f"Machine: {where['cpu']}, {where['cores']} cores, Python {where['python']}. Empty caches. "
-        f"Medians of {len(whole)} rounds; in brackets minimum and maximum.",
+        f"Medians of {len(whole)} rounds; in brackets minimum and maximum. "
+        f"The machine's load before each was {', '.join(map(str, figures['load_before']))}.",
         "",
         "| | |",
         "| --- | --- |",
