@@ -74,16 +74,18 @@ class Decoder:
             return None
         try:
             objects = list(map(orjson.loads, values))
-        except orjson.JSONDecodeError:
+            if set(map(type, objects)) != {dict}:
+                return None
+            texts = self._text_paths.get(records[0].topic, self._text_path).get_all(objects)
+            ids = self._id_path.get_all(objects)
+        except (orjson.JSONDecodeError, KeyError):
             return None
-        if set(map(type, objects)) != {dict} or (self._is_enriched and any(ENRICHED_FIELD in each for each in objects)):
+        if self._is_enriched and any(ENRICHED_FIELD in each for each in objects):
             return None
-        texts = list(map(self._text_paths.get(records[0].topic, self._text_path).get, objects))
         if set(map(type, texts)) != {str} or not all(texts):
             return None
         if any(map(is_invisible, set(map(itemgetter(0), texts)))) and any(map(is_empty, texts)):
             return None
-        ids = list(map(self._id_path.get, objects))
         kinds = set(map(type, ids))
         if kinds == {int} and min(ids) > 0 and max(ids) < 2**63:  # others may have been written in another way
             ids = list(map(str, ids))

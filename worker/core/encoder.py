@@ -24,7 +24,7 @@ from worker.core.events import (
     place,
 )
 from worker.core.sentiment import LABELS, Sentiment
-from worker.core.timestamps import TOO_LATE, json_time, json_time_in, timestamp_ms
+from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
 
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
@@ -66,8 +66,15 @@ class Encoder:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
         headers = [record.headers for record in records]
-        event_times = [json_time(record.timestamp) for record in records]
-        if any(headers):
+        timestamps: Iterable[int | None] = [record.timestamp for record in records]
+        event_times = list(map(json_time, timestamps))
+        if self._is_dated_now:
+            timestamps = repeat(None)
+        elif NO_TIME in event_times:
+            timestamps = map(timestamp_ms, records)
+        own_headers: Iterable[list[tuple[str, bytes | None]]] = repeat(_JSON_HEADERS)
+        if self._is_cloud_event or any(headers):
+            own_headers = self._headers(records, events, processed_at)
             event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
         columns = (
             _json_strings([event.id for event in events]),
@@ -81,8 +88,6 @@ class Encoder:
         if self._is_enriched:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
-        timestamps = repeat(None) if self._is_dated_now else map(timestamp_ms, records)
-        own_headers = self._headers(records, events, processed_at)
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
         if TOO_LATE not in event_times:
             return results
