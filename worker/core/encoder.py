@@ -66,16 +66,7 @@ class Encoder:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
         headers = [record.headers for record in records]
-        timestamps: Iterable[int | None] = [record.timestamp for record in records]
-        event_times = list(map(json_time, timestamps))
-        if self._is_dated_now:
-            timestamps = repeat(None)
-        elif NO_TIME in event_times:
-            timestamps = map(timestamp_ms, records)
-        own_headers: Iterable[list[tuple[str, bytes | None]]] = repeat(_JSON_HEADERS)
-        if self._is_cloud_event or any(headers):
-            own_headers = self._headers(records, events, processed_at)
-            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
+        event_times, timestamps = self._times(records, headers)
         columns = (
             _json_strings([event.id for event in events]),
             map(_LABEL_BYTES.__getitem__, labels),
@@ -88,6 +79,9 @@ class Encoder:
         if self._is_enriched:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
+        own_headers: Iterable[list[tuple[str, bytes | None]]] = repeat(_JSON_HEADERS)
+        if self._is_cloud_event or any(headers):
+            own_headers = self._headers(records, events, processed_at)
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
         if TOO_LATE not in event_times:
             return results
@@ -99,6 +93,18 @@ class Encoder:
     def tombstone(self, record: Record) -> Outgoing:
         """A null with the key and the headers of its input, and with the timestamp that a result would have."""
         return Outgoing(record.key, None, list(record.headers), None if self._is_dated_now else timestamp_ms(record))
+
+    def _times(self, records: Sequence[Record], headers: Sequence[Headers]) -> tuple[list[bytes], Iterable[int | None]]:
+        """The times of N events as their results write them, and the results' own timestamps."""
+        timestamps: Iterable[int | None] = [record.timestamp for record in records]
+        event_times = list(map(json_time, timestamps))
+        if self._is_dated_now:
+            timestamps = repeat(None)
+        elif NO_TIME in event_times:
+            timestamps = map(timestamp_ms, records)
+        if any(headers):
+            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
+        return event_times, timestamps
 
     def _headers(
         self, records: Sequence[Record], events: Sequence[Event], processed_at: str

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from worker.commands.demo.broker import TOPICS
 from worker.commands.demo.counts import DemoCounts, WorkerCounts, discrepancies, summary
-from worker.commands.demo.errors import DemoError
 from worker.commands.demo.messages import Message, endless_passes, one_pass, reviews
 from worker.commands.demo.processes import (
+    DemoError,
     Stop,
     broker_process,
     check_alive,
