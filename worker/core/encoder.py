@@ -79,16 +79,12 @@ class Encoder:
         if self._is_enriched:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
-        own_headers: Iterable[list[tuple[str, bytes | None]]] = repeat(_JSON_HEADERS)
-        if self._is_cloud_event or any(headers):
-            own_headers = self._headers(records, events, processed_at)
+        own_headers = self._headers(records, headers, events, processed_at)
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
-        if TOO_LATE not in event_times:
-            return results
-        return [
-            _INVALID_TIMESTAMP if time is TOO_LATE else result
-            for result, time in zip(results, event_times, strict=True)
-        ]
+        if TOO_LATE in event_times:
+            pairs = zip(results, event_times, strict=True)
+            return [_INVALID_TIMESTAMP if time is TOO_LATE else result for result, time in pairs]
+        return results
 
     def tombstone(self, record: Record) -> Outgoing:
         """A null with the key and the headers of its input, and with the timestamp that a result would have."""
@@ -107,16 +103,17 @@ class Encoder:
         return event_times, timestamps
 
     def _headers(
-        self, records: Sequence[Record], events: Sequence[Event], processed_at: str
-    ) -> list[list[tuple[str, bytes | None]]]:
+        self, records: Sequence[Record], headers: Sequence[Headers], events: Sequence[Event], processed_at: str
+    ) -> Iterable[list[tuple[str, bytes | None]]]:
         if self._is_cloud_event:
             return [
-                cloudevents.without_attributes(record.headers)
+                cloudevents.without_attributes(own)
                 + cloudevents.result_headers(place(record), self._source, event.id, processed_at)
-                for record, event in zip(records, events, strict=True)
+                for record, own, event in zip(records, headers, events, strict=True)
             ]
-        of_result = _enriched_headers if self._is_enriched else _json_headers
-        return [of_result(record.headers) if record.headers else _JSON_HEADERS for record in records]
+        if not any(headers):
+            return repeat(_JSON_HEADERS)
+        return map(_enriched_headers if self._is_enriched else _json_headers, headers)
 
 
 def result_fields(
