@@ -9,8 +9,7 @@ from typing import Any, Final, get_origin
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from worker.settings import PREFIX
-from worker.settings.base import SECRETS, Settings
+from worker.settings.base import PREFIX, SECRETS, Settings
 from worker.settings.commands import (
     BenchSettings,
     ClassifySettings,

@@ -166,9 +166,9 @@ def _check(argv: Sequence[str]) -> int:
 
 def _command(name: str, kind: str, argv: Sequence[str]) -> int:
     """Runs ``worker.commands.NAME`` with the settings of the class ``kind``; it is imported once they are right."""
-    from worker import settings
+    from worker.settings import commands
 
-    configured = _configured(getattr(settings, kind), argv, name)
+    configured = _configured(getattr(commands, kind), argv, name)
     code: int = import_module(f"worker.commands.{name}").run(configured)
     return code
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from worker.model.runner import AGREEMENT
 from worker.model.sentiment_model import SentimentModel
 from worker.model.torch.backends import choose_cuda_forward
 from worker.model.torch.cuda import (
-    AGREEMENT,
     CapturedGraph,
     Graphs,
     Passes,
@@ -217,12 +217,12 @@ def test_no_agreement_where_half_precision_gives_no_number_or_all_labels_tie() -
 
 def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not(builtin: Any) -> None:
     network, examples = builtin
-    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float16"
     assert choice.exact is not None
     with torch.no_grad():
         network.classifier.bias.fill_(1_000)  # where half precision has steps of a half
-    choice = choose_cuda_forward(network, backend="torch", dtype="auto", columns=[0, 1, 2], examples=examples)
+    choice = choose_cuda_forward(network, dtype="auto", columns=[0, 1, 2], examples=examples)
     assert choice.dtype == "float32"
     assert choice.exact is None
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from tests.support.waiting import wait_for
 from worker.commands import demo
 from worker.commands.demo.counts import DemoCounts, Speed, WorkerCounts, discrepancies, summary
-from worker.commands.demo.errors import DemoError
 from worker.commands.demo.messages import BROKEN, Message, Review, endless_passes, one_pass, reviews
+from worker.commands.demo.processes import DemoError
 from worker.commands.demo.views import LinesView, LiveView, bar
 from worker.core.decoder import Decoder
 from worker.core.events import Event, Failure, Null

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from tests.support.broker import free_port
-from worker.commands.runbook import runbook
+from worker.commands.run import runbook
 
 STUBBORN = """
 import asyncio

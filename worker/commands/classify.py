@@ -4,6 +4,7 @@ import codecs
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,11 +106,8 @@ def _utf8(file: BinaryIO) -> Iterator[bytes]:
         yield begin.removeprefix(mark)
         yield from blocks
         return
-    decoder = codecs.getincrementaldecoder(encoding)("unpaired")
-    yield decoder.decode(begin.removeprefix(mark)).encode(errors="surrogatepass")
-    for block in blocks:
-        yield decoder.decode(block).encode(errors="surrogatepass")
-    yield decoder.decode(b"", final=True).encode(errors="surrogatepass")
+    for text in codecs.iterdecode(chain([begin.removeprefix(mark)], blocks), encoding, "unpaired"):
+        yield text.encode(errors="surrogatepass")
 
 
 def _decoded(line: bytes) -> str | None:
@@ -124,14 +122,10 @@ def _results(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iter
     scored = iter(model.score([text for _, text in batch if text is not None and not is_empty(text)]))
     processed_at = iso_time(time.time() * 1000)
     for number, text in batch:
-        if text is None:
-            yield {"id": str(number), "reason": "invalid_utf8"}
-            continue
-        if is_empty(text):
-            yield {"id": str(number), "reason": "empty_text"}
-            continue
-        sentiment, truncated = next(scored)
+        reason, sentiment = "invalid_utf8" if text is None else "empty_text" if is_empty(text) else None, None
+        if reason is None:
+            sentiment, truncated = next(scored)
         if sentiment is None:
-            yield {"id": str(number), "reason": "inference_failed"}
-            continue
-        yield result_fields(str(number), sentiment, truncated, model.name, None, None, processed_at)
+            yield {"id": str(number), "reason": reason or "inference_failed"}
+        else:
+            yield result_fields(str(number), sentiment, truncated, model.name, None, None, processed_at)

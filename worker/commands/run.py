@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from worker import __version__
@@ -17,7 +19,6 @@ from worker.commands.run_parts import (
     tell_that_it_is_ready,
     tracing,
 )
-from worker.commands.runbook import project_urls, runbook
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -121,6 +122,19 @@ def _reloader(shared: Shared) -> Reloader:
     )
 
 
+def runbook(urls: Sequence[str]) -> str | None:
+    """Where it stands what to do if the worker is not ready, by the package's lines ``name, address``; None without one."""
+    found = (url.removeprefix("Runbook, ") for url in urls if url.startswith("Runbook, "))
+    return next((f"{url}#sentimentworkernotready" for url in found), None)
+
+
+def _project_urls() -> list[str]:
+    try:
+        return metadata("sentiment-worker").get_all("Project-URL", [])
+    except PackageNotFoundError:
+        return []
+
+
 def _server(shared: Shared, reloader: Reloader) -> Server:
     settings = shared.settings
     access = AccessControl(
@@ -135,7 +149,7 @@ def _server(shared: Shared, reloader: Reloader) -> Server:
         shared.recent,
         shown_settings(settings),
         version=__version__,
-        runbook=runbook(project_urls()),
+        runbook=runbook(_project_urls()),
     )
     return Server(
         shared.health,

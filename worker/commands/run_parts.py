@@ -177,23 +177,28 @@ def _pipeline(
     shared: Shared, connection: Connection, source: Source, delivery: Delivery, limits: dict[str, TopicLimits]
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
-    output, dead_letters, version = settings.output_topic, settings.dead_letter_topic, __version__
+    output, dead_letters = settings.output_topic, settings.dead_letter_topic
     dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
     return Pipeline(
         source=source,
         inference=shared.inference,
         outcomes=Outcomes(
             decoder(settings),
-            _encoder(settings),
+            Encoder(
+                output_mode=settings.output_mode,
+                output_format=settings.output_format,
+                group_id=settings.group_id,
+                result_timestamp=settings.result_timestamp,
+            ),
             output_topic=output,
             dead_letter_topic=dead_letters,
-            version=version,
+            version=__version__,
             turn_budget=turn_budget,
         ),
         publishing=Publishing(
             output_topic=output,
             dead_letter_topic=dead_letters,
-            version=version,
+            version=__version__,
             turn_budget=turn_budget,
             tracing=shared.tracing,
         ),
@@ -225,15 +230,6 @@ def decoder(settings: RunSettings) -> Decoder:
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
         on_null_text=settings.on_null_text,
-    )
-
-
-def _encoder(settings: RunSettings) -> Encoder:
-    return Encoder(
-        output_mode=settings.output_mode,
-        output_format=settings.output_format,
-        group_id=settings.group_id,
-        result_timestamp=settings.result_timestamp,
     )
 
 

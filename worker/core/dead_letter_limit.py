@@ -31,22 +31,16 @@ class DeadLetterLimit:
         """
         if not self._limit:
             return
-        self._add(records, Counter(reasons))
-        while self._batches and self._records - self._batches[0][0] >= self._window:
-            self._remove_oldest()
+        self._batches.append((records, Counter(reasons)))
+        self._records += records
+        self._reasons.update(reasons)
+        while self._records - self._batches[0][0] >= self._window:
+            oldest, of_oldest = self._batches.popleft()
+            self._records -= oldest
+            self._reasons -= of_oldest
         failed = self._reasons.total()
         if self._records >= self._window and failed >= self._limit * self._records:
             raise TooManyDeadLetters(self._message(failed))
-
-    def _add(self, records: int, reasons: Counter[Reason]) -> None:
-        self._batches.append((records, reasons))
-        self._records += records
-        self._reasons += reasons
-
-    def _remove_oldest(self) -> None:
-        records, reasons = self._batches.popleft()
-        self._records -= records
-        self._reasons -= reasons
 
     def _message(self, failed: int) -> str:
         (reason, times), *_ = self._reasons.most_common(1)

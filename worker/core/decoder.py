@@ -41,7 +41,7 @@ class Decoder:
         if headers and (mode := cloudevents.mode(headers)):
             return self._decode_cloud_event(record, value, mode)
         if self._is_text:
-            return self._decode_text(record, value)
+            return self._with_text(_id_from_record(record), value, "value")
         fields = read_object(value)
         if isinstance(fields, Failure):
             return fields
@@ -74,29 +74,24 @@ class Decoder:
             return None
         try:
             objects = list(map(orjson.loads, values))
-        except orjson.JSONDecodeError:
+            if set(map(type, objects)) != {dict}:
+                return None
+            texts = self._text_paths.get(records[0].topic, self._text_path).get_all(objects)
+            ids = self._id_path.get_all(objects)
+        except (orjson.JSONDecodeError, KeyError):
             return None
-        if set(map(type, objects)) != {dict} or (self._is_enriched and any(ENRICHED_FIELD in each for each in objects)):
+        if self._is_enriched and any(ENRICHED_FIELD in each for each in objects):
             return None
-        texts = list(map(self._text_paths.get(records[0].topic, self._text_path).get, objects))
         if set(map(type, texts)) != {str} or not all(texts):
             return None
         if any(map(is_invisible, set(map(itemgetter(0), texts)))) and any(map(is_empty, texts)):
             return None
-        ids = list(map(self._id_path.get, objects))
         kinds = set(map(type, ids))
         if kinds == {int} and min(ids) > 0 and max(ids) < 2**63:  # others may have been written in another way
             ids = list(map(str, ids))
         elif kinds != {str}:
             return None
         return named_tuples(Event, ids, texts) if max(map(len, texts)) <= self._max_text_chars else None
-
-    def _decode_text(self, record: Record, value: bytes) -> Decoded:
-        try:
-            text = value.decode()
-        except UnicodeDecodeError as error:
-            return decode_failure("invalid_utf8", f"the value is not UTF-8 at byte {error.start}")
-        return self._refusal(text) or Event(_id_from_record(record), text)
 
     def _decode_cloud_event(self, record: Record, value: bytes, mode: cloudevents.Mode) -> Decoded:
         """Its data is read by its content type; where a binary event names none, as ``input_format`` says."""
@@ -109,18 +104,18 @@ class Decoder:
             return Null.SKIPPED
         is_text = cloudevents.is_text(event.media_type) if event.media_type else self._is_text
         if is_text and not self._is_enriched:
-            return self._with_text(event.id, event.data)
+            return self._with_text(event.id, event.data, "data")
         if is_text or (self._is_enriched and mode == "structured" and type(event.data) is bytes):
             return decode_failure("not_an_object", "the event's data is no JSON object, which output_mode enrich needs")
         if event.media_type and not cloudevents.is_json(event.media_type):
             return decode_failure("invalid_cloudevent", "the content type of the data is neither JSON nor text")
         return self._with_fields(record, event.id, event.data)
 
-    def _with_text(self, id: str, data: Any) -> Decoded:
+    def _with_text(self, id: str, data: Any, name: str) -> Decoded:
         try:
             text = data.decode() if type(data) is bytes else data
         except UnicodeDecodeError as error:
-            return decode_failure("invalid_utf8", f"the data is not UTF-8 at byte {error.start}")
+            return decode_failure("invalid_utf8", f"the {name} is not UTF-8 at byte {error.start}")
         if type(text) is not str:
             return decode_failure("text_not_string", "the event's data is not a string")
         return self._refusal(text) or Event(id, text)

@@ -24,7 +24,7 @@ from worker.core.events import (
     place,
 )
 from worker.core.sentiment import LABELS, Sentiment
-from worker.core.timestamps import TOO_LATE, json_time, json_time_in, timestamp_ms
+from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
 
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
@@ -66,9 +66,7 @@ class Encoder:
             return []
         labels, scores, probabilities = zip(*sentiments, strict=True)
         headers = [record.headers for record in records]
-        event_times = [json_time(record.timestamp) for record in records]
-        if any(headers):
-            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
+        event_times, timestamps = self._times(records, headers)
         columns = (
             _json_strings([event.id for event in events]),
             map(_LABEL_BYTES.__getitem__, labels),
@@ -81,31 +79,41 @@ class Encoder:
         if self._is_enriched:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
-        timestamps = repeat(None) if self._is_dated_now else map(timestamp_ms, records)
-        own_headers = self._headers(records, events, processed_at)
+        own_headers = self._headers(records, headers, events, processed_at)
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
-        if TOO_LATE not in event_times:
-            return results
-        return [
-            _INVALID_TIMESTAMP if time is TOO_LATE else result
-            for result, time in zip(results, event_times, strict=True)
-        ]
+        if TOO_LATE in event_times:
+            pairs = zip(results, event_times, strict=True)
+            return [_INVALID_TIMESTAMP if time is TOO_LATE else result for result, time in pairs]
+        return results
 
     def tombstone(self, record: Record) -> Outgoing:
         """A null with the key and the headers of its input, and with the timestamp that a result would have."""
         return Outgoing(record.key, None, list(record.headers), None if self._is_dated_now else timestamp_ms(record))
 
+    def _times(self, records: Sequence[Record], headers: Sequence[Headers]) -> tuple[list[bytes], Iterable[int | None]]:
+        """The times of N events as their results write them, and the results' own timestamps."""
+        timestamps: Iterable[int | None] = [record.timestamp for record in records]
+        event_times = list(map(json_time, timestamps))
+        if self._is_dated_now:
+            timestamps = repeat(None)
+        elif NO_TIME in event_times:
+            timestamps = map(timestamp_ms, records)
+        if any(headers):
+            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
+        return event_times, timestamps
+
     def _headers(
-        self, records: Sequence[Record], events: Sequence[Event], processed_at: str
-    ) -> list[list[tuple[str, bytes | None]]]:
+        self, records: Sequence[Record], headers: Sequence[Headers], events: Sequence[Event], processed_at: str
+    ) -> Iterable[list[tuple[str, bytes | None]]]:
         if self._is_cloud_event:
             return [
-                cloudevents.without_attributes(record.headers)
+                cloudevents.without_attributes(own)
                 + cloudevents.result_headers(place(record), self._source, event.id, processed_at)
-                for record, event in zip(records, events, strict=True)
+                for record, own, event in zip(records, headers, events, strict=True)
             ]
-        of_result = _enriched_headers if self._is_enriched else _json_headers
-        return [of_result(record.headers) if record.headers else _JSON_HEADERS for record in records]
+        if not any(headers):
+            return repeat(_JSON_HEADERS)
+        return map(_enriched_headers if self._is_enriched else _json_headers, headers)
 
 
 def result_fields(

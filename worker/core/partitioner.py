@@ -30,6 +30,8 @@ def partitions_for(keys: Sequence[bytes | None], origins: Sequence[int], partiti
 def murmur2(keys: Sequence[bytes]) -> Hashes:
     """The hashes of N keys, unsigned, shape (N,), as Kafka's Java client computes them."""
     lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    if lengths.max(initial=0) <= MAX_PADDED_BYTES:
+        return _hash_padded(keys, lengths)
     hashes = np.empty(len(keys), np.uint32)
     is_short = lengths <= MAX_PADDED_BYTES
     hashes[is_short] = _hash_padded(list(compress(keys, is_short)), lengths[is_short])

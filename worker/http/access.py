@@ -18,9 +18,7 @@ log = logging.getLogger(__name__)
 TokenFor = Literal["changes", "all"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-LOG_EVERY_S: Final = (
-    10  # at most one line in so many seconds for each kind of refusal, lest guessed tokens fill the log
-)
+LOG_EVERY_S: Final = 10  # between two lines on refusals of one kind, lest guessed tokens fill the log
 PROBES: Final = ("/livez", "/readyz")
 READING: Final = ("GET", "HEAD")
 

@@ -78,8 +78,9 @@ class Outcomes:
     def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
         if isinstance(decoded, Failure):
             return self._dead_letter(record, decoded)
-        is_sent = decoded is Null.TOMBSTONE
-        return Outcome(record, self._for_output(record, self._encoder.tombstone(record)) if is_sent else None)
+        if decoded is Null.SKIPPED:
+            return Outcome(record, None)
+        return Outcome(record, _producer_record(self._output_topic, record, self._encoder.tombstone(record)))
 
     def _results(
         self, records: Sequence[Record], events: list[Event], job: Job, first_text: int, processed_at: str
@@ -117,15 +118,14 @@ class Outcomes:
         return [
             self._dead_letter(record, result)
             if type(result) is Failure
-            else Outcome(record, self._for_output(record, result), None, answer)  # type: ignore[arg-type]
+            else Outcome(record, _producer_record(self._output_topic, record, result), None, answer)  # type: ignore[arg-type]
             for record, result, answer in zip(records, results, answers, strict=True)
         ]
 
     def _dead_letter(self, record: Record, failure: Failure) -> Outcome:
-        return Outcome(record, self._for_dead_letters(record, dead_letter(record, failure, self._version)), failure)
+        letter = dead_letter(record, failure, self._version)
+        return Outcome(record, _producer_record(self._dead_letter_topic, record, letter), failure)
 
-    def _for_output(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
-        return ProducerRecord(self._output_topic, outgoing, record.partition, record.offset)
 
-    def _for_dead_letters(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
-        return ProducerRecord(self._dead_letter_topic, outgoing, record.partition, record.offset)
+def _producer_record(topic: str, record: Record, outgoing: Outgoing) -> ProducerRecord:
+    return ProducerRecord(topic, outgoing, record.partition, record.offset)

@@ -97,7 +97,9 @@ class Pipeline:
             "encode": asyncio.create_task(self._encode(queues)),
             "deliver": asyncio.create_task(self._delivery.run()),
             "limit": asyncio.create_task(self._accounting.raise_when_exceeded()),
-            "garbage collection": asyncio.create_task(garbage_collection.collect(self._is_quiet)),
+            "garbage collection": asyncio.create_task(
+                garbage_collection.collect(lambda: self._source.records_held() <= FEW)
+            ),
         }
         if self._watch_topics:
             tasks["topics"] = asyncio.create_task(self._watch_topics())
@@ -121,9 +123,6 @@ class Pipeline:
             await cancelled([draining, *tasks.values()])
         if broken:
             raise broken
-
-    def _is_quiet(self) -> bool:
-        return self._source.records_held() <= FEW
 
     # Endings.
 

@@ -3,15 +3,15 @@
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
+from urllib.parse import quote, unquote
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from worker.settings.lists import is_list_of_words, unquoted
-
 PREFIX = "WORKER_"
 SECRETS = ("http_token", "sasl_password", "ssl_key_password")
+QUOTED = "quoted:"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -94,3 +94,20 @@ def takes_list(kind: type[Settings], name: str) -> bool:
 
 def _takes(annotation: object, *kinds: type) -> bool:
     return annotation in kinds or any(_takes(each, *kinds) for each in get_args(annotation))
+
+
+def quoted(word: str) -> str:
+    """The word of a list as pydantic-settings leaves it whole, which would split it at commas and quotes."""
+    return QUOTED + quote(word, safe="", errors="surrogatepass")
+
+
+def unquoted(words: list[str]) -> list[str]:
+    """The words as they were before ``quoted``; those that did not go through it stay as they are."""
+    return [
+        unquote(each.removeprefix(QUOTED), errors="surrogatepass") if each.startswith(QUOTED) else each
+        for each in words
+    ]
+
+
+def is_list_of_words(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)

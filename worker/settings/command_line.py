@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from worker.errors import WrongSetting
-from worker.settings.base import SECRETS, Settings, takes_list
-from worker.settings.lists import quoted
+from worker.settings.base import SECRETS, Settings, quoted, takes_list
 from worker.settings.sentences import flag_of, suggestion
 
 FLAG = re.compile(r"--[A-Za-z_-]+")

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic_core import ErrorDetails
 
-from worker.settings.base import PREFIX, SECRETS, Settings
-from worker.settings.lists import is_list_of_words, unquoted
+from worker.settings.base import PREFIX, SECRETS, Settings, is_list_of_words, unquoted
 
 
 def flag_of(name: str) -> str:

@@ -1,13 +1,13 @@
 """Types of values: what each takes, and the sentence that says so where a value is refused."""
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from worker.reasons import Reason
-from worker.settings.lists import unquoted
+from worker.settings.base import unquoted
 from worker.settings.values import moment_ms, split_names, text_fields, whole_name
 
 INT32 = 2**31 - 1
@@ -19,6 +19,17 @@ HTTP_TOKEN = re.compile(r"[!-~]{16,1024}")
 TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")  # Kafka's own rule (org.apache.kafka.common.internals.Topic)
 
 
+def _should(do: str, is_right: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A validator that takes what ``is_right`` accepts; ``do`` says what a value should be or do, for the sentence."""
+
+    def checked(value: Any) -> Any:
+        if not is_right(value):
+            raise ValueError(f"it should {do}")
+        return value
+
+    return checked
+
+
 def _once(names: Sequence[str]) -> None:
     """Raises ValueError where one of them is there twice."""
     for place, name in enumerate(names):
@@ -26,10 +37,7 @@ def _once(names: Sequence[str]) -> None:
             raise ValueError(f"it should name each one once, and {name} is there twice")
 
 
-def _names(value: str) -> str:
-    if not split_names(value):
-        raise ValueError("it should name at least one, separated by commas")
-    return value
+_names = _should("name at least one, separated by commas", split_names)
 
 
 def _is_host(name: str) -> bool:
@@ -39,10 +47,7 @@ def _is_host(name: str) -> bool:
         return False
 
 
-def _host(value: str) -> str:
-    if not _is_host(value):
-        raise ValueError("it should be a host's name or address")
-    return value
+_host = _should("be a host's name or address", _is_host)
 
 
 def _host_names(value: str) -> str:
@@ -65,28 +70,19 @@ def _servers(value: str) -> str:
     return value
 
 
-def _topic(value: str) -> str:
-    if not TOPIC.fullmatch(value):
-        raise ValueError("it should be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens")
-    return value
+_topic = _should("be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens", TOPIC.fullmatch)
+_path_in_object = _should("be a field's name, or a dotted path such as payload.text", lambda path: all(path.split(".")))
+_http_token = _should(
+    "be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints",
+    lambda token: HTTP_TOKEN.fullmatch(token.get_secret_value()),
+)
+_width = _should("be a multiple of 64, or below 128", lambda width: width < 128 or width % 64 == 0)
 
 
 def _topics(value: str) -> str:
     for name in split_names(_names(value)):
         _topic(name)
     _once(split_names(value))
-    return value
-
-
-def _http_token(value: SecretStr) -> SecretStr:
-    if not HTTP_TOKEN.fullmatch(value.get_secret_value()):
-        raise ValueError("it should be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints")
-    return value
-
-
-def _path_in_object(value: str) -> str:
-    if not all(value.split(".")):
-        raise ValueError("it should be a field's name, or a dotted path such as payload.text")
     return value
 
 
@@ -109,12 +105,6 @@ def _text_fields(value: str) -> str:
         _topic(topic)
     if len(by_topic) < sum("=" in word for word in words):
         raise ValueError("it should name each topic once")
-    return value
-
-
-def _width(value: int) -> int:
-    if value >= 128 and value % 64:
-        raise ValueError("it should be a multiple of 64, or below 128")
     return value
 
 

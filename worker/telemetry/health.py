@@ -25,8 +25,8 @@ class _NotReady:
 class Health:
     """The state of each part of the worker, a part being named in one word. Use it from the event loop; nothing blocks.
 
-    ``why_not_alive`` returns why inference is dead, or None; it is called at each probe. ``when_ready`` is called once, the
-    first time that every part is ready.
+    ``why_not_alive`` returns why inference is dead, or None. /livez asks for nothing else: a restart does not repair a
+    broker. ``when_ready`` is called once, the first time that every part is ready.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Health:
         clock: Callable[[], float] = time.monotonic,
         when_ready: Callable[[], None] | None = None,
     ) -> None:
-        self._why_not_alive = why_not_alive
+        self.why_not_alive = why_not_alive
         self._clock = clock
         self._when_ready = when_ready
         self._parts: dict[str, _NotReady] = {}  # those that are not ready
@@ -87,18 +87,13 @@ class Health:
         if explanation:
             self._log_once(part, state, explanation)
 
-    def why_not_alive(self) -> str | None:
-        """For /livez. Kafka plays no part in it, because a restart does not repair a broker."""
-        return self._why_not_alive()
-
     def is_failing(self) -> bool:
         """Whether inference is dead or a part fails; a part that has not begun, or is ending, does not count."""
-        return self._why_not_alive() is not None or any(state.logged for state in self._parts.values())
+        return self.why_not_alive() is not None or any(state.logged for state in self._parts.values())
 
     def why_not_ready(self) -> str | None:
         """For /readyz. A failure comes before what merely has not begun, or is ending."""
-        dead = self._why_not_alive()
-        if dead:
+        if dead := self.why_not_alive():
             return dead
         states = sorted(self._parts.items(), key=lambda item: not item[1].logged)
         return next((f"{part}: {'; '.join(filter(None, (it.reason, it.explanation)))}" for part, it in states), None)

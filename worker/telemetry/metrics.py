@@ -32,13 +32,7 @@ STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
-IN_FORCE = (
-    "device",
-    "dtype",
-    "backend",
-    "cpu_threads",
-    "max_batch_tokens",
-)  # settings whose values in force are labels
+IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # settings whose values are labels
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they are one more series for each counter, which nobody reads
@@ -132,9 +126,7 @@ class Metrics:
             "consumer_lag_records", "End offset minus the next offset to commit", ["topic", "partition"]
         )
         self.lag_seconds = gauge(
-            "consumer_lag_seconds",
-            "Age of the oldest record that is not committed",
-            ["topic", "partition"],
+            "consumer_lag_seconds", "Age of the oldest record that is not committed", ["topic", "partition"]
         )
         self.assigned_partitions = gauge("assigned_partitions", "Partitions assigned to this process")
         self.rebalances = counter("rebalances_total", "Assignments received from the group")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from worker.core.events import Headers, Record
 from worker.errors import WrongSetting
@@ -52,16 +52,12 @@ def refuse_without_the_extra() -> None:
         raise WrongSetting("tracing otel needs the extra otel: pip install 'sentiment-worker[otel]'") from None
 
 
-class BatchTrace:
-    """What the next span of a micro-batch needs of those before: the receive span, the links, and when the last one ended.
+class BatchTrace(NamedTuple):
+    """What the next span of a micro-batch needs: the receive span, the links, and when the last span ended."""
 
-    ``ended_at`` is in ns since 1970.
-    """
-
-    def __init__(self, receive: "Span", links: "list[Link]", ended_at: int) -> None:
-        self.receive = receive
-        self.links = links
-        self.ended_at = ended_at
+    receive: "Span"
+    links: "list[Link]"
+    ended_at: int  # in ns since 1970
 
 
 class Tracing:
@@ -117,16 +113,8 @@ class Tracing:
         records = list(records)
         attributes = self._attributes("process", "process", records) | self._consumer
         attributes |= {"sentiment_worker.dead_letters": failed}
-        now = time.time_ns()
-        self._span(
-            "process",
-            "CONSUMER",
-            attributes,
-            batch.links,
-            batch.ended_at,
-            now,
-            self._trace.set_span_in_context(batch.receive),
-        )
+        context = self._trace.set_span_in_context(batch.receive)
+        self._span("process", "CONSUMER", attributes, batch.links, batch.ended_at, time.time_ns(), context)
 
     def sent(self, topic: str, records: Sequence[Record], began_at: int) -> None:
         """A topic has acknowledged the outcomes of these records, or refused them for good.

@@ -53,18 +53,12 @@ class ProgressView:
 
     def __call__(self, progress: Progress) -> None:
         """Shows how far a stage has come."""
+        stage, done, total = progress.stage, progress.done, progress.total
+        tenth = 10 * done // max(1, total)
         if self._bars:
-            self._draw(self._bars, progress)
-        else:
-            self._print(progress)
-
-    def _draw(self, bars: ProgressBars, progress: Progress) -> None:
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, note="")
-        bars.update(self._tasks[progress.stage], total=progress.total, completed=progress.done, note=progress.note)
-
-    def _print(self, progress: Progress) -> None:
-        tenth = 10 * progress.done // max(1, progress.total)
-        if tenth > self._tenths.get(progress.stage, -1):
-            self._tenths[progress.stage] = tenth
-            self._console.print(f"{progress.stage}: {progress.done}/{progress.total} {progress.note}".rstrip())
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
+            self._bars.update(self._tasks[stage], total=total, completed=done, note=progress.note)
+        elif tenth > self._tenths.get(stage, -1):
+            self._tenths[stage] = tenth
+            self._console.print(f"{stage}: {done}/{total} {progress.note}".rstrip())

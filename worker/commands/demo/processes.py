@@ -14,10 +14,13 @@ from types import FrameType
 from typing import Any, Self
 
 from worker.commands.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
-from worker.commands.demo.errors import DemoError
 
 READY_S = 120
 DRAIN_S = 30
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message is one sentence for its user."""
 
 
 class Stop:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import confluent_kafka as kafka
@@ -15,9 +15,9 @@ from rich.console import Console
 
 from worker.commands.demo.broker import TOPICS
 from worker.commands.demo.counts import DemoCounts, WorkerCounts, discrepancies, summary
-from worker.commands.demo.errors import DemoError
 from worker.commands.demo.messages import Message, endless_passes, one_pass, reviews
 from worker.commands.demo.processes import (
+    DemoError,
     Stop,
     broker_process,
     check_alive,
@@ -110,7 +110,8 @@ def run_demo(settings: DemoSettings, console: Console, live: bool, stop: Stop, f
         counts = DemoCounts()
         traffic = stack.enter_context(contextlib.closing(Traffic(servers, counts)))
         messages, total = _messages(settings)
-        view = (LiveView if live else LinesView)(console, counts, total, _addresses(servers, port))
+        addresses = f"metrics  http://127.0.0.1:{port}/metrics", f"broker   {servers}, topics {', '.join(TOPICS)}"
+        view = (LiveView if live else LinesView)(console, counts, total, addresses)
         demo = DemoRun(worker=worker, port=port, traffic=traffic, counts=counts, view=view, stop=stop)
         with view:
             demo.send(messages, settings.rate)
@@ -131,10 +132,6 @@ def _messages(settings: DemoSettings) -> tuple[Iterable[Message], int | None]:
         return endless_passes(reviews(), settings.events), None
     messages = one_pass(reviews(), settings.events)
     return messages, len(messages)
-
-
-def _addresses(servers: str, port: int) -> Sequence[str]:
-    return f"metrics  http://127.0.0.1:{port}/metrics", f"broker   {servers}, topics {', '.join(TOPICS)}"
 
 
 def run(settings: DemoSettings) -> int:

@@ -8,8 +8,8 @@ import confluent_kafka as kafka
 
 from worker.commands.demo.broker import DEAD_LETTER_TOPIC, GROUP, INPUT_TOPIC, OUTPUT_TOPIC
 from worker.commands.demo.counts import DemoCounts
-from worker.commands.demo.errors import DemoError
 from worker.commands.demo.messages import Message
+from worker.commands.demo.processes import DemoError
 from worker.core.events import ID_HEADER
 
 

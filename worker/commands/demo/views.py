@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,21 +16,13 @@ from rich.text import Text
 from worker.commands.demo.counts import RECENT, DemoCounts, Speed, label_counts, latencies, reason_counts
 from worker.core.sentiment import LABELS
 
-FRAME_S = 0.2
-LINE_S = 2.0
 COLOURS: Mapping[str, str] = {"negative": "red", "neutral": "yellow", "positive": "green"}
 
 
-class View(Protocol):
-    """Shows the counts as they grow; ``show`` is called often and draws when it is time to."""
+class View:
+    """Shows the counts as they grow; ``show`` is called often and draws once in ``period_s`` seconds."""
 
-    def __enter__(self) -> object: ...
-    def __exit__(self, *_: object) -> None: ...
-    def show(self, now: float) -> None: ...
-
-
-class LinesView:
-    """A line every two seconds, where there is no terminal to draw on."""
+    period_s: float
 
     def __init__(self, console: Console, counts: DemoCounts, total: int | None, addresses: Sequence[str]) -> None:
         self._console, self._counts, self._total, self._addresses = console, counts, total, addresses
@@ -38,35 +30,44 @@ class LinesView:
         self._speed = Speed()
 
     def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def show(self, now: float) -> None:
+        if now >= self._due:
+            self._due = now + self.period_s
+            self._draw(now)
+
+    def _draw(self, now: float) -> None:
+        raise NotImplementedError
+
+
+class LinesView(View):
+    """A line every two seconds, where there is no terminal to draw on."""
+
+    period_s = 2.0
+
+    def __enter__(self) -> Self:
         for address in self._addresses:
             say(self._console, address)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def show(self, now: float) -> None:
-        if now < self._due:
-            return
-        self._due = now + LINE_S
-        say(self._console, self._line(now))
-
-    def _line(self, now: float) -> str:
+    def _draw(self, now: float) -> None:
         counts = self._counts
         speed = f"{self._speed.at(now, counts.came_out):.0f}/s"
-        return (
-            f"{now - self._started:4.0f} s  {_events_in(counts, self._total)}, {speed}"
-            f" | {counts.results} results: {label_counts(counts)} | {counts.dead_letters} dead letters | {latencies(counts)}"
-        )
+        events = f"{now - self._started:4.0f} s  {_events_in(counts, self._total)}, {speed}"
+        outcomes = f"{counts.results} results: {label_counts(counts)} | {counts.dead_letters} dead letters"
+        say(self._console, f"{events} | {outcomes} | {latencies(counts)}")
 
 
-class LiveView:
+class LiveView(View):
     """A view that is drawn anew five times a second."""
 
+    period_s = 0.2
+
     def __init__(self, console: Console, counts: DemoCounts, total: int | None, addresses: Sequence[str]) -> None:
-        self._counts, self._total, self._addresses = counts, total, addresses
-        self._due = 0.0
-        self._speed = Speed()
+        super().__init__(console, counts, total, addresses)
         self._width = min(console.width, 110)
         self._texts = max(0, min(RECENT, console.height - 17))
         self._live = Live(console=console, auto_refresh=False)
@@ -76,13 +77,10 @@ class LiveView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.update(self.picture(time.monotonic()), refresh=True)
+        self._draw(time.monotonic())
         self._live.__exit__(None, None, None)
 
-    def show(self, now: float) -> None:
-        if now < self._due:
-            return
-        self._due = now + FRAME_S
+    def _draw(self, now: float) -> None:
         self._live.update(self.picture(now), refresh=True)
 
     def picture(self, now: float) -> RenderableType:
