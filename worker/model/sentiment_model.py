@@ -102,8 +102,8 @@ class SentimentModel:
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
         Never runs a checkpoint's own code: not its Python, and of a ``.bin`` it reads only the tensors. On a CPU, torch is
-        imported only for what ONNX Runtime cannot compute. Blocks. Raises ModelError, and BackendError where this checkpoint or machine
-        cannot do what ``backend`` or ``dtype`` ask for.
+        imported only for what ONNX Runtime cannot compute. Raises ModelError, and BackendError where this checkpoint or
+        machine cannot do what ``backend`` or ``dtype`` ask for.
 
         name_or_path: a folder, with ``/``, ``./``, ``../`` or ``~`` in front; ``builtin``; any other name is of the hub
         revision: the hub's branch, tag or commit; None is its newest
