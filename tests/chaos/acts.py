@@ -137,7 +137,7 @@ def other_addresses(scene: Scene, chance: random.Random) -> str:
 
 
 def topic_made_anew(scene: Scene, _: random.Random) -> str:
-    """The input topic is deleted when all of it is done, and made again: every worker ends over it, and begins anew."""
+    """The input topic is deleted when all of it is done, and created again: every worker ends over it, and begins anew."""
     fleet, topics = scene.fleet, scene.topics
     allowed = scene.feed.allowed
     scene.feed.hold()
@@ -154,7 +154,7 @@ def topic_made_anew(scene: Scene, _: random.Random) -> str:
         wait_until(slot, lambda slot=slot: is_ready(slot), "be ready")  # type: ignore[misc]
     for slot in fleet.slots:
         slot.may_fail = False
-    return "the input topic is deleted and made again"
+    return "the input topic is deleted and created again"
 
 
 def slow_output(scene: Scene, chance: random.Random) -> str:

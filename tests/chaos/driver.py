@@ -84,7 +84,7 @@ class Feed(threading.Thread):
         """Nothing more until `allowed` is raised; returns when all that was offered is published."""
         self.allowed = 0
         wait_for(lambda: self._producer.flush(1) == 0, "the feed to be published", 60)
-        # librdkafka takes no leader of a topic made anew, whose epochs begin at 0 again, for newer than the one it knew.
+        # A topic that was created again has epochs from 0, so librdkafka takes its leaders for older than the one it knew.
         self._producer = Producer(self._config)
 
     def trickle(self) -> None:

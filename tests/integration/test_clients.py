@@ -29,7 +29,7 @@ from worker.kafka.consumer import Consumer
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
 from worker.kafka.transactional_sink import Lost, PartitionSink, Refusals
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -177,7 +177,7 @@ async def test_a_silent_broker_holds_up_neither_the_others_nor_itself_at_another
             assert connection.connected()
         assert not any(task.done() for task in silent)
     finally:
-        await cancelled(silent)
+        await cancel_all(silent)
         await client.close()
 
 

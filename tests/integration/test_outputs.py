@@ -1,4 +1,4 @@
-"""An output topic that is deleted, or made anew with fewer partitions: named, and carried on with."""
+"""An output topic that is deleted, or created again with fewer partitions: named, and carried on with."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A topic that is deleted and made again under its name is another topic: no offset of the old one holds for it."""
+"""A topic that is deleted and created again under its name is another topic: no offset of the old one holds for it."""
 
 import orjson
 import pytest
@@ -49,7 +49,7 @@ def assert_the_next_worker_scores_every_new_event(
     ids = {orjson.loads(record.value or b"")["id"] for record in kafka.read(topics.output)}
     assert {id for id in ids if id.startswith("new")} == {f"new {number}" for number in range(NEW)}
     assert resets == 1
-    assert len(worker.warnings("deleted and made again since this offset was committed")) == 1
+    assert len(worker.warnings("deleted and created again since this offset was committed")) == 1
 
 
 @DELIVERIES
@@ -68,6 +68,6 @@ def test_made_anew_while_the_worker_is_busy(kafka: Kafka, topics: Topics, worker
     worker = busy(kafka, topics, workers, delivery)
     make_anew(kafka, topics)
     assert worker.wait() == 1
-    assert len(worker.warnings(f"the input topic {topics.input} was deleted and made again")) == 1
+    assert len(worker.warnings(f"the input topic {topics.input} was deleted and created again")) == 1
     assert not worker.lines("nobody foresaw")
     assert_the_next_worker_scores_every_new_event(kafka, topics, workers, delivery)

@@ -248,7 +248,7 @@ def test_what_was_replayed_of_a_topic_that_is_made_anew_is_not_taken_for_what_is
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(1_000, 1_200)])
     again = replay(kafka, topics)
     assert counted(again)["all"] == [200, 0, 0, 0]
-    assert "was deleted and made again" in again.stderr
+    assert "was deleted and created again" in again.stderr
     assert counted(replay(kafka, topics))["all"] == [0, 0, 0, 0]
 
 

@@ -38,7 +38,7 @@ from worker.kafka.backlog import Backlog, valid_offsets
         ),
         (
             Backlog("g", "earliest", 0, 0, 2, 50, ("texts",)),
-            "has offsets that count as none, for texts was deleted and made again since; it has no committed offset: it "
+            "has offsets that count as none, for texts was deleted and created again since; it has no committed offset: it "
             "begins at the earliest, 50 records in 2 partitions",
             True,
         ),

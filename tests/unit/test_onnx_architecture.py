@@ -57,7 +57,7 @@ def test_names_and_shapes_are_those_of_transformers(model_type: str, labels: dic
         ({"hidden_act": ["gelu"]}, "its hidden_act is"),
         (
             {"position_embedding_type": "relative_key"},
-            "its position_embedding_type is 'relative_key', not one of absolute",
+            "its position_embedding_type is 'relative_key', not absolute",
         ),
         ({"is_decoder": True}, "its config.json sets is_decoder"),
         ({"add_cross_attention": True}, "its config.json sets add_cross_attention"),

@@ -23,7 +23,7 @@ import worker.kafka.connection  # noqa: F401 - sets the bound
 from worker.kafka import decompression as unpacking
 from worker.kafka.decompression import HEADERS, Budget, TooManyHeaders, UnpacksTooLarge
 from worker.kafka.reader import FetchedRecord, FetchedRuns, Reader
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 
 TP = TopicPartition("texts", 3)
 COMMIT, ABORT = b"\0\0\0\1", b"\0\0\0\0"  # the keys of control records
@@ -322,7 +322,7 @@ async def test_who_is_cancelled_while_a_thread_unpacks_gives_back_when_it_is_don
     partitions = Partitions(budget, {0: batch(0, LARGE, codec=4), 1: batch(0, plain(100), codec=4)})
     reading = asyncio.create_task(partitions.run(0))
     assert await asyncio.to_thread(begun.wait, 30)
-    await cancelled([reading])
+    await cancel_all([reading])
     assert budget.free < 8 * MB
     assert not partitions.reader.waiting
     other = asyncio.create_task(partitions.run(1))

@@ -18,7 +18,7 @@ from worker.commands import run as service
 from worker.runtime import tasks
 from worker.cli import main
 
-tasks.cancelled.__defaults__ = (0.1,)
+tasks.cancel_all.__defaults__ = (0.1,)
 
 async def endless():
     while True:

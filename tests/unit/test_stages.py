@@ -28,7 +28,7 @@ from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline, Queues
 from worker.reasons import Reason
 from worker.runtime.loop_budget import TurnBudget
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -223,7 +223,7 @@ async def test_who_puts_waits_while_too_much_is_waiting() -> None:
     assert not putting.done()
     running = asyncio.create_task(delivery.run())
     await asyncio.wait_for(putting, 5)
-    await cancelled([running])
+    await cancel_all([running])
 
 
 @pytest.mark.parametrize("is_draining", [True, False])

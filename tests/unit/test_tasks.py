@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 
 
 async def test_within_answers_or_is_too_late() -> None:
@@ -30,7 +30,7 @@ async def test_a_cancel_is_not_swallowed_by_an_answer_that_is_just_there() -> No
     assert task.cancelled()
 
 
-async def test_cancelled_cancels_until_it_works() -> None:
+async def test_cancel_all_cancels_until_it_works() -> None:
     misses = 2
 
     async def stubborn() -> None:
@@ -45,9 +45,9 @@ async def test_cancelled_cancels_until_it_works() -> None:
 
     task = asyncio.create_task(stubborn())
     await asyncio.sleep(0)
-    assert not await cancelled([task])
+    assert not await cancel_all([task])
     assert task.cancelled()
-    assert not await cancelled([])
+    assert not await cancel_all([])
 
 
 async def test_what_does_not_end_is_not_waited_for_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -60,7 +60,7 @@ async def test_what_does_not_end_is_not_waited_for_and_is_told(caplog: pytest.Lo
 
     task = asyncio.create_task(endless())
     await asyncio.sleep(0)
-    assert await cancelled([task], 0.05) == {task}
+    assert await cancel_all([task], 0.05) == {task}
     assert "a task does not end although it is cancelled" in caplog.text
     is_over.set()
     await task

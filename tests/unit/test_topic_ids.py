@@ -53,7 +53,9 @@ def test_one_answer_with_another_id_is_a_doubt() -> None:
 @pytest.mark.parametrize("between", [[], [{}], [{"t": ""}]])
 def test_two_answers_with_the_same_new_id_raise(between: list[dict[str, str]]) -> None:
     ids = topic_ids_after({"t": ID}, {"t": OTHER_ID}, *between)
-    with pytest.raises(TopicRecreated, match=f"topic t was deleted and made again: its id was {ID} and is {OTHER_ID}"):
+    with pytest.raises(
+        TopicRecreated, match=f"topic t was deleted and created again: its id was {ID} and is {OTHER_ID}"
+    ):
         ids.update({"t": OTHER_ID})
 
 

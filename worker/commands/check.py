@@ -26,7 +26,7 @@ from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.settings.run import RunSettings
 from worker.telemetry.tracing import refuse_without_the_extra
 
-FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub and its export
+FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub
 ANSWER_S: Final = 2.0  # for whoever has the HTTP port
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -99,17 +99,17 @@ def _wrong(subject: str, error: WrongSetting) -> Finding:
 
 
 def _disk() -> Finding:
-    """Whether the folder for checkpoints of the hub and their exports can be written, and has room."""
+    """Whether the folder for checkpoints of the hub can be written, and has room."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = next(each for each in (home, *home.parents) if each.exists())
     free = shutil.disk_usage(folder).free
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        advice = "set XDG_CACHE_HOME to a folder that can be, or every start exports anew"
+        advice = "set XDG_CACHE_HOME to a folder that can be, or no checkpoint of the hub can be fetched"
         return Finding("disk", "warn", f"the cache folder {home} cannot be written ({error.strerror}); {advice}")
     if free < FREE_BYTES:
-        return Finding("disk", "warn", f"{home} has {free >> 20} MiB left; a checkpoint and its export want 1 GiB")
+        return Finding("disk", "warn", f"{home} has {free >> 20} MiB left; a checkpoint of the hub may want 1 GiB")
     return Finding("disk", "ok", f"{home} can be written and has {free >> 30} GiB left")
 
 

@@ -34,7 +34,7 @@ from worker.pipeline.model_runner import FatalInferenceError
 from worker.pipeline.publishing import DeadLetterRefused
 from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
 from worker.settings.values import revealed, split_names
 from worker.telemetry.health import Health
@@ -72,7 +72,7 @@ def run(settings: RunSettings, load_model: LoadModel = load_model) -> int:
 
 async def _left() -> set[asyncio.Future[Any]]:
     """Cancels all other tasks; returns those that do not end."""
-    return await cancelled(asyncio.all_tasks() - {asyncio.current_task()})
+    return await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 async def _run(settings: RunSettings, load_model: LoadModel) -> int:

@@ -67,7 +67,7 @@ class TopicIds:
                 self._new_ids.pop(topic, None)
             elif topic_id and topic_id == self._new_ids.get(topic):
                 raise TopicRecreated(
-                    f"the input topic {topic} was deleted and made again: its id was {known} and is {topic_id}. The next "
+                    f"the input topic {topic} was deleted and created again: its id was {known} and is {topic_id}. The next "
                     "start takes no offset of the old one, and begins in the new one as auto_offset_reset says"
                 )
             elif topic_id:

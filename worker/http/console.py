@@ -20,7 +20,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from worker.http.recent_outcomes import RecentOutcomes, shortened
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.statistics import RollingStatistics
@@ -88,7 +88,7 @@ class Console:
         self._is_closed = True
         self._next.set()
         if self._ticker:
-            await cancelled([self._ticker])
+            await cancel_all([self._ticker])
 
     async def _tick(self) -> None:
         clock = asyncio.get_running_loop().time

@@ -43,7 +43,7 @@ class Backlog(NamedTuple):
         parts = []
         if self.recreated:
             topics = ", ".join(self.recreated)
-            parts.append(f"has offsets that count as none, for {topics} was deleted and made again since")
+            parts.append(f"has offsets that count as none, for {topics} was deleted and created again since")
         if self.known:
             parts.append(f"goes on from its committed offsets: {self.behind:,} records in {self.known} partitions")
         if self.new:

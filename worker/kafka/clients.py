@@ -10,7 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from worker.kafka.aiokafka_compat.connections import end_remains
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.connection import UNREACHABLE, Connection
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ async def stop_client(client: Any, what: str, timeout_s: float) -> None:
         elif not stopping.cancelled() and stopping.exception():
             log.warning("stopping the %s failed", what, extra={"error": type(stopping.exception()).__name__})
     finally:
-        await cancelled([stopping])
+        await cancel_all([stopping])
         await end_remains(client)
 
 

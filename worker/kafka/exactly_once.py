@@ -33,7 +33,7 @@ from worker.kafka.sink import RECORDS_PER_PUBLISH
 from worker.kafka.topics import TopicLimits
 from worker.kafka.transactional_sink import TRANSACTION_TIMEOUT_MS, Lost, PartitionSink, Refusals
 from worker.runtime.loop_budget import TurnBudget
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -328,7 +328,7 @@ class ExactlyOnce:
         """Waits for the producers that are being closed; all of them, once the assignments are released."""
         if self._closing:
             await asyncio.wait(self._closing, timeout=timeout_s)
-        await cancelled(self._closing)
+        await cancel_all(self._closing)
 
     # For the writers.
 
@@ -458,7 +458,7 @@ class ExactlyOnce:
         self._free(sum(page.weight for page in pages))
 
     async def _close(self, writer: Writer) -> None:
-        await cancelled([writer.task])
+        await cancel_all([writer.task])
         if writer.assignment.tp not in self._refusals:  # it was released, and its last failure may still be reported
             self._health.working("publish", writer.assignment.tp)
         await writer.sink.close(CLOSE_S)

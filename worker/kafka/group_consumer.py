@@ -17,7 +17,7 @@ from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.reader import Reader
 from worker.kafka.subscription import Subscription
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -122,7 +122,7 @@ class GroupConsumer:
                     await leave_group(consumer, LEAVE_TIMEOUT_S)
             await stopping
         finally:
-            await cancelled([stopping])
+            await cancel_all([stopping])
 
     def release(self, tp: TopicPartition) -> None:
         """Drops what is unpacked of a partition that nobody reads for now."""

@@ -26,7 +26,7 @@ from worker.kafka.read_errors import ReadErrors
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.loop_budget import TurnBudget
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class PartitionReader:
         Raises Rejoin, UnreadableRecord, TopicRecreated and WrongSetting.
         """
         backoff, has_read = Backoff(), False
-        if after is not None and await cancelled([after]):
+        if after is not None and await cancel_all([after]):
             raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
         while assignment.accepts and not self._assignments.is_draining:
             try:

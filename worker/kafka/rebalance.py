@@ -18,7 +18,7 @@ from worker.kafka.read_errors import MEMBERSHIP, ReadErrors
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.file_descriptors import check_limit
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -168,7 +168,7 @@ class RebalanceHandler:
         # Readers end first: one that lives on would take records of the next assignment.
         # A revocation that the end of a session cut short has already taken them from the dict.
         readers = [self._readers.pop(assignment) for assignment in assignments if assignment in self._readers]
-        if await cancelled([*readers, *self._cancelled_readers]):
+        if await cancel_all([*readers, *self._cancelled_readers]):
             self._fail(Rejoin("a reader does not end"))
         for assignment in assignments:
             self._discard(assignment)

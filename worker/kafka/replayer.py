@@ -35,7 +35,7 @@ from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
 from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
 from worker.kafka.topics import wait_until_usable
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
     def _progress_of(self, commit: OffsetAndMetadata) -> ReplayProgress:
         _, state = without_topic_id(commit.metadata)
         if not is_of(self._topic_id, commit.metadata):
-            log.warning("the topic %s was deleted and made again: all of it is replayed", self._topic)
+            log.warning("the topic %s was deleted and created again: all of it is replayed", self._topic)
             return ReplayProgress(0)
         return ReplayProgress.read(max(0, commit.offset), state)
 
@@ -363,7 +363,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             if waiting[0].done():
                 waiting[0].result()
         finally:
-            await cancelled(waiting)
+            await cancel_all(waiting)
 
 
 def _consumer(connection: Connection, topic: str, group_id: str) -> Consumer:

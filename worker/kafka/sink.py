@@ -32,7 +32,7 @@ from worker.kafka.producer_records import (
 from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
 from worker.kafka.topics import TopicLimits
 from worker.reasons import Reason
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -174,7 +174,7 @@ class Sink:
         try:
             failures = await asyncio.gather(*sending)
         finally:
-            await cancelled(sending)
+            await cancel_all(sending)
         return {tp: failure for tp, failure in zip(pending, failures, strict=True) if failure}
 
     async def _send_to(

@@ -28,7 +28,7 @@ from worker.kafka.standstill import StandstillDetector
 from worker.kafka.subscription import RebalanceListener, Subscription
 from worker.kafka.topic_identity import TopicIdentity
 from worker.runtime.loop_budget import TurnBudget
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 from worker.telemetry.health import Health
 from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
@@ -262,7 +262,7 @@ class Source:
         finally:
             if not self._fault.cancel():
                 self._fault.exception()  # else asyncio says on stderr that nobody has retrieved it
-            await cancelled((stopping, *tasks))
+            await cancel_all((stopping, *tasks))
             if not self._stopping.is_set():
                 await self._rebalances.on_revoked(set(self._assignments))
                 await self._consumer.stop(self._connection.request_timeout_s)

@@ -110,7 +110,7 @@ class TopicIdentity:
         if not is_of(self._topic_ids.get(tp.topic), committed.metadata):
             self._metrics.offset_resets.inc()
             log.warning(
-                "the input topic was deleted and made again since this offset was committed: it counts as none"
+                "the input topic was deleted and created again since this offset was committed: it counts as none"
                 + ("; auto_offset_reset=latest skips what is in it" if self._auto_offset_reset == "latest" else ""),
                 extra={
                     "partition": partition_name(tp),

@@ -18,7 +18,7 @@ from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
 from worker.kafka.sink import Failures, Sink
 from worker.kafka.topics import TopicLimits
 from worker.reasons import Reason
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -200,7 +200,7 @@ class PartitionSink(Sink):
                 raise Lost("the producer has failed")
             return sending.result()
         finally:
-            await cancelled([sending])
+            await cancel_all([sending])
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ TUNING_S: Final = 0.3
 MEASURING_S: Final = 0.05  # of one pass that is repeated, at most
 MIN_PASS_TOKENS: Final = 8  # the bounds hold whatever a noisy machine shows
 MAX_PASS_TOKENS: Final = 128
-MIN_GAIN: Final = 1.03  # a larger budget pads more and a thread costs others a core, so either has to bring this much
+MIN_GAIN: Final = 1.03  # a larger budget pads more, and a thread takes a core from others: either has to gain this much
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "150000 100000": microseconds of a period
 
 
@@ -62,7 +62,7 @@ def fastest(took: Mapping[Name, Sequence[float]]) -> Name:
 
 
 def smallest_at_full_speed(speeds: Mapping[int, float]) -> int:
-    """The smallest number (of threads, of tokens) whose speed is the highest but for less than MIN_GAIN."""
+    """The smallest number (of threads, of tokens) that a larger one does not surpass in speed by more than MIN_GAIN."""
     highest = max(speeds.values())
     return min(number for number, speed in speeds.items() if speed * MIN_GAIN >= highest)
 
@@ -80,10 +80,10 @@ def tune_cpu(
     max_batch_tokens: int | Literal["auto"],
     tuning_s: float,
 ) -> CpuTuning:
-    """What is ``auto`` is measured, the rest stays as it is given. Takes ``tuning_s`` seconds in all at most.
+    """Measures what is ``auto``, and leaves the rest as it is given. Takes ``tuning_s`` seconds in all at most.
 
-    Only a model that takes a third of that for a text of 48 tokens takes longer. What there is no time to measure becomes
-    the smallest budget, and a thread for each core.
+    It takes longer only with a model that needs a third of that for one text of 48 tokens. Where there is no time to
+    measure, the smallest budget and a thread for each core are taken.
     """
     deadline = time.monotonic() + tuning_s
     pass_tokens, token_s = measure_pass(forward, tuning_s / 4)

@@ -21,7 +21,7 @@ WEIGHTS: Final = (  # in the order in which transformers looks for them
 )  # fmt: skip
 READ: Final = (".json", ".txt", ".model", ".codes", ".spm", ".tokenizer")  # endings of configurations and tokenizers
 COUNTS: Final = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-MAX_COUNTS: Final = {  # transformers builds so many parts before it looks at a weight: more would take hours, or all memory
+MAX_COUNTS: Final = {  # so many parts are built before a weight is looked at: more would take hours, or all memory
     "num_labels": 100_000,
     **dict.fromkeys(
         (
@@ -44,7 +44,9 @@ class ModelError(UserError):
 
 
 class NeedsTorch(ModelError):
-    """A checkpoint that only torch and transformers can load. ``why``: the reason alone. ``instead``: what else to do."""
+    """A checkpoint, or a setting for it, that needs torch and transformers, which are not installed.
+
+    ``why``: the reason alone. ``instead``: what else would do."""
 
     def __init__(self, name: str, why: str, instead: str = "") -> None:
         choice = f", or {instead}" if instead else ""
@@ -111,7 +113,7 @@ class Checkpoint:
     def identity(self) -> str:
         """The hub's commit; for a folder the first 12 hex digits of a SHA-256. Blocks: it reads the files.
 
-        It is that of what ``sha256sum`` prints for the files that are read, sorted by name.
+        It is the hash of what ``sha256sum`` prints for the files that are read, sorted by name.
         """
         config = self.find("config.json")
         if self.commit or config is None:

@@ -1,4 +1,4 @@
-"""Which device computes a model. Asks NVIDIA's driver and not torch, for a worker on a CPU needs no torch."""
+"""Which device computes a model. Whether there is a GPU is asked of NVIDIA's driver: a worker on a CPU has no torch."""
 
 import ctypes
 import importlib.util
@@ -14,7 +14,7 @@ def device_of(name: str) -> str:
     if name == "cpu" or (name == "auto" and not (has_nvidia_device() and has_torch())):
         return "cpu"
     if not has_torch():
-        raise ModelError(f"device is {name}, which needs torch; install it by {TORCH_COMMAND}, or set device to cpu")
+        raise ModelError(f"device is {name}, which needs torch; {TORCH_COMMAND} installs it, or set device to cpu")
     import torch  # noqa: PLC0415 - the extra torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -31,7 +31,7 @@ def unused_device_warning(name: str) -> str | None:
     """A warning where ``device`` is auto and a GPU is left unused because torch is missing, else None."""
     if name != "auto" or has_torch() or not has_nvidia_device():
         return None
-    return f"the model runs on the CPU, for torch is not installed: {TORCH_COMMAND} lets it use the NVIDIA GPU"
+    return f"torch is not installed, so the model runs on the CPU; {TORCH_COMMAND} lets it use the NVIDIA GPU"
 
 
 def has_torch() -> bool:

@@ -1,7 +1,7 @@
 """A repository on the Hugging Face hub, by huggingface_hub alone: its commit, and its files as they are asked for.
 
 The library takes a quarter of a second to import, so each function does that itself: most checkpoints are folders.
-Its log lines go where the program has its logger write; no progress bar is shown, and no setting of it is changed.
+The library's log lines go where its logger is told to write; no progress bar is shown, and no setting of it is changed.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def open_repository(name: str, revision: str | None) -> tuple[str, Find]:
         if config is None:
             raise ModelError(f"model {name} cannot be loaded: the hub has no config.json for it")
     commit = config.parent.name
-    answers = True if str(config) != before else None  # whether the hub does; None where only the cache was seen to
+    answers = True if str(config) != before else None  # whether the hub answers; None while only the cache has
 
     @cache  # each call may be a request
     def find(file: str) -> Path | None:

@@ -55,7 +55,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: str, backend: str)
                 raise
             log.info("torch computes this model", extra={"reason": error.why})
     if not has_torch():
-        raise NeedsTorch(checkpoint.name, f"device {device}, dtype {dtype} and backend {backend}")
+        raise NeedsTorch(checkpoint.name, f"device is {device}, dtype {dtype} and backend {backend}")
     from worker.model.torch.loader import load_for_torch  # noqa: PLC0415 - the extra torch
     from worker.model.torch.runner import prepare_torch_runner  # noqa: PLC0415
 

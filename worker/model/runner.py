@@ -15,7 +15,7 @@ from worker.model.tokenizer import Ids
 log = logging.getLogger(__name__)
 Auto = Literal["auto"]
 
-AGREEMENT: Final = 0.999  # of labels, that a number type must keep to be taken unasked
+AGREEMENT: Final = 0.999  # the share of labels that a number type must keep, for ``auto`` to take it
 
 
 class BackendError(UserError):

@@ -101,21 +101,21 @@ class SentimentModel:
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
-        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` only the tensors. On a CPU, torch is imported
-        only for what ONNX Runtime cannot compute. Raises ModelError, and BackendError where this checkpoint or machine
-        cannot do what ``backend`` or ``dtype`` ask for.
+        Never runs a checkpoint's own code: not its Python, and of a ``.bin`` it reads only the tensors. On a CPU, torch is
+        imported only for what ONNX Runtime cannot compute. Raises ModelError, and BackendError where this checkpoint or
+        machine cannot do what ``backend`` or ``dtype`` ask for.
 
         name_or_path: a folder, with ``/``, ``./``, ``../`` or ``~`` in front; ``builtin``; any other name is of the hub
         revision: the hub's branch, tag or commit; None is its newest
         activation: logits → probabilities: ``sigmoid``, as the card does, or ``softmax``
         normalize: ``nfc`` drops stress marks and composes letters before a text is tokenized; ``none`` leaves it
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is one
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is a GPU and torch, else cpu
         dtype: ``float32``, ``bfloat16``, ``float16``, on a CPU ``int8``; ``auto`` is float32 on a CPU, and on a GPU
             float16 where labels agree
-        backend: ``torch`` or ``onnx``; ``auto`` takes the faster one on a CPU
+        backend: what computes on a CPU: ``onnx`` or ``torch``; ``auto`` is torch only for what ONNX Runtime cannot compute
         cpu_threads: how many passes of the model run at once on a CPU, each on a thread; ``auto`` measures
         max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
-        tuning_s: seconds of measuring for each of ``cpu_threads`` and ``max_batch_tokens`` that is ``auto``
+        tuning_s: seconds that measuring may take in all, where ``cpu_threads`` or ``max_batch_tokens`` is ``auto``
         """
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)

@@ -2,8 +2,8 @@
 
 There are two:
 
-- nanotoken (extra ``fast``), WordPiece alone, 20 to 30 times as fast as the other, taken if it is installed, can take
-  the checkpoint's tokenizer and gives the same ids for odd texts and shipped reviews;
+- nanotoken (extra ``fast``), for WordPiece alone, 20 to 30 times as fast as the other. It is taken if it is installed,
+  reads the checkpoint's tokenizer and gives the same ids for odd texts and the shipped reviews;
 - the library ``tokenizers``.
 
 A tokenizer of transformers that is plain Python is called as it is (``worker.model.torch.wrapped_tokenizer``).
@@ -161,10 +161,10 @@ def stated_maximum(maximum: float | None) -> int | None:
 def choose_encode(tokenizer: CheckpointTokenizer) -> Encode:
     """The fastest Encode with the ids of a checkpoint's tokenizer. Blocks for some 100 ms.
 
-    Two are compared on the odd texts, which have what tokenizers are known to treat differently, and on each fourth of
-    the shipped reviews, for usual words: all of them would cost 50 ms more at each start.
+    nanotoken's ids are compared with the tokenizer's on the odd texts, which have what tokenizers are known to treat
+    differently, and for usual words on each fourth of the shipped reviews: all would take 50 ms more at each start.
 
-    Raises TokenizerPanicked where the tokenizer panics, and so do calls of what it answers.
+    Raises TokenizerPanicked where the tokenizer panics, and so does the returned Encode.
     """
     _outlive_forks()
     reviews = read_reviews()[::4]
@@ -191,7 +191,7 @@ def choose_encode(tokenizer: CheckpointTokenizer) -> Encode:
 
 @cache
 def _outlive_forks() -> None:
-    """Has a forked child tokenize without threads: it has the pool of ``tokenizers`` without its threads, and would hang."""
+    """Has a forked child tokenize without threads: it lacks those in the pool of ``tokenizers``, and would hang."""
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 

@@ -50,8 +50,8 @@ class Files:
 class TokenizerClass(NamedTuple):
     """How a class of transformers makes its tokenizer.
 
-    ``model``: the ``type`` of the model in tokenizer.json; None if it takes each. ``tokens``: the special tokens by role
-    where no file states them. ``extra``: those without a role, likewise. ``build``: the tokenizer without added tokens.
+    ``model``: the ``type`` of the model in tokenizer.json; None if it takes any. ``tokens``: the special tokens by role
+    where no file states them. ``extra``: likewise, those without a role. ``build``: the tokenizer without added tokens.
     ``post_processor``: what puts special tokens around a text, once all tokens are added; None leaves that of ``build``.
     """
 

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it decides once, when it is first used
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # ``tokenizers`` reads it once, when it is first used
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -77,7 +77,9 @@ def _refuse_what_needs_the_extra(
     if serialized is None:
         for file in OTHER_FORMATS:
             if find(file):
-                raise NeedsTorch(name, f"it has {file} and no tokenizer.json", "save one with transformers")
+                raise NeedsTorch(
+                    name, f"it has {file} and no tokenizer.json", "save a tokenizer.json with transformers"
+                )
     elif kind.model not in (None, serialized["model"].get("type", kind.model)):
         raise NeedsTorch(name, f"its tokenizer.json is of type {serialized['model']['type']}, unlike its class")
     if options.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
@@ -125,7 +127,7 @@ def _special_tokens(
 
 
 def _special_tokens_map(name: str, find: Find, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens by role of special_tokens_map.json, which go before those ``given`` in tokenizer_config.json."""
+    """The tokens by role of special_tokens_map.json, which override those ``given`` in tokenizer_config.json."""
     tokens = _object(name, find, "special_tokens_map.json") or {}
     for key, value in tokens.items():
         if key == "extra_special_tokens" and isinstance(value, list):
@@ -140,7 +142,7 @@ def _special_tokens_map(name: str, find: Find, given: Mapping[str, Any]) -> dict
 def _added_tokens(
     name: str, find: Find, given: Mapping[str, Any], serialized: Mapping[str, Any] | None
 ) -> dict[int, AddedToken]:
-    """The tokens of added_tokens.json and tokenizer.json by their ids; those of the latter go before."""
+    """The tokens of added_tokens.json and tokenizer.json by their ids; those of tokenizer.json override the others."""
     special = {str(given[role]) for role in ROLES if given.get(role)}
     special |= set(map(str, given.get("extra_special_tokens") or []))
     added = {
@@ -153,7 +155,7 @@ def _added_tokens(
 
 
 def _as_tokens(value: Any) -> Any:
-    """A value of a JSON file in which objects that are marked as tokens are such."""
+    """A value of a JSON file, with an AddedToken for each object that is marked as one."""
     if isinstance(value, list):
         return [_as_tokens(each) for each in value]
     if not isinstance(value, dict):

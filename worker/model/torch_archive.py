@@ -20,7 +20,7 @@ from worker.model.weight_arrays import ITEM_BYTES, Array, Damaged, OnlyForTorch,
 MAX_DIRECTORY_BYTES: Final = 4 << 20  # some 40,000 records
 MAX_PICKLE_BYTES: Final = 1 << 20  # some 6,000 tensors; at worst read in some seconds
 MAX_ORDER_BYTES: Final = 16
-OLD_FORMAT: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, before 1.6
+OLD_FORMAT: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before torch 1.6
 TAR_MARK: Final = (257, b"ustar")  # an older format still: the place and the mark of a tar archive
 LOCAL_HEADER: Final = struct.Struct("<4s5H3I2H")  # section 4.3.7 of PKWARE's APPNOTE.TXT
 ENCRYPTED: Final = 0x1 | 0x40 | 0x2000
@@ -93,7 +93,7 @@ def _refuse_wrong_storages(records: dict[str, Record], storages: Iterable[Storag
 
 
 class _Bounded(io.BufferedReader):
-    """A file that gives no more at once than a directory may have: zipfile takes its size from the file."""
+    """A file that is read in bounded pieces: zipfile would read a directory of whatever size the file states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         most = MAX_DIRECTORY_BYTES + 1

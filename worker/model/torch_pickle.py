@@ -1,10 +1,10 @@
 """The pickle in a file of ``torch.save``: the names of its tensors, and where their numbers are. Needs no torch.
 
-Python's unpickler takes no part: even one that knows few classes ends the process with a fault of memory where a dictionary
-has a deeply nested tuple as a key. ``pickletools`` splits the opcodes, and the few of them that state dictionaries are made
-of (those that torch's own weights-only reader knows, without lists, sets and NEWOBJ) are carried out here, on strings,
-numbers, tuples, dictionaries and the types below. So nothing that a file names is imported or called, and only strings are
-keys.
+Python's unpickler is not used: even one that is restricted to a few classes crashes the process on a dictionary that has
+a deeply nested tuple as a key. ``pickletools`` splits the pickle into opcodes, and the few that a state dictionary consists
+of are carried out here, on strings, numbers, tuples, dictionaries and the types below. (They are those that torch's own
+weights-only reader knows, without lists, sets and NEWOBJ.) So nothing that a file names is imported or called, and only
+strings are keys.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Numbers of a file of weights as numpy arrays: the types, and what makes float32 of them. Needs no torch."""
+"""Reads a file's numbers into numpy arrays: which types there are, and how they become float32. Needs no torch."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class UnusableFile(Exception):
 
 
 class Damaged(UnusableFile):
-    """The file is not what its format asks for."""
+    """The file breaks the rules of its format."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"is damaged ({why}); if it was cut short, copy or download it again")
@@ -35,7 +35,7 @@ class OnlyForTorch(UnusableFile):
 def read_array(file: BufferedReader, offset: int, shape: Sequence[int], dtype: str) -> Array:
     """The numbers at a byte of the file, in memory of their own: floating point as float32, others as they are.
 
-    ``dtype`` is a key of ``DTYPES``. Blocks. Raises Damaged if the file ends before.
+    ``dtype`` is a key of ``DTYPES``. Blocks. Raises Damaged if the file ends too early.
     """
     array = np.empty(math.prod(shape), DTYPES[dtype])
     file.seek(offset)

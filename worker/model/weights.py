@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 def read_weights(checkpoint: Checkpoint, wanted: Container[str] | None = None) -> dict[str, Array]:
     """The weights of a checkpoint by name, all or those that are ``wanted``: float32, and integers as they are.
 
-    Each array is contiguous and in the process's own memory; tied weights share it. Needs no more memory than the weights
-    and one of them once more. Runs no code of the files. Blocks. Raises ModelError for a file that cannot be used,
-    NeedsTorch for one that only torch reads.
+    Each array is contiguous and in the process's own memory; tied weights share it. At its peak that takes the memory of
+    all weights, and of one of them once more. Runs no code of the files. Blocks. Raises ModelError for a file that cannot
+    be used, NeedsTorch for one that only torch reads.
     """
     weights: dict[str, Array] = {}
     files = [name for name in checkpoint.weights if not name.endswith(".index.json")]
@@ -52,7 +52,7 @@ def _read(checkpoint: Checkpoint, file: str, wanted: Container[str] | None) -> d
 def _read_safetensors(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
     """The library checks the header; the numbers are read here, for the library has no bfloat16 without torch."""
     try:
-        with safe_open(path, framework="np", backend="pread") as header:  # pages of the file would change with it
+        with safe_open(path, framework="np", backend="pread") as header:  # mapped pages would change with the file
             slices = {name: header.get_slice(name) for name in header.offset_keys()}
             tensors = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except SafetensorError as error:

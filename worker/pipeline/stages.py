@@ -21,7 +21,7 @@ from worker.pipeline.micro_batch import MicroBatch, Part
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.runtime import garbage_collection
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
 
@@ -120,7 +120,7 @@ class Pipeline:
                 )
             await self._delivery.close(max(1.0, deadline - time.monotonic()))
         finally:
-            await cancelled([draining, *tasks.values()])
+            await cancel_all([draining, *tasks.values()])
         if broken:
             raise broken
 
@@ -146,7 +146,7 @@ class Pipeline:
 
     async def _finish_scored(self, tasks: dict[str, asyncio.Task[None]], queues: Queues, deadline: float) -> None:
         """Delivers what inference has finished, and nothing that it has not."""
-        await cancelled([tasks["tokenize"], tasks["forward"]])
+        await cancel_all([tasks["tokenize"], tasks["forward"]])
         encode, deliver = tasks["encode"], tasks["deliver"]
         with contextlib.suppress(Exception):  # what is broken is known
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):

@@ -21,7 +21,7 @@ async def within(timeout_s: float | None, work: Awaitable[Answer]) -> Answer:
         return await work
 
 
-async def cancelled(tasks: Iterable[asyncio.Future[Any]], timeout_s: float = CANCEL_S) -> set[asyncio.Future[Any]]:
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]], timeout_s: float = CANCEL_S) -> set[asyncio.Future[Any]]:
     """Cancels tasks again and again until each has ended, because one that is handling an error may miss a cancel.
 
     Waits at most ``timeout_s``. Returns and logs the tasks that have not ended by then.

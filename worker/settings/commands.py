@@ -127,7 +127,7 @@ class TrainSettings(CorpusSettings):
     storage: Literal["float16", "float32"] = Field("float16", description="how weights are stored")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="what training computes in")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's default")
-    device: Device = Field("auto", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
+    device: Device = Field("auto", description="auto (cuda where torch finds a GPU, else cpu), cpu, cuda, cuda:N")
     development: bool = Field(False, description="measure on development rows, to choose a recipe by")
 
 

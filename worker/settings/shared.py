@@ -32,7 +32,7 @@ class CheckpointSettings(LogSettings):
         description="nfc: before a text is tokenized, stress marks are dropped and letters composed (й, ё of two "
         "characters); none: it is left as it is, as on the default model's card",
     )
-    device: Device = Field("auto", description="auto (cuda, else cpu), cpu, cuda, cuda:N")
+    device: Device = Field("auto", description="auto (cuda where torch finds a GPU, else cpu), cpu, cuda, cuda:N")
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
         "auto", description="threads of the model on a CPU; auto: measured at the start"
     )
@@ -49,11 +49,13 @@ class ModelSettings(CheckpointSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
         description="numbers that the model computes with; auto: on a CPU float32, on a GPU float16 where 99.9 % of labels "
-        "are expected to stay, by the shipped reviews, else float32 with TF32; all but plain float32 may change a label now "
-        "and then",
+        "are expected to stay, by the shipped reviews, else float32 with TF32; int8: on a CPU alone, by ONNX Runtime; "
+        "bfloat16, float16: by torch (extra torch); all but plain float32 may change a label now and then",
     )
     backend: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="what runs the model on a CPU; auto: the faster one of those that are installed"
+        "auto",
+        description="what computes the model on a CPU; auto: ONNX Runtime, and torch (extra torch) for what that cannot "
+        "compute; on a GPU torch computes",
     )
     max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"

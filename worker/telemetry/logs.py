@@ -20,7 +20,7 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 from worker.printable import printable
 
 LIBRARIES = (
-    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnx_ir", "onnxruntime", "onnxscript",
+    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnxruntime",
     "opentelemetry", "root", "torch", "transformers", "urllib3",
 )  # fmt: skip
 REPEAT_S: Final = 30.0  # before the same line of a library is logged again

@@ -16,7 +16,7 @@ from tests.support.source import (
     staged,
     until,
 )
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 
 
 @pytest.mark.parametrize("turns", range(5))
@@ -64,7 +64,7 @@ async def test_a_reader_that_does_not_end_ends_the_session(
                 await is_over.wait()
         return {}
 
-    monkeypatch.setattr(cancelled, "__defaults__", (0.05,))
+    monkeypatch.setattr(cancel_all, "__defaults__", (0.05,))
     monkeypatch.setattr(consumer, "getmany", endless)
     stage = await staged(consumer)
     await stage.assign(TP)
@@ -87,7 +87,7 @@ async def test_no_partition_is_read_while_its_last_reader_does_not_end(
                 await is_over.wait()
         return {}
 
-    monkeypatch.setattr(cancelled, "__defaults__", (0.05,))
+    monkeypatch.setattr(cancel_all, "__defaults__", (0.05,))
     monkeypatch.setattr(consumer, "getmany", endless)
     stage = await staged(consumer)
     await stage.assign(TP)

@@ -35,7 +35,7 @@ async def test_an_offset_of_this_topic_or_without_an_id_is_where_to_begin(
 
 @pytest.mark.parametrize("metadata", ["", "of an older version"])
 async def test_an_offset_without_an_id_gets_one_at_once(consumer: FakeConsumer, metadata: str) -> None:
-    """A partition may be idle until its topic is made anew, and then the old offset would hold in the new one."""
+    """A partition may be idle until its topic is created again, and then the old offset would hold in the new one."""
     consumer.committed_at, consumer.committed_metadata, consumer.last_offset = 30, metadata, 30
     await (await staged(consumer)).assign(TP)
     await until(lambda: consumer.commits)
@@ -62,7 +62,7 @@ async def test_an_offset_of_another_topic_counts_as_none(
     assert consumer.commit_metadata == {with_topic_id(ID)}
     assert stage.metrics.offset_resets._value.get() == 1
     assert ("skips" in caplog.text) == (reset == "latest")
-    assert "deleted and made again" in caplog.text
+    assert "deleted and created again" in caplog.text
 
 
 @pytest.mark.parametrize("reset", ["earliest", "latest"])
@@ -151,7 +151,7 @@ async def test_a_topic_that_is_made_anew_while_it_is_read_ends_the_session(
     consumer.topic_id = OTHER_ID
     await asyncio.sleep(0.05)
     stage.acknowledge(chunks)
-    with pytest.raises(TopicRecreated, match=f"the input topic t was deleted and made again.*{ID}.*{OTHER_ID}"):
+    with pytest.raises(TopicRecreated, match=f"the input topic t was deleted and created again.*{ID}.*{OTHER_ID}"):
         await asyncio.wait_for(stage.run, 5)
     assert consumer.commit_metadata == {with_topic_id(ID)}, "what is committed of the old one never names the new one"
 

@@ -17,7 +17,7 @@ from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from worker.kafka.aiokafka_compat.metadata import inner_client
-from worker.runtime.tasks import cancelled, within
+from worker.runtime.tasks import cancel_all, within
 
 SILENT_BROKERS_S: Final = 60.0
 LEAST_SHARE: Final = 1 / 6  # of it, for a client that has asked for nothing in so long
@@ -135,7 +135,7 @@ async def end_remains(client: Any) -> None:
     inner = inner_client(client)
     names = ("_sender", "_message_accumulator", "_coordinator", "_fetcher")
     parts = [part for part in (inner, *(getattr(client, name, None) for name in names)) if part is not None]
-    await cancelled([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
+    await cancel_all([task for task in asyncio.all_tasks() if _runs_a_method_of(parts, task)])
     _disconnect(inner._conns.values())
     inner._conns.clear()
 

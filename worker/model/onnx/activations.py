@@ -1,6 +1,7 @@
 """The activation functions that config.json may name as hidden_act, as nodes of an ONNX graph.
 
-The names and formulas are those of transformers' ACT2FN. It has two more, prelu and xielu, with weights of their own.
+The names and formulas are those of transformers' ACT2FN. Two of its functions are not here, prelu and xielu, because they
+have weights of their own.
 """
 
 import math
@@ -14,7 +15,7 @@ LAPLACE_DEVIATION: Final = 0.282095
 QUICK_GELU_SLOPE: Final = 1.702
 
 Activation = Callable[[GraphBuilder, str], str]
-"""The name of some rows → the name of the activated rows."""
+"""The graph's builder and the name of some rows in it → the name of the activated rows."""
 
 
 def _operator(op_type: str) -> Activation:

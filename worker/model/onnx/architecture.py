@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says of its network, with transformers' defaults, and whether the graph covers it."""
+"""What a checkpoint's config.json says of its model, with transformers' defaults, and whether the graph covers it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from worker.model.onnx.activations import ACTIVATIONS
 
 PREFIXES: Final = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}
 DEFAULTS: Final[Mapping[str, Any]] = {  # those of transformers 5
-    "vocab_size": 30_522,  # of all but RoBERTa
+    "vocab_size": 30_522,  # of all types but roberta
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -28,15 +28,15 @@ COUNTS: Final = (
 
 
 class NotCovered(Exception):
-    """The graph does not cover this network. The message says why: "its model_type is albert, not …"."""
+    """The graph does not cover this model. The message says why: "its model_type is 'albert', not one of …"."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A BERT encoder with a classification head. Sizes are numbers of rows or columns of the weights.
 
-    ``prefix``: what begins the names of the encoder's weights. ``head``: the names of the head's two layers.
-    ``first_position``: the row of the first token's position; RoBERTa's positions begin behind the id of padding.
+    ``prefix``: the first word in the names of the encoder's weights. ``head``: the names of the head's two layers.
+    ``first_position``: the row of the first token's position; in RoBERTa it is the one after the id of padding.
     """
 
     prefix: str
@@ -92,7 +92,8 @@ def _refuse_what_is_not_covered(config: Mapping[str, Any]) -> None:
     ):
         value = config.get(field, default)
         if not isinstance(value, str) or value not in covered:
-            raise NotCovered(f"its {field} is {_shown(value)}, not one of {', '.join(covered)}")
+            right = "one of " * (len(covered) > 1) + ", ".join(covered)
+            raise NotCovered(f"its {field} is {_shown(value)}, not {right}")
     for field in ("is_decoder", "add_cross_attention", "quantization_config"):
         if config.get(field):
             raise NotCovered(f"its config.json sets {field}")
@@ -106,7 +107,7 @@ def _first_position(config: Mapping[str, Any], positions: int) -> int:
 
 
 def _labels(config: Mapping[str, Any]) -> int:
-    """The number of labels: of the names for them if there are names, else the number that is stated."""
+    """The number of labels: how many names id2label has, else num_labels."""
     names = config.get("id2label")
     labels = config.get("num_labels", DEFAULT_LABELS) if names is None else len(names)
     _refuse_wrong_count("num_labels", labels)

@@ -1,8 +1,8 @@
 """Builds the ONNX graph of a BERT classifier: ids (N, T) and lengths (N), both int64 → logits (N, labels), float32.
 
 Text n has ``lengths[n]`` tokens, the rest is padding. Rows of hidden states go token by token, (T · N, width): a head's rows
-are then a fixed step apart across a whole batch, so that ONNX Runtime need not copy them. The last layer computes the
-first token alone beyond its key and value, for the head reads no other token.
+are then a fixed step apart across a whole batch, so that ONNX Runtime need not copy them. The last layer computes keys
+and values of all tokens, and everything else of the first token alone, because the head reads no other.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def build_graph(architecture: Architecture, weights: Weights, *, is_int8: bool =
     """The graph of a classifier. ``weights``: those that ``weight_shapes`` names, of these shapes.
 
     ``is_int8``: products with weights are computed in int8, their inputs quantized as they come. The rest stays in float32:
-    rows of embeddings are only looked up, and bytes would make them coarser for no speed.
+    embeddings are only looked up, so int8 would make them less exact and nothing faster.
     """
     return _Classifier(architecture, weights, is_int8).graph()
 

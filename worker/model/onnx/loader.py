@@ -23,7 +23,7 @@ def load_onnx_model(
 ) -> OnnxModel:
     """The model of a checkpoint, in float32 or int8. Blocks.
 
-    Raises ModelError for weights that do not fit config.json or the tokenizer, NeedsTorch for a file that torch alone reads.
+    Raises ModelError for weights that do not fit config.json or the tokenizer, NeedsTorch for a file that only torch reads.
     """
     refuse_tokens_without_rows(checkpoint.name, tokenizer, architecture.vocabulary)
     weights = weights_of(checkpoint.name, architecture, read_weights(checkpoint))

@@ -1,6 +1,7 @@
 """Products of rows with weights in a graph: in float32, or in int8 with rows quantized as they come.
 
-Each class here is called with rows (M, in), the name, weight (out, in) and bias (out) of a layer → rows (M, out).
+A call of either class takes the name of rows (M, in), and a layer's name, weight (out, in) and bias (out). It returns the
+name of rows (M, out).
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""Writes ONNX's protobuf messages: the part of onnx.proto that a graph of ours needs.
+"""Writes ONNX's protobuf messages: the part of onnx.proto that the graphs built here need.
 
-The field numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. The package ``onnx`` would do the
-same, for 33 MB on disk with what it needs and 40 ms of each start.
+The field numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. The package ``onnx`` does the
+same, but takes 33 MB on disk with its dependencies, and 40 ms of each start.
 """
 
 import struct

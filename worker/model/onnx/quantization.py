@@ -18,7 +18,7 @@ REDUCED_RANGE: Final = 64
 def quantized(weight: NDArray[np.float32], *, has_reduced_range: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Weight (out, in) → int8 (in, out), as a product takes it, and the scales (out) by which to multiply.
 
-    ``has_reduced_range`` keeps the numbers to seven bits, for a CPU on which the products of two bytes may overflow.
+    ``has_reduced_range`` keeps the numbers to seven bits, for a CPU on which sums of products of bytes may overflow.
     """
     highest = REDUCED_RANGE if has_reduced_range else FULL_RANGE
     scales = np.abs(weight).max(axis=1) / np.float32(highest)
@@ -28,9 +28,9 @@ def quantized(weight: NDArray[np.float32], *, has_reduced_range: bool) -> tuple[
 
 @cache
 def needs_reduced_range() -> bool:
-    """Whether this CPU adds the products of two bytes in 16 bits, which overflow, for it has no instruction that does not.
+    """Whether products of bytes may overflow on this CPU: without a dot product of bytes it adds two of them in 16 bits.
 
-    Answers yes where that is not known: numbers of seven bits are right everywhere.
+    Answers yes where that is not known, because numbers of seven bits are right everywhere.
     """
     if sys.platform == "darwin":
         return platform.machine() != "arm64"

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from worker.model.onnx.graph import IDS, LENGTHS
 from worker.model.onnx.graph_builder import Graph
 
-os.environ.setdefault(
-    "ORT_DISABLE_TELEMETRY", "1"
-)  # it would tell its maker of each session, and keep an id in a cache
+# ONNX Runtime would report each session to its maker, and keep an id of this machine in a cache.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
 
@@ -29,7 +28,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = ERRORS
-        options.enable_mem_pattern = False  # it keeps memory for each shape of a batch that it has met
+        options.enable_mem_pattern = False  # else memory is kept for each shape of a batch that was met
         names = list(graph.initializers)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(graph.initializers[name]) for name in names]
         options.add_external_initializers(names, values)

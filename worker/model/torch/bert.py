@@ -27,8 +27,8 @@ NEVER: Final = 2**31
 MEASURING_S: Final = 0.05
 GPU_HEAD_MULTIPLE: Final = 8
 
-# The order of rows is given by the axis of tokens in their shape: (N, T) or (T, N). Token by token, a head's rows are a
-# fixed step apart across a whole batch, so ONNX Runtime need not copy them; torch's fused attention writes text by text.
+# The order of rows is given by the axis of tokens in their shape: (N, T) or (T, N). torch's fused attention writes text by
+# text. Token by token is for torch's exporter to ONNX, which a benchmark compares with the graph of worker.model.onnx.
 TEXT_BY_TEXT: Final = 1
 TOKEN_BY_TOKEN: Final = 0
 
