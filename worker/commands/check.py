@@ -24,6 +24,7 @@ from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, n
 from worker.printable import printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.settings.run import RunSettings
+from worker.settings.values import is_folder
 from worker.telemetry.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub
@@ -83,7 +84,7 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
         yield finding
     for doubt in settings.exposures():
         yield Finding("security", "warn", doubt)
-    yield _disk()
+    yield _disk(settings.model)
     yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)
     if connection:
@@ -98,15 +99,18 @@ def _wrong(subject: str, error: WrongSetting) -> Finding:
 # The machine.
 
 
-def _disk() -> Finding:
-    """Whether the folder for checkpoints of the hub can be written, and has room."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _disk(model: str) -> Finding:
+    """Whether the folder for checkpoints of the hub can be written and has room, where the model comes from there."""
+    if model == "builtin" or is_folder(model):
+        return Finding("disk", "ok", "nothing is written to disk: the model does not come from the hub")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface")  # as huggingface_hub has it
     folder = next(each for each in (home, *home.parents) if each.exists())
     free = shutil.disk_usage(folder).free
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        advice = "set XDG_CACHE_HOME to a folder that can be, or no checkpoint of the hub can be fetched"
+        advice = "set HF_HOME to a folder that can be, or no checkpoint of the hub can be fetched"
         return Finding("disk", "warn", f"the cache folder {home} cannot be written ({error.strerror}); {advice}")
     if free < FREE_BYTES:
         return Finding("disk", "warn", f"{home} has {free >> 20} MiB left; a checkpoint of the hub may want 1 GiB")
