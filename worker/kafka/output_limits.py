@@ -64,12 +64,11 @@ class OutputLimits:
         limits: Mapping[str, TopicLimits],
         *,
         is_compressed: bool,
-        checks: defaultdict[str, TimestampCheck] | None = None,
     ) -> None:
         self.by_topic = limits
         self._connection = connection
         self._is_compressed = is_compressed
-        self._checks = defaultdict(TimestampCheck) if checks is None else checks  # by topic
+        self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
         self._read_at = time.monotonic()
 
     def max_message_bytes(self, topic: str) -> int:

@@ -76,6 +76,14 @@ def append_records(
     return taken
 
 
+def reuse_sequence_numbers(producer: AIOKafkaProducer, tp: TopicPartition, records: int) -> None:
+    """The last batch for a partition was refused and so is not written: the next one takes its sequence numbers.
+
+    Without this the brokers refuse all later batches. Upstream would have to do it, as the Java client does.
+    """
+    producer._txn_manager.increment_sequence_number(tp, -records)
+
+
 # Partitions that are gone.
 
 METADATA_WAIT_S: Final = 1.0
