@@ -162,7 +162,7 @@ async def test_an_offset_of_an_open_transaction_is_not_stable(group: Group) -> N
 async def until_stable(member: Consumer, tp: TopicPartition) -> None:
     """A transaction's end is written to the offsets a moment after it is acknowledged."""
     async with asyncio.timeout(30):
-        while tp not in await member.committed_offsets([tp], require_stable=True):
+        while tp not in await member.committed_offsets([tp], require_stable=True):  # noqa: ASYNC110 - of the brokers
             await asyncio.sleep(0.02)
 
 

@@ -64,7 +64,7 @@ class TransactionalSink(Sink):
 
         Returns once that transaction has ended. Raises what is in UNREACHABLE.
         """
-        await self._discard_producer(STOP_S)
+        await self.close(STOP_S, aborts=False)
         self._producer = await self._new_producer(
             TransactionalProducer,
             transactional_id=self.transactional_id,
@@ -94,12 +94,16 @@ class TransactionalSink(Sink):
             await within(self._left_s(), producer.commit_transaction())
         self._began_at = None
 
-    async def close(self, timeout_s: float) -> None:
+    async def close(self, timeout_s: float, *, aborts: bool = True) -> None:
         """Aborts an open transaction, so that readers need not wait for it, and disconnects; within ``timeout_s``."""
-        if self._producer is not None and self._began_at is not None:
+        producer = self._producer
+        if aborts and producer is not None and self._began_at is not None:
             with contextlib.suppress(*KAFKA_ERRORS):
-                await within(timeout_s / 2, self._producer.abort_transaction())
+                await within(timeout_s / 2, producer.abort_transaction())
         await super().close(timeout_s / 2)
+        self._began_at = None
+        if producer is not None:
+            forget_transaction_error(producer)
 
     async def _begin(self) -> AIOKafkaProducer:
         """The producer, in a transaction."""
@@ -148,10 +152,3 @@ class TransactionalSink(Sink):
     def _handle_doubt(self, records: int, error: BaseException) -> None:
         """Nothing may be sent again in the same transaction."""
         raise self._loss(error, TransactionFailed) from error
-
-    async def _discard_producer(self, timeout_s: float) -> None:
-        producer = self._producer
-        await super()._discard_producer(timeout_s)
-        self._began_at = None
-        if producer is not None:
-            forget_transaction_error(producer)

@@ -35,9 +35,10 @@ def check_limit(brokers: int) -> tuple[bool, str]:
     """Whether the limit is high enough beside so many brokers, and a sentence with the numbers."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
     needed = files_needed(brokers)
+    beside = "1 broker" if brokers == 1 else f"{brokers} brokers"
     if limit < 0:  # infinity
-        return True, f"there is no limit of open files; {brokers} brokers may need {needed}"
+        return True, f"there is no limit of open files; a worker may need {needed} beside {beside}"
     if limit >= needed:
-        return True, f"{limit} may be open; {brokers} brokers may need {needed}"
+        return True, f"{limit} may be open; a worker may need {needed} beside {beside}"
     advice = "raise the limit (ulimit -Hn, systemd's LimitNOFILE, docker's --ulimit nofile)"
-    return False, f"{limit} files may be open, and {brokers} brokers may need {needed}: {advice}"
+    return False, f"{limit} files may be open, and a worker may need {needed} beside {beside}: {advice}"
