@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
 from tests.support.broker import free_port
 from tests.support.process import COSTLESS, Workers, forked
@@ -162,3 +163,22 @@ def test_brokers_that_want_something_else_are_a_line_too(kafka: Kafka, topics: T
     assert (done.returncode, done.stderr) == (2, "")
     assert lines_of(done.stdout)["brokers"] == "fail"
     assert "takes no login at this listener" in done.stdout
+
+
+def test_open_transactions_of_workers_of_before_fail(kafka: Kafka, topics: Topics) -> None:
+    """They had a transactional id for each input partition. Those of workers of today are none of them."""
+    kafka.create_all(topics, 2)
+    producers = []
+    for name in (f"{topics.input}/1", "member/1", f"{topics.input}"):
+        config = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/{name}"}
+        producers.append(Producer(config))
+        producers[-1].init_transactions(30)
+        producers[-1].begin_transaction()
+        producers[-1].produce(topics.output, b"x")
+        producers[-1].flush(30)
+    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once")
+    assert done.returncode == 1
+    assert f"workers before 0.2.0 have open transactions, such as {topics.group}/{topics.input}/1" in done.stdout
+    for producer in producers:
+        producer.abort_transaction(30)
+    assert "transactions" not in lines_of(forked("check", *flags(kafka, topics), "--delivery", "exactly-once").stdout)

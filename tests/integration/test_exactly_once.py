@@ -1,5 +1,6 @@
 """Each input record comes out once for a reader with read_committed, whatever happens to the workers."""
 
+import asyncio
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import orjson
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
 from confluent_kafka import Producer
 
 from tests.support.broker import Broker
@@ -161,6 +163,57 @@ def test_another_process_with_the_same_transactional_id_fences_the_worker(
     assert worker.lines(f"another process uses the transactional id {topics.group}/member")
     assert worker.terminate() == 0
     assert_once(kafka, topics, sent)
+
+
+def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """It waits neither for the session nor for the transaction's timeout, and nor does a reader."""
+    kafka.create_all(topics, 4)
+    settings = {"group_instance_id": "member", "session_timeout_ms": 45_000, "transaction_ms": 3_000, **EXACTLY}
+    worker = workers.start(topics, **settings).wait_until_assigned(4)
+    sent = kafka.send(topics.input, map(numbered, range(4_000)))
+    wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be killed in", every=0.01)
+    worker.kill()
+    assert kafka.has_open_transaction(topics.output), "this has shown nothing"
+    began = time.monotonic()
+    worker = workers.start(topics, **settings)
+    wait_until_committed(kafka, topics)
+    assert time.monotonic() - began < 10, "the transaction's timeout"
+    assert worker.terminate() == 0
+    assert_once(kafka, topics, sent)
+
+
+async def test_a_partition_whose_offset_another_process_has_in_a_transaction_waits_and_says_so(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """The others are read meanwhile, and the worker stays in its group."""
+    kafka.create_all(topics, 2)
+    stranger = AIOKafkaProducer(
+        bootstrap_servers=kafka.bootstrap, transactional_id=topics.input, transaction_timeout_ms=5_000
+    )
+    await stranger.start()
+    await stranger.begin_transaction()
+    held = TopicPartition(topics.input, 0)
+    await stranger.send_offsets_to_transaction({held: 5}, topics.group)  # brokers take it while the group is empty
+
+    def rest() -> None:
+        records = [Record(numbered(number).value, partition=number % 2) for number in range(200)]
+        kafka.send(topics.input, records)
+        worker = workers.start(topics, **EXACTLY)
+        reason = f"waiting for the end of a transaction that another process has left open: {topics.input}-0"
+        wait_for(lambda: worker.get("/readyz") == (503, f"takeover: {reason}\n"), "the reason", 9)
+        assert kafka.committed(topics.group, topics.input) == {1: 100}
+        assert worker.warnings(reason) == [reason]
+        wait_until_committed(kafka, topics)
+        worker.wait_until_ready()
+        assert worker.metrics.get("rebalances_total") == 1
+        assert worker.terminate() == 0
+
+    try:
+        await asyncio.to_thread(rest)  # brokers look for what is over its timeout every ten seconds
+    finally:
+        await stranger.stop()
 
 
 def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(

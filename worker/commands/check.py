@@ -215,6 +215,10 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
     partitions = sum(len(topic.partitions) for topic in input_topics)
     yield _files(topics)
     yield await _members(settings.group_id, inspector, partitions)
+    if settings.delivery == "exactly-once" and (
+        old := await inspector.open_old_transactions(settings.group_id, inputs)
+    ):
+        yield Finding("transactions", "fail", _of_old_workers(old))
     too_old = await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms)
     if too_old:
         yield too_old
@@ -257,6 +261,13 @@ async def _members(group: str, inspector: Inspector, partitions: int) -> Finding
         idle = f"group {group} has {members} members for {partitions} partitions: one more would be idle"
         return Finding("workers", "warn", idle)
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+def _of_old_workers(transactional_ids: Sequence[str]) -> str:
+    return (
+        f"workers before 0.2.0 have open transactions, such as {transactional_ids[0]}: stop all of them, for they and newer "
+        "ones cannot fence each other; brokers end what a killed one has left open after a minute"
+    )
 
 
 async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:

@@ -10,12 +10,13 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.client import ConnectionGroup
-from aiokafka.errors import IllegalGenerationError, KafkaError, UnknownMemberIdError
+from aiokafka.errors import IllegalGenerationError, KafkaError, NoError, UnknownMemberIdError, for_code
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.transaction import TxnOffsetCommitRequest, TxnOffsetCommitRequest_v0, TxnOffsetCommitResponse_v0
 from aiokafka.protocol.types import CompactArray, CompactString, Int16, Int32, Int64, Schema, TaggedFields
 
 from worker.kafka.aiokafka_compat.group import FencedInstanceId
+from worker.kafka.aiokafka_compat.metadata import inner_client
 
 REFUSALS: Final[Mapping[int, type[KafkaError]]] = {
     error.errno: error for error in (IllegalGenerationError, UnknownMemberIdError, FencedInstanceId)
@@ -148,3 +149,55 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
             return code
         self._refusal = code
         return 0
+
+
+# Which transactions are open. Upstream would have to have ListTransactions (Kafka 3.0).
+
+
+class ListTransactionsResponse_v0(Response):  # type: ignore[misc]  # noqa: N801
+    API_KEY = 66
+    API_VERSION = 0
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        ("error_code", Int16),
+        ("unknown_states", CompactArray(CompactString())),
+        (
+            "transactions",
+            CompactArray(
+                ("transactional_id", CompactString()), ("producer_id", Int64), ("state", CompactString()), _TAGS
+            ),
+        ),
+        _TAGS,
+    )
+
+
+class ListTransactionsRequest_v0(RequestStruct):  # type: ignore[misc]  # noqa: N801
+    FLEXIBLE_VERSION = True
+    API_KEY = 66
+    API_VERSION = 0
+    RESPONSE_TYPE = ListTransactionsResponse_v0
+    SCHEMA = Schema(("states", CompactArray(CompactString())), ("producer_ids", CompactArray(Int64)), _TAGS)
+
+
+class OpenTransactionsRequest(Request[ListTransactionsRequest_v0]):  # type: ignore[misc]
+    """Asks one broker for the open transactions that it coordinates."""
+
+    API_KEY = 66
+
+    def build(self, request_struct_class: type[ListTransactionsRequest_v0]) -> ListTransactionsRequest_v0:
+        return request_struct_class(["Ongoing", "PrepareCommit", "PrepareAbort"], [], {})
+
+
+async def open_transactions(client: Any) -> set[str]:
+    """The transactional ids that a client's user may see and whose transaction is open; none before Kafka 3.0."""
+    inner = inner_client(client)
+    found: set[str] = set()
+    for broker in inner.cluster.brokers():
+        try:
+            response = await inner.send(broker.nodeId, OpenTransactionsRequest())
+        except NotImplementedError:
+            continue
+        if (error := for_code(response.error_code)) is not NoError:
+            raise error
+        found.update(transactional_id for transactional_id, *_ in response.transactions)
+    return found
