@@ -355,6 +355,8 @@ class ExactlyOnce:
                 f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_S:g} s, which delivery exactly-once "
                 "needs"
             )
+        if isinstance(error, TimeoutError):
+            return "brokers do not end this process's last transaction: a partition in it, or its coordinator, is away"
         return unreachable(self._connection, error)
 
     def _why_it_was_lost(self, lost: TransactionLost) -> str:
