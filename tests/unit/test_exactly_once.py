@@ -264,6 +264,25 @@ async def test_all_partitions_share_one_transaction(world: World) -> None:
     assert world.sink.commits == [{TP: 3, OTHER: 6}]
 
 
+async def test_a_transaction_ends_although_more_comes_with_each_round(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brokers that are slow would never see its end."""
+    assignment = await owned(world)
+    world.delivery._committed_at -= 100
+    publish = FakeSink.publish
+
+    async def slow(sink: FakeSink, offsets: Sequence[int]) -> None:
+        await publish(sink, offsets)
+        if not sink.commits:
+            await world.put(assignment, offsets[-1] + 1)
+
+    monkeypatch.setattr(FakeSink, "publish", slow)
+    await world.put(assignment, 0)
+    await until(lambda: world.sink.commits)
+    assert world.sink.commits == [{TP: 1}]
+
+
 async def test_a_revocation_ends_the_transaction_at_once_and_so_all_that_follow(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0)

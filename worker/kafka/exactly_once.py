@@ -44,6 +44,7 @@ from worker.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 MAX_HELD_BYTES: Final = 64_000_000
+LONGEST_S: Final = TRANSACTION_TIMEOUT_S / 3  # after which nothing more is published in a transaction
 RECORD_BYTES: Final = 1_000  # of an outcome that is held, beside its record's value
 
 
@@ -200,12 +201,13 @@ class ExactlyOnce:
     async def _transact(self) -> None:
         """One transaction: begins with what waits, takes what comes until it is due, and commits."""
         started = time.monotonic()
-        await self._publish_waiting()
-        while (wait_s := self._due_in_s()) > 0:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await within(wait_s, self._changed.wait())
-            await self._publish_waiting()
+        await self._publish_waiting(started + LONGEST_S)
+        while (wait_s := self._due_in_s()) > 0 and time.monotonic() < started + LONGEST_S:
+            if not self._waiting:
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await within(wait_s, self._changed.wait())
+            await self._publish_waiting(started + LONGEST_S)
         if not self._published:
             return
         published = time.monotonic()
@@ -215,14 +217,17 @@ class ExactlyOnce:
         self._health.working("transactions")
         await self._settle()
 
-    async def _publish_waiting(self) -> None:
-        while self._waiting:
+    async def _publish_waiting(self, until: float) -> None:
+        """Publishes what waits now. What comes meanwhile, or is left at the time ``until``, waits on."""
+        puts = len(self._waiting)
+        while puts > 0 and self._waiting and time.monotonic() < until:
             await self._turn_budget.before(min(RECORDS_PER_PUBLISH, sum(len(put.outcomes) for put in self._waiting)))
             outcomes: list[Outcome] = []
             while self._waiting and len(outcomes) < RECORDS_PER_PUBLISH:
                 put = self._waiting.popleft()
                 self._published.append(put)
                 outcomes += put.outcomes
+                puts -= 1
             if outcomes:
                 await self._publish(outcomes, self._sink)
 
