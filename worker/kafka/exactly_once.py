@@ -123,9 +123,11 @@ class ExactlyOnce:
 
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
         """Commits offsets that no record belongs to, by a transaction too: one way keeps them in order."""
-        puts = [Put(assignment, offset) for assignment, offset, _ in due if not self._goes_beyond(assignment, offset)]
-        for put in puts:
-            self._waiting.append(put)
+        furthest = {put.assignment: put for put in (*self._published, *self._waiting)}
+        puts = [
+            Put(assignment, offset) for assignment, offset, _ in due if not _covers(furthest.get(assignment), offset)
+        ]
+        self._waiting.extend(puts)
         self._changed.set()
         try:
             async with asyncio.timeout(timeout_s):
@@ -274,7 +276,7 @@ class ExactlyOnce:
         log.warning("a transaction is given up", extra={"reason": str(lost)})
         if lost.__cause__ is not None:  # else nothing went wrong
             if not isinstance(lost, TransactionFenced):
-                self._health.failing("transactions", self._why_it_was_lost(lost))
+                self._health.failing("transactions", _why_it_was_lost(lost, self._group_id))
             await backoff.wait()
         await self._open()
         if isinstance(lost, TransactionFenced):
@@ -292,7 +294,7 @@ class ExactlyOnce:
                 await self._sink.open()
             except UNREACHABLE as error:
                 self._metrics.kafka_errors.labels("transaction").inc()
-                self._health.failing("takeover", self._why_it_waits(error))
+                self._health.failing("takeover", _why_it_waits(error, self._connection, self._group_id))
             else:
                 self._health.working("takeover")
                 return
@@ -329,6 +331,7 @@ class ExactlyOnce:
         self._waiting.clear()
         if not isinstance(fenced.__cause__, ProducerFenced):  # by the group, which has to be joined again
             self._refused = next((put.assignment.membership for put in puts), None)
+            self._health.failing("transactions", f"{fenced}: waiting for partitions")
         for put in puts:
             self._drop(put)
         self._end_transaction()
@@ -344,29 +347,29 @@ class ExactlyOnce:
         self._held_bytes -= put.held_bytes
         self._room.set()
 
-    def _goes_beyond(self, assignment: Assignment, offset: int) -> bool:
-        """Whether an offset is on its way that makes this one needless. Committed after it, this one would lead back."""
-        held = (put for put in (*self._published, *self._waiting) if put.assignment is assignment)
-        return any(put.next_offset == offset or (put.outcomes and put.next_offset > offset) for put in held)
 
-    def _why_it_waits(self, error: BaseException) -> str:
-        if isinstance(error, TransactionalIdAuthorizationFailed):
-            return (
-                f"no permission (ACL) to use the transactional ids that begin with {self._group_id}/; "
-                "Write and Describe are needed"
-            )
-        if isinstance(error, InvalidTransactionTimeout):
-            return (
-                f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_S:g} s, which delivery exactly-once "
-                "needs"
-            )
-        if isinstance(error, TimeoutError):
-            return "brokers do not end this process's last transaction: a partition in it, or its coordinator, is away"
-        return unreachable(self._connection, error)
+def _covers(last: Put | None, offset: int) -> bool:
+    """Whether the last put of an assignment makes this offset needless. Committed after it, it would lead back."""
+    return last is not None and (last.next_offset == offset or (bool(last.outcomes) and last.next_offset > offset))
 
-    def _why_it_was_lost(self, lost: TransactionLost) -> str:
-        if isinstance(lost.__cause__, GroupAuthorizationFailedError):
-            return f"no permission to commit as group {self._group_id} (ACL)"
-        if isinstance(lost.__cause__, TopicAuthorizationFailedError):
-            return "no permission to publish (ACL)"
-        return f"cannot commit a transaction ({lost})"
+
+def _why_it_waits(error: BaseException, connection: Connection, group_id: str) -> str:
+    """Why no transactional producer can be had."""
+    if isinstance(error, TransactionalIdAuthorizationFailed):
+        return f"no permission (ACL) to use the transactional ids that begin with {group_id}/; Write and Describe are needed"
+    if isinstance(error, InvalidTransactionTimeout):
+        return (
+            f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_S:g} s, which delivery exactly-once "
+            "needs"
+        )
+    if isinstance(error, TimeoutError):
+        return "brokers do not end this process's last transaction: a partition in it, or its coordinator, is away"
+    return unreachable(connection, error)
+
+
+def _why_it_was_lost(lost: TransactionLost, group_id: str) -> str:
+    if isinstance(lost.__cause__, GroupAuthorizationFailedError):
+        return f"no permission to commit as group {group_id} (ACL)"
+    if isinstance(lost.__cause__, TopicAuthorizationFailedError):
+        return "no permission to publish (ACL)"
+    return f"cannot commit a transaction ({lost})"
