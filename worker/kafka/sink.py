@@ -66,8 +66,7 @@ class Sink:
     ) -> None:
         self._connection = connection
         self._compression_type = None if compression_type == "none" else compression_type
-        is_compressed = self._compression_type is not None
-        self._limits = OutputLimits(connection, limits, is_compressed=is_compressed)
+        self._limits = OutputLimits(connection, limits, compression_type=self._compression_type)
         self._topics = set(limits)  # all that are published to
         self._metrics = metrics
         self._health = health
