@@ -391,6 +391,14 @@ async def test_an_offset_alone_that_takes_too_long_is_tried_again_and_not_put_tw
     assert world.sink.commits == [{TP: 5}]
 
 
+async def test_after_the_end_offsets_alone_are_waited_for_no_longer(world: World) -> None:
+    """A drain would last until its deadline."""
+    assignment = await owned(world)
+    await world.finish()
+    assert await asyncio.wait_for(world.delivery.commit([(assignment, 5, 0)], 30), 1)
+    assert world.sink.commits == []
+
+
 # Transactions that fail.
 
 

@@ -122,7 +122,12 @@ class ExactlyOnce:
             await self._ended.wait()
 
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
-        """Commits offsets that no record belongs to, by a transaction too: one way keeps them in order."""
+        """Commits offsets that no record belongs to, by a transaction too: one way keeps them in order.
+
+        After ``run`` has ended it commits nothing: the next owner skips what these offsets would skip.
+        """
+        if self._running is not None and self._running.done():
+            return True
         furthest = {put.assignment: put for put in (*self._published, *self._waiting)}
         puts = [
             Put(assignment, offset) for assignment, offset, _ in due if not _covers(furthest.get(assignment), offset)
@@ -202,25 +207,29 @@ class ExactlyOnce:
 
     async def _transact(self) -> None:
         """One transaction: begins with what waits, takes what comes until it is due, and commits."""
-        started = time.monotonic()
-        await self._publish_waiting(started + LONGEST_S)
-        while (wait_s := self._due_in_s()) > 0 and time.monotonic() < started + LONGEST_S:
+        until = time.monotonic() + LONGEST_S
+        publishing_s = await self._publish_waiting(until)
+        while (wait_s := self._due_in_s()) > 0 and time.monotonic() < until:
             if not self._waiting:
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await within(wait_s, self._changed.wait())
-            await self._publish_waiting(started + LONGEST_S)
+            publishing_s += await self._publish_waiting(until)
         if not self._published:
             return
         published = time.monotonic()
-        self._metrics.stage_seconds["publish"].observe(published - started)
         await self._commit()
+        self._metrics.stage_seconds["publish"].observe(publishing_s)
         self._metrics.stage_seconds["commit"].observe(time.monotonic() - published)
         self._health.working("transactions")
         await self._settle()
 
-    async def _publish_waiting(self, until: float) -> None:
-        """Publishes what waits now. What comes meanwhile, or is left at the time ``until``, waits on."""
+    async def _publish_waiting(self, until: float) -> float:
+        """Publishes what waits now; returns how many seconds that took.
+
+        What comes meanwhile, or is left at the time ``until`` of the monotonic clock, waits on.
+        """
+        started = time.monotonic()
         puts = len(self._waiting)
         while puts > 0 and self._waiting and time.monotonic() < until:
             await self._turn_budget.before(min(RECORDS_PER_PUBLISH, sum(len(put.outcomes) for put in self._waiting)))
@@ -232,6 +241,7 @@ class ExactlyOnce:
                 puts -= 1
             if outcomes:
                 await self._publish(outcomes, self._sink)
+        return time.monotonic() - started
 
     def _due_in_s(self) -> float:
         if self._is_finishing or self._urgent or not self._room.is_set() or not self._published:
@@ -312,7 +322,8 @@ class ExactlyOnce:
                 commit = await self._owner.committed_offset(tp)
             except UNREACHABLE:
                 await backoff.wait()
-            else:
+                continue
+            if put.assignment.is_owned:  # else it may be its next owner's
                 return (commit.offset, commit.metadata) == (put.next_offset, put.assignment.metadata)
         return False
 
