@@ -165,6 +165,28 @@ def test_another_process_with_the_same_transactional_id_fences_the_worker(
     assert_once(kafka, topics, sent)
 
 
+def test_a_rebalance_ends_the_open_transaction_before_the_partitions_go(
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
+) -> None:
+    """It is committed at once, however long it might have lasted: nothing is aborted, read or scored again."""
+    first = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
+    load.start()
+    wait_for(lambda: first.metrics.outcomes >= 1_000, "1,000 results")
+    wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
+    second = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
+    first.wait_until_assigned(2)
+    wait_for(lambda: second.metrics.outcomes >= 500, "500 results of the other one")
+    sent = load.stop()
+    wait_until_committed(kafka, topics)
+    wait_for(lambda: first.metrics.outcomes + second.metrics.outcomes == len(sent), "every record to be counted")
+    assert_all_counted([first, second], sent)
+    for worker in (first, second):
+        assert worker.warnings("a transaction is given up") == []
+        assert worker.terminate() == 0
+    assert len(kafka.read(topics.output, committed_only=False)) == len(sent)
+    assert_once(kafka, topics, sent)
+
+
 def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
     kafka: Kafka, topics: Topics, workers: Workers
 ) -> None:
@@ -234,6 +256,7 @@ def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
     wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")
     assert_all_counted([worker], sent)
     assert worker.metrics.counts_by("reason", "dead_letters_total") == {"result_too_large": 2, "invalid_timestamp": 1}
+    assert not worker.warnings("a transaction is given up")
     assert worker.terminate() == 0
     letters = Counter(map(letter_place, kafka.read(topics.dead_letters)))
     assert letters == dict.fromkeys([(topics.input, 0, offset) for offset in (60, 61, 140)], 1)
