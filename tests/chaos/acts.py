@@ -143,6 +143,8 @@ def topic_made_anew(scene: Scene, _: random.Random) -> str:
     scene.feed.hold()
     scene.wait_until_done()
     scene.past += [as_given(message) for message in read(scene.kafka, topics.input)]
+    for slot in fleet.running():  # one that begins meanwhile would know the new topic alone
+        wait_until(slot, lambda slot=slot: is_ready(slot), "be ready")  # type: ignore[misc]
     workers = [(slot, slot.worker) for slot in fleet.running()]
     for slot in fleet.slots:
         slot.may_fail = True

@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
 from tests.support.broker import free_port
 from tests.support.process import COSTLESS, Workers, forked
@@ -50,11 +51,11 @@ def test_what_is_fit_is_said_to_be_and_nothing_is_written(kafka: Kafka, topics: 
     assert kafka.read(topics.output) == kafka.read(topics.dead_letters) == []
 
 
-def test_few_open_files_for_many_partitions_are_warned_of(kafka: Kafka, topics: Topics) -> None:
+def test_few_open_files_are_warned_of(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics, 40)
-    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once", open_files=(100, 120))
+    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once", open_files=(60, 69))
     assert lines_of(done.stdout)["files"] == "warn", done.stdout + done.stderr
-    assert "120 files may be open, and 40 partitions may need 147" in done.stdout
+    assert "69 files may be open, and a worker may need 70 beside 1 broker" in done.stdout
     assert done.returncode == 0
 
 
@@ -162,3 +163,22 @@ def test_brokers_that_want_something_else_are_a_line_too(kafka: Kafka, topics: T
     assert (done.returncode, done.stderr) == (2, "")
     assert lines_of(done.stdout)["brokers"] == "fail"
     assert "takes no login at this listener" in done.stdout
+
+
+def test_open_transactions_of_workers_of_before_fail(kafka: Kafka, topics: Topics) -> None:
+    """They had a transactional id for each input partition. Those of workers of today are none of them."""
+    kafka.create_all(topics, 2)
+    producers = []
+    for name in (f"{topics.input}/1", "member/1", f"{topics.input}"):
+        config = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/{name}"}
+        producers.append(Producer(config))
+        producers[-1].init_transactions(30)
+        producers[-1].begin_transaction()
+        producers[-1].produce(topics.output, b"x")
+        producers[-1].flush(30)
+    done = forked("check", *flags(kafka, topics), "--delivery", "exactly-once")
+    assert done.returncode == 1
+    assert f"workers before 0.2.0 have open transactions, such as {topics.group}/{topics.input}/1" in done.stdout
+    for producer in producers:
+        producer.abort_transaction(30)
+    assert "transactions" not in lines_of(forked("check", *flags(kafka, topics), "--delivery", "exactly-once").stdout)

@@ -23,12 +23,13 @@ from tests.support.two_brokers import two_nodes
 from tests.support.waiting import wait_for
 from worker.core.events import Outgoing
 from worker.kafka.aiokafka_compat.connections import update_metadata
+from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
-from worker.kafka.transactional_sink import Lost, PartitionSink, Refusals
+from worker.kafka.transactional_sink import TransactionalSink, TransactionFailed
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -250,16 +251,13 @@ async def opened_producer(connection: Connection, topic: str) -> Callable[[], Aw
 
 
 async def opened_transaction(connection: Connection, topic: str) -> Callable[[], Awaitable[None]]:
-    tp = TopicPartition(topic, 0)
-    sink = PartitionSink(
-        connection, tp=tp, transactional_id=topic, refusals=Refusals(), limits={}, metrics=Metrics(""), health=Health()
-    )
+    sink = TransactionalSink(connection, transactional_id=topic, limits={}, metrics=Metrics(""), health=Health())
     await sink.open()
     await sink.publish(producer_records(topic, 0))
 
     async def close() -> None:
-        with pytest.raises(Lost):
-            await sink.commit(1, tp, topic)
+        with pytest.raises(TransactionFailed):
+            await sink.commit({TopicPartition(topic, 0): (1, "")}, Membership(topic, 1, "member"))
         await sink.close(1)
 
     return close

@@ -1,5 +1,6 @@
 """Each input record comes out once for a reader with read_committed, whatever happens to the workers."""
 
+import asyncio
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import orjson
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
 from confluent_kafka import Producer
 
 from tests.support.broker import Broker
@@ -37,7 +39,15 @@ def load(kafka: Kafka, topics: Topics) -> Iterator[Load]:
 
 
 def assert_once(kafka: Kafka, topics: Topics, sent: list[Record]) -> None:
-    """Every record sent came out once, as what it has to become."""
+    """Every record sent came out once, as what it has to become.
+
+    Readers wait for what a killed worker has left open: brokers abort it after the transaction's timeout.
+    """
+    wait_for(
+        lambda: not any(map(kafka.has_open_transaction, (topics.output, topics.dead_letters))),
+        "no open transaction",
+        30,
+    )
     output, letters = kafka.read(topics.output), kafka.read(topics.dead_letters)
     results = Counter(result_place(record) for record in output if record.value is not None)
     dead = Counter(map(letter_place, letters))
@@ -130,17 +140,14 @@ def test_a_zombie_and_workers_that_join_and_leave_lose_and_repeat_nothing(
 def test_another_process_with_the_same_transactional_id_fences_the_worker(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
-    """It fences the worker, which is still the owner by the group: it takes the partition back, and the others go on."""
-    worker = workers.start(topics, **EXACTLY).wait_until_assigned(4)
+    """It fences the worker, which is still the owner by the group: it takes the id back, says why, and goes on."""
+    worker = workers.start(topics, group_instance_id="member", **EXACTLY).wait_until_assigned(4)
     load.start()
-    for partition in (0, 0, 1):
+    for _ in range(3):
         before = kafka.count(topics.output)
         wait_for(lambda before=before: kafka.count(topics.output) > before + 500, "500 results more")  # type: ignore[misc]
         errors = worker.metrics.get("kafka_errors_total", operation="transaction")
-        stranger = {
-            "bootstrap.servers": kafka.bootstrap,
-            "transactional.id": f"{topics.group}/{topics.input}/{partition}",
-        }
+        stranger = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/member"}
         Producer(stranger).init_transactions(30)
         wait_for(
             lambda errors=errors: worker.metrics.get("kafka_errors_total", operation="transaction") > errors,  # type: ignore[misc]
@@ -153,14 +160,88 @@ def test_another_process_with_the_same_transactional_id_fences_the_worker(
     wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")
     assert_all_counted([worker], sent)
     assert worker.lines("Traceback") == []
+    assert worker.lines(f"another process uses the transactional id {topics.group}/member")
     assert worker.terminate() == 0
     assert_once(kafka, topics, sent)
+
+
+def test_a_rebalance_ends_the_open_transaction_before_the_partitions_go(
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
+) -> None:
+    """It is committed at once, however long it might have lasted: nothing is aborted, read or scored again."""
+    first = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
+    load.start()
+    wait_for(lambda: first.metrics.outcomes >= 1_000, "1,000 results")
+    wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
+    second = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
+    first.wait_until_assigned(2)
+    wait_for(lambda: second.metrics.outcomes >= 500, "500 results of the other one")
+    sent = load.stop()
+    wait_until_committed(kafka, topics)
+    wait_for(lambda: first.metrics.outcomes + second.metrics.outcomes == len(sent), "every record to be counted")
+    assert_all_counted([first, second], sent)
+    for worker in (first, second):
+        assert worker.warnings("a transaction is given up") == []
+        assert worker.terminate() == 0
+    assert len(kafka.read(topics.output, committed_only=False)) == len(sent)
+    assert_once(kafka, topics, sent)
+
+
+def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """It waits neither for the session nor for the transaction's timeout, and nor does a reader."""
+    kafka.create_all(topics, 4)
+    settings = {"group_instance_id": "member", "session_timeout_ms": 45_000, "transaction_ms": 3_000, **EXACTLY}
+    worker = workers.start(topics, **settings).wait_until_assigned(4)
+    sent = kafka.send(topics.input, map(numbered, range(4_000)))
+    wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be killed in", every=0.01)
+    worker.kill()
+    assert kafka.has_open_transaction(topics.output), "this has shown nothing"
+    began = time.monotonic()
+    worker = workers.start(topics, **settings)
+    wait_until_committed(kafka, topics)
+    assert time.monotonic() - began < 10, "the transaction's timeout"
+    assert worker.terminate() == 0
+    assert_once(kafka, topics, sent)
+
+
+async def test_a_partition_whose_offset_another_process_has_in_a_transaction_waits_and_says_so(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """The others are read meanwhile, and the worker stays in its group."""
+    kafka.create_all(topics, 2)
+    stranger = AIOKafkaProducer(
+        bootstrap_servers=kafka.bootstrap, transactional_id=topics.input, transaction_timeout_ms=5_000
+    )
+    await stranger.start()
+    await stranger.begin_transaction()
+    held = TopicPartition(topics.input, 0)
+    await stranger.send_offsets_to_transaction({held: 5}, topics.group)  # brokers take it while the group is empty
+
+    def rest() -> None:
+        records = [Record(numbered(number).value, partition=number % 2) for number in range(200)]
+        kafka.send(topics.input, records)
+        worker = workers.start(topics, **EXACTLY)
+        reason = f"waiting for the end of a transaction that another process has left open: {topics.input}-0"
+        wait_for(lambda: worker.get("/readyz") == (503, f"takeover: {reason}\n"), "the reason", 9)
+        assert kafka.committed(topics.group, topics.input) == {1: 100}
+        assert worker.warnings(reason) == [reason]
+        wait_until_committed(kafka, topics)
+        worker.wait_until_ready()
+        assert worker.metrics.get("rebalances_total") == 1
+        assert worker.terminate() == 0
+
+    try:
+        await asyncio.to_thread(rest)  # brokers look for what is over its timeout every ten seconds
+    finally:
+        await stranger.stop()
 
 
 def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
     kafka: Kafka, topics: Topics, workers: Workers
 ) -> None:
-    """It cannot be foreseen how large a compressed batch is: the transaction is done again, with a dead letter in it."""
+    """It cannot be foreseen how large a compressed batch is: what is refused is found within the transaction."""
     kafka.create_all(topics, 1)
     worker = workers.start(topics, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
     kafka.set_config(topics.output, "max.message.bytes", 20_000)
@@ -175,6 +256,7 @@ def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
     wait_for(lambda: worker.metrics.outcomes == len(sent), "every record to be counted")
     assert_all_counted([worker], sent)
     assert worker.metrics.counts_by("reason", "dead_letters_total") == {"result_too_large": 2, "invalid_timestamp": 1}
+    assert not worker.warnings("a transaction is given up")
     assert worker.terminate() == 0
     letters = Counter(map(letter_place, kafka.read(topics.dead_letters)))
     assert letters == dict.fromkeys([(topics.input, 0, offset) for offset in (60, 61, 140)], 1)
@@ -205,12 +287,14 @@ def test_sigterm_under_load_loses_and_repeats_nothing(
 def test_a_drain_whose_last_transaction_is_lost_is_no_clean_end(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 1)
     slow = {"PASS_SECONDS": "1.5"}
-    worker = workers.start(topics, slow, max_batch_texts=50, **EXACTLY).wait_until_assigned(1)
+    worker = workers.start(topics, slow, max_batch_texts=50, group_instance_id="member", **EXACTLY).wait_until_assigned(
+        1
+    )
     sent = kafka.send(topics.input, map(numbered, range(100)))
     wait_for(lambda: worker.metrics.get("queue_depth", stage="tokenized") > 0, "the model to have work", every=0.02)
     os.kill(worker.pid, signal.SIGTERM)
     wait_for(lambda: worker.lines("draining"), "the drain", every=0.02)
-    names = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/{topics.input}/0"}
+    names = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/member"}
     Producer(names).init_transactions(30)
     assert worker.wait() == 1
     assert worker.warnings("records were taken and could not be committed; they are read again")

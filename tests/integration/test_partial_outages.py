@@ -202,3 +202,35 @@ def test_a_member_that_is_killed_and_comes_back_at_once(kafka: Kafka, topics: To
     assert len(said(stays, "group")) == 2
     assert said(stays, "group")[-1].startswith("group: recovered after ")
     assert [worker.terminate() for worker in (stays, back)] == [0, 0]
+
+
+def test_an_output_partition_without_a_leader_is_named_and_its_transaction_done_again(
+    pair: Pair, pair_kafka: Kafka, pair_workers: Workers
+) -> None:
+    """It holds up all partitions of the process, which share one transaction; nothing is read or scored again."""
+    unique = Topics.unique()
+    topics = Topics(unique.input, unique.output, unique.dead_letters, group_of(STAYS, unique.group))
+    pair.create(pair_kafka, topics.input, STAYS, STAYS)
+    pair.create(pair_kafka, topics.output, STAYS, GOES)
+    pair.create(pair_kafka, topics.dead_letters, STAYS)
+    worker = pair_workers.start(topics, delivery="exactly-once").wait_until_assigned(2)
+    pair_kafka.send(topics.input, map(numbered, range(100)))
+    wait_until_committed(pair_kafka, topics)
+
+    pair.goes.stop()
+    pair_kafka.send(topics.input, map(numbered, range(100, 200)))
+    reason = f"publish: publishing is stalled: nothing is acknowledged by {topics.output}-1\n"
+    wait_for(lambda: worker.get("/readyz") == (503, reason), "the reason", 30)
+    counted = worker.metrics.outcomes  # what was committed before a record of that partition came
+    assert counted < 200
+    holds_for(lambda: (worker.get("/readyz"), worker.metrics.outcomes) == ((503, reason), counted), "the reason", 5)
+    assert worker.status("/livez") == 200
+
+    pair.goes.start()
+    worker.wait_until_ready()
+    wait_until_committed(pair_kafka, topics)
+    wait_for(lambda: worker.metrics.outcomes == 200, "every record to be counted")
+    assert worker.metrics.get("batch_texts_sum") == 200, "scored once"
+    assert worker.metrics.get("rebalances_total") == 1
+    assert worker.terminate() == 0
+    assert len(pair_kafka.read(topics.output)) == 200

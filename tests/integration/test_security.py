@@ -386,7 +386,7 @@ def test_exactly_once_needs_its_transactional_ids(
     kafka.create_all(topics, 1)
     kafka.send(topics.input, [*map(numbered, range(9)), Record(b"{", b"key")])
     allow(secure, USER, topics, *NEEDED)
-    settings = {**entrance.settings, "delivery": "exactly-once"}
+    settings = {**entrance.settings, "delivery": "exactly-once", "group_instance_id": "member"}
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
     words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
     wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
@@ -394,7 +394,7 @@ def test_exactly_once_needs_its_transactional_ids(
     assert len(worker.warnings(words)) == 1
     assert "Traceback" not in worker.output
     assert not kafka.read(topics.output)
-    name = f"{topics.group}/{topics.input}/0"
+    name = f"{topics.group}/member"
     secure.allow(USER, ResourceType.TRANSACTIONAL_ID, name, WRITE, DESCRIBE)
     worker.wait_until_ready()
     wait_until_committed(kafka, topics)

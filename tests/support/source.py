@@ -13,6 +13,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.topic_ids import with_topic_id
+from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Connection
 from worker.kafka.source import Source
@@ -74,7 +75,12 @@ class FakeConsumer:
     async def agreed_topic_id(self, topic: str) -> str | None:
         return self.agreed.pop(0) if self.agreed else self.topic_id
 
-    async def committed_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+    def membership(self) -> Membership:
+        return Membership("g", 1, "member")
+
+    async def committed_offsets(
+        self, tps: list[TopicPartition], *, require_stable: bool
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
         if self.unplaceable:
             raise self.unplaceable
@@ -189,19 +195,15 @@ async def until(condition: Any, seconds: float = 5) -> None:
 class FakeDelivery:
     """Notes what the source says of assignments."""
 
-    has_producer_per_partition = True
+    requires_stable_offsets = False
 
     def __init__(self) -> None:
         self.released: list[Any] = []
         self.abandoned: list[Any] = []
-        self.committed_offsets: list[int | None] = []
 
     def serve(self, *_: object) -> None: ...
 
     async def begin(self, assignment: Any) -> None: ...
-
-    def resume(self, assignment: Any, committed: int | None) -> None:
-        self.committed_offsets.append(committed)
 
     async def commit(self, due: Any, timeout_s: float) -> bool:
         return True

@@ -1,134 +1,88 @@
-"""When a transaction is committed, what is remembered of refusals, and what becomes of a transaction that is lost."""
+"""When a transaction begins and ends, and what becomes of its outcomes where it fails, is fenced or is in doubt."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import GroupAuthorizationFailedError, ProducerFenced, TransactionalIdAuthorizationFailed
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    IllegalGenerationError,
+    IllegalStateError,
+    KafkaConnectionError,
+    ProducerFenced,
+    TransactionalIdAuthorizationFailed,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Outgoing
 from worker.kafka import exactly_once as module
+from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.assignment import Assignment
 from worker.kafka.connection import Backoff, Connection
-from worker.kafka.exactly_once import LONGEST_INTERVAL_S, ExactlyOnce, due_at, least_interval_s
+from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.producer_records import ProducerRecord
-from worker.kafka.transactional_sink import Lost, Refusals
-from worker.reasons import Reason
+from worker.kafka.transactional_sink import (
+    TransactionFailed,
+    TransactionFenced,
+    TransactionInDoubt,
+    TransactionLost,
+    new_transactional_id,
+)
 from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
-TP = TopicPartition("t", 0)
-
-
-# When.
-
-
-def test_a_transaction_is_committed_after_the_interval() -> None:
-    due = due_at(gathered_at=10, committed_at=9.95, nothing_follows=False, interval_s=0.1, least_s=0)
-    assert due == pytest.approx(10.1)
-
-
-def test_and_at_once_when_nothing_follows() -> None:
-    assert due_at(gathered_at=10, committed_at=9.95, nothing_follows=True, interval_s=0.1, least_s=0.02) == 10
-
-
-@pytest.mark.parametrize("nothing_follows", [True, False])
-def test_but_not_before_the_other_partitions_had_their_turn(nothing_follows: bool) -> None:
-    due = due_at(gathered_at=10, committed_at=9.9, nothing_follows=nothing_follows, interval_s=0.1, least_s=0.75)
-    assert due == pytest.approx(10.65)
-
-
-@pytest.mark.parametrize(
-    ("partitions", "commit_s", "least_s"),
-    [(0, 0.01, 0), (1, 0.5, 0), (6, 0.01, 0.06), (96, 0.01, 0.96), (1_000, 0.01, LONGEST_INTERVAL_S)],
-)
-def test_the_interval_stretches_with_the_partitions(partitions: int, commit_s: float, least_s: float) -> None:
-    assert least_interval_s(partitions, commit_s) == pytest.approx(least_s)
-
-
-# Refusals.
+TP, OTHER = TopicPartition("t", 0), TopicPartition("t", 1)
+MEMBER = Membership("g", 1, "member")
+NEXT_GENERATION = replace(MEMBER, generation=2)
 
 
 def producer_record(offset: int, topic: str = "out", value: bytes | None = b"{}", headers: int = 1) -> ProducerRecord:
-    return ProducerRecord(topic, Outgoing(b"key", value, [("h", b"")] * headers, None), 0, offset)
+    return ProducerRecord(topic, Outgoing(b"key", value, [("h", b"")] * headers, None), 0)
 
 
-def test_a_record_that_was_refused_alone_is_known_again() -> None:
-    refusals = Refusals()
-    refusals.note([producer_record(7)], "result_too_large")
-    assert [refusals.reason(producer_record(offset)) for offset in (6, 7, 8)] == [None, "result_too_large", None]
-
-
-def test_its_dead_letter_is_another_record_and_so_is_a_smaller_one() -> None:
-    refusals = Refusals()
-    refusals.note([producer_record(7)], "result_too_large")
-    refusals.note([producer_record(7, "dead", b"{}", 9)], "result_too_large")
-    assert refusals.reason(producer_record(7, "dead", b"{}", 9)) == "result_too_large"
-    assert refusals.reason(producer_record(7, "dead", b"", 10)) is None
-    assert refusals.reason(producer_record(7, "dead", b"", 9)) is None
-
-
-def test_of_several_that_were_refused_together_each_goes_alone() -> None:
-    refusals = Refusals()
-    producer_records = [producer_record(offset) for offset in range(6)]
-    assert refusals.apart(producer_records, [0, 1, 2, 3, 4, 5]) == [[0, 1, 2, 3, 4, 5]]
-    refusals.note(producer_records[2:4], "result_too_large")
-    assert [refusals.reason(one) for one in producer_records] == [None] * 6
-    assert refusals.apart(producer_records, [0, 1, 2, 3, 4, 5]) == [[0, 1], [2], [3], [4, 5]]
-    assert refusals.apart(producer_records, [3, 4]) == [[3], [4]]
-
-
-def test_what_is_committed_is_forgotten() -> None:
-    refusals = Refusals()
-    refusals.note([producer_record(1)], "result_too_large")
-    refusals.note([producer_record(8)], "invalid_timestamp")
-    refusals.note([producer_record(2), producer_record(9)], "result_too_large")
-    refusals.forget_before(5)
-    assert refusals.reason(producer_record(1)) is None
-    assert refusals.reason(producer_record(8)) == "invalid_timestamp"
-    assert refusals.apart([producer_record(2), producer_record(3), producer_record(9)], [0, 1, 2]) == [[0, 1], [2]]
-
-
-# Transactions.
+Offsets = Mapping[TopicPartition, tuple[int, str]]
 
 
 @dataclass
 class FakeSink:
-    """Commits, unless it is told what happens instead."""
+    """Publishes and commits, unless it is told what happens instead."""
 
-    transactional_id: str
     published: list[int] = field(default_factory=list)
-    committed: list[int] = field(default_factory=list)
+    commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     metadata: set[str] = field(default_factory=set)
+    members: list[Membership] = field(default_factory=list)
+    opened: int = 0
     is_closed: bool = False
+    open_errors: list[Exception] = field(default_factory=list)
+    publish_errors: list[Exception] = field(default_factory=list)
+    commit_errors: list[Exception] = field(default_factory=list)
+    commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def open(self) -> None:
-        if errors := self.world.open_errors:
-            raise errors.pop(0)
+        if self.open_errors:
+            raise self.open_errors.pop(0)
+        self.opened += 1
 
-    async def publish(self, producer_records: Sequence[int]) -> list[Reason | None]:
+    async def publish(self, offsets: Sequence[int]) -> None:
         await asyncio.sleep(0)
-        if errors := self.world.publish_errors:
-            raise errors.pop(0)
-        self.published.extend(producer_records)
-        return [None] * len(producer_records)
+        if self.publish_errors:
+            raise self.publish_errors.pop(0)
+        self.published.extend(offsets)
 
-    async def commit(self, offset: OffsetAndMetadata, tp: TopicPartition, group_id: str) -> None:
-        await self.world.commit_may_end.wait()
-        if errors := self.world.commit_errors:
-            raise errors.pop(0)
-        self.committed.append(offset.offset)
-        self.metadata.add(offset.metadata)
+    async def commit(self, offsets: Offsets, member: Membership) -> None:
+        await self.commit_may_end.wait()
+        if self.commit_errors:
+            raise self.commit_errors.pop(0)
+        self.commits.append({tp: offset for tp, (offset, _) in offsets.items()})
+        self.metadata.update(metadata for _, metadata in offsets.values())
+        self.members.append(member)
 
     async def close(self, timeout_s: float) -> None:
         self.is_closed = True
-
-    world: "World" = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -143,34 +97,29 @@ class FakeOutcome:
 
 
 class World:
-    """Transactions with fake producers, and the source and pipeline around them."""
+    """The delivery with a fake sink, and the source and pipeline around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = 30) -> None:
         self.health = Health()
         self.metrics = Metrics("test")
-        self.transactions = ExactlyOnce(
+        self.sink = FakeSink()
+        self.sink.commit_may_end.set()
+        self.delivery = ExactlyOnce(
             Connection(("nowhere:1",)),
+            self.sink,  # type: ignore[arg-type]
             group_id="g",
-            limits={},
+            interval_s=interval_s,
             turn_budget=TurnBudget(),
             metrics=self.metrics,
             health=self.health,
-            interval_s=30,
         )
-        self.transactions.serve(self, self.deliver, self.count)  # type: ignore[arg-type]
-        self.sinks: list[FakeSink] = []
-        self.open_errors: list[Exception] = []
-        self.publish_errors: list[Exception] = []
-        self.commit_errors: list[Exception] = []
-        self.commit_may_end = asyncio.Event()
-        self.commit_may_end.set()
+        self.delivery.serve(self, self.deliver, self.count)  # type: ignore[arg-type]
+        self.delivery._committed_at = asyncio.get_running_loop().time()
         self.counted: list[int] = []
         self.dropped = 0
         self.restarted: list[Assignment] = []
-
-    def sink(self, _: Connection, *, transactional_id: str, **__: Any) -> FakeSink:
-        self.sinks.append(FakeSink(transactional_id, world=self))
-        return self.sinks[-1]
+        self.committed: OffsetAndMetadata | Exception = OffsetAndMetadata(-1, "")
+        self.running = asyncio.create_task(self.delivery.run())
 
     async def deliver(self, outcomes: Sequence[FakeOutcome], sink: FakeSink) -> None:
         await sink.publish([outcome.record.offset for outcome in outcomes])
@@ -189,26 +138,47 @@ class World:
         self.dropped += records
 
     def restart(self, assignment: Assignment) -> None:
+        self.delivery.abandon(assignment)
         assignment.accepts = assignment.is_owned = False
         self.restarted.append(assignment)
 
-    async def confirm_membership(self) -> None: ...
+    async def committed_offset(self, _: TopicPartition) -> OffsetAndMetadata:
+        if isinstance(self.committed, Exception):
+            raise self.committed
+        return self.committed
+
+    def revoke(self, assignment: Assignment) -> None:
+        assignment.accepts = assignment.is_owned = False
+        self.delivery.release(assignment)
 
     async def finish(self) -> None:
-        self.transactions.finish()
-        await asyncio.wait_for(self.transactions.run(), 5)
+        self.delivery.finish()
+        await asyncio.wait_for(self.running, 5)
 
     async def put(self, assignment: Assignment, *offsets: int) -> None:
         assignment.under_way += len(offsets)
-        await self.transactions.put(assignment, [FakeOutcome(FakeRecord(offset)) for offset in offsets])  # type: ignore[misc]
+        await self.delivery.put(assignment, [FakeOutcome(FakeRecord(offset)) for offset in offsets])  # type: ignore[misc]
+
+    async def end_transaction(self) -> None:
+        """As if ``interval_s`` were over, until nothing is held."""
+
+        def is_delivered() -> bool:
+            self.delivery._committed_at -= 100
+            self.delivery._changed.set()
+            return not self.delivery._held_bytes and not (self.delivery._published or self.delivery._waiting)
+
+        await until(is_delivered)
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    world = World()
-    monkeypatch.setattr(module, "PartitionSink", world.sink)
+async def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Backoff, "wait", lambda _: asyncio.sleep(0))
-    return world
+    world = World()
+    yield world
+    world.running.cancel()
+    await asyncio.wait({world.running})
+    if not world.running.cancelled():
+        world.running.exception()
 
 
 async def until(condition: Any) -> None:
@@ -217,251 +187,405 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0)
 
 
-async def owned(world: World, delivered: int = 100) -> Assignment:
-    assignment = Assignment(TP, delivered=delivered)
-    await world.transactions.begin(assignment)
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def owned(world: World, tp: TopicPartition = TP, member: Membership = MEMBER) -> Assignment:
+    assignment = Assignment(tp, member, metadata="topic_id=x")
+    await world.delivery.begin(assignment)
     return assignment
 
 
+def caused(lost: TransactionLost, cause: Exception) -> TransactionLost:
+    lost.__cause__ = cause
+    return lost
+
+
+def fenced_by_the_group() -> TransactionLost:
+    return caused(TransactionFenced("the group"), IllegalGenerationError())
+
+
+def fenced_by_another() -> TransactionLost:
+    return caused(TransactionFenced("another process"), ProducerFenced())
+
+
+def failed() -> TransactionLost:
+    return caused(TransactionFailed("TimeoutError"), TimeoutError())
+
+
+def in_doubt() -> TransactionLost:
+    return caused(TransactionInDoubt("TimeoutError"), TimeoutError())
+
+
+def test_a_restarted_static_member_has_the_same_transactional_id_and_others_never() -> None:
+    assert new_transactional_id("g", "member-1") == new_transactional_id("g", "member-1") == "g/member-1"
+    assert new_transactional_id("g", None) != new_transactional_id("g", None)
+    assert new_transactional_id("g", None).startswith("g/")
+
+
+# Transactions that succeed.
+
+
 async def test_what_is_committed_is_counted_and_not_before(world: World) -> None:
-    assignment = await owned(world, delivered=3)
-    assert world.sinks[0].transactional_id == "g/t/0"
-    world.commit_may_end.clear()
-    await world.put(assignment, 0, 1, 2)
-    await until(lambda: world.sinks[0].published == [0, 1, 2])
-    assert (world.counted, assignment.committed) == ([], None)
-    world.commit_may_end.set()
-    await until(lambda: assignment.committed == 3)
-    assert (world.counted, world.sinks[0].committed, assignment.under_way) == ([0, 1, 2], [3], 0)
-
-
-async def test_pages_gather_while_more_follows_and_go_as_one_transaction(world: World) -> None:
     assignment = await owned(world)
-    await world.put(assignment, 0, 1)
-    await world.put(assignment, 2, 3)
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert world.sinks[0].published == [], "the interval is half a minute"
-    world.transactions.flush([assignment])
-    await until(lambda: assignment.committed == 4)
-    assert world.sinks[0].committed == [4]
+    world.sink.commit_may_end.clear()
+    await world.put(assignment, 0, 1, 2)
+    world.delivery.flush([assignment])
+    await until(lambda: world.sink.published == [0, 1, 2])
+    await settled()
+    assert (world.counted, assignment.committed) == ([], None)
+    world.sink.commit_may_end.set()
+    await until(lambda: assignment.committed == 3)
+    assert (world.counted, world.sink.commits, assignment.under_way) == ([0, 1, 2], [{TP: 3}], 0)
+    assert (world.sink.metadata, world.sink.members) == ({"topic_id=x"}, [MEMBER])
 
 
-async def test_large_pages_are_counted_one_in_a_turn_of_the_event_loop(world: World) -> None:
-    assignment = await owned(world, delivered=10_000)
+async def test_the_first_transaction_after_a_pause_ends_at_once_and_the_next_after_the_interval(world: World) -> None:
+    assignment = await owned(world)
+    world.delivery._committed_at -= 100
+    await world.put(assignment, 0)
+    await until(lambda: assignment.committed == 1)
+    await world.put(assignment, 1)
+    await until(lambda: world.sink.published == [0, 1])
+    await settled()
+    assert assignment.committed == 1, "the interval is half a minute"
+
+
+async def test_all_partitions_share_one_transaction(world: World) -> None:
+    some, other = await owned(world), await owned(world, OTHER)
+    await world.put(some, 0, 1)
+    await world.put(other, 5)
+    await world.put(some, 2)
+    await until(lambda: world.sink.published == [0, 1, 5, 2])
+    assert world.sink.commits == []
+    await world.end_transaction()
+    assert world.sink.commits == [{TP: 3, OTHER: 6}]
+
+
+async def test_a_transaction_ends_although_more_comes_with_each_round(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brokers that are slow would never see its end."""
+    assignment = await owned(world)
+    world.delivery._committed_at -= 100
+    publish = FakeSink.publish
+
+    async def slow(sink: FakeSink, offsets: Sequence[int]) -> None:
+        await publish(sink, offsets)
+        if not sink.commits:
+            await world.put(assignment, offsets[-1] + 1)
+
+    monkeypatch.setattr(FakeSink, "publish", slow)
+    await world.put(assignment, 0)
+    await until(lambda: world.sink.commits)
+    assert world.sink.commits == [{TP: 1}]
+
+
+async def test_a_revocation_ends_the_transaction_at_once_and_so_all_that_follow(world: World) -> None:
+    assignment = await owned(world)
+    await world.put(assignment, 0)
+    world.delivery.flush([assignment])
+    await until(lambda: assignment.committed == 1)
+    await world.put(assignment, 1)
+    await until(lambda: assignment.committed == 2)
+
+
+async def test_large_puts_are_counted_one_in_a_turn_of_the_event_loop(world: World) -> None:
+    assignment = await owned(world)
     for begin in range(0, 3 * RECORDS, RECORDS):
         await world.put(assignment, *range(begin, begin + RECORDS))
-    world.transactions.flush([assignment])
+    world.delivery.flush([assignment])
     seen = set()
     await until(lambda: seen.add(len(world.counted)) or len(world.counted) == 3 * RECORDS)
     assert seen >= {RECORDS, 2 * RECORDS, 3 * RECORDS}
-    assert (assignment.under_way, assignment.committed, world.transactions._weight) == (0, 3 * RECORDS, 0)
+    assert (assignment.under_way, assignment.committed, world.delivery._held_bytes) == (0, 3 * RECORDS, 0)
 
 
 async def test_what_is_committed_is_counted_though_the_partition_goes_meanwhile(world: World) -> None:
-    assignment = await owned(world, delivered=10_000)
+    assignment = await owned(world)
     for begin in range(0, 3 * RECORDS, RECORDS):
         await world.put(assignment, *range(begin, begin + RECORDS))
-    world.transactions.flush([assignment])
+    world.delivery.flush([assignment])
     await until(lambda: world.counted)
     assert len(world.counted) < 3 * RECORDS, "the rest has its turn later"
-    world.transactions.release(assignment)
-    assert world.counted == [*range(3 * RECORDS)]
-    assert (world.dropped, assignment.under_way, world.transactions._weight) == (0, 0, 0)
+    world.revoke(assignment)
+    await until(lambda: world.counted == [*range(3 * RECORDS)])
+    assert (world.dropped, assignment.under_way, world.delivery._held_bytes) == (0, 0, 0)
 
 
 async def test_who_cannot_count_ends_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise LookupError("a bug")
 
-    monkeypatch.setattr(world.transactions, "_count", broken)
-    assignment = await owned(world, delivered=1)
+    monkeypatch.setattr(world.delivery, "_count", broken)
+    assignment = await owned(world)
     await world.put(assignment, 0)
+    world.delivery.flush([assignment])
     with pytest.raises(LookupError):
-        await asyncio.wait_for(world.transactions.run(), 5)
+        await asyncio.wait_for(world.running, 5)
 
 
 async def test_finish_commits_what_is_there(world: World) -> None:
-    assignment = await owned(world)
-    await world.put(assignment, 0, 1)
-    assignment.metadata = "topic_id=x"
+    await world.put(await owned(world), 0, 1)
     await world.finish()
-    assert (world.sinks[0].committed, world.sinks[0].metadata) == ([2], {"topic_id=x"})
+    assert world.sink.commits == [{TP: 2}]
+
+
+async def test_what_is_held_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing more fits, the transaction does not wait for its interval."""
+    monkeypatch.setattr(module, "MAX_HELD_BYTES", 10 * module.RECORD_BYTES)
+    assignment = await owned(world)
+    world.sink.commit_may_end.clear()
+    await world.put(assignment, *range(8))
+    putting = asyncio.create_task(world.put(assignment, *range(8, 16)))
+    await until(lambda: world.sink.published == [*range(8)])
+    await settled()
+    assert not putting.done()
+    world.sink.commit_may_end.set()
+    await putting
+    assert world.counted == [*range(8)]
+
+
+# Offsets that no record belongs to.
 
 
 async def test_an_offset_alone_is_committed_in_its_turn(world: World) -> None:
-    assignment = await owned(world, delivered=9)
-    await world.transactions.commit([(assignment, 9, 0)], 5)
-    assert (world.sinks[0].committed, world.counted) == ([9], [])
+    assignment = await owned(world)
+    world.delivery._committed_at -= 100
+    assert await world.delivery.commit([(assignment, 9, 0)], 5)
+    assert (world.sink.commits, world.counted) == ([{TP: 9}], [])
 
 
 @pytest.mark.parametrize("is_committing", [False, True])
 async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, is_committing: bool) -> None:
     """The records that were read after it are on their way already, and their transaction goes beyond it."""
     assignment = await owned(world)
-    world.commit_may_end.clear()
+    world.sink.commit_may_end.clear()
     await world.put(assignment, *range(100, 110))
     if is_committing:
-        world.transactions.flush([assignment])
-        await until(lambda: world.sinks[0].published)
-    committing = asyncio.create_task(world.transactions.commit([(assignment, 100, 0)], 5))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    world.commit_may_end.set()
+        world.delivery.flush([assignment])
+    await until(lambda: world.sink.published)
+    committing = asyncio.create_task(world.delivery.commit([(assignment, 100, 0)], 5))
+    await settled()
+    world.sink.commit_may_end.set()
     await world.finish()
     await committing
-    assert world.sinks[0].committed == [110]
+    assert world.sink.commits == [{TP: 110}]
 
 
 async def test_an_offset_alone_goes_after_the_records_before_it(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
-    world.transactions.flush([assignment])
-    await world.transactions.commit([(assignment, 5, 0)], 5)
-    assert world.sinks[0].committed[-1] == 5
+    world.delivery.flush([assignment])
+    await world.delivery.commit([(assignment, 5, 0)], 5)
+    assert world.sink.commits[-1] == {TP: 5}
+
+
+async def test_an_offset_alone_that_takes_too_long_is_tried_again_and_not_put_twice(world: World) -> None:
+    assignment = await owned(world)
+    assert not await world.delivery.commit([(assignment, 5, 0)], 0.01)
+    assert not await world.delivery.commit([(assignment, 5, 0)], 0.01) or len(world.delivery._published) == 1
+    await world.end_transaction()
+    assert world.sink.commits == [{TP: 5}]
+
+
+async def test_after_the_end_offsets_alone_are_waited_for_no_longer(world: World) -> None:
+    """A drain would last until its deadline."""
+    assignment = await owned(world)
+    await world.finish()
+    assert await asyncio.wait_for(world.delivery.commit([(assignment, 5, 0)], 30), 1)
+    assert world.sink.commits == []
+
+
+# Transactions that fail.
 
 
 @pytest.mark.parametrize("where", ["publish_errors", "commit_errors"])
-async def test_a_lost_transaction_begins_the_partition_anew(world: World, where: str) -> None:
-    assignment = await owned(world, delivered=2)
-    getattr(world, where).append(Lost("ProducerFenced"))
-    await world.put(assignment, 0, 1)
-    await until(lambda: world.restarted)
-    assert (world.restarted, world.dropped, world.counted, assignment.under_way) == ([assignment], 2, [], 0)
-    await until(lambda: world.sinks[0].is_closed)
-    await world.put(assignment, 2)
-    assert world.dropped == 3, "what was still on its way under the old assignment is dropped too"
-
-    again = await owned(world, delivered=2)
-    world.transactions.resume(again, 0)
-    await world.put(again, 0, 1)
-    await until(lambda: again.committed == 2)
-    assert (world.counted, world.sinks[1].committed) == ([0, 1], [2])
+async def test_what_has_failed_is_sent_again_from_memory_with_what_has_come_since(world: World, where: str) -> None:
+    some, other = await owned(world), await owned(world, OTHER)
+    getattr(world.sink, where).append(failed())
+    await world.put(some, 0, 1)
+    await world.put(other, 7)
+    await world.end_transaction()
+    assert (world.sink.commits, sorted(world.counted)) == ([{TP: 2, OTHER: 8}], [0, 1, 7])
+    assert (world.sink.opened, world.dropped, world.restarted) == (1, 0, [])
     assert world.metrics.duplicates_possible._value.get() == 0
 
 
-@pytest.mark.parametrize(("committed", "counted"), [(2, [0, 1]), (None, []), (1, [])])
-async def test_a_commit_in_doubt_counts_if_it_has_happened(
-    world: World, committed: int | None, counted: list[int]
+async def test_order_is_kept_where_it_is_sent_again(world: World) -> None:
+    assignment = await owned(world)
+    world.sink.commit_errors.append(failed())
+    for offset in range(3):
+        await world.put(assignment, offset)
+    world.delivery.flush([assignment])
+    await until(lambda: assignment.committed == 3)
+    assert world.sink.published[-3:] == world.counted == [0, 1, 2]
+
+
+async def test_trouble_is_told_until_a_transaction_is_committed(world: World) -> None:
+    assignment = await owned(world)
+    world.sink.publish_errors.append(caused(TransactionFailed("x"), GroupAuthorizationFailedError("g")))
+    world.sink.open_errors.append(KafkaConnectionError())
+    await world.put(assignment, 0)
+    await until(world.health.why_not_ready)
+    assert world.health.why_not_ready() == "transactions: no permission to commit as group g (ACL)"
+    await world.end_transaction()
+    assert world.health.why_not_ready() is None
+
+
+@pytest.mark.parametrize(
+    ("offset", "metadata", "is_committed"),
+    [(2, "topic_id=x", True), (1, "topic_id=x", False), (2, "topic_id=y", False)],
+)
+async def test_a_commit_in_doubt_is_decided_by_the_committed_offset(
+    world: World, offset: int, metadata: str, is_committed: bool
 ) -> None:
-    assignment = await owned(world, delivered=2)
-    world.commit_errors.append(Lost("TimeoutError"))
+    """Which has to be one of the same topic, not of one that had its name before."""
+    some, other = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors.append(in_doubt())
+    world.committed = OffsetAndMetadata(offset, metadata)
+    await world.put(some, 0, 1)
+    await world.put(other, 1)
+    await world.end_transaction()
+    await until(lambda: len(world.counted) == 3)
+    assert (world.sink.commits, world.sink.opened) == ([] if is_committed else [{TP: 2, OTHER: 2}], 1)
+    assert world.health.why_not_ready() is None
+
+
+async def test_a_commit_in_doubt_of_partitions_that_have_gone_is_their_next_owners(world: World) -> None:
+    assignment = await owned(world)
+    world.sink.commit_errors.append(in_doubt())
+    world.committed = KafkaConnectionError()
     await world.put(assignment, 0, 1)
+    world.delivery.flush([assignment])
+    await until(lambda: world.sink.opened)
+    world.revoke(assignment)
+    await until(lambda: world.dropped == 2)
+    assert (world.counted, assignment.under_way) == ([], 0)
+
+
+@pytest.mark.parametrize("where", ["publish_errors", "commit_errors"])
+@pytest.mark.parametrize("fence", [fenced_by_the_group, fenced_by_another])
+async def test_a_fence_drops_the_work(world: World, where: str, fence: Any) -> None:
+    """All that is held, for another process may be at work on it; the partitions begin again."""
+    some, other = await owned(world), await owned(world, OTHER)
+    getattr(world.sink, where).append(fence())
+    await world.put(some, 0, 1)
+    world.delivery.flush([some])
+    await world.put(other, 0)
+    await until(lambda: len(world.restarted) == 2)
+    assert (world.dropped, world.counted, world.sink.commits) == (3, [], [])
+    await world.put(some, 2)
+    assert world.dropped == 4, "what was still on its way under the old assignment is dropped too"
+
+
+async def test_what_another_process_has_fenced_is_taken_back(world: World) -> None:
+    world.sink.publish_errors.append(fenced_by_another())
+    await world.put(await owned(world), 0, 1)
     await until(lambda: world.restarted)
-    assert "cannot commit a transaction (TimeoutError)" in (world.health.why_not_ready() or "")
     again = await owned(world)
-    world.transactions.resume(again, committed)
-    assert world.counted == counted
-    assert (world.health.why_not_ready() is None) == bool(counted), "else the next commit tells that all is well"
+    await world.put(again, 0, 1)
+    await world.end_transaction()
+    assert (world.counted, world.sink.commits) == ([0, 1], [{TP: 2}])
+    assert world.health.why_not_ready() is None, "a fence is no trouble of this process"
 
 
-async def test_a_writer_that_others_cancel_is_a_lost_transaction(world: World) -> None:
+async def test_what_the_group_has_refused_waits_for_the_next_assignment(world: World) -> None:
+    world.sink.commit_errors.append(fenced_by_the_group())
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
-    world.transactions._writers[assignment].task.cancel()
+    world.delivery.flush([assignment])
     await until(lambda: world.restarted)
-    assert (world.restarted, world.dropped, assignment.under_way) == ([assignment], 2, 0)
-    await until(lambda: world.sinks[0].is_closed)
+    waiting = asyncio.create_task(owned(world))
+    await settled()
+    assert not waiting.done(), "nothing can be committed under this membership any more"
+    waiting.cancel()
+    await world.put(await owned(world, member=NEXT_GENERATION), 0, 1)
+    await world.end_transaction()
+    assert world.sink.members == [NEXT_GENERATION]
 
 
-async def test_the_other_partitions_go_on(world: World) -> None:
-    lost, other = await owned(world, delivered=1), Assignment(TopicPartition("t", 1), delivered=1)
-    await world.transactions.begin(other)
-    world.publish_errors.append(Lost("ProducerFenced"))
-    await world.put(lost, 0)
-    await world.put(other, 0)
-    await until(lambda: other.committed == 1 and world.restarted)
-    assert world.restarted == [lost]
+# Partitions that go.
 
 
-async def test_fencing_is_no_trouble_and_a_missing_permission_is(world: World) -> None:
-    for cause, trouble in ((ProducerFenced(), None), (GroupAuthorizationFailedError("g"), "commit as group g (ACL)")):
-        assignment = await owned(world, delivered=1)
-        error = Lost(type(cause).__name__)
-        error.__cause__ = cause
-        world.commit_errors.append(error)
-        await world.put(assignment, 0)
-        await until(lambda assignment=assignment: assignment in world.restarted)
-        reason = world.health.why_not_ready()
-        assert trouble in reason if trouble and reason else reason is trouble, reason
+async def test_a_partition_without_a_membership_does_not_begin(world: World) -> None:
+    with pytest.raises(IllegalStateError):
+        await world.delivery.begin(Assignment(TP))
 
 
-async def test_taking_over_waits_for_a_permission_and_says_so(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    world.open_errors.extend(TransactionalIdAuthorizationFailed("g/t/0") for _ in range(5))
-    taking = asyncio.create_task(owned(world))
+async def test_an_open_transaction_ends_with_the_assignment_and_spans_no_two_generations(world: World) -> None:
+    assignment = await owned(world)
+    await world.put(assignment, 0, 1)
+    await until(lambda: world.sink.published == [0, 1])
+    world.revoke(assignment)
+    beginning = asyncio.create_task(owned(world, member=NEXT_GENERATION))
+    again = await asyncio.wait_for(beginning, 5)
+    assert (world.sink.opened, world.dropped, world.counted) == (1, 2, [])
+    await world.put(again, 0, 1)
+    await world.end_transaction()
+    assert (world.sink.commits, world.sink.members) == ([{TP: 2}], [NEXT_GENERATION])
+    assert world.health.why_not_ready() is None
+
+
+async def test_what_others_have_in_a_transaction_that_ends_so_is_sent_again(world: World) -> None:
+    gone, stays = await owned(world), await owned(world, OTHER)
+    await world.put(gone, 0)
+    await world.put(stays, 5)
+    await until(lambda: len(world.sink.published) == 2)
+    world.revoke(gone)
+    await until(lambda: world.dropped == 1)
+    await world.end_transaction()
+    assert world.sink.commits == [{OTHER: 6}]
+
+
+async def test_a_partition_begins_again_only_when_its_commit_has_ended(world: World) -> None:
+    """Its committed offset, read before, would be that of before the commit."""
+    assignment = await owned(world)
+    world.sink.commit_may_end.clear()
+    await world.put(assignment, 0)
+    world.delivery.flush([assignment])
+    await until(lambda: world.sink.published)
+    await settled()
+    world.restart(assignment)
+    beginning = asyncio.create_task(owned(world))
+    await settled()
+    assert not beginning.done()
+    world.sink.commit_may_end.set()
+    await asyncio.wait_for(beginning, 5)
+    assert world.sink.commits == [{TP: 1}]
+
+
+async def test_opening_waits_for_a_permission_and_says_so(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.sink.open_errors.extend(TransactionalIdAuthorizationFailed("g/x") for _ in range(5))
+    starting = asyncio.create_task(world.delivery.start())
     await until(world.health.why_not_ready)
     reason = world.health.why_not_ready() or ""
     assert "transactional ids that begin with g/" in reason
     assert "ACL" in reason
-    await taking
+    await starting
     assert world.health.why_not_ready() is None
     assert caplog.text.count("no permission") == 1, "said once"
 
 
-async def test_released_partitions_are_aborted_and_forgotten(world: World) -> None:
+async def test_a_stall_ends_with_the_partitions(world: World) -> None:
     assignment = await owned(world)
-    await world.put(assignment, 0, 1)
-    world.transactions.release(assignment)
-    await world.transactions.close(5)
-    assert world.sinks[0].is_closed
-    assert (world.sinks[0].committed, world.dropped, world.counted) == ([], 2, [])
-
-
-@pytest.mark.parametrize("is_given_up", [False, True])
-async def test_a_stall_ends_with_the_partition_that_had_it(world: World, is_given_up: bool) -> None:
-    """Others, which may have nothing to publish for long, are no reason to go on saying that publishing is stalled."""
-    assignment, other = await owned(world), Assignment(TopicPartition("t", 1))
-    await world.transactions.begin(other)
-    world.health.failing("publish", "publishing is stalled", TP)
-    world.health.failing("publish", "publishing is stalled", other.tp)
-    if is_given_up:
-        world.transactions.abandon(assignment)
-    world.transactions.release(assignment)
-    assert world.health.why_not_ready() == "publish: publishing is stalled", "the other one's still is"
-    world.transactions.release(other)
+    world.health.failing("publish", "publishing is stalled")
+    world.revoke(assignment)
     assert world.health.why_not_ready() is None
 
 
-async def test_a_stall_that_is_told_while_the_partition_goes_is_forgotten_too(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def stalled(*_: object) -> list[Reason | None]:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            world.health.failing("publish", "publishing is stalled", TP)
-        return []
-
-    monkeypatch.setattr(FakeSink, "publish", stalled)
-    assignment = await owned(world, delivered=1)
-    await world.put(assignment, 0)
-    await asyncio.sleep(0.01)
-    world.transactions.release(assignment)
-    await world.transactions.close(5)
-    assert world.health.why_not_ready() is None
-
-
-async def test_what_is_gathered_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full room is no reason to wait for the interval: who fills it commits."""
-    monkeypatch.setattr(module, "ROOM_BYTES", 10 * module.RECORD_BYTES)
-    assignment = await owned(world)
-    world.commit_may_end.clear()
-    await world.put(assignment, *range(8))
-    putting = asyncio.create_task(world.put(assignment, *range(8, 16)))
-    await until(lambda: world.sinks[0].published == [*range(8)])
-    assert not putting.done()
-    world.commit_may_end.set()
-    await putting
-    assert world.counted == [*range(8)]
+async def test_closing_ends_the_work_and_closes_the_sink(world: World) -> None:
+    await world.put(await owned(world), 0)
+    await until(lambda: world.sink.published)
+    await world.delivery.close(5)
+    assert (world.sink.is_closed, world.running.done(), world.sink.commits) == (True, True, [])
 
 
 async def test_what_nobody_foresaw_ends_the_work(world: World) -> None:
-    assignment = await owned(world, delivered=1)
-    watching = asyncio.create_task(world.transactions.run())
-    world.publish_errors.append(LookupError("a bug"))
-    await world.put(assignment, 0)
+    world.sink.publish_errors.append(LookupError("a bug"))
+    await world.put(await owned(world), 0)
     with pytest.raises(LookupError):
-        await watching
-    with pytest.raises(LookupError):
-        await world.finish()
+        await asyncio.wait_for(world.running, 5)
     assert world.restarted == []

@@ -1,8 +1,14 @@
-"""What is known of the timestamps that a topic refuses, by a clock that may be wrong."""
+"""What is known of the timestamps that a topic refuses, by a clock that may be wrong, and of sizes once compressed."""
+
+import os
 
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError
 
-from worker.kafka.output_limits import CLOCK_TOLERANCE_MS, REFUSAL_VALID_S, TimestampCheck
+from worker.core.events import Outgoing
+from worker.kafka.connection import Connection
+from worker.kafka.output_limits import CLOCK_TOLERANCE_MS, REFUSAL_VALID_S, OutputLimits, TimestampCheck
+from worker.kafka.producer_records import Columns, ProducerRecord
 from worker.kafka.topics import TopicLimits
 
 HOUR_MS = 3_600_000
@@ -66,3 +72,30 @@ def test_with_two_limits_a_fast_clock_does_not_tell_which_one_it_was(check: Time
     assert check.accepted_ms == 0
     assert not TopicLimits(timestamp_before_max_ms=HOUR_MS).is_one_sided
     assert TopicLimits().is_one_sided
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_how_large_a_record_is_compressed_is_looked_at_once_the_topic_has_refused_one(codec: str) -> None:
+    limits = OutputLimits(
+        Connection(("nowhere:1",)),
+        {"out": TopicLimits(max_message_bytes=20_000, is_known=True)},
+        compression_type=codec,
+    )
+    values = [b"small", os.urandom(30_000), b"x" * 30_000]
+    columns = Columns.of([ProducerRecord("out", Outgoing(None, value, [], 0), 0) for value in values])
+    assert limits.refused(columns, [0, 1, 2]) == {}
+    limits.learn(columns, "out", [1], MessageSizeTooLargeError())
+    assert limits.refused(columns, [0, 1, 2]) == {1: "result_too_large"}
+
+
+def test_where_nothing_is_compressed_the_size_is_known_before() -> None:
+    limits = OutputLimits(
+        Connection(("nowhere:1",)),
+        {"out": TopicLimits(max_message_bytes=20_000, is_known=True)},
+        compression_type=None,
+    )
+    columns = Columns.of([ProducerRecord("out", Outgoing(None, b"x" * size, [], 0), 0) for size in (10, 30_000)])
+    assert limits.refused(columns, [0, 1]) == {1: "result_too_large"}

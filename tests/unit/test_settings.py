@@ -335,7 +335,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("linger_ms", "60001", "less than or equal to 60000"),
     ("linger_ms", "soon", "a number"),
     ("transaction_ms", "-1", "greater than or equal to 0"),
-    ("transaction_ms", "10001", "less than or equal to 10000"),
+    ("transaction_ms", "3334", "less than or equal to 3333"),
     ("linger_ms", "nan", "it should be a finite number"),
     ("http_names", "a.example, b.example,A.example", "name each one once, and a.example is there twice"),
     ("activation", "relu", "'sigmoid' or 'softmax'"),

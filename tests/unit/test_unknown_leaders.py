@@ -1,6 +1,7 @@
 """Batches whose partition has no leader: how long they wait, and what counts as possibly written."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from worker.kafka.aiokafka_compat.producer import PatientAccumulator, can_retry,
 from worker.kafka.connection import Connection
 from worker.kafka.producer_records import Columns
 from worker.kafka.sink import Sink
-from worker.kafka.transactional_sink import PartitionSink, Refusals
+from worker.kafka.transactional_sink import TransactionalSink, TransactionFailed
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -71,6 +72,11 @@ class FailingProducer:
     def __init__(self, error: KafkaError, is_sent: bool) -> None:
         self._error = error
         self._is_sent = is_sent
+        self._txn_manager = self
+        self.taken_back = 0
+
+    def increment_sequence_number(self, _: TopicPartition, records: int) -> None:
+        self.taken_back -= records
 
     def create_batch(self) -> BatchBuilder:
         return BatchBuilder(1_000, 0)
@@ -94,15 +100,16 @@ class FailingProducer:
 async def test_what_may_be_there_and_is_sent_again_counts(error: KafkaError, is_sent: bool, in_doubt: int) -> None:
     producer, columns = FailingProducer(error, is_sent), Columns.of([producer_record(1), producer_record(2)])
     shared: Any = {"limits": {}, "metrics": Metrics(""), "health": Health()}
-    sinks = [
-        Sink(Connection(("x:1",)), **shared),
-        PartitionSink(Connection(("x:1",)), tp=TP, transactional_id="id", refusals=Refusals(), **shared),
-    ]
-    counted = []
-    for sink in sinks:
-        assert await sink._send_to(producer, columns, TP, [[0, 1]]) == ([[0, 1]], error)  # type: ignore[arg-type]
-        counted.append(shared["metrics"].duplicates_possible._value.get())
-    assert counted == [in_doubt, in_doubt], "a transaction is aborted, and adds none"
+    sink = Sink(Connection(("x:1",)), **shared)
+    assert await sink._send_to(producer, columns, TP, [[0, 1]]) == ([[0, 1]], error)  # type: ignore[arg-type]
+    assert shared["metrics"].duplicates_possible._value.get() == in_doubt
+    assert producer.taken_back == (2 if isinstance(error, MessageSizeTooLargeError) else 0)
+
+    transactional = TransactionalSink(Connection(("x:1",)), transactional_id="id", **shared)
+    transactional._began_at = 0.0
+    with pytest.raises(TransactionFailed) if in_doubt else contextlib.nullcontext():
+        await transactional._send_to(producer, columns, TP, [[0, 1]])  # type: ignore[arg-type]
+    assert shared["metrics"].duplicates_possible._value.get() == in_doubt, "a transaction is aborted, and adds none"
 
 
 # Batches that were sent, and sent again.

@@ -21,6 +21,7 @@ from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.inspector import Inspector, TopicDescription, unread_older_than
 from worker.kafka.permissions import Permissions
 from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, no_match
+from worker.kafka.transactional_sink import new_transactional_id
 from worker.printable import printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.settings.run import RunSettings
@@ -216,8 +217,12 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
         yield finding
     input_topics = topics[: len(inputs)]
     partitions = sum(len(topic.partitions) for topic in input_topics)
-    yield _files(partitions, topics, exactly_once=settings.delivery == "exactly-once")
+    yield _files(topics)
     yield await _members(settings.group_id, inspector, partitions)
+    if settings.delivery == "exactly-once" and (
+        old := await inspector.open_old_transactions(settings.group_id, inputs)
+    ):
+        yield Finding("transactions", "fail", _of_old_workers(old))
     too_old = await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms)
     if too_old:
         yield too_old
@@ -238,11 +243,11 @@ def _replicas(topic: TopicDescription, *, is_output: bool) -> Finding:
     return Finding("replicas", "ok", f"{topic.name} has {topic.replicas} a partition")
 
 
-def _files(partitions: int, topics: Iterable[TopicDescription], *, exactly_once: bool) -> Finding:
-    """Whether one worker may open the files for all input partitions, which it has when all other workers are gone."""
+def _files(topics: Iterable[TopicDescription]) -> Finding:
+    """Whether a worker may open the files for its connections to all brokers."""
     raise_limit()  # as a worker does
     brokers = frozenset[int]().union(*(topic.brokers for topic in topics))
-    is_enough, sentence = check_limit(partitions, len(brokers), exactly_once=exactly_once)
+    is_enough, sentence = check_limit(len(brokers))
     return Finding("files", "ok" if is_enough else "warn", sentence)
 
 
@@ -260,6 +265,13 @@ async def _members(group: str, inspector: Inspector, partitions: int) -> Finding
         idle = f"group {group} has {members} members for {partitions} partitions: one more would be idle"
         return Finding("workers", "warn", idle)
     return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+
+
+def _of_old_workers(transactional_ids: Sequence[str]) -> str:
+    return (
+        f"workers before 0.2.0 have open transactions, such as {transactional_ids[0]}: stop all of them, for they and newer "
+        "ones cannot fence each other; brokers end what a killed one has left open after a minute"
+    )
 
 
 async def _backlog(settings: RunSettings, connection: Connection, topics: Sequence[str]) -> Finding:
@@ -310,10 +322,9 @@ async def _permissions(
         answers += [(f"WRITE on topic {name}", await permissions.may_write(name)) for name in outputs]
         answers.append((f"READ on group {settings.group_id}", await permissions.may_join(settings.group_id)))
         if settings.delivery == "exactly-once":
-            for name in inputs:
-                ids = f"{settings.group_id}/{name}/0"
-                may_transact = await permissions.may_transact(ids, settings.output_topic)
-                answers.append((f"WRITE on transactional id {ids}", may_transact))
+            transactional_id = new_transactional_id(settings.group_id, settings.group_instance_id)
+            may_transact = await permissions.may_transact(transactional_id, settings.output_topic)
+            answers.append((f"WRITE on transactional ids with the prefix {settings.group_id}/", may_transact))
     finally:
         await permissions.close()
     lacking = [permission for permission, is_given in answers if not is_given]

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
@@ -29,6 +29,7 @@ from worker.kafka.topics import (
     wait_until_usable,
     watch_topics,
 )
+from worker.kafka.transactional_sink import TransactionalSink, new_transactional_id
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
 from worker.pipeline.outcomes import Outcomes
@@ -146,26 +147,25 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
 
 def _delivery(shared: Shared, connection: Connection, limits: dict[str, TopicLimits]) -> Delivery:
     settings = shared.settings
+    sink_options: dict[str, Any] = {
+        "limits": limits,
+        "metrics": shared.metrics,
+        "health": shared.health,
+        "compression_type": settings.compression_type,
+    }
     if settings.delivery == "exactly-once":
+        transactional_id = new_transactional_id(settings.group_id, settings.group_instance_id)
         return ExactlyOnce(
             connection,
+            TransactionalSink(connection, transactional_id=transactional_id, **sink_options),
             group_id=settings.group_id,
-            limits=limits,
+            interval_s=settings.transaction_ms / 1000,
             turn_budget=shared.inference.turn_budget,
             metrics=shared.metrics,
             health=shared.health,
-            compression_type=settings.compression_type,
-            interval_s=settings.transaction_ms / 1000,
         )
-    sink = Sink(
-        connection,
-        limits=limits,
-        metrics=shared.metrics,
-        health=shared.health,
-        compression_type=settings.compression_type,
-    )
     return AtLeastOnce(
-        sink,
+        Sink(connection, **sink_options),
         capacity=WAITING_BATCHES * settings.max_batch_texts,
         turn_budget=shared.inference.turn_budget,
         metrics=shared.metrics,

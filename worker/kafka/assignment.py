@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from aiokafka import TopicPartition
 
+from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.reader import FetchedRecord
 from worker.telemetry.metrics import Metrics
 
@@ -24,6 +25,7 @@ class Assignment:
     """
 
     tp: TopicPartition
+    membership: Membership | None = None  # under which the group has assigned it; None if that was lost at once
     accepts: bool = True
     is_owned: bool = True
     delivered: int | None = None  # the next offset to read; None until the start is known

@@ -25,7 +25,7 @@ class AtLeastOnce:
     ``capacity`` is how many records may wait in ``put`` for those before them to be acknowledged.
     """
 
-    has_producer_per_partition = False
+    requires_stable_offsets = False
 
     def __init__(self, sink: Sink, *, capacity: int, turn_budget: TurnBudget, metrics: Metrics, health: Health) -> None:
         self._sink = sink
@@ -49,8 +49,6 @@ class AtLeastOnce:
         await self._sink.start()
 
     async def begin(self, assignment: Assignment) -> None: ...
-
-    def resume(self, assignment: Assignment, committed: int | None) -> None: ...
 
     def flush(self, assignments: Iterable[Assignment]) -> None: ...
 

@@ -3,7 +3,7 @@
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat import group, metadata, offsets
+from worker.kafka.aiokafka_compat import group, metadata, offsets, transactions
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
@@ -16,6 +16,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     ends = offsets.end_offsets
     committed_offsets = offsets.committed_offsets
     background_tasks = group.background_tasks
+    membership = transactions.membership
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""

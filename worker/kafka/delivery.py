@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.events import Failure, Record
 from worker.core.sentiment import Sentiment
@@ -42,8 +43,8 @@ class Owner(Protocol):
     def restart(self, assignment: Assignment) -> None:
         """The partition begins again from its committed offset."""
 
-    async def confirm_membership(self) -> None:
-        """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
+    async def committed_offset(self, tp: TopicPartition) -> OffsetAndMetadata:
+        """As of ``CommittedOffsets.of``; may wait for long."""
 
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
@@ -52,11 +53,12 @@ class Owner(Protocol):
 class Delivery(Protocol):
     """Publishes outcomes and commits offsets. Neither source nor pipeline knows which guarantee runs.
 
-    The event loop alone calls it. Whoever puts the worker together calls ``start``; the source calls ``begin``, ``resume``,
-    ``commit``, ``flush``, ``abandon`` and ``release``; the pipeline ``serve``, ``put``, ``run``, ``finish`` and ``close``.
+    The event loop alone calls it. Whoever puts the worker together calls ``start``; the source calls ``begin``, ``commit``,
+    ``flush``, ``abandon`` and ``release``; the pipeline ``serve``, ``put``, ``run``, ``finish`` and ``close``.
     """
 
-    has_producer_per_partition: bool
+    requires_stable_offsets: bool
+    """Whether a partition begins only once no open transaction can change its committed offset."""
 
     def serve(self, owner: Owner, publish: Publish, count: Count) -> None:
         """Says whom this delivery serves. Is called once, before anything else but ``start``.
@@ -71,11 +73,8 @@ class Delivery(Protocol):
     async def begin(self, assignment: Assignment) -> None:
         """The partition is this process's. After this has returned, its committed offset may be read.
 
-        Waits for as long as it takes; raises what is in UNREACHABLE.
+        Waits for as long as it takes. Raises IllegalStateError if the partition is about to be revoked.
         """
-
-    def resume(self, assignment: Assignment, committed: int | None) -> None:
-        """Tells the committed offset, read after ``begin``; None where there is none, or it is of another topic."""
 
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
         """Commits acknowledged offsets, and notes them in their assignments. False: try again.

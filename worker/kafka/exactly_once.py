@@ -1,37 +1,41 @@
-"""Delivery exactly once: results, dead letters and the input offset of a partition in one transaction of its own.
+"""Delivery exactly once: results, dead letters and input offsets of all partitions in one transaction after the other.
 
-A transactional id belongs to one input partition, ``{group}/{topic}/{partition}``, so that whoever takes the partition
-over fences the owner before, and a transaction that the old owner left behind has ended before the new one reads where
-to begin. A transaction that fails in any way is not repaired: the partition begins again, by the same path.
+One transactional producer serves the process (KIP-447). Offsets are committed as the member of the group, and in the
+generation, under which their records were read: the group refuses those of a process that has lost its partitions. A
+partition begins at an offset that no open transaction can change.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from aiokafka import TopicPartition
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
+    IllegalStateError,
     InvalidTransactionTimeout,
     ProducerFenced,
     TopicAuthorizationFailedError,
     TransactionalIdAuthorizationFailed,
 )
-from aiokafka.structs import OffsetAndMetadata
 
+from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.assignment import Assignment
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.delivery import Count, Outcome, Owner, Publish
-from worker.kafka.output_limits import TimestampCheck
-from worker.kafka.refusals import REFUSALS
 from worker.kafka.sink import RECORDS_PER_PUBLISH
-from worker.kafka.topics import TopicLimits
-from worker.kafka.transactional_sink import TRANSACTION_TIMEOUT_MS, Lost, PartitionSink, Refusals
+from worker.kafka.transactional_sink import (
+    TRANSACTION_TIMEOUT_S,
+    TransactionalSink,
+    TransactionFailed,
+    TransactionFenced,
+    TransactionInDoubt,
+    TransactionLost,
+)
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
@@ -39,435 +43,346 @@ from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-LONGEST_INTERVAL_S: Final = 5.0
-COST_MEMORY: Final = 0.9  # share of earlier commits in the average of how long one takes; the newest has the rest
-ROOM_BYTES: Final = 64_000_000
-RECORD_BYTES: Final = 1_000  # of a waiting record, beside its value
-CLOSE_S: Final = 5.0  # for closing a producer that is not used any more
+MAX_HELD_BYTES: Final = 64_000_000
+LONGEST_S: Final = TRANSACTION_TIMEOUT_S / 3  # after which nothing more is published in a transaction
+RECORD_BYTES: Final = 1_000  # of an outcome that is held, beside its record's value
 
 
-def due_at(
-    *, gathered_at: float, committed_at: float, nothing_follows: bool, interval_s: float, least_s: float
-) -> float:
-    """When a partition's transaction is to be committed, on the clock of the two times.
+@dataclass(slots=True, eq=False)
+class TransactionEntry:
+    """Outcomes of one assignment that were put together, and the offset after them; without outcomes, an offset alone."""
 
-    ``interval_s`` after its first record was ready for it, or at once if nothing that has been read follows; but
-    ``least_s`` after the last one in any case.
-    """
-    return max(gathered_at if nothing_follows else gathered_at + interval_s, committed_at + least_s)
-
-
-def least_interval_s(partitions: int, commit_s: float) -> float:
-    """The shortest time between two transactions of a partition, where so many partitions commit.
-
-    It is as long as if they committed one after the other. It is 0 for a single partition, which begins no transaction
-    before its last one has ended.
-    """
-    return min(LONGEST_INTERVAL_S, partitions * commit_s) if partitions > 1 else 0.0
-
-
-@dataclass(slots=True)
-class Page:
-    """Outcomes of one partition, in order, that are handed over together; without outcomes, only an offset to commit."""
-
+    assignment: Assignment
     next_offset: int
     outcomes: Sequence[Outcome] = ()
-    weight: int = field(init=False)  # bytes
+    held_bytes: int = field(init=False)
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.weight = sum(len(outcome.record.value or b"") + RECORD_BYTES for outcome in self.outcomes)
-
-
-class Writer:
-    """The transactions of one assignment, one after the other, in a task of its own."""
-
-    def __init__(self, transactions: "ExactlyOnce", assignment: Assignment, sink: PartitionSink) -> None:
-        self.assignment = assignment
-        self.sink = sink
-        self.pages: list[Page] = []  # gathered for the next transaction
-        self.committing: list[Page] = []
-        self.committed: list[Page] = []  # and not counted yet
-        self.committed_at = 0.0  # s since 1970
-        self.weight = 0
-        self.is_hurried = False
-        self._transactions = transactions
-        self._gathered_at = 0.0
-        self._committed_at = -LONGEST_INTERVAL_S
-        self._changed = asyncio.Event()
-        self.task = asyncio.create_task(self._write())
-
-    @property
-    def is_busy(self) -> bool:
-        """Something of it is still to be committed."""
-        return bool(self.pages or self.committing)
-
-    def put(self, page: Page) -> None:
-        if not self.pages:
-            self._gathered_at = time.monotonic()
-        self.pages.append(page)
-        self.weight += page.weight
-        self._changed.set()
-
-    def goes_beyond(self, offset: int) -> bool:
-        """Whether records after this offset are on their way.
-
-        Their transaction commits this offset too. Committed after theirs, it would move the group backwards.
-        """
-        pages = (*self.committed, *self.committing, *self.pages)
-        return any(page.outcomes and page.next_offset > offset for page in pages)
-
-    def hurry(self) -> None:
-        """From now on, whatever has been gathered is committed at once."""
-        self.is_hurried = True
-        self._changed.set()
-
-    def look_again(self) -> None:
-        """Something that decides when to commit has changed."""
-        self._changed.set()
-
-    async def _write(self) -> None:
-        while True:
-            await self._until_due()
-            self.committing, self.pages = self.pages, []
-            self.weight = 0
-            await self._transact(self.committing)
-            self._committed_at, self.committed_at = time.monotonic(), time.time()
-            self.committed, self.committing = self.committing, []
-            while self.committed:
-                await self._transactions.turn_budget.before(len(self.committed[0].outcomes))
-                self._transactions.settled(self, self.committed.pop(0))
-
-    async def _until_due(self) -> None:
-        while True:
-            wait_s = self._due_in_s() if self.pages else None
-            if wait_s is not None and wait_s <= 0:
-                return
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await within(wait_s, self._changed.wait())
-
-    def _due_in_s(self) -> float:
-        if self.is_hurried or self._transactions.needs_room(self):
-            return 0.0
-        at = due_at(
-            gathered_at=self._gathered_at,
-            committed_at=self._committed_at,
-            nothing_follows=self.assignment.delivered == self.pages[-1].next_offset,
-            interval_s=self._transactions.interval_s,
-            least_s=self._transactions.least_s(),
-        )
-        return at - time.monotonic()
-
-    async def _transact(self, pages: Sequence[Page]) -> None:
-        outcomes = [outcome for page in pages for outcome in page.outcomes]
-        started = time.monotonic()
-        for begin in range(0, len(outcomes), RECORDS_PER_PUBLISH):
-            some = outcomes[begin : begin + RECORDS_PER_PUBLISH]
-            await self._transactions.turn_budget.before(len(some))
-            await self._transactions.publish(some, self.sink)
-        published = time.monotonic()
-        offset = OffsetAndMetadata(pages[-1].next_offset, self.assignment.metadata)
-        await self.sink.commit(offset, self.assignment.tp, self._transactions.group_id)
-        self._transactions.observe(published - started, time.monotonic() - published)
+        self.held_bytes = sum(len(outcome.record.value or b"") + RECORD_BYTES for outcome in self.outcomes)
 
 
 class ExactlyOnce:
-    """Implements ``Delivery`` with one transactional producer for each partition that this process owns.
+    """Implements ``Delivery`` by transactions of one producer, which follow each other ``interval_s`` apart or more.
 
-    If a transaction is lost, its partition's work is dropped, and the owner is asked to begin the partition again.
+    It holds outcomes until their transaction is known to be committed. Those of a transaction that fails are sent again.
     """
 
-    has_producer_per_partition = True
+    requires_stable_offsets = True
 
     def __init__(
         self,
         connection: Connection,
+        sink: TransactionalSink,
         *,
         group_id: str,
-        limits: Mapping[str, TopicLimits],
+        interval_s: float,
         turn_budget: TurnBudget,
         metrics: Metrics,
         health: Health,
-        compression_type: str = "none",
-        interval_s: float = 0.1,
     ) -> None:
-        self.group_id = group_id
-        self.interval_s = interval_s
-        self.turn_budget = turn_budget
         self._connection = connection
-        self._limits = dict(limits)
-        self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
+        self._sink = sink
+        self._group_id = group_id
+        self._interval_s = interval_s
+        self._turn_budget = turn_budget
         self._metrics = metrics
         self._health = health
-        self._compression_type = compression_type
-        self._commit_s = 0.0
-        self._weight = 0
+        self._waiting: deque[TransactionEntry] = deque()
+        self._published: list[TransactionEntry] = []  # in the open transaction
+        self._held_bytes = 0
+        self._urgent: set[Assignment] = set()  # those that are about to be revoked, or were dropped
+        self._refused: Membership | None = None  # under which nothing can be committed any more
+        self._committed_at = 0.0
+        self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._settled = asyncio.Event()
-        self._writers: dict[Assignment, Writer] = {}
-        self._refusals: dict[TopicPartition, Refusals] = {}
-        self._backoffs: dict[TopicPartition, Backoff] = {}
-        self._in_doubt: dict[TopicPartition, list[Page]] = {}
-        self._troubled: set[TopicPartition] = set()  # their last transaction was lost
-        self._waiting: set[TopicPartition] = set()  # for the producer that they need
-        self._closing: set[asyncio.Task[None]] = set()
-        self._broken: list[BaseException] = []
+        self._ended = asyncio.Event()  # a transaction
         self._is_finishing = False
+        self._running: asyncio.Task[None] | None = None
 
     def serve(self, owner: Owner, publish: Publish, count: Count) -> None:
         self._owner = owner
-        self.publish = publish
+        self._publish = publish
         self._count = count
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        await self._open()
 
     # For the source.
 
     async def begin(self, assignment: Assignment) -> None:
-        """Fences the partition's owner before; its committed offset may be read from now on.
-
-        Waits, for as long as it takes, for brokers that are away and permissions that are missing.
-        """
-        await self._owner.confirm_membership()  # a member that was evicted unnoticed must not fence the new owner
-        tp = assignment.tp
-        if assignment in self._writers:
-            return
-        if tp in self._backoffs:
-            await self._backoffs[tp].wait()
-        sink = PartitionSink(
-            self._connection,
-            tp=tp,
-            transactional_id=f"{self.group_id}/{tp.topic}/{tp.partition}",
-            refusals=self._refusals.setdefault(tp, Refusals()),
-            limits=self._limits,
-            metrics=self._metrics,
-            health=self._health,
-            compression_type=self._compression_type,
-            checks=self._checks,
-        )
-        await self._open(tp, sink)
-        self._writers[assignment] = writer = Writer(self, assignment, sink)
-        writer.task.add_done_callback(lambda _: self._ended(writer))
-
-    def resume(self, assignment: Assignment, committed: int | None) -> None:
-        """The committed offset, read after the partition was taken over: it tells what became of a commit in doubt.
-
-        None where there is none, or it is of another topic, which had the same name before.
-        """
-        pages = self._in_doubt.pop(assignment.tp, [])
-        is_done = all(committed is not None and committed >= page.next_offset for page in pages)
-        if is_done:  # and nothing has to be committed again, which would tell that all is well
-            self._well(assignment.tp)
-            for page in pages:
-                self._count(page.outcomes, time.time())
+        """Waits until no transaction of this process can change the partition's committed offset."""
+        if assignment.membership is None:
+            raise IllegalStateError("the group is joined again")
+        while assignment.membership == self._refused or any(
+            put.assignment.tp == assignment.tp for put in self._published
+        ):
+            self._ended.clear()
+            await self._ended.wait()
 
     async def commit(self, due: Sequence[tuple[Assignment, int, int]], timeout_s: float) -> bool:
-        """Commits offsets that no record belongs to, by the partition's producer too: one way keeps them in order."""
-        pages = []
-        for assignment, offset, _ in due:
-            writer = self._writers.get(assignment)
-            if writer is not None and not writer.goes_beyond(offset):
-                pages.append(Page(offset))
-                writer.put(pages[-1])
+        """Commits offsets that no record belongs to, by a transaction too: one way keeps them in order.
+
+        After ``run`` has ended it commits nothing: the next owner skips what these offsets would skip.
+        """
+        if self._running is not None and self._running.done():
+            return True
+        furthest = {put.assignment: put for put in (*self._published, *self._waiting)}
+        puts = [
+            TransactionEntry(assignment, offset)
+            for assignment, offset, _ in due
+            if not _covers(furthest.get(assignment), offset)
+        ]
+        self._waiting.extend(puts)
+        self._changed.set()
         try:
             async with asyncio.timeout(timeout_s):
-                for page in pages:
-                    await page.done.wait()
+                for put in puts:
+                    await put.done.wait()
         except TimeoutError:
             return False
         return True
 
     def flush(self, assignments: Iterable[Assignment]) -> None:
-        for assignment in assignments:
-            if assignment in self._writers:
-                self._writers[assignment].hurry()
+        self._urgent.update(assignments)
+        self._changed.set()
+
+    def abandon(self, assignment: Assignment) -> None:
+        """Drops what is not in a transaction yet. An open transaction that holds some of it is aborted."""
+        for put in [put for put in self._waiting if put.assignment is assignment]:
+            self._waiting.remove(put)
+            self._drop(put)
+        self._urgent.add(assignment)
+        self._changed.set()
 
     def release(self, assignment: Assignment) -> None:
-        """What is not committed is aborted."""
         self.abandon(assignment)
-        self._refusals.pop(assignment.tp, None)
-        self._in_doubt.pop(assignment.tp, None)
-        self._well(assignment.tp)
-        self._health.working("publish", assignment.tp)
+        for part in ("publish", "transactions"):
+            self._health.working(part)
 
     # For the pipeline.
 
     async def put(self, assignment: Assignment, outcomes: Sequence[Outcome]) -> None:
-        """Gathers outcomes of one partition for its next transaction. Waits while too much is gathered already."""
-        page = Page(outcomes[-1].record.offset + 1, outcomes)
-        while self._weight and self._weight + page.weight > ROOM_BYTES:
+        put = TransactionEntry(assignment, outcomes[-1].record.offset + 1, outcomes)
+        while self._held_bytes and self._held_bytes + put.held_bytes > MAX_HELD_BYTES:
             self._room.clear()
-            for writer in self._writers.values():
-                writer.look_again()
+            self._changed.set()
             await self._room.wait()
-            self._raise_broken()
-        self._raise_broken()
-        if assignment in self._writers:
-            self._weight += page.weight
-            self._writers[assignment].put(page)
-        else:
-            self._owner.drop(assignment, len(outcomes))
+        self._held_bytes += put.held_bytes
+        if not assignment.is_owned:
+            self._drop(put)
+            return
+        self._waiting.append(put)
+        self._changed.set()
 
     def finish(self) -> None:
         self._is_finishing = True
-        for writer in self._writers.values():
-            writer.hurry()
-        self._settled.set()
+        self._changed.set()
 
     async def run(self) -> None:
         """As of ``Delivery``. Kafka's errors end a transaction alone; all others are raised, such as DeadLetterRefused."""
-        while not self._is_finishing or any(writer.is_busy or writer.committed for writer in self._writers.values()):
-            self._raise_broken()
-            self._settled.clear()
-            await self._settled.wait()
-        self._raise_broken()
+        self._running = asyncio.current_task()
+        backoff = Backoff()
+        while await self._until_put():
+            try:
+                await self._transact()
+                backoff = Backoff()
+            except TransactionLost as lost:
+                await self._recover(lost, backoff)
 
     async def close(self, timeout_s: float) -> None:
-        """Waits for the producers that are being closed; all of them, once the assignments are released."""
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=timeout_s)
-        await cancel_all(self._closing)
+        if self._running is not None:
+            await cancel_all([self._running])
+        await self._sink.close(timeout_s)
 
-    # For the writers.
+    # Transactions.
 
-    def least_s(self) -> float:
-        """How far apart the transactions of one partition are at least."""
-        busy = sum(1 for writer in self._writers.values() if writer.is_busy)
-        return least_interval_s(busy, self._commit_s)
+    async def _until_put(self) -> bool:
+        """Whether there is anything to deliver; False at the end."""
+        while not (self._waiting or self._published):
+            if self._is_finishing:
+                return False
+            self._changed.clear()
+            await self._changed.wait()
+        return True
 
-    def needs_room(self, writer: Writer) -> bool:
-        """Whether this one should make room for what is waiting for it."""
-        return not self._room.is_set() and writer.weight * len(self._writers) >= self._weight
-
-    def observe(self, publish_s: float, commit_s: float) -> None:
-        """How long a transaction took: to publish, and to commit beside others, which share what it costs."""
-        beside = sum(1 for writer in self._writers.values() if writer.committing)
-        self._metrics.stage_seconds["publish"].observe(publish_s)
-        self._metrics.stage_seconds["commit"].observe(commit_s)
-        self._commit_s = COST_MEMORY * self._commit_s + (1 - COST_MEMORY) * commit_s / max(1, beside)
-
-    def settled(self, writer: Writer, page: Page) -> None:
-        """This page is committed: it is counted, and its records are done with."""
-        tp = writer.assignment.tp
-        self._well(tp)
-        self._refusals[tp].forget_before(page.next_offset)
-        if page.outcomes:
-            self._count(page.outcomes, writer.committed_at)
-        self._owner.advance(writer.assignment, page.next_offset, len(page.outcomes))
-        page.done.set()
-        self._free(page.weight)
-
-    # Beginnings and ends.
-
-    async def _open(self, tp: TopicPartition, sink: PartitionSink) -> None:
-        backoff = Backoff()
-        try:
-            while True:
-                try:
-                    await sink.open()
-                except UNREACHABLE as error:
-                    self._waiting.add(tp)
-                    self._metrics.kafka_errors.labels("transaction").inc()
-                    self._health.failing("takeover", self._why_it_waits(error))
-                else:
-                    return
-                await backoff.wait()
-        finally:
-            self._waiting.discard(tp)
+    async def _transact(self) -> None:
+        """One transaction: begins with what waits, takes what comes until it is due, and commits."""
+        until = time.monotonic() + LONGEST_S
+        publishing_s = await self._publish_waiting(until)
+        while (wait_s := self._due_in_s()) > 0 and time.monotonic() < until:
             if not self._waiting:
-                self._health.working("takeover")
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await within(wait_s, self._changed.wait())
+            publishing_s += await self._publish_waiting(until)
+        if not self._published:
+            return
+        published = time.monotonic()
+        await self._commit()
+        self._metrics.stage_seconds["publish"].observe(publishing_s)
+        self._metrics.stage_seconds["commit"].observe(time.monotonic() - published)
+        self._health.working("transactions")
+        await self._settle()
 
-    def _why_it_waits(self, error: BaseException) -> str:
-        if isinstance(error, TransactionalIdAuthorizationFailed):
-            return (
-                f"no permission (ACL) to use the transactional ids that begin with {self.group_id}/; "
-                "Write and Describe are needed"
-            )
-        if isinstance(error, InvalidTransactionTimeout):
-            return (
-                f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_MS}, which delivery exactly-once "
-                "needs"
-            )
-        return unreachable(self._connection, error)
+    async def _publish_waiting(self, until: float) -> float:
+        """Publishes what waits now; returns how many seconds that took.
 
-    def _ended(self, writer: Writer) -> None:
-        """Handles a writer that has ended: by an error, or because it was cancelled.
-
-        A cancel is expected if the writer was taken out of ``_writers`` before; any other one counts as a failure.
+        What comes meanwhile, or is left at the time ``until`` of the monotonic clock, waits on.
         """
-        if not writer.task.cancelled():
-            error = writer.task.exception()
-        elif self._writers.get(writer.assignment) is writer:
-            error = Lost("cancelled")
-        else:
-            return
-        if isinstance(error, Lost):
-            self._give_up(writer, error)
-        elif error is not None:
-            self._broken.append(error)
-        self._settled.set()
-        self._room.set()
+        started = time.monotonic()
+        puts = len(self._waiting)
+        while puts > 0 and self._waiting and time.monotonic() < until:
+            await self._turn_budget.before(min(RECORDS_PER_PUBLISH, sum(len(put.outcomes) for put in self._waiting)))
+            outcomes: list[Outcome] = []
+            while self._waiting and len(outcomes) < RECORDS_PER_PUBLISH:
+                put = self._waiting.popleft()
+                self._published.append(put)
+                outcomes += put.outcomes
+                puts -= 1
+            if outcomes:
+                await self._publish(outcomes, self._sink)
+        return time.monotonic() - started
 
-    def _give_up(self, writer: Writer, reason: Lost) -> None:
-        tp = writer.assignment.tp
+    def _due_in_s(self) -> float:
+        if self._is_finishing or self._urgent or not self._room.is_set() or not self._published:
+            return 0.0
+        return self._committed_at + self._interval_s - time.monotonic()
+
+    async def _commit(self) -> None:
+        memberships = {put.assignment.membership for put in self._published if put.assignment.is_owned}
+        if len(memberships) != 1 or not all(put.assignment.is_owned for put in self._published):
+            raise TransactionFailed("a partition was revoked")
+        (member,) = memberships
+        assert member is not None  # else ``begin`` has raised, and nothing was read
+        offsets = {
+            put.assignment.tp: (put.next_offset, put.assignment.metadata) for put in self._published
+        }  # of each partition the last
+        self._committed_at = time.monotonic()
+        await self._sink.commit(offsets, member)
+
+    async def _settle(self) -> None:
+        """The transaction is committed: its outcomes are counted, and done with."""
+        now = time.time()
+        committed = deque(self._published)
+        self._end_transaction()
+        while committed:
+            await self._turn_budget.before(len(committed[0].outcomes))
+            put = committed.popleft()
+            if put.outcomes:
+                self._count(put.outcomes, now)
+            self._owner.advance(put.assignment, put.next_offset, len(put.outcomes))
+            self._forget(put)
+
+    def _end_transaction(self) -> None:
+        self._published = []
+        self._urgent = {assignment for assignment in self._urgent if assignment.is_owned}
+        self._ended.set()
+
+    # Transactions that are lost.
+
+    async def _recover(self, lost: TransactionLost, backoff: Backoff) -> None:
+        """Ends the transaction for certain. Then drops, counts or sends again what was in it."""
         self._metrics.kafka_errors.labels("transaction").inc()
-        log.warning(
-            "a transaction is given up, and its records are processed again",
-            extra={"partition": f"{tp.topic}-{tp.partition}", "reason": str(reason)},
-        )
-        if writer.assignment.is_owned:
-            self._in_doubt[tp] = writer.committing
-            self._backoffs.setdefault(tp, Backoff())
-            if not isinstance(reason.__cause__, (ProducerFenced, *REFUSALS)):
-                self._troubled.add(tp)
-                self._health.failing("transactions", self._why_it_was_lost(reason))
-        self.abandon(writer.assignment)
-        self._owner.restart(writer.assignment)
-
-    def _why_it_was_lost(self, reason: Lost) -> str:
-        if isinstance(reason.__cause__, GroupAuthorizationFailedError):
-            return f"no permission to commit as group {self.group_id} (ACL)"
-        if isinstance(reason.__cause__, TopicAuthorizationFailedError):
-            return "no permission to publish (ACL)"
-        return f"cannot commit a transaction ({reason})"
-
-    def _well(self, tp: TopicPartition) -> None:
-        self._backoffs.pop(tp, None)
-        self._troubled.discard(tp)
-        if not self._troubled:
+        log.warning("a transaction is given up", extra={"reason": str(lost)})
+        if lost.__cause__ is not None:  # else nothing went wrong
+            if not isinstance(lost, TransactionFenced):
+                self._health.failing("transactions", _why_it_was_lost(lost, self._group_id))
+            await backoff.wait()
+        await self._open()
+        if isinstance(lost, TransactionFenced):
+            self._drop_all(lost)
+        elif isinstance(lost, TransactionInDoubt) and await self._is_committed():
             self._health.working("transactions")
+            await self._settle()
+        else:
+            self._send_again()
 
-    def abandon(self, assignment: Assignment) -> None:
-        """This assignment's work is dropped; the partition may be taken over again."""
-        writer = self._writers.pop(assignment, None)
-        if writer is None:
-            return
-        writer.task.cancel()
-        for page in writer.committed:
-            self.settled(writer, page)
-        writer.committed = []
-        pages = [*writer.committing, *writer.pages]
-        closing = asyncio.create_task(self._close(writer))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-        for page in pages:
-            self._owner.drop(writer.assignment, len(page.outcomes))
-            page.done.set()
-        self._free(sum(page.weight for page in pages))
+    async def _open(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await self._sink.open()
+            except UNREACHABLE as error:
+                self._metrics.kafka_errors.labels("transaction").inc()
+                self._health.failing("takeover", _why_it_waits(error, self._connection, self._group_id))
+            else:
+                self._health.working("takeover")
+                return
+            await backoff.wait()
 
-    async def _close(self, writer: Writer) -> None:
-        await cancel_all([writer.task])
-        if writer.assignment.tp not in self._refusals:  # it was released, and its last failure may still be reported
-            self._health.working("publish", writer.assignment.tp)
-        await writer.sink.close(CLOSE_S)
+    async def _is_committed(self) -> bool:
+        """Whether the transaction in doubt is committed, by the committed offset of a partition that is still owned.
 
-    def _free(self, weight: int) -> None:
-        self._weight -= weight
+        If there is none, its next owner finds out.
+        """
+        backoff = Backoff()
+        while last := {put.assignment.tp: put for put in self._published if put.assignment.is_owned and put.outcomes}:
+            tp, put = next(iter(last.items()))
+            try:
+                commit = await self._owner.committed_offset(tp)
+            except UNREACHABLE:
+                await backoff.wait()
+                continue
+            if put.assignment.is_owned:  # else it may be its next owner's
+                return (commit.offset, commit.metadata) == (put.next_offset, put.assignment.metadata)
+        return False
+
+    def _send_again(self) -> None:
+        """What is still owned goes into the next transaction, and is neither read nor scored again."""
+        for put in reversed(self._published):
+            if put.assignment.is_owned:
+                self._waiting.appendleft(put)
+            else:
+                self._drop(put)
+        self._end_transaction()
+
+    def _drop_all(self, fenced: TransactionFenced) -> None:
+        """Its partitions begin again from their committed offsets: another process may be at work on them."""
+        puts = [*self._published, *self._waiting]
+        self._waiting.clear()
+        if not isinstance(fenced.__cause__, ProducerFenced):  # by the group, which has to be joined again
+            self._refused = next((put.assignment.membership for put in puts), None)
+            self._health.failing("transactions", f"{fenced}: waiting for partitions")
+        for put in puts:
+            self._drop(put)
+        self._end_transaction()
+        for assignment in {put.assignment for put in puts if put.assignment.is_owned}:
+            self._owner.restart(assignment)
+
+    def _drop(self, put: TransactionEntry) -> None:
+        self._owner.drop(put.assignment, len(put.outcomes))
+        self._forget(put)
+
+    def _forget(self, put: TransactionEntry) -> None:
+        put.done.set()
+        self._held_bytes -= put.held_bytes
         self._room.set()
-        self._settled.set()
 
-    def _raise_broken(self) -> None:
-        if self._broken:
-            raise self._broken[0]
+
+def _covers(last: TransactionEntry | None, offset: int) -> bool:
+    """Whether the last put of an assignment makes this offset needless. Committed after it, it would lead back."""
+    return last is not None and (last.next_offset == offset or (bool(last.outcomes) and last.next_offset > offset))
+
+
+def _why_it_waits(error: BaseException, connection: Connection, group_id: str) -> str:
+    """Why no transactional producer can be had."""
+    if isinstance(error, TransactionalIdAuthorizationFailed):
+        return f"no permission (ACL) to use the transactional ids that begin with {group_id}/; Write and Describe are needed"
+    if isinstance(error, InvalidTransactionTimeout):
+        return (
+            f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_S:g} s, which delivery exactly-once "
+            "needs"
+        )
+    if isinstance(error, TimeoutError):
+        return "brokers do not end this process's last transaction: a partition in it, or its coordinator, is away"
+    return unreachable(connection, error)
+
+
+def _why_it_was_lost(lost: TransactionLost, group_id: str) -> str:
+    if isinstance(lost.__cause__, GroupAuthorizationFailedError):
+        return f"no permission to commit as group {group_id} (ACL)"
+    if isinstance(lost.__cause__, TopicAuthorizationFailedError):
+        return "no permission to publish (ACL)"
+    return f"cannot commit a transaction ({lost})"

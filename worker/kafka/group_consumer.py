@@ -9,7 +9,7 @@ from typing import Final, Self
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat.group import StaticMember, confirm_membership, leave_group
+from worker.kafka.aiokafka_compat.group import StaticMember, leave_group
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
@@ -144,10 +144,6 @@ class GroupConsumer:
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         """Commits offsets with their metadata as a member of the group; raises the KafkaError of what fails."""
         await self.live.commit(offsets)
-
-    async def confirm_membership(self) -> None:
-        """Returns if the coordinator says that this process is a member of the group; raises a KafkaError otherwise."""
-        await confirm_membership(self.live, self._connection.request_timeout_s)
 
     async def _started(self) -> Consumer:
         backoff = Backoff()

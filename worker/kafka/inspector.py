@@ -11,6 +11,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from worker.kafka.aiokafka_compat.metadata import known_brokers
+from worker.kafka.aiokafka_compat.transactions import open_transactions
 from worker.kafka.backlog import valid_offsets
 from worker.kafka.clients import admin_client, stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection
@@ -66,6 +67,12 @@ class Inspector:
     async def limits(self, topics: Iterable[str]) -> dict[str, TopicLimits]:
         """What topics accept; Kafka's defaults for those whose settings this user may not read."""
         return await topic_limits(self._client, list(topics))
+
+    async def open_old_transactions(self, group: str, topics: Collection[str]) -> list[str]:
+        """The open transactions of workers before 0.2.0, which had a transactional id for each input partition."""
+        prefixes = tuple(f"{group}/{topic}/" for topic in topics)
+        ids = await open_transactions(self._client)
+        return sorted(each for each in ids if each.startswith(prefixes) and each.rpartition("/")[2].isdecimal())
 
     async def topics(self, names: Sequence[str]) -> list[TopicDescription]:
         """Descriptions of topics that exist, in this order."""

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from aiokafka.errors import InvalidTimestampError
+from aiokafka.errors import InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from worker.kafka.aiokafka_compat.producer import compressed_bytes
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.producer_records import Columns, Indexes, indexes_by_topic
 from worker.kafka.topics import TopicLimits, read_limits
@@ -55,7 +56,8 @@ class TimestampCheck:
 class OutputLimits:
     """The limits of the topics that are published to, and which records are beyond them.
 
-    ``by_topic`` are the limits as far as they are known. Sizes are checked only where records are not compressed.
+    ``by_topic`` are the limits as far as they are known. How large a record is when compressed is found out only where the
+    topic has refused a size within REFUSAL_VALID_S: it takes as long as to send it.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class OutputLimits:
         connection: Connection,
         limits: Mapping[str, TopicLimits],
         *,
-        is_compressed: bool,
-        checks: defaultdict[str, TimestampCheck] | None = None,
+        compression_type: str | None,
     ) -> None:
         self.by_topic = limits
         self._connection = connection
-        self._is_compressed = is_compressed
-        self._checks = defaultdict(TimestampCheck) if checks is None else checks  # by topic
+        self._compression_type = compression_type
+        self._sizes_refused_at: defaultdict[str, float] = defaultdict(lambda: -math.inf)  # by topic
+        self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
         self._read_at = time.monotonic()
 
     def max_message_bytes(self, topic: str) -> int:
@@ -114,6 +116,8 @@ class OutputLimits:
 
     def learn(self, columns: Columns, topic: str, sent: Indexes, error: BaseException | None) -> None:
         """Learns from a batch's outcome how far this machine's clock is right about timestamps."""
+        if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+            self._sizes_refused_at[topic] = time.monotonic()
         is_refused = isinstance(error, InvalidTimestampError)
         if topic in self.by_topic and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
             excess_ms = max(self._excess_ms(topic, columns, index) for index in sent)
@@ -135,10 +139,21 @@ class OutputLimits:
                     columns.in_doubt.update(beyond)
         if limits.is_compacted and None in columns.keys:
             yield from ((index, "key_required") for index in indexes if columns.keys[index] is None)
-        if not self._is_compressed and columns.most_bytes > limits.max_message_bytes:
+        if columns.most_bytes > limits.max_message_bytes:
             for index in indexes:
-                if columns.record_bytes(index) > limits.max_message_bytes:
+                if columns.record_bytes(index) > limits.max_message_bytes and self._is_too_large(
+                    topic, limits, columns, index
+                ):
                     yield index, "result_too_large"
+
+    def _is_too_large(self, topic: str, limits: TopicLimits, columns: Columns, index: int) -> bool:
+        """Whether a record that is beyond the limit uncompressed is known to be beyond it as it is sent."""
+        if self._compression_type is None:
+            return True
+        if time.monotonic() - self._sizes_refused_at[topic] > REFUSAL_VALID_S:
+            return False
+        record = (columns.timestamps[index], columns.keys[index], columns.values[index], columns.headers[index])
+        return compressed_bytes(self._compression_type, *record) > limits.max_message_bytes
 
     def _excess_ms(self, topic: str, columns: Columns, index: int) -> float:
         timestamp = columns.timestamps[index]

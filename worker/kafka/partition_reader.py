@@ -18,6 +18,7 @@ from aiokafka.errors import (
 
 from worker.core.topic_ids import with_topic_id, without_topic_id
 from worker.kafka.assignment import Assignment, Assignments
+from worker.kafka.committed_offsets import CommittedOffsets
 from worker.kafka.connection import UNREACHABLE, Backoff
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, Rejoin
@@ -58,6 +59,7 @@ class PartitionReader:
         assignments: Assignments,
         read_ahead: ReadAhead,
         topic_identity: TopicIdentity,
+        committed_offsets: CommittedOffsets,
         errors: ReadErrors,
         standstill: StandstillDetector,
         *,
@@ -73,6 +75,7 @@ class PartitionReader:
         self._assignments = assignments
         self._read_ahead = read_ahead
         self._topic_identity = topic_identity
+        self._committed_offsets = committed_offsets
         self._errors = errors
         self._standstill = standstill
         self._restart = restart
@@ -130,20 +133,17 @@ class PartitionReader:
         topic_id = self._topic_identity.of(assignment.tp.topic)
         assignment.metadata = with_topic_id(topic_id)
         await self._delivery.begin(assignment)
-        consumer = self._consumer.live
-        found = await within(self._request_timeout_s, consumer.committed_offsets([assignment.tp]))
-        commit = found[assignment.tp]
+        commit = await self._committed_offsets.of(assignment.tp)
         lacks_this_topic_id = commit.offset >= 0 and topic_id != "" and without_topic_id(commit.metadata)[0] != topic_id
         if lacks_this_topic_id:
             await self._topic_identity.confirm(assignment.tp)
         committed = self._topic_identity.offset_of_this_topic(assignment.tp, commit)
-        self._delivery.resume(assignment, committed)
         if committed is None:
             offset = await self._offset_by_reset_policy(assignment.tp)
             log.info("no committed offset", extra={"partition": assignment.name, "begin_at": offset})
         else:
             offset = committed
-        consumer.seek(assignment.tp, offset)
+        self._consumer.live.seek(assignment.tp, offset)
         self._standstill.partition_started()
         assignment.delivered = assignment.acknowledged = assignment.committed = offset
         if lacks_this_topic_id or (committed is None and self._auto_offset_reset == "latest"):

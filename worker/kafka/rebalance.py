@@ -98,12 +98,12 @@ class RebalanceHandler:
             return
         self._topic_identity.ask_again(tp.topic for tp in partitions)
         self._errors.clear(MEMBERSHIP)
+        membership = self._consumer.live.membership()
         for tp in sorted(partitions):
-            self._start_reader(tp)
+            self._start_reader(Assignment(tp, membership))
         self._health.working("group")
         log.info("assigned", extra={"partitions": partition_names(partitions)})
-        exactly_once = self._delivery.has_producer_per_partition
-        is_enough, files = check_limit(len(partitions), self._consumer.live.brokers(), exactly_once=exactly_once)
+        is_enough, files = check_limit(self._consumer.live.brokers())
         if not is_enough:
             log.warning("%s", files)
 
@@ -142,12 +142,12 @@ class RebalanceHandler:
             self._cancelled_readers.add(reader)
             reader.add_done_callback(self._cancelled_readers.discard)
         if will_continue:
-            self._start_reader(assignment.tp, reader)
+            self._start_reader(Assignment(assignment.tp, assignment.membership), reader)
         self._assignments.settled.set()
 
-    def _start_reader(self, tp: TopicPartition, after: asyncio.Task[None] | None = None) -> None:
+    def _start_reader(self, assignment: Assignment, after: asyncio.Task[None] | None = None) -> None:
         """Begins an assignment, which is read once the task ``after``, its reader until now, has ended."""
-        assignment = self._assignments[tp] = Assignment(tp)
+        self._assignments[assignment.tp] = assignment
         reader = self._readers[assignment] = asyncio.create_task(self._partition_reader.run(assignment, after))
         reader.add_done_callback(self._reader_ended)
 

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -16,10 +15,10 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from worker.kafka.aiokafka_compat.metadata import use_topics
-from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written
+from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written, reuse_sequence_numbers
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
-from worker.kafka.output_limits import OutputLimits, TimestampCheck
+from worker.kafka.output_limits import OutputLimits
 from worker.kafka.producer_records import (
     Columns,
     Indexes,
@@ -50,7 +49,7 @@ class Sink:
     """An idempotent producer, acks=all. ``publish`` is for one caller at a time.
 
     A timeout is no failure: the batch may still be on its way, so ``publish`` waits for it as long as it takes. When a
-    batch fails for good, the producer's sequence numbers are no longer right; it is replaced before anything is sent again.
+    batch fails for good, and not because it is refused, the producer is replaced before anything is sent again.
 
     ``limits`` are those of the topics that are published to, as far as they are known.
     """
@@ -64,19 +63,17 @@ class Sink:
         health: Health,
         compression_type: str = "none",
         records_per_producer: int = RECORDS_PER_PRODUCER,
-        checks: defaultdict[str, TimestampCheck] | None = None,
     ) -> None:
         self._connection = connection
         self._compression_type = None if compression_type == "none" else compression_type
-        is_compressed = self._compression_type is not None
-        self._limits = OutputLimits(connection, limits, is_compressed=is_compressed, checks=checks)
+        self._limits = OutputLimits(connection, limits, compression_type=self._compression_type)
         self._topics = set(limits)  # all that are published to
         self._metrics = metrics
         self._health = health
         self._records_per_producer = records_per_producer
         self._producer: AIOKafkaProducer | None = None
         self._records_sent = 0
-        self._who: Hashable = None  # which of several sinks this is, for health
+        self._unacknowledged: set[TopicPartition] = set()
 
     async def start(self) -> None:
         """Connects; waits for as long as the brokers are away."""
@@ -101,17 +98,18 @@ class Sink:
         while pending:
             producer = await self._fresh_producer(sum(len(batch) for batches in pending.values() for batch in batches))
             failures = await self._send(producer, columns, pending)
+            errors = {type(error) for _, error in failures.values()}
+            if not errors <= REFUSALS.keys():
+                await self._replace_producer([error for _, error in failures.values()])
             pending = {}
             for tp, (batches, error) in failures.items():
                 if rest := self._after_failure(tp.topic, batches, error, answers):
                     pending[tp] = rest
             if failures:
-                await self._discard_producer(self._connection.request_timeout_s)
-                errors = {type(error) for _, error in failures.values()}
                 if not errors <= REFUSALS.keys():
                     await backoff.wait()
                 pending = await self._still_pending(columns, pending, errors, answers)
-        self._health.working("publish", self._who)
+        self._health.working("publish")
         return answers
 
     # Where records go.
@@ -198,7 +196,9 @@ class Sink:
                 self._limits.learn(columns, tp.topic, sent, error)
                 if error is not None:
                     if may_be_written(batch, error):
-                        self._count_possible_duplicates(len(sent))
+                        self._handle_doubt(len(sent), error)
+                    elif type(error) in REFUSALS:
+                        reuse_sequence_numbers(producer, tp, len(sent))
                     return waiting[::-1], error
                 waiting.pop()
         except UNREACHABLE as problem:
@@ -227,6 +227,7 @@ class Sink:
         """Waits until a batch is acknowledged (None) or has failed for good."""
         began = time.monotonic()
         was_gone = False
+        self._unacknowledged.add(tp)
         while not future.done():
             await asyncio.wait({future}, timeout=PARTITION_CHECK_S)
             gone = None if future.done() else await is_gone(producer, tp, future)
@@ -234,11 +235,12 @@ class Sink:
                 give_up(producer, tp)
             was_gone = was_gone if gone is None else gone
             if not future.done() and time.monotonic() - began >= STALLED_S:
-                self._health.failing("publish", "publishing is stalled: the brokers acknowledge nothing", self._who)
+                self._health.failing("publish", "publishing is stalled: the brokers acknowledge nothing")
+        self._unacknowledged.discard(tp)
         return future.exception()
 
-    def _count_possible_duplicates(self, records: int) -> None:
-        """Counts records that may have been written, and are sent again by a new producer: brokers cannot tell."""
+    def _handle_doubt(self, records: int, error: BaseException) -> None:
+        """Counts records that failed and yet may have been written. Sent again, they may be there twice."""
         self._metrics.duplicates_possible.inc(records)
 
     def _after_failure(
@@ -262,7 +264,7 @@ class Sink:
         """Counts an error, and tells health."""
         self._metrics.kafka_errors.labels("publish").inc()
         why = "no permission (ACL)" if isinstance(error, TopicAuthorizationFailedError) else type(error).__name__
-        self._health.failing("publish", f"{what}: {why}", self._who)
+        self._health.failing("publish", f"{what}: {why}")
 
     # Producers.
 
@@ -287,9 +289,13 @@ class Sink:
                 self._records_sent = 0
                 return producer
 
-    async def _new_producer(self, **options: Any) -> AIOKafkaProducer:
+    async def _replace_producer(self, errors: Sequence[BaseException]) -> None:
+        """Batches have failed with these errors, so the producer's sequence numbers are no longer right."""
+        await self._discard_producer(self._connection.request_timeout_s)
+
+    async def _new_producer(self, kind: type[AIOKafkaProducer] = AIOKafkaProducer, **options: Any) -> AIOKafkaProducer:
         """A connected producer; ``options`` are aiokafka's. Raises what is in UNREACHABLE."""
-        producer = AIOKafkaProducer(
+        producer = kind(
             **self._connection.options(),
             acks="all",
             enable_idempotence=True,

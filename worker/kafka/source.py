@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
 from worker.kafka.aiokafka_compat.group import CoordinatorAnswers
 from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.commits import Commits
+from worker.kafka.committed_offsets import CommittedOffsets
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
@@ -106,12 +108,19 @@ class Source:
             health=health,
         )
         self._standstill = StandstillDetector(self._consumer, self._assignments)
+        self._committed_offsets = CommittedOffsets(
+            self._consumer,
+            require_stable=delivery.requires_stable_offsets,
+            request_timeout_s=connection.request_timeout_s,
+            health=health,
+        )
         self._partition_reader = PartitionReader(
             self._consumer,
             delivery,
             self._assignments,
             self._read_ahead,
             self._topic_identity,
+            self._committed_offsets,
             self._errors,
             self._standstill,
             restart=self.restart,
@@ -193,8 +202,8 @@ class Source:
     def restart(self, assignment: Assignment) -> None:
         self._rebalances.restart(assignment)
 
-    async def confirm_membership(self) -> None:
-        await self._consumer.confirm_membership()
+    async def committed_offset(self, tp: TopicPartition) -> OffsetAndMetadata:
+        return await self._committed_offsets.of(tp)
 
     async def commit_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         await self._consumer.commit_offsets(offsets)

@@ -9,7 +9,9 @@ except ImportError:  # Windows, which has no such limit
     resource = None  # type: ignore[assignment]
 
 OTHERS: Final = 64  # standard streams, the event loop, the model's files, whoever asks over HTTP
-CLIENTS: Final = 3  # of a worker that has one producer; each has a connection to each broker
+CONNECTIONS: Final = (
+    6  # to each broker: of consumer and producer for records, metadata and coordination, and of short ones
+)
 LARGEST_LIMIT: Final = 10_240  # the most that macOS takes, although it says that there is no limit
 
 
@@ -24,23 +26,19 @@ def raise_limit() -> None:
             return
 
 
-def files_needed(partitions: int, brokers: int, *, exactly_once: bool) -> int:
-    """How many files so many input partitions may need.
-
-    With exactly-once each partition has a producer of its own, which has a connection to each broker that leads a partition
-    of the output, and one to each of its coordinators.
-    """
-    per_partition = brokers + min(brokers, 2) if exactly_once else 0
-    return OTHERS + CLIENTS * brokers + partitions * per_partition
+def files_needed(brokers: int) -> int:
+    """How many files a worker may need beside so many brokers, with any number of partitions."""
+    return OTHERS + CONNECTIONS * brokers
 
 
-def check_limit(partitions: int, brokers: int, *, exactly_once: bool) -> tuple[bool, str]:
-    """Whether the limit is high enough for so many input partitions, and a sentence with the numbers."""
+def check_limit(brokers: int) -> tuple[bool, str]:
+    """Whether the limit is high enough beside so many brokers, and a sentence with the numbers."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
-    needed = files_needed(partitions, brokers, exactly_once=exactly_once)
+    needed = files_needed(brokers)
+    beside = "1 broker" if brokers == 1 else f"{brokers} brokers"
     if limit < 0:  # infinity
-        return True, f"there is no limit of open files; {partitions} partitions may need {needed}"
+        return True, f"there is no limit of open files; a worker may need {needed} beside {beside}"
     if limit >= needed:
-        return True, f"{limit} may be open; {partitions} partitions may need {needed}"
-    advice = "raise the limit (ulimit -Hn, systemd's LimitNOFILE, docker's --ulimit nofile) or run more workers"
-    return False, f"{limit} files may be open, and {partitions} partitions may need {needed}: {advice}"
+        return True, f"{limit} may be open; a worker may need {needed} beside {beside}"
+    advice = "raise the limit (ulimit -Hn, systemd's LimitNOFILE, docker's --ulimit nofile)"
+    return False, f"{limit} files may be open, and a worker may need {needed} beside {beside}: {advice}"

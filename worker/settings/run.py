@@ -39,7 +39,7 @@ class RunSettings(ModelSettings, EventSettings):
         description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",
     )
     transaction_ms: float = Field(
-        100, ge=0, le=10_000, description="with exactly-once, time between two commits of a partition's results, ms"
+        100, ge=0, le=3_333, description="with exactly-once, shortest time from one commit to the next, ms"
     )
     output_mode: Literal["result", "enrich"] = Field(
         "result", description="result: a new object; enrich: the input object with the field sentiment"

@@ -60,7 +60,7 @@ async def test_a_record_that_cannot_be_read_is_never_behind_the_position(
 async def test_an_error_of_a_readers_start_is_no_unreadable_record(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(_: TopicPartition) -> int:
+    async def broken(*_: Any, **__: Any) -> int:
         raise KeyError("a bug")
 
     monkeypatch.setattr(consumer, "committed_offsets", broken)

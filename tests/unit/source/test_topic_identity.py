@@ -12,7 +12,6 @@ from tests.support.source import (
     OTHER_ID,
     TP,
     FakeConsumer,
-    FakeDelivery,
     staged,
     until,
 )
@@ -203,14 +202,3 @@ async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consu
     with pytest.raises(TopicRecreated):
         await asyncio.wait_for(stage.run, 5)
     assert stage.metrics.offset_resets._value.get() == 0
-
-
-async def test_a_commit_in_doubt_is_not_found_in_an_offset_of_another_topic(
-    consumer: FakeConsumer, delivery: FakeDelivery
-) -> None:
-    consumer.committed_at, consumer.committed_metadata = 10**6, with_topic_id(OTHER_ID)
-    stage = await staged(consumer, delivery=delivery)
-    await stage.assign(TP)
-    await stage.take()
-    assert delivery.committed_offsets == [None]
-    assert stage.source._assignments[TP].metadata == with_topic_id(ID)

@@ -11,7 +11,6 @@ from aiokafka.errors import (
     BrokerResponseError,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
-    IllegalStateError,
     KafkaError,
     NoError,
     NotCoordinatorForGroupError,
@@ -70,20 +69,6 @@ def background_tasks(consumer: AIOKafkaConsumer) -> dict[str, asyncio.Future[Any
         "coordination": consumer._coordinator._coordination_task,
         "metadata": consumer._client._sync_task,
     }
-
-
-async def confirm_membership(consumer: AIOKafkaConsumer, timeout_s: float) -> None:
-    """Returns if the coordinator says, when asked now, that this consumer is a member of its group.
-
-    Raises IllegalStateError where it no longer is, another KafkaError where the coordinator cannot say, and TimeoutError.
-    Upstream would have to offer it.
-    """
-    coordinator = consumer._coordinator
-    if await within(timeout_s, coordinator._do_heartbeat()):
-        return
-    if coordinator.generation <= 0:
-        raise IllegalStateError("no longer a member of the group")
-    raise GroupCoordinatorNotAvailableError
 
 
 async def leave_group(consumer: AIOKafkaConsumer, timeout_s: float) -> None:

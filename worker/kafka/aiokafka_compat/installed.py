@@ -20,7 +20,7 @@ USED: Final[Mapping[str, str]] = {
     "aiokafka.client": "MetadataRequest",
     "aiokafka.client:AIOKafkaClient": (
         "_conns _get_conn _get_conn_lock _metadata_update _retry_backoff _sync_task _wait_on_metadata cluster "
-        "bootstrap force_metadata_update set_topics"
+        "bootstrap force_metadata_update send set_topics"
     ),
     "aiokafka.conn:AIOKafkaConnection": "_last_action _protocol _send_sasl_token _writer send",
     "aiokafka.consumer.consumer:AIOKafkaConsumer": "_client _coordinator _fetcher",
@@ -32,19 +32,18 @@ USED: Final[Mapping[str, str]] = {
         "_records_iterator _tp next_fetch_offset"
     ),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
-        "_coordination_task _do_heartbeat _do_rejoin_group _group_instance_id _send_req coordinator_dead coordinator_id "
+        "_coordination_task _do_rejoin_group _group_instance_id _send_req coordinator_dead coordinator_id "
         "ensure_coordinator_known generation group_id member_id"
     ),
-    "aiokafka.producer.message_accumulator:BatchBuilder": "_buffer _builder _relative_offset",
+    "aiokafka.producer.message_accumulator:BatchBuilder": "_buffer _build _builder _relative_offset",
     "aiokafka.producer.message_accumulator:MessageAccumulator": (
         "_batches _cluster _pop_batch _txn_manager drain_by_nodes"
     ),
     "aiokafka.producer.message_accumulator:MessageBatch": "_builder _ctime",
     "aiokafka.producer.producer": "MessageAccumulator",
-    "aiokafka.producer.producer:AIOKafkaProducer": "_message_accumulator _sender _txn_manager client",
+    "aiokafka.producer.producer:AIOKafkaProducer": "_COMPRESSORS _message_accumulator _txn_manager client",
     "aiokafka.producer.sender:SendProduceReqHandler": "_can_retry",
-    "aiokafka.producer.sender:Sender": "sender_task",
-    "aiokafka.producer.transaction_manager:TransactionManager": "_transaction_waiter",
+    "aiokafka.producer.transaction_manager:TransactionManager": "_transaction_waiter increment_sequence_number",
     "aiokafka.record._crecords.default_records": "gzip_decode lz4_decode snappy_decode zstd_decode",
     "aiokafka.record._crecords.legacy_records": "gzip_decode lz4_decode snappy_decode",
     "aiokafka.record.default_records": "gzip_decode lz4_decode snappy_decode zstd_decode",

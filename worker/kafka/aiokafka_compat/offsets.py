@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
@@ -16,12 +16,27 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
     for_code,
 )
+from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
+from aiokafka.protocol.types import (
+    Boolean,
+    CompactArray,
+    CompactString,
+    Int16,
+    Int32,
+    Int64,
+    Schema,
+    TaggedFields,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.kafka.aiokafka_compat.group import RETRY_S
+from worker.kafka.aiokafka_compat.transactions import by_topic
 from worker.runtime.tasks import within
+
+UNSTABLE_OFFSET_COMMIT: Final = 88
+_TAGS: Final = ("tags", TaggedFields)
 
 
 async def end_offsets(
@@ -65,10 +80,59 @@ async def _end_offsets_of(
     return ends
 
 
+class OffsetFetchResponse_v7(Response):  # type: ignore[misc]  # noqa: N801 - as aiokafka names them
+    API_KEY = 9
+    API_VERSION = 7
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "topics",
+            by_topic(
+                ("partition", Int32),
+                ("offset", Int64),
+                ("leader_epoch", Int32),
+                ("metadata", CompactString()),
+                ("error_code", Int16),
+            ),
+        ),
+        ("error_code", Int16),
+        _TAGS,
+    )
+
+
+class OffsetFetchRequest_v7(RequestStruct):  # type: ignore[misc]  # noqa: N801
+    FLEXIBLE_VERSION = True  # request header v2, response header v1
+    API_KEY = 9
+    API_VERSION = 7
+    RESPONSE_TYPE = OffsetFetchResponse_v7
+    SCHEMA = Schema(
+        ("group_id", CompactString()),
+        ("topics", CompactArray(("name", CompactString()), ("partitions", CompactArray(Int32)), _TAGS)),
+        ("require_stable", Boolean),
+        _TAGS,
+    )
+
+
+class StableOffsetFetchRequest(Request[OffsetFetchRequest_v7]):  # type: ignore[misc]
+    """Asks for offsets that no open transaction can change. Raises NotImplementedError for brokers before Kafka 2.5."""
+
+    API_KEY = 9
+
+    def __init__(self, group_id: str, partitions: Collection[TopicPartition]) -> None:
+        self._group_id = group_id
+        self._topics: list[Any] = [(topic, numbers, {}) for topic, numbers in _numbers_by_topic(partitions)]
+
+    def build(self, request_struct_class: type[OffsetFetchRequest_v7]) -> OffsetFetchRequest_v7:
+        return request_struct_class(self._group_id, self._topics, True, {})
+
+
 async def committed_offsets(
-    consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]
+    consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition], *, require_stable: bool = False
 ) -> dict[TopicPartition, OffsetAndMetadata]:
     """The group's committed offset and its metadata for each of these partitions; a negative offset for none.
+
+    With ``require_stable`` it leaves out the partitions of which an open transaction holds an offset, which may still be
+    committed; upstream would have to speak version 7 of OffsetFetch (Kafka 2.5).
 
     Waits without end for a coordinator that can say. Raises the KafkaError of what does not pass by itself.
 
@@ -77,7 +141,10 @@ async def committed_offsets(
     begin at ``auto_offset_reset``, and repeat or lose all records between. Upstream would have to look at the error code.
     """
     coordinator = consumer._coordinator
-    request = _offset_fetch(coordinator.group_id, partitions)
+    if require_stable:
+        request: Any = StableOffsetFetchRequest(coordinator.group_id, partitions)
+    else:
+        request = OffsetFetchRequest(coordinator.group_id, _numbers_by_topic(partitions))
     while True:
         await coordinator.ensure_coordinator_known()
         asked = coordinator.coordinator_id
@@ -92,11 +159,11 @@ async def committed_offsets(
         await asyncio.sleep(RETRY_S)
 
 
-def _offset_fetch(group_id: str, partitions: Collection[TopicPartition]) -> OffsetFetchRequest:
-    by_topic: dict[str, list[int]] = {}
+def _numbers_by_topic(partitions: Iterable[TopicPartition]) -> list[tuple[str, list[int]]]:
+    numbers: dict[str, list[int]] = {}
     for tp in partitions:
-        by_topic.setdefault(tp.topic, []).append(tp.partition)
-    return OffsetFetchRequest(group_id, list(by_topic.items()))
+        numbers.setdefault(tp.topic, []).append(tp.partition)
+    return list(numbers.items())
 
 
 def _committed_offsets(
@@ -104,12 +171,17 @@ def _committed_offsets(
 ) -> dict[TopicPartition, OffsetAndMetadata]:
     """Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it leaves one out."""
     _raise_for(getattr(response, "error_code", 0))
-    committed = {}
-    for topic, answers in response.topics:
-        for partition, offset, *_, metadata, code in answers:
+    committed, unstable = {}, set()
+    for topic, answers, *_ in response.topics:
+        for partition, offset, *rest in answers:
+            tp = TopicPartition(topic, partition)
+            metadata, code = rest[1:3] if response.API_VERSION >= OffsetFetchResponse_v7.API_VERSION else rest[-2:]
+            if code == UNSTABLE_OFFSET_COMMIT:
+                unstable.add(tp)
+                continue
             _raise_for(code)
-            committed[TopicPartition(topic, partition)] = OffsetAndMetadata(offset, metadata or "")
-    if not committed.keys() >= set(partitions):
+            committed[tp] = OffsetAndMetadata(offset, metadata or "")
+    if not committed.keys() | unstable >= set(partitions):
         raise GroupCoordinatorNotAvailableError
     return committed
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from itertools import count, starmap, takewhile
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from weakref import WeakSet
 
 import aiokafka.producer.producer
@@ -13,7 +13,7 @@ from aiokafka.errors import BrokerResponseError, KafkaError, NodeNotReadyError, 
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import SendProduceReqHandler
 
-Answer = TypeVar("Answer")
+LARGEST_BATCH_BYTES: Final = 2**31 - 1
 
 # Batches that may have been written. Upstream would never have to give up a batch that an idempotent producer has sent.
 
@@ -76,6 +76,28 @@ def append_records(
     return taken
 
 
+def reuse_sequence_numbers(producer: AIOKafkaProducer, tp: TopicPartition, records: int) -> None:
+    """The last batch for a partition was refused and so is not written: the next one takes its sequence numbers.
+
+    Without this the brokers refuse all later batches. Upstream would have to do it, as the Java client does.
+    """
+    producer._txn_manager.increment_sequence_number(tp, -records)
+
+
+def compressed_bytes(
+    compression_type: str,
+    timestamp: int | None,
+    key: bytes | None,
+    value: bytes | None,
+    headers: list[tuple[str, bytes | None]],
+) -> int:
+    """The size of a batch of this record alone, compressed as a producer does it."""
+    _, attributes = AIOKafkaProducer._COMPRESSORS[compression_type]
+    batch = BatchBuilder(LARGEST_BATCH_BYTES, attributes)
+    append_records(batch, [timestamp], [key], [value], [headers])
+    return len(batch._build())
+
+
 # Partitions that are gone.
 
 METADATA_WAIT_S: Final = 1.0
@@ -107,21 +129,6 @@ def give_up(producer: AIOKafkaProducer, tp: TopicPartition) -> None:
 
 
 # Producers that have failed.
-
-SENDER_END_S: Final = 1.0
-
-
-async def while_sending(producer: AIOKafkaProducer, work: asyncio.Task[Answer]) -> bool:
-    """Waits until ``work`` is done (True), or the producer's own sending task has ended and ``work`` is not (False).
-
-    Work that waits for a batch which such a producer was about to send again would wait for ever, so it has SENDER_END_S
-    more. Cancels nothing. Upstream would have to fail those batches.
-    """
-    sender: asyncio.Future[None] = producer._sender.sender_task
-    both: set[asyncio.Future[Any]] = {work, sender}
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    await asyncio.wait({work}, timeout=SENDER_END_S if sender.done() else None)
-    return work.done()
 
 
 def forget_transaction_error(producer: AIOKafkaProducer) -> None:

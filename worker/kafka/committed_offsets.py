@@ -1,0 +1,81 @@
+"""The group's committed offsets, from which partitions are read."""
+
+import asyncio
+import time
+from typing import Final
+
+from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
+
+from worker.errors import WrongSetting
+from worker.kafka.aiokafka_compat.group import RETRY_S
+from worker.kafka.assignment import partition_names
+from worker.kafka.group_consumer import GroupConsumer
+from worker.runtime.tasks import within
+from worker.telemetry.health import Health
+
+LONG_S: Final = 5.0  # an open transaction that holds an offset for longer is reported
+
+
+class CommittedOffsets:
+    """Reads committed offsets, those of all callers at a time by one request: a thousand partitions may begin at once.
+
+    With ``require_stable`` an offset that an open transaction may still change is waited for.
+    """
+
+    def __init__(
+        self, consumer: GroupConsumer, *, require_stable: bool, request_timeout_s: float, health: Health
+    ) -> None:
+        self._consumer = consumer
+        self._require_stable = require_stable
+        self._request_timeout_s = request_timeout_s
+        self._health = health
+        self._waiting: dict[TopicPartition, asyncio.Future[OffsetAndMetadata | Exception]] = {}
+        self._asking: asyncio.Task[None] | None = None
+
+    async def of(self, tp: TopicPartition) -> OffsetAndMetadata:
+        """A partition's committed offset and its metadata; a negative offset for none.
+
+        Raises what is in UNREACHABLE, and WrongSetting where the brokers cannot tell which offsets are stable.
+        """
+        if tp not in self._waiting:
+            self._waiting[tp] = asyncio.get_running_loop().create_future()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        answer = await asyncio.shield(self._waiting[tp])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _ask(self) -> None:
+        """Asks until every caller has an answer."""
+        unstable_since = None
+        while self._waiting:
+            asked = tuple(self._waiting)
+            for tp, answer in (await self._answers(asked)).items():
+                self._waiting.pop(tp).set_result(answer)
+            unstable = self._waiting.keys() & set(asked)
+            if not unstable:
+                unstable_since = None
+                self._health.working("takeover", self)
+                continue
+            unstable_since = unstable_since or time.monotonic()
+            if time.monotonic() - unstable_since > LONG_S:
+                self._health.failing(
+                    "takeover",
+                    f"waiting for the end of a transaction that another process has left open: {partition_names(unstable)}",
+                    self,
+                )
+            await asyncio.sleep(RETRY_S)
+
+    async def _answers(self, asked: tuple[TopicPartition, ...]) -> dict[TopicPartition, OffsetAndMetadata | Exception]:
+        try:
+            return await within(
+                self._request_timeout_s,
+                self._consumer.live.committed_offsets(asked, require_stable=self._require_stable),
+            )
+        except NotImplementedError:
+            too_old = "delivery exactly-once needs brokers of Kafka 2.5 or later; these are older"
+            return dict.fromkeys(asked, WrongSetting(too_old))
+        except Exception as error:  # noqa: BLE001 - the callers decide
+            return dict.fromkeys(asked, error)
