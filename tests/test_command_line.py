@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_in_a_sentence(arguments: list[str]) -> None:
 def test_who_has_no_home_keeps_nothing() -> None:
     code = (
         "import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = lambda _: {}['nobody'];"
-        "from worker import cli; cli.COMMANDS['run'] = lambda _: print(check._disk('org/name'), check._disk('builtin')) or 0;"
+        "from worker import cli; cli.COMMANDS['run'] = lambda _: print(*map(check._disk, ('org/name', 'builtin'))) or 0;"
         "from worker.commands import check; cli.main(['run'])"
     )
     done = call("-c", code, program=(sys.executable,), XDG_CACHE_HOME="", HF_HOME="")
