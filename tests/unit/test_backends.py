@@ -1,6 +1,7 @@
 """Which backend loads a checkpoint on a CPU, what is refused, and what is said where torch is missing."""
 
 import csv
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,31 @@ def test_what_the_graph_does_not_cover_is_computed_by_torch(albert: Path, caplog
     caplog.set_level(logging.INFO)
     assert load(albert).backend == "torch"
     assert "torch computes this model" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_a_tokenizer_that_only_transformers_reads_leaves_the_network_to_onnx(tmp_path: Path, dtype: str) -> None:
+    model = load(with_tokenizer_class(tmp_path, "ElectraTokenizer"), dtype=dtype)
+    assert model.backend == "onnx"
+    texts = ["Очень хорошо", "Всё плохо, никому не советую"]
+    assert model.get_sentiment(texts, "proba") == pytest.approx(
+        load("builtin", dtype=dtype).get_sentiment(texts, "proba"), abs=1e-6
+    )
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_without_torch_a_tokenizer_that_needs_it_says_why(tmp_path: Path) -> None:
+    with pytest.raises(NeedsTorch, match=r"class ElectraTokenizer; pip install 'sentiment-worker\[torch\]'"):
+        load(with_tokenizer_class(tmp_path, "ElectraTokenizer"))
+
+
+def with_tokenizer_class(folder: Path, kind: str) -> Path:
+    """The shipped checkpoint, whose tokenizer is of another class of transformers."""
+    for file in BUILTIN.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": kind}))
+    return folder
 
 
 @pytest.mark.usefixtures("no_torch")
