@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from tests.support.checkpoint import LABELS, TOKENIZER
@@ -78,6 +80,18 @@ def test_a_tokenizer_that_only_transformers_reads_leaves_the_network_to_onnx(tmp
 def test_without_torch_a_tokenizer_that_needs_it_says_why(tmp_path: Path) -> None:
     with pytest.raises(NeedsTorch, match=r"class ElectraTokenizer; pip install 'sentiment-worker\[torch\]'"):
         load(with_tokenizer_class(tmp_path, "ElectraTokenizer"))
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.query.bias", "bert.pooler.dense.weight"])
+def test_weights_that_are_stored_as_integers_are_read_as_numbers(tmp_path: Path, name: str) -> None:
+    folder = with_tokenizer_class(tmp_path, "BertTokenizer")
+    weights = load_file(folder / "model.safetensors")
+    whole = np.rint(8 * weights[name].astype(np.float32))
+    answers = []
+    for dtype in (np.int8, np.int64, np.float32):
+        save_file(weights | {name: whole.astype(dtype)}, folder / "model.safetensors", {"format": "pt"})
+        answers.append(load(folder).get_sentiment("Очень хорошо", "proba").tolist())
+    assert answers[0] == answers[1] == answers[2]
 
 
 def with_tokenizer_class(folder: Path, kind: str) -> Path:

@@ -1,5 +1,7 @@
 """Loads a checkpoint's model for ONNX Runtime."""
 
+import numpy as np
+
 from worker.model.checkpoint import Checkpoint, NeedsTorch
 from worker.model.onnx.architecture import Architecture, NotCovered, architecture_of
 from worker.model.onnx.graph import build_graph
@@ -26,5 +28,8 @@ def load_onnx_model(
     Raises ModelError for weights that do not fit config.json or the tokenizer, NeedsTorch for a file that torch alone reads.
     """
     refuse_tokens_without_rows(checkpoint.name, tokenizer, architecture.vocabulary)
-    weights = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    found = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    weights = {
+        name: values.astype(np.float32, copy=False) for name, values in found.items()
+    }  # a file may hold integers
     return OnnxModel(build_graph(architecture, weights, is_int8=is_int8))
