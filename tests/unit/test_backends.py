@@ -1,6 +1,7 @@
 """Which backend loads a checkpoint on a CPU, what is refused, and what is said where torch is missing."""
 
 import csv
+import ctypes
 import json
 import logging
 from pathlib import Path
@@ -129,6 +130,30 @@ def test_a_gpu_that_is_left_unused_is_warned_of(monkeypatch: pytest.MonkeyPatch)
     assert "NVIDIA GPU" in warning
     monkeypatch.setattr(device, "has_nvidia_device", lambda: False)
     assert unused_device_warning("auto") is None
+
+
+@pytest.mark.parametrize(
+    ("started", "counted", "devices", "has_one"),
+    [(0, 0, 1, True), (0, 0, 0, False), (100, 0, 1, False), (0, 100, 1, False)],
+)
+def test_the_driver_says_whether_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, started: int, counted: int, devices: int, has_one: bool
+) -> None:
+    class Driver:
+        def cuInit(self, _: int) -> int:  # noqa: N802 - the driver's name
+            return started
+
+        def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 - the driver's name
+            count._obj.value = devices
+            return counted
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
+    assert device.has_nvidia_device() is has_one
+
+
+def test_another_library_of_the_driver_s_name_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert not device.has_nvidia_device()
 
 
 @pytest.mark.parametrize("has_it", [True, False])
