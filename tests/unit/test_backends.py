@@ -95,6 +95,18 @@ def test_weights_that_are_stored_as_integers_are_read_as_numbers(tmp_path: Path,
     assert answers[0] == answers[1] == answers[2]
 
 
+def test_int8_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """As bytes they would be other numbers, and a text that float32 has no result for would get one."""
+    folder = with_tokenizer_class(tmp_path, "BertTokenizer")
+    weights = load_file(folder / "model.safetensors")
+    words = "bert.embeddings.word_embeddings.weight"
+    weights[words][500, 3] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackendError, match=f"int8 cannot .*: {words} holds numbers that are not finite; set dtype"):
+        load(folder, dtype="int8")
+    assert load(folder).get_sentiment("Очень хорошо") == load("builtin").get_sentiment("Очень хорошо")
+
+
 def with_tokenizer_class(folder: Path, kind: str) -> Path:
     """The shipped checkpoint, whose tokenizer is of another class of transformers."""
     for file in BUILTIN.iterdir():
