@@ -112,7 +112,7 @@ class SentimentModel:
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is one
         dtype: ``float32``, ``bfloat16``, ``float16``, on a CPU ``int8``; ``auto`` is float32 on a CPU, and on a GPU
             float16 where labels agree
-        backend: ``torch`` or ``onnx``; ``auto`` takes the faster one on a CPU
+        backend: ``torch`` or ``onnx``; ``auto`` takes ``onnx`` on a CPU where that can compute the model
         cpu_threads: how many passes of the model run at once on a CPU, each on a thread; ``auto`` measures
         max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
         tuning_s: seconds of measuring for each of ``cpu_threads`` and ``max_batch_tokens`` that is ``auto``

@@ -53,7 +53,7 @@ class ModelSettings(CheckpointSettings):
         "and then",
     )
     backend: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="what runs the model on a CPU; auto: the faster one of those that are installed"
+        "auto", description="what runs the model on a CPU; auto: ONNX Runtime where it can, else torch"
     )
     max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"
