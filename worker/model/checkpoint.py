@@ -100,7 +100,7 @@ class Checkpoint:
         self.name = name
         self.commit = commit
         self._find = find
-        self._versions: dict[Path, object] = {}
+        self._versions: dict[Path, tuple[int, ...]] = {}
         self.config = self._object("config.json") or self._refuse(
             "it has no config.json that names its model_type; it should be a folder with a checkpoint"
         )
@@ -240,9 +240,9 @@ def _shown(value: object) -> str:
 
 
 def _version(file: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
+    """What changes when a file is written or replaced. A container's file system may change a file's number by itself."""
     found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _sha256(file: Path) -> str:
