@@ -468,7 +468,7 @@ def test_a_reader_that_has_seen_enough_hears_no_complaint(checkpoint: Path, tmp_
 def test_bench_measures_every_engine_and_prints_settings_that_the_worker_takes(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    done = forked("bench", "--model", checkpoint, "--seconds", "0.05", "--json")
+    done = forked("bench", "--model", "builtin", "--seconds", "0.05", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     engines = {(engine["backend"], engine["dtype"]) for engine in report["engines"]}

@@ -88,7 +88,7 @@ def test_a_slow_model_is_not_measured_for_long() -> None:
         time.sleep(tuning.TUNING_S)
         return np.zeros(1, np.float32)
 
-    assert tune_budget(slow, "cpu", 1) == tuning.CPU_BUDGETS[0]
+    assert tune_budget(slow, "cpu", 48) == tuning.CPU_BUDGETS[0]
     assert set(calls) == {tuning.CPU_BUDGETS[0] // 48 * 48}
     tune_threads(slow)
     assert len(calls) <= 12
@@ -127,3 +127,12 @@ def test_cores_are_those_of_the_container(
     assert available_cores() == cores
     monkeypatch.setattr(tuning, "CPU_QUOTA", tmp_path / "none")
     assert available_cores() == 8
+
+
+@pytest.mark.parametrize("max_tokens", [3, 20, 48])
+def test_no_text_is_measured_that_the_model_does_not_take(max_tokens: int) -> None:
+    def model(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        assert ids.shape[1] <= max_tokens
+        return np.zeros(1, np.float32)
+
+    tune_cpu(model, max_tokens, "auto", "auto", 0.05)

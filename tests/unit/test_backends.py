@@ -1,12 +1,16 @@
 """Which backend loads a checkpoint on a CPU, what is refused, and what is said where torch is missing."""
 
 import csv
+import ctypes
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from tests.support.checkpoint import LABELS, TOKENIZER
@@ -63,6 +67,55 @@ def test_what_the_graph_does_not_cover_is_computed_by_torch(albert: Path, caplog
     assert "torch computes this model" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_a_tokenizer_that_only_transformers_reads_leaves_the_network_to_onnx(tmp_path: Path, dtype: str) -> None:
+    model = load(with_tokenizer_class(tmp_path, "ElectraTokenizer"), dtype=dtype)
+    assert model.backend == "onnx"
+    texts = ["Очень хорошо", "Всё плохо, никому не советую"]
+    assert model.get_sentiment(texts, "proba") == pytest.approx(
+        load("builtin", dtype=dtype).get_sentiment(texts, "proba"), abs=1e-6
+    )
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_without_torch_a_tokenizer_that_needs_it_says_why(tmp_path: Path) -> None:
+    with pytest.raises(NeedsTorch, match=r"class ElectraTokenizer; pip install 'sentiment-worker\[torch\]'"):
+        load(with_tokenizer_class(tmp_path, "ElectraTokenizer"))
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.query.bias", "bert.pooler.dense.weight"])
+def test_weights_that_are_stored_as_integers_are_read_as_numbers(tmp_path: Path, name: str) -> None:
+    folder = with_tokenizer_class(tmp_path, "BertTokenizer")
+    weights = load_file(folder / "model.safetensors")
+    whole = np.rint(8 * weights[name].astype(np.float32))
+    answers = []
+    for dtype in (np.int8, np.int64, np.float32):
+        save_file(weights | {name: whole.astype(dtype)}, folder / "model.safetensors", {"format": "pt"})
+        answers.append(load(folder).get_sentiment("Очень хорошо", "proba").tolist())
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_int8_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """As bytes they would be other numbers, and a text that float32 has no result for would get one."""
+    folder = with_tokenizer_class(tmp_path, "BertTokenizer")
+    weights = load_file(folder / "model.safetensors")
+    words = "bert.embeddings.word_embeddings.weight"
+    weights[words][500, 3] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackendError, match=f"int8 cannot .*: {words} holds numbers that are not finite; set dtype"):
+        load(folder, dtype="int8")
+    assert load(folder).get_sentiment("Очень хорошо") == load("builtin").get_sentiment("Очень хорошо")
+
+
+def with_tokenizer_class(folder: Path, kind: str) -> Path:
+    """The shipped checkpoint, whose tokenizer is of another class of transformers."""
+    for file in BUILTIN.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": kind}))
+    return folder
+
+
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize("asked", [{"backend": "torch"}, {"dtype": "bfloat16"}])
 def test_without_torch_a_setting_that_needs_it_says_what_to_install(asked: dict[str, Any]) -> None:
@@ -89,6 +142,30 @@ def test_a_gpu_that_is_left_unused_is_warned_of(monkeypatch: pytest.MonkeyPatch)
     assert "NVIDIA GPU" in warning
     monkeypatch.setattr(device, "has_nvidia_device", lambda: False)
     assert unused_device_warning("auto") is None
+
+
+@pytest.mark.parametrize(
+    ("started", "counted", "devices", "has_one"),
+    [(0, 0, 1, True), (0, 0, 0, False), (100, 0, 1, False), (0, 100, 1, False)],
+)
+def test_the_driver_says_whether_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, started: int, counted: int, devices: int, has_one: bool
+) -> None:
+    class Driver:
+        def cuInit(self, _: int) -> int:  # noqa: N802 - the driver's name
+            return started
+
+        def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 - the driver's name
+            count._obj.value = devices
+            return counted
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
+    assert device.has_nvidia_device() is has_one
+
+
+def test_another_library_of_the_driver_s_name_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert not device.has_nvidia_device()
 
 
 @pytest.mark.parametrize("has_it", [True, False])

@@ -154,6 +154,17 @@ def test_each_file_that_is_read_is_in_the_identity(folder: Path, file: str) -> N
     assert identity(folder) == before
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_what_was_written_since_it_was_found_has_no_identity(folder: Path, file: str) -> None:
+    checkpoint = examined(folder)
+    assert checkpoint.identity()
+    replaced = folder / "replaced"
+    shutil.copy(folder / file, replaced)
+    replaced.replace(folder / file)
+    with pytest.raises(ModelError, match=f"'{file}' was written while it was read; load it again"):
+        checkpoint.identity()
+
+
 def test_what_is_not_read_is_not_in_the_identity(folder: Path) -> None:
     before = identity(folder)
     (folder / "README.md").write_text("notes")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from worker.model.library_errors import as_model_error
 from worker.runtime import memory
 
 
@@ -40,3 +41,22 @@ def test_another_libc_is_left_alone(asked: list[tuple[int, int]], monkeypatch: p
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this libc is another one")
 def test_this_glibc_agrees() -> None:
     assert ctypes.CDLL(None).mallopt(memory.M_MMAP_THRESHOLD, memory.LARGEST_BLOCK) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("AllocateRawInternal() Failed to allocate memory for requested buffer of size 805306368"), True),
+        (RuntimeError("Non-zero status code returned while running MatMulIntegerToFloat node. std::bad_alloc"), True),
+        (RuntimeError("Non-zero status code returned while running Gather node. Index out of bounds"), False),
+    ],
+)
+def test_the_words_of_onnx_runtime_for_want_of_memory_are_known(error: Exception, is_it: bool) -> None:
+    """Those of ONNX Runtime 1.20 and later: its arena's, and those of a kernel that allocates by itself."""
+    assert memory.is_out_of_memory(error) == is_it
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_called_wrong() -> None:
+    with pytest.raises(RuntimeError, match="allocate memory"), as_model_error("here", "loaded"):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 805306368")

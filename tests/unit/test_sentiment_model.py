@@ -179,6 +179,11 @@ def test_a_checkpoint_without_the_three_labels_is_refused(edited: Edit, labels: 
         SentimentModel.load(str(folder))
 
 
+def test_labels_without_names_have_those_that_transformers_gives_them(edited: Edit) -> None:
+    with pytest.raises(ModelError, match="has: LABEL_0, LABEL_1, LABEL_2; if"):
+        SentimentModel.load(str(edited(id2label=None, num_labels=3)))
+
+
 def test_a_checkpoint_without_a_trained_head_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     BertForMaskedLM(own_network(checkpoint).config).save_pretrained(tmp_path)

@@ -86,20 +86,24 @@ def tune_cpu(
     measure, the smallest budget and a thread for each core are taken.
     """
     deadline = time.monotonic() + tuning_s
-    pass_tokens, token_s = measure_pass(forward, tuning_s / 4)
+    length = example_length(max_tokens)
+    pass_tokens, token_s = measure_pass(forward, tuning_s / 4, length)
     if max_batch_tokens == "auto":
         max_batch_tokens = tune_budget(forward, "cpu", max_tokens, tuning_s / 2, token_s)
     if cpu_threads == "auto":
-        cpu_threads = tune_threads(forward, deadline - time.monotonic(), token_s)
+        cpu_threads = tune_threads(forward, deadline - time.monotonic(), token_s, length)
     return CpuTuning(cpu_threads, max_batch_tokens, pass_tokens)
 
 
-def tune_threads(forward: Forward, tuning_s: float = TUNING_S, token_s: float = 0.0) -> int:
+def tune_threads(
+    forward: Forward, tuning_s: float = TUNING_S, token_s: float = 0.0, length: int = EXAMPLE_LENGTH
+) -> int:
     """Measures how many passes at once, each on a CPU thread, score most texts; the smallest number at full speed.
 
-    ``token_s``: the seconds that a token is known to take. Measures nothing that would last beyond ``tuning_s``.
+    ``token_s``: the seconds that a token is known to take. ``length``: of a text, in tokens. Measures nothing that would
+    last beyond ``tuning_s``.
     """
-    ids = example(EXAMPLE_TOKENS)
+    ids = example(EXAMPLE_TOKENS, length)
     speeds: dict[int, float] = {}
     threads, took_s = available_cores(), ids.size * token_s
     deadline = time.monotonic() + tuning_s
@@ -124,7 +128,7 @@ def tune_budget(
         left_s = deadline - time.monotonic()
         if left_s < 2 * budget * token_s:
             break
-        ids = example(budget)
+        ids = example(budget, example_length(max_tokens))
         took_s = _pass_s(forward, ids, left_s / 2)
         speeds[budget], token_s = ids.size / took_s, took_s / ids.size
     best = smallest_at_full_speed(speeds) if speeds else budgets[0]
@@ -132,25 +136,33 @@ def tune_budget(
     return best
 
 
-def measure_pass(forward: Forward, tuning_s: float = TUNING_S) -> tuple[int, float]:
-    """What one more pass costs on a CPU, in tokens that it could compute meanwhile (8 to 128), and seconds of a token."""
-    one_s = _pass_s(forward, example(EXAMPLE_LENGTH), tuning_s / 3)
-    texts = EXAMPLE_TOKENS // EXAMPLE_LENGTH
+def measure_pass(forward: Forward, tuning_s: float = TUNING_S, length: int = EXAMPLE_LENGTH) -> tuple[int, float]:
+    """What one more pass costs on a CPU, in tokens that it could compute meanwhile (8 to 128), and seconds of a token.
+
+    ``length``: of a text, in tokens.
+    """
+    one_s = _pass_s(forward, example(length, length), tuning_s / 3)
+    texts = EXAMPLE_TOKENS // length
     while texts > 1 and 3 * texts * one_s > tuning_s:  # a text alone takes longer than one of many: this bounds it
         texts //= 2
     if texts == 1:
-        return MIN_PASS_TOKENS, one_s / EXAMPLE_LENGTH
-    full_s = _pass_s(forward, example(texts * EXAMPLE_LENGTH), tuning_s / 3)
-    token_s = (full_s - one_s) / ((texts - 1) * EXAMPLE_LENGTH)
+        return MIN_PASS_TOKENS, one_s / length
+    full_s = _pass_s(forward, example(texts * length, length), tuning_s / 3)
+    token_s = (full_s - one_s) / ((texts - 1) * length)
     if token_s <= 0:
-        return MAX_PASS_TOKENS, full_s / (texts * EXAMPLE_LENGTH)
-    overhead = round(one_s / token_s) - EXAMPLE_LENGTH
+        return MAX_PASS_TOKENS, full_s / (texts * length)
+    overhead = round(one_s / token_s) - length
     return min(max(overhead, MIN_PASS_TOKENS), MAX_PASS_TOKENS), token_s
 
 
-def example(tokens: int) -> NDArray[np.int64]:
-    """Token ids (N, 48) with about so many tokens."""
-    return np.full((max(1, tokens // EXAMPLE_LENGTH), EXAMPLE_LENGTH), 1, np.int64)
+def example_length(max_tokens: int) -> int:
+    """The tokens of a text that is measured with, for a model that takes ``max_tokens`` at most."""
+    return min(EXAMPLE_LENGTH, max_tokens)
+
+
+def example(tokens: int, length: int) -> NDArray[np.int64]:
+    """Token ids (N, ``length``) with about so many tokens."""
+    return np.full((max(1, tokens // length), length), 1, np.int64)
 
 
 def shortest_run_s(function: Callable[[], object], measuring_s: float = MEASURING_S) -> float:

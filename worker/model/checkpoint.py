@@ -94,14 +94,15 @@ def find_in(folder: Path) -> Find:
 class Checkpoint:
     """The files of one checkpoint.
 
-    ``name``: as it was given. ``commit``: of the hub; None for a folder. ``find``: finds a file. ``config``: config.json.
+    ``name``: as it was given. ``commit``: of the hub; None for a folder. ``config``: the object in config.json.
     """
 
     def __init__(self, name: str, find: Find, commit: str | None = None) -> None:
         """Reads and checks the files. Raises ModelError if one is missing or wrong."""
         self.name = name
         self.commit = commit
-        self.find = find
+        self._find = find
+        self._versions: dict[Path, tuple[int, ...]] = {}
         self.config = self._object("config.json") or self._refuse(
             "it has no config.json that names its model_type; it should be a folder with a checkpoint"
         )
@@ -110,10 +111,18 @@ class Checkpoint:
         self.weights = self._weights()
         """Names of the files with the weights, and of their index."""
 
+    def find(self, name: str) -> Path | None:
+        """A file by its name; None where there is none. Blocks: it may be downloaded. Raises ModelError."""
+        file = self._find(name)
+        if file is not None:
+            self._versions.setdefault(file, _version(file))
+        return file
+
     def identity(self) -> str:
         """The hub's commit; for a folder the first 12 hex digits of a SHA-256. Blocks: it reads the files.
 
-        It is the hash of what ``sha256sum`` prints for the files that are read, sorted by name.
+        It is the hash of what ``sha256sum`` prints for the files that are read, sorted by name. Raises ModelError if a
+        file that was found before has been written since: what was loaded may then be something else.
         """
         config = self.find("config.json")
         if self.commit or config is None:
@@ -122,6 +131,9 @@ class Checkpoint:
         others = (file.name for file in folder.iterdir() if file.suffix in READ and file.is_file())
         names = {*self.weights, *(name for name in others if not name.startswith("."))}
         lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in sorted(names))
+        for file, version in self._versions.items():
+            if _version(file) != version:
+                self._refuse(f"{_shown(file.name)} was written while it was read; load it again")
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:12]
 
     def _weights(self) -> list[str]:
@@ -227,6 +239,12 @@ class Checkpoint:
 
 def _shown(value: object) -> str:
     return ascii(value)[:100]
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced. A container's file system may change a file's number by itself."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _sha256(file: Path) -> str:

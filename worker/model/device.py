@@ -41,9 +41,9 @@ def has_torch() -> bool:
 
 def has_nvidia_device() -> bool:
     """Whether NVIDIA's driver shows a device to this process (cuDeviceGetCount of the CUDA driver API)."""
+    count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):  # it is not there, or another library has its name
         return False
-    count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

@@ -7,7 +7,7 @@ from worker.core.sentiment import LABELS
 from worker.model.checkpoint import MAX_CHARS, ModelError
 
 MAX_LABELS: Final = 5  # of a checkpoint, in a message
-DEFAULT_NAMES: Final = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers', where config.json has no id2label
+DEFAULT_COUNT: Final = 2  # of labels, in transformers, where config.json states none
 
 
 def label_columns(name: str, config: Mapping[str, Any]) -> list[int]:
@@ -15,7 +15,7 @@ def label_columns(name: str, config: Mapping[str, Any]) -> list[int]:
 
     Raises ModelError where it has other labels.
     """
-    given = config.get("id2label") or DEFAULT_NAMES
+    given = config.get("id2label") or _default_names(config.get("num_labels") or DEFAULT_COUNT)
     places = {str(label).strip().lower(): int(index) for index, label in given.items()}
     if set(places) != set(LABELS):
         labels = [str(label)[:MAX_CHARS] for label in given.values()]
@@ -31,3 +31,8 @@ def label_columns(name: str, config: Mapping[str, Any]) -> list[int]:
             f"checkpoint has: {sorted(places.values())}"
         )
     return [places[label] for label in LABELS]
+
+
+def _default_names(count: int) -> dict[str, str]:
+    """The names that transformers gives to labels where config.json has no id2label."""
+    return {str(number): f"LABEL_{number}" for number in range(count)}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from worker.errors import UserError
 from worker.model.checkpoint import MAX_CHARS, HubUnreachable, ModelError
 from worker.model.tokenizer import panics_as_errors
+from worker.runtime.memory import is_out_of_memory
 from worker.settings.values import is_folder
 
 
@@ -13,14 +14,16 @@ from worker.settings.values import is_folder
 def as_model_error(name: str, what: str) -> Iterator[None]:
     """Raises ModelError "model ``name`` cannot be ``what``" for whatever a library raises inside, Rust's panics included.
 
-    Raises HubUnreachable instead where the hub did not answer. UserErrors and MemoryError pass as they are.
+    Raises HubUnreachable instead where the hub did not answer. UserErrors and a want of memory pass as they are.
     """
     try:
         with panics_as_errors():
             yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         is_local = is_folder(name) or name == "builtin"
         kind = HubUnreachable if not is_local and _is_connection_error(error) else ModelError
         raise kind(f"model {name} cannot be {what}: {_reason(error)[:MAX_CHARS]}") from error

@@ -65,10 +65,23 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: str, backend: str)
 
 def _for_onnx(checkpoint: Checkpoint, *, is_int8: bool) -> LoadedModel:
     architecture = covered_architecture(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.name, checkpoint.find, checkpoint.config)
+    tokenizer = _tokenizer(checkpoint)
     forward = load_onnx_model(checkpoint, architecture, tokenizer, is_int8=is_int8)
     dtype = "int8" if is_int8 else "float32"
     return LoadedModel(tokenizer, partial(prepare_cpu_runner, forward, backend="onnx", dtype=dtype))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint, by transformers if it is installed and nothing else reads the files."""
+    try:
+        return load_tokenizer(checkpoint.name, checkpoint.find, checkpoint.config)
+    except NeedsTorch as error:
+        if not has_torch():
+            raise
+        log.info("transformers reads this tokenizer", extra={"reason": error.why})
+    from worker.model.torch.loader import load_transformers_tokenizer  # noqa: PLC0415 - the extra torch
+
+    return load_transformers_tokenizer(checkpoint)
 
 
 def _refuse_what_onnx_cannot(device: str, dtype: str, backend: str) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3
+ALLOCATION_FAILED: Final = ("allocate memory", "std::bad_alloc")  # in messages of torch and of ONNX Runtime
 LARGEST_BLOCK: Final = 1 << 25  # bytes; glibc before 2.35 takes no more
 
 
@@ -24,9 +25,8 @@ def keep_freed_blocks() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch or ONNX Runtime raised this for want of memory."""
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-    )
+    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known or any(words in str(error) for words in ALLOCATION_FAILED)
 
 
 def free_device_memory() -> None:

@@ -1,10 +1,13 @@
 """Loads a checkpoint's model for ONNX Runtime."""
 
+import numpy as np
+
 from worker.model.checkpoint import Checkpoint, NeedsTorch
 from worker.model.onnx.architecture import Architecture, NotCovered, architecture_of
-from worker.model.onnx.graph import build_graph
+from worker.model.onnx.graph import Weights, build_graph
 from worker.model.onnx.session import OnnxModel
 from worker.model.onnx.weights import weights_of
+from worker.model.runner import BackendError
 from worker.model.tokenizer import CheckpointTokenizer
 from worker.model.tokenizer_checks import refuse_tokens_without_rows
 from worker.model.weights import read_weights
@@ -23,8 +26,23 @@ def load_onnx_model(
 ) -> OnnxModel:
     """The model of a checkpoint, in float32 or int8. Blocks.
 
-    Raises ModelError for weights that do not fit config.json or the tokenizer, NeedsTorch for a file that only torch reads.
+    Raises ModelError for weights that do not fit config.json or the tokenizer, BackendError for those that do not fit int8,
+    NeedsTorch for a file that only torch reads.
     """
     refuse_tokens_without_rows(checkpoint.name, tokenizer, architecture.vocabulary)
-    weights = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    found = weights_of(checkpoint.name, architecture, read_weights(checkpoint))
+    weights = {
+        name: values.astype(np.float32, copy=False) for name, values in found.items()
+    }  # a file may hold integers
+    if is_int8:
+        _refuse_what_is_not_finite(checkpoint.name, weights)
     return OnnxModel(build_graph(architecture, weights, is_int8=is_int8))
+
+
+def _refuse_what_is_not_finite(name: str, weights: Weights) -> None:
+    """Bytes have no NaN: a text whose logits are no numbers in float32 would get a result, and change its neighbours'."""
+    for weight, values in weights.items():
+        if not np.isfinite(values).all():
+            raise BackendError(
+                f"dtype int8 cannot compute model {name}: {weight} holds numbers that are not finite; set dtype to float32"
+            )

@@ -36,11 +36,25 @@ def load_for_torch(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Che
         return _load(checkpoint, torch.device(device), DTYPES.get(dtype, torch.float32))
 
 
+def load_transformers_tokenizer(checkpoint: Checkpoint) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint. Runs no code of it. Raises ModelError, HubUnreachable."""
+    with _quiet(), as_model_error(checkpoint.name, "loaded"):
+        return wrap_tokenizer(_tokenizer(checkpoint))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    return AutoTokenizer.from_pretrained(_source(checkpoint), revision=checkpoint.commit, trust_remote_code=False)
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    """The folder or the name on the hub, as transformers takes it."""
+    return checkpoint.name if checkpoint.commit else str(folder_of(checkpoint.name, None) or checkpoint.name)
+
+
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[CheckpointTokenizer, Any]:
-    name, revision = checkpoint.name, checkpoint.commit
-    source = str(folder_of(name, None) or name) if revision is None else name
+    name, revision, source = checkpoint.name, checkpoint.commit, _source(checkpoint)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = _tokenizer(checkpoint)
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         source,
         config=config,  # else attention as config.json has it, perhaps the hub's code, would go before the argument
