@@ -34,8 +34,6 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
-    "test_backends.py",
-    "test_bert.py",
 )
 used_brokers = pytest.StashKey[list[str]]()
 

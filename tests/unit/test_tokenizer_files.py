@@ -135,7 +135,7 @@ def pieces(special: tuple[str, ...]) -> str:
     trainer = trainers.UnigramTrainer(
         vocab_size=1_000, special_tokens=list(special), unk_token="<unk>", show_progress=False
     )
-    tokenizer.train_from_iterator(read_reviews(), trainer)
+    tokenizer.train_from_iterator(read_reviews()[:200], trainer)
     return tokenizer.to_str()
 
 
