@@ -147,7 +147,10 @@ class Oracle:
 
 
 def logits_of(weights: Mapping[str, Array], ids: Sequence[int]) -> Array:
-    """What BERT computes of one text's tokens, step by step as its paper has it (Devlin et al., 2018)."""
+    """What BERT computes of one text's tokens, step by step as its paper has it (Devlin et al., 2018).
+
+    The classifier looks at the first token, so that of the only layer no other token's output is needed.
+    """
 
     def product(name: str, rows: Array) -> Array:
         return rows @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -162,14 +165,14 @@ def logits_of(weights: Mapping[str, Array], ids: Sequence[int]) -> Array:
     )
     rows = normalized(NORMS[0], word[ids] + position[: len(ids)] + token_type[0])
     query, key, value = (
-        product(f"{LAYER}.attention.self.{name}", rows).reshape(len(ids), HEADS, -1).swapaxes(0, 1)
-        for name in ("query", "key", "value")
+        product(f"{LAYER}.attention.self.{name}", given).reshape(len(given), HEADS, -1).swapaxes(0, 1)
+        for name, given in (("query", rows[:1]), ("key", rows), ("value", rows))
     )
     scores = query @ key.swapaxes(1, 2) / math.sqrt(WIDTH // HEADS)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
-    seen = (shares / shares.sum(-1, keepdims=True) @ value).swapaxes(0, 1).reshape(len(ids), WIDTH)
-    rows = normalized(NORMS[1], rows + product(f"{LAYER}.attention.output.dense", seen))
-    wide = product(f"{LAYER}.intermediate.dense", rows)
+    seen = (shares / shares.sum(-1, keepdims=True) @ value).swapaxes(0, 1).reshape(-1, WIDTH)
+    first = normalized(NORMS[1], rows[0] + product(f"{LAYER}.attention.output.dense", seen[0]))
+    wide = product(f"{LAYER}.intermediate.dense", first)
     wide *= (1 + np.vectorize(math.erf)(wide / math.sqrt(2))) / 2
-    rows = normalized(NORMS[2], rows + product(f"{LAYER}.output.dense", wide))
-    return product("classifier", np.tanh(product("bert.pooler.dense", rows[0])))
+    first = normalized(NORMS[2], first + product(f"{LAYER}.output.dense", wide))
+    return product("classifier", np.tanh(product("bert.pooler.dense", first)))
