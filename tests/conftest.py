@@ -15,27 +15,25 @@ from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
 LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, the longest first
-    "test_partial_outages.py",
-    "test_exactly_once.py",
-    "test_console_page.py",
     "test_run.py",
-    "test_security.py",
-    "test_outputs.py",
+    "test_outages.py",
     "test_topics.py",
+    "test_exactly_once.py",
+    "test_partial_outages.py",
+    "test_security.py",
+    "test_command_line.py",
+    "test_outputs.py",
+    "test_clients.py",
+    "test_console_page.py",
     "test_replay.py",
     "test_records.py",
-    "test_outages.py",
-    "test_command_line.py",
     "test_check.py",
     "test_faults.py",
     "test_refusals.py",
-    "test_clients.py",
     "test_reload.py",
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
-    "test_backends.py",
-    "test_bert.py",
 )
 used_brokers = pytest.StashKey[list[str]]()
 

@@ -6,7 +6,6 @@ lives; and every result is that of its text alone, whatever stood beside it in i
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,6 @@ SEED = 20_261_123
 COMBINATIONS = (("json", "result"), ("json", "enrich"), ("text", "result"))
 ROOMY = {"max_message_bytes": 4_000_000}  # so that each dead letter goes out untouched
 ENRICHED = b',"sentiment":'
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The oracle's network is so small that a second thread only waits."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("input_format", "output_mode"), COMBINATIONS)

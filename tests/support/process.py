@@ -24,17 +24,15 @@ PREFIX = "sentiment_worker_"
 COSTLESS = "tests.support.costless_model"
 READY_SECONDS = 180
 
-WITHOUT_MODEL = ForkServer("worker.commands.run", "worker.commands.replay")
-WITH_MODEL = ForkServer(
+FORK_SERVER = ForkServer(
     "worker.commands.run",
     "worker.commands.check",
+    "worker.commands.classify",
+    "worker.commands.replay",
     "worker.model.sentiment_model",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.bert.modeling_bert",
     "onnxruntime",
 )
-MODULES_WITH_MODEL = ("worker", "tests.support.faulty_model")
+WITH_TORCH = ForkServer("worker.commands.bench", "worker.model.torch.loader", "transformers.models.bert.modeling_bert")
 
 
 class Metrics:
@@ -72,7 +70,7 @@ class WorkerProcess:
     """`python -m worker run` with these settings, or another module with its command line; prints into `folder`.
 
     `variables` are its environment's, beside those of `environment`. Where `is_forked` the process is forked from one that
-    has imported the worker, and begins a second earlier, or seven with the libraries of a real model.
+    has imported the worker and what runs a model on a CPU, and begins two seconds earlier.
     """
 
     def __init__(
@@ -107,8 +105,7 @@ class WorkerProcess:
     ) -> "subprocess.Popen[bytes] | ForkedProcess":
         env = {**environment(), **variables}
         if is_forked:
-            server = WITH_MODEL if module in MODULES_WITH_MODEL else WITHOUT_MODEL
-            return server.start(module, arguments, env=env, cwd=self.folder, stdout=output, stderr=errors)
+            return FORK_SERVER.start(module, arguments, env=env, cwd=self.folder, stdout=output, stderr=errors)
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=env, cwd=self.folder
@@ -259,7 +256,7 @@ def forked(
     **variables: str,
 ) -> "subprocess.CompletedProcess[str]":
     """What `python -m worker` with these arguments answers, without the seconds in which it imports a model's libraries."""
-    server = WITHOUT_MODEL if arguments[0] == "replay" else WITH_MODEL
+    server = WITH_TORCH if arguments[0] == "bench" else FORK_SERVER
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         given.write(stdin)
         given.seek(0)

@@ -98,9 +98,21 @@ def longest(network: Any) -> int:
     return min(512, network.config.max_position_embeddings)
 
 
+EVERY_LENGTH = ("three layers", "xlm-roberta")
+
+
+@pytest.mark.parametrize("network", EVERY_LENGTH, indirect=True)
 def test_every_length_alone(network: Any) -> None:
     forward = BertClassifier(network)
     assert max(differences(network, forward, [length]) for length in range(1, longest(network) + 1)) < 1e-5
+
+
+@pytest.mark.parametrize("network", sorted(NETWORKS.keys() - EVERY_LENGTH), indirect=True)
+def test_lengths_alone_where_sizes_and_activations_differ(network: Any) -> None:
+    """How these are computed does not depend on the length, and the card's architecture takes its time."""
+    forward = BertClassifier(network)
+    lengths = [*range(1, 33), *range(33, longest(network), 37), longest(network)]
+    assert max(differences(network, forward, [length]) for length in lengths) < 1e-5
 
 
 def test_mixed_lengths(network: Any) -> None:

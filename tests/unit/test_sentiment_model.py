@@ -22,7 +22,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from tests.support.checkpoint import LABELS, TOKENIZER, Oracle
+from tests.support.checkpoint import LABELS, POISON, TOKENIZER, Oracle
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
 from worker.settings.shared import DEFAULT_MODEL
@@ -121,6 +121,18 @@ def test_padding_and_company_change_nothing(model: SentimentModel, oracle: Oracl
     alone = np.array([oracle.probabilities(text) for text in texts])
     assert model.get_sentiment(texts, "proba") == pytest.approx(alone, abs=1e-5)
     assert model.get_sentiment(texts[::-1], "proba") == pytest.approx(alone[::-1], abs=1e-5)
+
+
+def test_the_oracle_of_other_tests_says_what_transformers_does(checkpoint: Path, oracle: Oracle) -> None:
+    """Other tests compare the worker with it, and need not import transformers for that."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float64).eval()
+    for text in [*texts_of_every_length(), CARD_TEXT, "", POISON]:
+        tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)
+        with torch.inference_mode():
+            wanted = torch.sigmoid(model(**tokens).logits[0]).numpy()
+        np.testing.assert_allclose(oracle.probabilities(text), wanted, atol=1e-9)
+        assert oracle.is_truncated(text) is (len(tokenizer(text, verbose=False)["input_ids"]) > 512)
 
 
 def test_texts_are_cut_at_512_tokens_as_the_tokenizer_cuts_them(model: SentimentModel) -> None:
