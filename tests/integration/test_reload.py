@@ -164,7 +164,7 @@ def test_a_checkpoint_that_would_score_nothing_well_does_not_replace_a_good_one(
     worker = workers.start(topics, variables={"WORKER_HTTP_TOKEN": TOKEN}).wait_until_assigned(1)
     (before,) = model_in_use(worker)
     for spoil, words in {
-        no_tokenizer: "knows no word of the shipped reviews",
+        no_tokenizer: "its tokenizer's files are missing",
         no_maximum: "model_max_length in tokenizer_config.json is 0",
         a_shard_elsewhere: "only files of its own folder are read",
     }.items():
