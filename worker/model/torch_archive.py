@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from worker.model.torch_pickle import Storage, View, parse_state_dict
+from worker.model.torch_pickle import Storage, TensorView, parse_state_dict
 from worker.model.weight_arrays import ITEM_BYTES, Array, Damaged, OnlyForTorch, UnusableFile, read_array
 
 MAX_DIRECTORY_BYTES: Final = 4 << 20  # some 40,000 records
@@ -29,7 +29,7 @@ UTF_8: Final = 0x800
 IN_ZIP64: Final = 0xFFFFFFFF
 
 
-class Record(NamedTuple):
+class ArchiveEntry(NamedTuple):
     """Where a record's bytes are in the file."""
 
     offset: int
@@ -48,7 +48,7 @@ def read_archive(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
             raise UnusableFile("has its numbers in another byte order; save its weights as .safetensors")
         tensors = parse_state_dict(_read(file, records, "data.pkl", MAX_PICKLE_BYTES))
         _refuse_wrong_storages(records, dict.fromkeys(view.storage for view in tensors.values()))
-        names: dict[Storage, dict[View, list[str]]] = {}
+        names: dict[Storage, dict[TensorView, list[str]]] = {}
         for name, view in tensors.items():
             if wanted is None or name in wanted:
                 names.setdefault(view.storage, {}).setdefault(view, []).append(name)
@@ -60,9 +60,9 @@ def read_archive(path: Path, wanted: Container[str] | None) -> dict[str, Array]:
         return arrays
 
 
-def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
+def _tensors(numbers: Array, views: Iterable[TensorView]) -> dict[TensorView, Array]:
     """The tensors of one storage. Raises OnlyForTorch where their copies would need more memory than the storage."""
-    arrays: dict[View, Array] = {}
+    arrays: dict[TensorView, Array] = {}
     copied = 0
     for view in views:
         item = numbers.itemsize
@@ -80,7 +80,7 @@ def _tensors(numbers: Array, views: Iterable[View]) -> dict[View, Array]:
     return arrays
 
 
-def _refuse_wrong_storages(records: dict[str, Record], storages: Iterable[Storage]) -> None:
+def _refuse_wrong_storages(records: dict[str, ArchiveEntry], storages: Iterable[Storage]) -> None:
     types: dict[str, str] = {}
     for storage in storages:
         record = records.get(f"data/{storage.key}")
@@ -103,7 +103,7 @@ class _Bounded(io.BufferedReader):
         return data
 
 
-def _read(file: io.BufferedReader, records: dict[str, Record], name: str, most: int) -> bytes:
+def _read(file: io.BufferedReader, records: dict[str, ArchiveEntry], name: str, most: int) -> bytes:
     record = records.get(name)
     if record is None:
         raise Damaged(f"it has no {name}")
@@ -127,7 +127,7 @@ def _refuse_other_formats(file: io.BufferedReader) -> None:
         raise Damaged("it is no archive of torch.save")
 
 
-def _records(file: io.BufferedReader) -> dict[str, Record]:
+def _records(file: io.BufferedReader) -> dict[str, ArchiveEntry]:
     """The records by their names within the archive's folder. Raises UnusableFile."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -152,7 +152,7 @@ def _records(file: io.BufferedReader) -> dict[str, Record]:
     return dict(zip(names, spans, strict=True))
 
 
-def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> Record:
+def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> ArchiveEntry:
     """Where an entry's bytes are, by its local header. Raises Damaged if the directory says otherwise."""
     if (
         entry.flag_bits & ENCRYPTED
@@ -174,4 +174,4 @@ def _span(file: io.BufferedReader, entry: zipfile.ZipInfo) -> Record:
         or file.read(name_bytes) != name
     ):
         raise Damaged("a record's own header does not agree with the directory")
-    return Record(entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes, entry.file_size)
+    return ArchiveEntry(entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes, entry.file_size)

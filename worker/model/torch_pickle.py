@@ -47,7 +47,7 @@ class Storage(NamedTuple):
     length: int
 
 
-class View(NamedTuple):
+class TensorView(NamedTuple):
     """A tensor: where it begins in its storage, its shape, and the step of each axis, all in elements."""
 
     storage: Storage
@@ -63,7 +63,7 @@ KNOWN: Final[dict[str, Function | StorageType]] = {
 TENSORS_OF_TORCH: Final = re.compile(r"torch(\.storage)? \w+Storage|torch\._utils _rebuild\w+")
 
 
-def parse_state_dict(data: bytes) -> dict[str, View]:
+def parse_state_dict(data: bytes) -> dict[str, TensorView]:
     """The tensors of a state dictionary by name; entries that are numbers or strings are left out.
 
     Each view lies within its storage. Raises UnusableFile for whatever is no state dictionary.
@@ -80,11 +80,11 @@ def parse_state_dict(data: bytes) -> dict[str, View]:
     if not isinstance(entries, dict):
         raise UnusableFile("holds no state dictionary; it should map the name of each weight to its tensor")
     for name, value in entries.items():
-        if not isinstance(value, View | int | float | str | None):
+        if not isinstance(value, TensorView | int | float | str | None):
             raise UnusableFile(
                 f"holds {ascii(name)[:100]}, which is no tensor; it should map the name of each weight to its tensor"
             )
-    return {name: value for name, value in entries.items() if isinstance(value, View)}
+    return {name: value for name, value in entries.items() if isinstance(value, TensorView)}
 
 
 class _Machine:
@@ -154,7 +154,7 @@ class _Machine:
                 not hooks
             ):
                 self._stack.append(_view(storage, offset, shape, strides))
-            case Function.PARAMETER, (View() as view, bool(), dict(hooks)) if not hooks:
+            case Function.PARAMETER, (TensorView() as view, bool(), dict(hooks)) if not hooks:
                 self._stack.append(view)
             case _:
                 raise Damaged(
@@ -189,19 +189,19 @@ class _Machine:
             target[key] = value
 
 
-def _view(storage: Storage, offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> View:
+def _view(storage: Storage, offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> TensorView:
     """Raises UnusableFile if the tensor is not within its storage, or has more elements."""
     if len(shape) != len(strides) or len(shape) > MAX_RANK or not all(map(_is_count, (offset, *shape, *strides))):
         raise Damaged("a tensor's offset, shape and strides should be whole numbers, 0 or more, one for each axis")
     count = math.prod(shape)
     if count == 0:
-        return View(storage, 0, shape, strides)  # torch lets an empty tensor begin anywhere
+        return TensorView(storage, 0, shape, strides)  # torch lets an empty tensor begin anywhere
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if last >= storage.length:
         raise Damaged("a tensor is larger than its storage")
     if count > storage.length:  # in memory it would be larger than the file
         raise OnlyForTorch("holds tensors that repeat their numbers, which only torch reads")
-    return View(storage, offset, shape, strides)
+    return TensorView(storage, offset, shape, strides)
 
 
 def _is_count(value: object) -> bool:
