@@ -184,12 +184,7 @@ def _pipeline(
         inference=shared.inference,
         outcomes=Outcomes(
             decoder(settings),
-            Encoder(
-                output_mode=settings.output_mode,
-                output_format=settings.output_format,
-                group_id=settings.group_id,
-                result_timestamp=settings.result_timestamp,
-            ),
+            encoder(settings),
             output_topic=output,
             dead_letter_topic=dead_letters,
             version=__version__,
@@ -217,6 +212,15 @@ def _pipeline(
         watch_topics=lambda: watch_topics(
             connection, {"output_topic": [output], "dead_letter_topic": [dead_letters]}, shared.health
         ),
+    )
+
+
+def encoder(settings: RunSettings) -> Encoder:
+    return Encoder(
+        output_mode=settings.output_mode,
+        output_format=settings.output_format,
+        group_id=settings.group_id,
+        result_timestamp=settings.result_timestamp,
     )
 
 

@@ -89,20 +89,7 @@ class Pipeline:
         However it ends, what has been acknowledged is committed and the group is left.
         """
         queues = Queues()
-        tasks = {
-            "consume": asyncio.create_task(self._source.run()),
-            "watch": asyncio.create_task(self._inference.watch()),
-            "tokenize": asyncio.create_task(self._tokenize(queues)),
-            "forward": asyncio.create_task(self._forward(queues)),
-            "encode": asyncio.create_task(self._encode(queues)),
-            "deliver": asyncio.create_task(self._delivery.run()),
-            "limit": asyncio.create_task(self._accounting.raise_when_exceeded()),
-            "garbage collection": asyncio.create_task(
-                garbage_collection.collect(lambda: self._source.records_held() <= FEW)
-            ),
-        }
-        if self._watch_topics:
-            tasks["topics"] = asyncio.create_task(self._watch_topics())
+        tasks = self._begin(queues)
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({draining, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +110,24 @@ class Pipeline:
             await cancel_all([draining, *tasks.values()])
         if broken:
             raise broken
+
+    def _begin(self, queues: "Queues") -> dict[str, asyncio.Task[None]]:
+        """The tasks of all stages, by their names."""
+        tasks = {
+            "consume": asyncio.create_task(self._source.run()),
+            "watch": asyncio.create_task(self._inference.watch()),
+            "tokenize": asyncio.create_task(self._tokenize(queues)),
+            "forward": asyncio.create_task(self._forward(queues)),
+            "encode": asyncio.create_task(self._encode(queues)),
+            "deliver": asyncio.create_task(self._delivery.run()),
+            "limit": asyncio.create_task(self._accounting.raise_when_exceeded()),
+            "garbage collection": asyncio.create_task(
+                garbage_collection.collect(lambda: self._source.records_held() <= FEW)
+            ),
+        }
+        if self._watch_topics:
+            tasks["topics"] = asyncio.create_task(self._watch_topics())
+        return tasks
 
     # Endings.
 
