@@ -295,7 +295,7 @@ def _print(report: BenchReport) -> None:
             f"{quick.agreement:.2%} of its labels are the same."
         )
     hours = report.hours_per_million()
-    console.print(f"A million texts take {hours:.4f} hours of this machine, {3600 * hours:,.0f} s.")
+    console.print(f"A million texts take {3600 * hours:,.0f} s of this machine.")
 
 
 def _speeds(report: BenchReport) -> Table:

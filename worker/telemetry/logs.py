@@ -100,6 +100,8 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         handler.addFilter(_is_our_own)
         # When it is imported it warns, by a handler of torch's own, that triton is missing, which nothing here uses.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+        # It warns of each try, for half a minute, before the sentence that says that the hub does not answer.
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
