@@ -375,6 +375,20 @@ async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, i
     assert world.sink.commits == [{TP: 110}]
 
 
+async def test_an_offset_alone_does_not_lead_back_behind_records_that_are_being_counted(world: World) -> None:
+    """Counting a large transaction takes turns of the event loop, and in one of them the start of a partition is due."""
+    first, second = await owned(world), await owned(world, OTHER)
+    await world.put(first, *range(RECORDS))
+    await world.put(second, *range(100, 110))
+    world.delivery.flush([first])
+    await until(lambda: world.counted)
+    assert len(world.counted) == RECORDS  # those of the second partition are committed, and not counted yet
+    assert await world.delivery.commit([(second, 100, 0)], 0.01)
+    await world.end_transaction()
+    assert world.sink.commits == [{TP: RECORDS, OTHER: 110}]
+    assert second.committed == 110
+
+
 async def test_an_offset_alone_goes_after_the_records_before_it(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)

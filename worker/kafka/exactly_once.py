@@ -90,6 +90,7 @@ class ExactlyOnce:
         self._health = health
         self._waiting: deque[Put] = deque()
         self._published: list[Put] = []  # in the open transaction
+        self._uncounted: deque[Put] = deque()  # of the transaction that was committed last
         self._held_bytes = 0
         self._urgent: set[Assignment] = set()  # those that are about to be revoked, or were dropped
         self._refused: Membership | None = None  # under which nothing can be committed any more
@@ -128,7 +129,7 @@ class ExactlyOnce:
         """
         if self._running is not None and self._running.done():
             return True
-        furthest = {put.assignment: put for put in (*self._published, *self._waiting)}
+        furthest = {put.assignment: put for put in (*self._uncounted, *self._published, *self._waiting)}
         puts = [
             Put(assignment, offset) for assignment, offset, _ in due if not _covers(furthest.get(assignment), offset)
         ]
@@ -263,11 +264,11 @@ class ExactlyOnce:
     async def _settle(self) -> None:
         """The transaction is committed: its outcomes are counted, and done with."""
         now = time.time()
-        committed = deque(self._published)
+        self._uncounted.extend(self._published)
         self._end_transaction()
-        while committed:
-            await self._turn_budget.before(len(committed[0].outcomes))
-            put = committed.popleft()
+        while self._uncounted:
+            await self._turn_budget.before(len(self._uncounted[0].outcomes))
+            put = self._uncounted.popleft()
             if put.outcomes:
                 self._count(put.outcomes, now)
             self._owner.advance(put.assignment, put.next_offset, len(put.outcomes))
