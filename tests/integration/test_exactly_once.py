@@ -206,6 +206,47 @@ def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
     assert_once(kafka, topics, sent)
 
 
+def test_static_members_that_are_killed_replaced_and_come_back_lose_and_repeat_nothing(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """One is killed; another is stopped in a transaction, replaced under its id, and goes on beside its successor."""
+    kafka.create_all(topics, 12)
+    load = Load(kafka, topics.input, 1_000)
+
+    def start(number: int) -> WorkerProcess:
+        settings = {"group_instance_id": f"member-{number}", "session_timeout_ms": 10_000, "transaction_ms": 300}
+        return workers.start(topics, **settings, **EXACTLY)
+
+    def more() -> None:
+        before = kafka.count(topics.output)
+        wait_for(lambda: kafka.count(topics.output) > before + 1_000, "1,000 results more")
+
+    fleet = [start(number) for number in range(3)]
+    for worker in fleet:
+        worker.wait_until_assigned(4)
+    load.start()
+    try:
+        for number in range(3):
+            more()
+            fleet[number].kill()
+            fleet[number] = start(number).wait_until_assigned(4)
+            more()
+            zombie = fleet[number]
+            wait_for(
+                lambda: freeze_in_a_transaction(zombie, kafka, topics), "a transaction to be stopped in", every=0.01
+            )  # noqa: B023
+            fleet[number] = start(number).wait_until_assigned(4)
+            more()
+            zombie.resume()
+            assert zombie.wait() == 2, "it says that its id is used by another process"
+            more()
+    finally:
+        sent = load.stop()
+    wait_until_committed(kafka, topics)
+    assert [worker.terminate() for worker in fleet] == [0, 0, 0]
+    assert_once(kafka, topics, sent)
+
+
 async def test_a_partition_whose_offset_another_process_has_in_a_transaction_waits_and_says_so(
     kafka: Kafka, topics: Topics, workers: Workers
 ) -> None:
