@@ -49,7 +49,7 @@ RECORD_BYTES: Final = 1_000  # of an outcome that is held, beside its record's v
 
 
 @dataclass(slots=True, eq=False)
-class Put:
+class TransactionEntry:
     """Outcomes of one assignment that were put together, and the offset after them; without outcomes, an offset alone."""
 
     assignment: Assignment
@@ -88,9 +88,9 @@ class ExactlyOnce:
         self._turn_budget = turn_budget
         self._metrics = metrics
         self._health = health
-        self._waiting: deque[Put] = deque()
-        self._published: list[Put] = []  # in the open transaction
-        self._uncounted: deque[Put] = deque()  # of the transaction that was committed last
+        self._waiting: deque[TransactionEntry] = deque()
+        self._published: list[TransactionEntry] = []  # in the open transaction
+        self._uncounted: deque[TransactionEntry] = deque()  # of the transaction that was committed last
         self._held_bytes = 0
         self._urgent: set[Assignment] = set()  # those that are about to be revoked, or were dropped
         self._refused: Membership | None = None  # under which nothing can be committed any more
@@ -131,7 +131,9 @@ class ExactlyOnce:
             return True
         furthest = {put.assignment: put for put in (*self._uncounted, *self._published, *self._waiting)}
         puts = [
-            Put(assignment, offset) for assignment, offset, _ in due if not _covers(furthest.get(assignment), offset)
+            TransactionEntry(assignment, offset)
+            for assignment, offset, _ in due
+            if not _covers(furthest.get(assignment), offset)
         ]
         self._waiting.extend(puts)
         self._changed.set()
@@ -163,7 +165,7 @@ class ExactlyOnce:
     # For the pipeline.
 
     async def put(self, assignment: Assignment, outcomes: Sequence[Outcome]) -> None:
-        put = Put(assignment, outcomes[-1].record.offset + 1, outcomes)
+        put = TransactionEntry(assignment, outcomes[-1].record.offset + 1, outcomes)
         while self._held_bytes and self._held_bytes + put.held_bytes > MAX_HELD_BYTES:
             self._room.clear()
             self._changed.set()
@@ -350,17 +352,17 @@ class ExactlyOnce:
         for assignment in {put.assignment for put in puts if put.assignment.is_owned}:
             self._owner.restart(assignment)
 
-    def _drop(self, put: Put) -> None:
+    def _drop(self, put: TransactionEntry) -> None:
         self._owner.drop(put.assignment, len(put.outcomes))
         self._forget(put)
 
-    def _forget(self, put: Put) -> None:
+    def _forget(self, put: TransactionEntry) -> None:
         put.done.set()
         self._held_bytes -= put.held_bytes
         self._room.set()
 
 
-def _covers(last: Put | None, offset: int) -> bool:
+def _covers(last: TransactionEntry | None, offset: int) -> bool:
     """Whether the last put of an assignment makes this offset needless. Committed after it, it would lead back."""
     return last is not None and (last.next_offset == offset or (bool(last.outcomes) and last.next_offset > offset))
 
