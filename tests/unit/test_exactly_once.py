@@ -292,6 +292,17 @@ async def test_a_revocation_ends_the_transaction_at_once_and_so_all_that_follow(
     await until(lambda: assignment.committed == 2)
 
 
+async def test_a_rebalance_without_a_transaction_leaves_nothing_behind(world: World) -> None:
+    gone = await owned(world)
+    world.delivery.flush([gone])
+    world.revoke(gone)
+    await world.put(await owned(world), 1)
+    await until(lambda: world.sink.published)
+    await settled()
+    assert world.sink.commits == []
+    assert not world.delivery._urgent
+
+
 async def test_large_puts_are_counted_one_in_a_turn_of_the_event_loop(world: World) -> None:
     assignment = await owned(world)
     for begin in range(0, 3 * RECORDS, RECORDS):

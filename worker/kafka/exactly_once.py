@@ -154,7 +154,10 @@ class ExactlyOnce:
         for put in [put for put in self._waiting if put.assignment is assignment]:
             self._waiting.remove(put)
             self._drop(put)
-        self._urgent.add(assignment)
+        if self._published:
+            self._urgent.add(assignment)
+        else:
+            self._urgent.discard(assignment)
         self._changed.set()
 
     def release(self, assignment: Assignment) -> None:
