@@ -439,6 +439,21 @@ async def test_what_has_failed_is_sent_again_from_memory_with_what_has_come_sinc
     assert world.metrics.duplicates_possible._value.get() == 0
 
 
+async def test_partitions_of_which_no_offset_can_be_committed_begin_again_and_hold_up_no_others(world: World) -> None:
+    gone, stays = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors = [TransactionFailed("the brokers do not know t-0", {TP})]
+    world.sink.commit_may_end.clear()
+    await world.put(gone, 0)
+    await world.put(stays, 5)
+    world.delivery.flush([stays])
+    await until(lambda: len(world.sink.published) == 2)
+    await world.put(gone, 1)
+    world.sink.commit_may_end.set()
+    await world.end_transaction()
+    assert (world.restarted, world.dropped, world.sink.commits) == ([gone], 2, [{OTHER: 6}])
+    assert world.counted == [5]
+
+
 async def test_order_is_kept_where_it_is_sent_again(world: World) -> None:
     assignment = await owned(world)
     world.sink.commit_errors.append(failed())

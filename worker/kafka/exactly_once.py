@@ -10,10 +10,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from aiokafka import TopicPartition
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
     IllegalStateError,
@@ -301,6 +302,8 @@ class ExactlyOnce:
             self._health.working("transactions")
             await self._settle()
         else:
+            if isinstance(lost, TransactionFailed):
+                self._restart(lost.partitions)
             self._send_again()
 
     async def _open(self) -> None:
@@ -332,6 +335,12 @@ class ExactlyOnce:
             if put.assignment.is_owned:  # else it may be its next owner's
                 return (commit.offset, commit.metadata) == (put.next_offset, put.assignment.metadata)
         return False
+
+    def _restart(self, partitions: Collection[TopicPartition]) -> None:
+        """Has these begin again. One whose topic was deleted stays assigned for minutes, and would fail each transaction."""
+        for assignment in {put.assignment for put in self._published if put.assignment.tp in partitions}:
+            if assignment.is_owned:
+                self._owner.restart(assignment)
 
     def _send_again(self) -> None:
         """What is still owned goes into the next transaction, and is neither read nor scored again."""

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -31,7 +31,11 @@ class TransactionLost(Exception):
 
 
 class TransactionFailed(TransactionLost):
-    """It is not committed, and may be done again."""
+    """It is not committed, and may be done again, without ``partitions``: those of which no offset can be committed."""
+
+    def __init__(self, reason: str, partitions: Collection[TopicPartition] = ()) -> None:
+        super().__init__(reason)
+        self.partitions = partitions
 
 
 class TransactionFenced(TransactionLost):
@@ -89,7 +93,12 @@ class TransactionalSink(Sink):
         """Commits what was published, and the group's offsets with their metadata, as this member of the group."""
         with self._losses(TransactionFailed):
             producer = await self._begin()
-            await within(self._left_s(), producer.add_offsets(offsets, member))
+            try:
+                await within(self._left_s(), producer.add_offsets(offsets, member))
+            except TimeoutError:
+                if not (unknown := producer.unknown_partitions):
+                    raise
+                raise TransactionFailed(f"the brokers do not know {partition_names(unknown)}", unknown) from None
         with self._losses(TransactionInDoubt):
             await within(self._left_s(), producer.commit_transaction())
         self._began_at = None
