@@ -119,6 +119,7 @@ class World:
         self.dropped = 0
         self.restarted: list[Assignment] = []
         self.committed: OffsetAndMetadata | Exception = OffsetAndMetadata(-1, "")
+        self.without_offset: set[TopicPartition] = set()
         self.running = asyncio.create_task(self.delivery.run())
 
     async def deliver(self, outcomes: Sequence[FakeOutcome], sink: FakeSink) -> None:
@@ -142,7 +143,9 @@ class World:
         assignment.accepts = assignment.is_owned = False
         self.restarted.append(assignment)
 
-    async def committed_offset(self, _: TopicPartition) -> OffsetAndMetadata:
+    async def committed_offset(self, tp: TopicPartition) -> OffsetAndMetadata:
+        if tp in self.without_offset:
+            return OffsetAndMetadata(-1, "")
         if isinstance(self.committed, Exception):
             raise self.committed
         return self.committed
@@ -492,6 +495,17 @@ async def test_a_commit_in_doubt_is_decided_by_the_committed_offset(
     await until(lambda: len(world.counted) == 3)
     assert (world.sink.commits, world.sink.opened) == ([] if is_committed else [{TP: 2, OTHER: 2}], 1)
     assert world.health.why_not_ready() is None
+
+
+async def test_a_commit_in_doubt_is_known_although_a_topic_was_deleted_since(world: World) -> None:
+    """With the topic its committed offset goes, as if the transaction were not committed."""
+    deleted, stays = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors = [in_doubt()]
+    world.committed, world.without_offset = OffsetAndMetadata(6, "topic_id=x"), {TP}
+    await world.put(deleted, 0)
+    await world.put(stays, 5)
+    await world.end_transaction()
+    assert (world.counted, world.sink.published, world.sink.commits) == ([0, 5], [0, 5], [])
 
 
 async def test_a_commit_in_doubt_of_partitions_that_have_gone_is_their_next_owners(world: World) -> None:

@@ -131,11 +131,7 @@ class ExactlyOnce:
         if self._running is not None and self._running.done():
             return True
         furthest = {put.assignment: put for put in (*self._uncounted, *self._published, *self._waiting)}
-        puts = [
-            TransactionEntry(assignment, offset)
-            for assignment, offset, _ in due
-            if not _covers(furthest.get(assignment), offset)
-        ]
+        puts = [TransactionEntry(each, to) for each, to, _ in due if not _covers(furthest.get(each), to)]
         self._waiting.extend(puts)
         self._changed.set()
         try:
@@ -155,10 +151,7 @@ class ExactlyOnce:
         for put in [put for put in self._waiting if put.assignment is assignment]:
             self._waiting.remove(put)
             self._drop(put)
-        if self._published:
-            self._urgent.add(assignment)
-        else:
-            self._urgent.discard(assignment)
+        (self._urgent.add if self._published else self._urgent.discard)(assignment)
         self._changed.set()
 
     def release(self, assignment: Assignment) -> None:
@@ -302,9 +295,7 @@ class ExactlyOnce:
             self._health.working("transactions")
             await self._settle()
         else:
-            if isinstance(lost, TransactionFailed):
-                self._restart(lost.partitions)
-            self._send_again()
+            self._send_again(lost.partitions)
 
     async def _open(self) -> None:
         backoff = Backoff()
@@ -320,30 +311,26 @@ class ExactlyOnce:
             await backoff.wait()
 
     async def _is_committed(self) -> bool:
-        """Whether the transaction in doubt is committed, by the committed offset of a partition that is still owned.
+        """Whether the transaction in doubt is committed, by the committed offset of any partition that is still owned.
 
-        If there is none, its next owner finds out.
+        One may have lost it since, with its topic. If none is owned, their next owners find out.
         """
         backoff = Backoff()
         while last := {put.assignment.tp: put for put in self._published if put.assignment.is_owned and put.outcomes}:
-            tp, put = next(iter(last.items()))
             try:
-                commit = await self._owner.committed_offset(tp)
+                commits = await asyncio.gather(*map(self._owner.committed_offset, last))
             except UNREACHABLE:
                 await backoff.wait()
                 continue
-            if put.assignment.is_owned:  # else it may be its next owner's
-                return (commit.offset, commit.metadata) == (put.next_offset, put.assignment.metadata)
+            found = {put: commit for put, commit in zip(last.values(), commits, strict=True) if put.assignment.is_owned}
+            if found:  # else what is committed may be the next owners'
+                return any(commit == (put.next_offset, put.assignment.metadata) for put, commit in found.items())
         return False
 
-    def _restart(self, partitions: Collection[TopicPartition]) -> None:
-        """Has these begin again. One whose topic was deleted stays assigned for minutes, and would fail each transaction."""
-        for assignment in {put.assignment for put in self._published if put.assignment.tp in partitions}:
-            if assignment.is_owned:
-                self._owner.restart(assignment)
-
-    def _send_again(self) -> None:
-        """What is still owned goes into the next transaction, and is neither read nor scored again."""
+    def _send_again(self, without: Collection[TopicPartition]) -> None:
+        """What is still owned goes into the next transaction, not read nor scored again. ``without`` are to begin again."""
+        for assignment in {put.assignment for put in self._published if put.assignment.tp in without}:
+            self._owner.restart(assignment)
         for put in reversed(self._published):
             if put.assignment.is_owned:
                 self._waiting.appendleft(put)

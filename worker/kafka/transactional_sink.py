@@ -27,15 +27,19 @@ KAFKA_ERRORS: Final = (*UNREACHABLE, IllegalOperation, AssertionError)
 
 
 class TransactionLost(Exception):
-    """A transaction has not come to its end; the message says why. ``open`` ends it before another one begins."""
+    """A transaction has not come to its end; the message says why. ``open`` ends it before another one begins.
 
-
-class TransactionFailed(TransactionLost):
-    """It is not committed, and may be done again, without ``partitions``: those of which no offset can be committed."""
+    ``partitions`` are those of which no offset can be committed: a deleted topic's stay assigned for minutes, and would have
+    each transaction fail.
+    """
 
     def __init__(self, reason: str, partitions: Collection[TopicPartition] = ()) -> None:
         super().__init__(reason)
         self.partitions = partitions
+
+
+class TransactionFailed(TransactionLost):
+    """It is not committed, and may be done again."""
 
 
 class TransactionFenced(TransactionLost):
