@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import orjson
 import pytest
@@ -204,6 +205,69 @@ def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
     assert time.monotonic() - began < 10, "the transaction's timeout"
     assert worker.terminate() == 0
     assert_once(kafka, topics, sent)
+
+
+def test_static_members_that_are_killed_replaced_and_come_back_lose_and_repeat_nothing(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """One is killed; another is stopped in a transaction, replaced under its id, and goes on beside its successor."""
+    kafka.create_all(topics, 12)
+    load = Load(kafka, topics.input, 1_000)
+
+    def start(number: int) -> WorkerProcess:
+        settings = {"group_instance_id": f"member-{number}", "session_timeout_ms": 10_000, "transaction_ms": 300}
+        return workers.start(topics, **settings, **EXACTLY)
+
+    def more() -> None:
+        before = kafka.count(topics.output)
+        wait_for(lambda: kafka.count(topics.output) > before + 1_000, "1,000 results more")
+
+    fleet = [start(number) for number in range(3)]
+    for worker in fleet:
+        worker.wait_until_assigned(4)
+    load.start()
+    try:
+        for number in range(3):
+            more()
+            fleet[number].kill()
+            fleet[number] = start(number).wait_until_assigned(4)
+            more()
+            zombie = fleet[number]
+            is_frozen = partial(freeze_in_a_transaction, zombie, kafka, topics)
+            wait_for(is_frozen, "a transaction to be stopped in", every=0.01)
+            fleet[number] = start(number).wait_until_assigned(4)
+            more()
+            zombie.resume()
+            assert zombie.wait() == 2, "it says that its id is used by another process"
+            more()
+    finally:
+        sent = load.stop()
+    wait_until_committed(kafka, topics)
+    assert [worker.terminate() for worker in fleet] == [0, 0, 0]
+    assert_once(kafka, topics, sent)
+
+
+def test_a_deleted_topic_holds_up_the_others_for_one_transaction(
+    kafka: Kafka, topics: Topics, workers: Workers
+) -> None:
+    """Its partition stays assigned until the group's leader notices, which here reads the other topic alone."""
+    kafka.create_all(topics, 4)
+    deleted = f"{topics.input}.deleted"
+    kafka.create(deleted)
+    settings = {"input_topics": f"{topics.input},{deleted}", "transaction_ms": 2_000, **EXACTLY}
+    leader = workers.start(topics, group_instance_id="b", **settings).wait_until_assigned(5)
+    worker = workers.start(topics, group_instance_id="a", **settings).wait_until_assigned(3)
+    load = Load(kafka, deleted, 300)
+    load.start()
+    wait_for(lambda: kafka.committed(topics.group, deleted).get(0, 0) > 300, "the topic to be read")
+    load.end()  # its last records are in a transaction for a while
+    kafka.delete(deleted)
+    sent = kafka.send(topics.input, map(numbered, range(1_000)))
+    wait_until_committed(kafka, topics, 40)
+    assert leader.is_running
+    assert worker.lines("the brokers do not know"), "the topic went between two transactions: this has shown nothing"
+    read = Counter(map(result_place, kafka.read(topics.output)))
+    assert [read[record.place] for record in sent] == [1] * len(sent)
 
 
 async def test_a_partition_whose_offset_another_process_has_in_a_transaction_waits_and_says_so(

@@ -119,6 +119,7 @@ class World:
         self.dropped = 0
         self.restarted: list[Assignment] = []
         self.committed: OffsetAndMetadata | Exception = OffsetAndMetadata(-1, "")
+        self.without_offset: set[TopicPartition] = set()
         self.running = asyncio.create_task(self.delivery.run())
 
     async def deliver(self, outcomes: Sequence[FakeOutcome], sink: FakeSink) -> None:
@@ -142,7 +143,9 @@ class World:
         assignment.accepts = assignment.is_owned = False
         self.restarted.append(assignment)
 
-    async def committed_offset(self, _: TopicPartition) -> OffsetAndMetadata:
+    async def committed_offset(self, tp: TopicPartition) -> OffsetAndMetadata:
+        if tp in self.without_offset:
+            return OffsetAndMetadata(-1, "")
         if isinstance(self.committed, Exception):
             raise self.committed
         return self.committed
@@ -292,6 +295,17 @@ async def test_a_revocation_ends_the_transaction_at_once_and_so_all_that_follow(
     await until(lambda: assignment.committed == 2)
 
 
+async def test_a_rebalance_without_a_transaction_leaves_nothing_behind(world: World) -> None:
+    gone = await owned(world)
+    world.delivery.flush([gone])
+    world.revoke(gone)
+    await world.put(await owned(world), 1)
+    await until(lambda: world.sink.published)
+    await settled()
+    assert world.sink.commits == []
+    assert not world.delivery._urgent
+
+
 async def test_large_puts_are_counted_one_in_a_turn_of_the_event_loop(world: World) -> None:
     assignment = await owned(world)
     for begin in range(0, 3 * RECORDS, RECORDS):
@@ -375,6 +389,20 @@ async def test_an_offset_alone_does_not_lead_back_behind_records(world: World, i
     assert world.sink.commits == [{TP: 110}]
 
 
+async def test_an_offset_alone_does_not_lead_back_behind_records_that_are_being_counted(world: World) -> None:
+    """Counting a large transaction takes turns of the event loop, and in one of them the start of a partition is due."""
+    first, second = await owned(world), await owned(world, OTHER)
+    await world.put(first, *range(RECORDS))
+    await world.put(second, *range(100, 110))
+    world.delivery.flush([first])
+    await until(lambda: world.counted)
+    assert len(world.counted) == RECORDS  # those of the second partition are committed, and not counted yet
+    assert await world.delivery.commit([(second, 100, 0)], 0.01)
+    await world.end_transaction()
+    assert world.sink.commits == [{TP: RECORDS, OTHER: 110}]
+    assert second.committed == 110
+
+
 async def test_an_offset_alone_goes_after_the_records_before_it(world: World) -> None:
     assignment = await owned(world)
     await world.put(assignment, 0, 1)
@@ -412,6 +440,21 @@ async def test_what_has_failed_is_sent_again_from_memory_with_what_has_come_sinc
     assert (world.sink.commits, sorted(world.counted)) == ([{TP: 2, OTHER: 8}], [0, 1, 7])
     assert (world.sink.opened, world.dropped, world.restarted) == (1, 0, [])
     assert world.metrics.duplicates_possible._value.get() == 0
+
+
+async def test_partitions_of_which_no_offset_can_be_committed_begin_again_and_hold_up_no_others(world: World) -> None:
+    gone, stays = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors = [TransactionFailed("the brokers do not know t-0", {TP})]
+    world.sink.commit_may_end.clear()
+    await world.put(gone, 0)
+    await world.put(stays, 5)
+    world.delivery.flush([stays])
+    await until(lambda: len(world.sink.published) == 2)
+    await world.put(gone, 1)
+    world.sink.commit_may_end.set()
+    await world.end_transaction()
+    assert (world.restarted, world.dropped, world.sink.commits) == ([gone], 2, [{OTHER: 6}])
+    assert world.counted == [5]
 
 
 async def test_order_is_kept_where_it_is_sent_again(world: World) -> None:
@@ -452,6 +495,17 @@ async def test_a_commit_in_doubt_is_decided_by_the_committed_offset(
     await until(lambda: len(world.counted) == 3)
     assert (world.sink.commits, world.sink.opened) == ([] if is_committed else [{TP: 2, OTHER: 2}], 1)
     assert world.health.why_not_ready() is None
+
+
+async def test_a_commit_in_doubt_is_known_although_a_topic_was_deleted_since(world: World) -> None:
+    """With the topic its committed offset goes, as if the transaction were not committed."""
+    deleted, stays = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors = [in_doubt()]
+    world.committed, world.without_offset = OffsetAndMetadata(6, "topic_id=x"), {TP}
+    await world.put(deleted, 0)
+    await world.put(stays, 5)
+    await world.end_transaction()
+    assert (world.counted, world.sink.published, world.sink.commits) == ([0, 5], [0, 5], [])
 
 
 async def test_a_commit_in_doubt_of_partitions_that_have_gone_is_their_next_owners(world: World) -> None:

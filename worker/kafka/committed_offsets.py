@@ -30,7 +30,7 @@ class CommittedOffsets:
         self._require_stable = require_stable
         self._request_timeout_s = request_timeout_s
         self._health = health
-        self._waiting: dict[TopicPartition, asyncio.Future[OffsetAndMetadata | Exception]] = {}
+        self._callers: dict[asyncio.Future[OffsetAndMetadata], TopicPartition] = {}
         self._asking: asyncio.Task[None] | None = None
 
     async def of(self, tp: TopicPartition) -> OffsetAndMetadata:
@@ -38,23 +38,25 @@ class CommittedOffsets:
 
         Raises what is in UNREACHABLE, and WrongSetting where the brokers cannot tell which offsets are stable.
         """
-        if tp not in self._waiting:
-            self._waiting[tp] = asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        self._callers[answer] = tp
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
-        answer = await asyncio.shield(self._waiting[tp])
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        try:
+            return await answer
+        finally:
+            self._callers.pop(answer, None)
 
     async def _ask(self) -> None:
-        """Asks until every caller has an answer."""
+        """Asks until no caller waits. A caller takes no answer to a request from before its call: it may be out of date."""
         unstable_since = None
-        while self._waiting:
-            asked = tuple(self._waiting)
-            for tp, answer in (await self._answers(asked)).items():
-                self._waiting.pop(tp).set_result(answer)
-            unstable = self._waiting.keys() & set(asked)
+        while asking := dict(self._callers):
+            answers = await self._answers(tuple(set(asking.values())))
+            for caller, tp in asking.items():
+                if tp in answers and not caller.done():
+                    del self._callers[caller]
+                    _set(caller, answers[tp])
+            unstable = {tp for caller, tp in asking.items() if caller in self._callers}
             if not unstable:
                 unstable_since = None
                 self._health.working("takeover", self)
@@ -67,6 +69,7 @@ class CommittedOffsets:
                     self,
                 )
             await asyncio.sleep(RETRY_S)
+        self._health.working("takeover", self)
 
     async def _answers(self, asked: tuple[TopicPartition, ...]) -> dict[TopicPartition, OffsetAndMetadata | Exception]:
         try:
@@ -79,3 +82,10 @@ class CommittedOffsets:
             return dict.fromkeys(asked, WrongSetting(too_old))
         except Exception as error:  # noqa: BLE001 - the callers decide
             return dict.fromkeys(asked, error)
+
+
+def _set(caller: asyncio.Future[OffsetAndMetadata], answer: OffsetAndMetadata | Exception) -> None:
+    if isinstance(answer, Exception):
+        caller.set_exception(answer)
+    else:
+        caller.set_result(answer)

@@ -10,10 +10,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from aiokafka import TopicPartition
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
     IllegalStateError,
@@ -90,6 +91,7 @@ class ExactlyOnce:
         self._health = health
         self._waiting: deque[TransactionEntry] = deque()
         self._published: list[TransactionEntry] = []  # in the open transaction
+        self._uncounted: deque[TransactionEntry] = deque()  # of the transaction that was committed last
         self._held_bytes = 0
         self._urgent: set[Assignment] = set()  # those that are about to be revoked, or were dropped
         self._refused: Membership | None = None  # under which nothing can be committed any more
@@ -128,12 +130,8 @@ class ExactlyOnce:
         """
         if self._running is not None and self._running.done():
             return True
-        furthest = {put.assignment: put for put in (*self._published, *self._waiting)}
-        puts = [
-            TransactionEntry(assignment, offset)
-            for assignment, offset, _ in due
-            if not _covers(furthest.get(assignment), offset)
-        ]
+        furthest = {put.assignment: put for put in (*self._uncounted, *self._published, *self._waiting)}
+        puts = [TransactionEntry(each, to) for each, to, _ in due if not _covers(furthest.get(each), to)]
         self._waiting.extend(puts)
         self._changed.set()
         try:
@@ -153,7 +151,7 @@ class ExactlyOnce:
         for put in [put for put in self._waiting if put.assignment is assignment]:
             self._waiting.remove(put)
             self._drop(put)
-        self._urgent.add(assignment)
+        (self._urgent.add if self._published else self._urgent.discard)(assignment)
         self._changed.set()
 
     def release(self, assignment: Assignment) -> None:
@@ -265,11 +263,11 @@ class ExactlyOnce:
     async def _settle(self) -> None:
         """The transaction is committed: its outcomes are counted, and done with."""
         now = time.time()
-        committed = deque(self._published)
+        self._uncounted.extend(self._published)
         self._end_transaction()
-        while committed:
-            await self._turn_budget.before(len(committed[0].outcomes))
-            put = committed.popleft()
+        while self._uncounted:
+            await self._turn_budget.before(len(self._uncounted[0].outcomes))
+            put = self._uncounted.popleft()
             if put.outcomes:
                 self._count(put.outcomes, now)
             self._owner.advance(put.assignment, put.next_offset, len(put.outcomes))
@@ -297,7 +295,7 @@ class ExactlyOnce:
             self._health.working("transactions")
             await self._settle()
         else:
-            self._send_again()
+            self._send_again(lost.partitions)
 
     async def _open(self) -> None:
         backoff = Backoff()
@@ -313,24 +311,26 @@ class ExactlyOnce:
             await backoff.wait()
 
     async def _is_committed(self) -> bool:
-        """Whether the transaction in doubt is committed, by the committed offset of a partition that is still owned.
+        """Whether the transaction in doubt is committed, by the committed offset of any partition that is still owned.
 
-        If there is none, its next owner finds out.
+        One may have lost it since, with its topic. If none is owned, their next owners find out.
         """
         backoff = Backoff()
         while last := {put.assignment.tp: put for put in self._published if put.assignment.is_owned and put.outcomes}:
-            tp, put = next(iter(last.items()))
             try:
-                commit = await self._owner.committed_offset(tp)
+                commits = await asyncio.gather(*map(self._owner.committed_offset, last))
             except UNREACHABLE:
                 await backoff.wait()
                 continue
-            if put.assignment.is_owned:  # else it may be its next owner's
-                return (commit.offset, commit.metadata) == (put.next_offset, put.assignment.metadata)
+            found = {put: commit for put, commit in zip(last.values(), commits, strict=True) if put.assignment.is_owned}
+            if found:  # else what is committed may be the next owners'
+                return any(commit == (put.next_offset, put.assignment.metadata) for put, commit in found.items())
         return False
 
-    def _send_again(self) -> None:
-        """What is still owned goes into the next transaction, and is neither read nor scored again."""
+    def _send_again(self, without: Collection[TopicPartition]) -> None:
+        """What is still owned goes into the next transaction, not read nor scored again. ``without`` are to begin again."""
+        for assignment in {put.assignment for put in self._published if put.assignment.tp in without}:
+            self._owner.restart(assignment)
         for put in reversed(self._published):
             if put.assignment.is_owned:
                 self._waiting.appendleft(put)

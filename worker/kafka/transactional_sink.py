@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -27,7 +27,15 @@ KAFKA_ERRORS: Final = (*UNREACHABLE, IllegalOperation, AssertionError)
 
 
 class TransactionLost(Exception):
-    """A transaction has not come to its end; the message says why. ``open`` ends it before another one begins."""
+    """A transaction has not come to its end; the message says why. ``open`` ends it before another one begins.
+
+    ``partitions`` are those of which no offset can be committed: a deleted topic's stay assigned for minutes, and would have
+    each transaction fail.
+    """
+
+    def __init__(self, reason: str, partitions: Collection[TopicPartition] = ()) -> None:
+        super().__init__(reason)
+        self.partitions = partitions
 
 
 class TransactionFailed(TransactionLost):
@@ -89,7 +97,12 @@ class TransactionalSink(Sink):
         """Commits what was published, and the group's offsets with their metadata, as this member of the group."""
         with self._losses(TransactionFailed):
             producer = await self._begin()
-            await within(self._left_s(), producer.add_offsets(offsets, member))
+            try:
+                await within(self._left_s(), producer.add_offsets(offsets, member))
+            except TimeoutError:
+                if not (unknown := producer.unknown_partitions):
+                    raise
+                raise TransactionFailed(f"the brokers do not know {partition_names(unknown)}", unknown) from None
         with self._losses(TransactionInDoubt):
             await within(self._left_s(), producer.commit_transaction())
         self._began_at = None

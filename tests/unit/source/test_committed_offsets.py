@@ -19,6 +19,7 @@ from worker.kafka.aiokafka_compat.transactions import (
     TxnOffsetCommitRequest_v0,
 )
 from worker.kafka.committed_offsets import CommittedOffsets
+from worker.runtime.tasks import cancelled
 from worker.telemetry.health import Health
 
 PARTITIONS = [TopicPartition("t", number) for number in range(1_000)]
@@ -34,14 +35,19 @@ class FakeGroupConsumer:
         self.requests: list[Sequence[TopicPartition]] = []
         self.unstable: set[TopicPartition] = set()
         self.error: Exception | None = None
+        self.commit = COMMIT
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def committed_offsets(self, tps: Sequence[TopicPartition], *, require_stable: bool) -> Any:
         assert require_stable
         self.requests.append(tps)
+        commit = self.commit  # as of when the request comes
         await asyncio.sleep(0)
+        await self.may_answer.wait()
         if self.error:
             raise self.error
-        return {tp: COMMIT for tp in tps if tp not in self.unstable}
+        return {tp: commit for tp in tps if tp not in self.unstable}
 
 
 class World:
@@ -85,6 +91,33 @@ async def test_a_long_wait_is_told_until_it_ends(world: World, monkeypatch: pyte
     world.consumer.unstable = set()
     await waiting
     await until(lambda: world.health.why_not_ready() is None)
+
+
+async def test_a_partition_that_has_gone_is_waited_for_and_told_no_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONG_S", 0.0)
+    world.consumer.unstable = {TP}
+    waiting = asyncio.create_task(world.offsets.of(TP))
+    await until(world.health.why_not_ready)
+    await cancelled([waiting])
+    await until(lambda: world.health.why_not_ready() is None)
+    asked = len(world.consumer.requests)
+    assert await world.offsets.of(PARTITIONS[1]) == COMMIT
+    assert list(world.consumer.requests[asked:]) == [(PARTITIONS[1],)]
+
+
+async def test_a_partition_that_comes_back_does_not_begin_at_what_was_asked_for_before_it_went(world: World) -> None:
+    """A coordinator that has been replaced may answer late, and others have committed since."""
+    world.consumer.may_answer.clear()
+    before = asyncio.create_task(world.offsets.of(TP))
+    await until(lambda: world.consumer.requests)
+    await cancelled([before])
+    begins = asyncio.create_task(world.offsets.of(TP))
+    await asyncio.sleep(0)
+    world.consumer.commit = OffsetAndMetadata(9, "topic_id=x")
+    world.consumer.may_answer.set()
+    assert await begins == OffsetAndMetadata(9, "topic_id=x")
 
 
 async def test_an_error_is_every_callers_and_the_next_call_asks_again(world: World) -> None:

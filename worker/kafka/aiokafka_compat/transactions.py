@@ -10,7 +10,14 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.client import ConnectionGroup
-from aiokafka.errors import IllegalGenerationError, KafkaError, NoError, UnknownMemberIdError, for_code
+from aiokafka.errors import (
+    IllegalGenerationError,
+    KafkaError,
+    NoError,
+    UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.transaction import TxnOffsetCommitRequest, TxnOffsetCommitRequest_v0, TxnOffsetCommitResponse_v0
 from aiokafka.protocol.types import CompactArray, CompactString, Int16, Int32, Int64, Schema, TaggedFields
@@ -122,12 +129,18 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
         super().__init__(*args, **options)
         self._member: Membership | None = None
         self._refusal: int | None = None
+        self.unknown_partitions: set[TopicPartition] = (
+            set()
+        )  # to the group's coordinator, which takes no offset of them
         self._send_plain = self.client.send
         self.client.send = self._send
 
     async def add_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]], member: Membership) -> None:
-        """Adds offsets with their metadata to the open transaction. Raises what is in REFUSALS: then it must be aborted."""
-        self._member, self._refusal = member, None
+        """Adds offsets with their metadata to the open transaction. Raises what is in REFUSALS: then it must be aborted.
+
+        Waits without end for brokers to know all these partitions; ``unknown_partitions`` tells of which they last did not.
+        """
+        self._member, self._refusal, self.unknown_partitions = member, None, set()
         await self.send_offsets_to_transaction(offsets, member.group_id)
         if self._refusal is not None:
             raise REFUSALS[self._refusal]
@@ -142,6 +155,12 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
             (topic, [(partition, self._without_refusal(code)) for partition, code, _ in partitions])
             for topic, partitions, _ in response.topics
         ]
+        self.unknown_partitions = {
+            TopicPartition(topic, partition)
+            for topic, partitions in errors
+            for partition, code in partitions
+            if code == UnknownTopicOrPartitionError.errno
+        }
         return TxnOffsetCommitResponse_v0(response.throttle_time_ms, errors)
 
     def _without_refusal(self, code: int) -> int:
