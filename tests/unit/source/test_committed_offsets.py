@@ -19,7 +19,7 @@ from worker.kafka.aiokafka_compat.transactions import (
     TxnOffsetCommitRequest_v0,
 )
 from worker.kafka.committed_offsets import CommittedOffsets
-from worker.runtime.tasks import cancelled
+from worker.runtime.tasks import cancel_all
 from worker.telemetry.health import Health
 
 PARTITIONS = [TopicPartition("t", number) for number in range(1_000)]
@@ -100,7 +100,7 @@ async def test_a_partition_that_has_gone_is_waited_for_and_told_no_longer(
     world.consumer.unstable = {TP}
     waiting = asyncio.create_task(world.offsets.of(TP))
     await until(world.health.why_not_ready)
-    await cancelled([waiting])
+    await cancel_all([waiting])
     await until(lambda: world.health.why_not_ready() is None)
     asked = len(world.consumer.requests)
     assert await world.offsets.of(PARTITIONS[1]) == COMMIT
@@ -112,7 +112,7 @@ async def test_a_partition_that_comes_back_does_not_begin_at_what_was_asked_for_
     world.consumer.may_answer.clear()
     before = asyncio.create_task(world.offsets.of(TP))
     await until(lambda: world.consumer.requests)
-    await cancelled([before])
+    await cancel_all([before])
     begins = asyncio.create_task(world.offsets.of(TP))
     await asyncio.sleep(0)
     world.consumer.commit = OffsetAndMetadata(9, "topic_id=x")
