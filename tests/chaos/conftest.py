@@ -14,7 +14,7 @@ from tests.support.topics import Kafka, Topics
 IS_LONG = os.environ.get("CHAOS_LONG") == "1"
 BeginFeed = Callable[[Kafka, Topics, int, float], Feed]
 
-SHORT_FORM = ("test_auditor.py", "test_proxy.py", "test_run.py")
+SHORT_FORM = ("test_auditor.py", "test_driver.py", "test_proxy.py", "test_run.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

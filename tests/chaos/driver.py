@@ -483,16 +483,18 @@ def audited(kafka: Kafka, topics: Topics, past: Iterable[Given] = ()) -> Audit:
 
 
 def read(kafka: Kafka, topic: str, wait_s: float = 120) -> Iterator[Message]:
-    """Every committed record, partition after partition; AssertionError where one cannot be read to its end."""
+    """Every committed record, partition after partition; AssertionError where one cannot be read to its end.
+
+    A transaction that a killed worker left open is waited for: the broker aborts it, and what is behind it can be read.
+    """
     config = {"bootstrap.servers": kafka.bootstrap, "group.id": "auditor", "isolation.level": "read_committed"}
     consumer = Consumer({**config, "enable.auto.commit": False, "enable.partition.eof": True, "log_level": 0})
     try:
-        for partition in range(len(kafka.partitions(topic))):
-            place = TopicPartition(topic, partition)
-            _, end = consumer.get_watermark_offsets(place, timeout=30)
+        # This consumer itself would be told the offset of the oldest open transaction.
+        for partition, end in kafka.ends(topic).items():
             consumer.assign([TopicPartition(topic, partition, 0)])
             deadline, ended = time.monotonic() + wait_s, 0
-            while ended < end:  # past the last transaction, not only to what is committed by now
+            while ended < end:
                 assert time.monotonic() < deadline, f"{topic}-{partition} cannot be read beyond {ended} of {end}"
                 for message in consumer.consume(5_000, timeout=0.5):
                     if message.error() is None:
