@@ -14,6 +14,7 @@ from worker.model.tokenizer import Ids
 
 log = logging.getLogger(__name__)
 Auto = Literal["auto"]
+CudaPass = Literal["padded", "unpadded", "auto"]
 
 AGREEMENT: Final = 0.999  # the share of labels that a number type must keep, for ``auto`` to take it
 
@@ -54,7 +55,7 @@ class RunnerOptions(NamedTuple):
 
     ``columns``: the places of negative, neutral and positive among the logits. ``examples``: token ids of texts to compare
     number types by. ``max_tokens``: of a text. ``padding``: the id of padding. ``cpu_threads`` and ``max_batch_tokens``: as
-    in settings. ``tuning_s``: seconds that measuring may take in all.
+    in settings. ``tuning_s``: seconds that measuring may take in all. ``cuda_pass``: as in settings.
     """
 
     columns: Sequence[int]
@@ -64,6 +65,7 @@ class RunnerOptions(NamedTuple):
     cpu_threads: int | Auto
     max_batch_tokens: int | Auto
     tuning_s: float
+    cuda_pass: CudaPass = "padded"
 
 
 def prepare_cpu_runner(forward: Forward, options: RunnerOptions, *, backend: str, dtype: str) -> PreparedRunner:
