@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_every_length_in_one_row(network: Any) -> None:
         np.testing.assert_allclose(given[batch], wanted, rtol=0, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_mixed_lengths(network: Any, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 40) | st.integers(1, longest(network)), min_size=1, max_size=12))
@@ -164,13 +165,9 @@ def test_numbers_of_a_row(texts: list[list[int]]) -> None:
     lengths = np.array([len(text) for text in texts], np.int32)
     numbers = np.full(size_of_row(len(texts), int(lengths.sum())), -1, np.int32)
     pack_row(texts, lengths, numbers)
-    count = len(texts)
-    bounds, begins, own_lengths = (
-        numbers[: count + 1],
-        numbers[count + 1 : 2 * count + 1],
-        numbers[2 * count + 1 :][:count],
-    )
-    ids = numbers[3 * count + 1 :]
+    cuts = np.cumsum([len(texts) + 1, len(texts) + 1, len(texts), len(texts)])
+    firsts, bounds, begins, own_lengths, ids = np.split(numbers, cuts)
+    assert firsts.tolist() == list(range(len(texts) + 1))
     assert [ids[begin:end].tolist() for begin, end in pairwise(bounds)] == texts
     assert begins.tolist() == bounds[:-1].tolist()
     assert own_lengths.tolist() == lengths.tolist()
@@ -340,6 +337,45 @@ def test_several_threads_get_their_own_answers() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# What varlen_attn is given.
+
+
+def test_attention_is_given_what_the_flash_kernel_takes() -> None:
+    given: list[tuple[Any, ...]] = []
+
+    def attend(*call: Any) -> Tensor:
+        given.append(call)
+        return attend_by_text(*call)
+
+    passes = UnpaddedPasses(UnpaddedBert(of_the_card().half(), attend), HostStream, labels=3, padding=0)
+    passes([[7, 8, 9], [7], [8, 9]])
+    assert len(given) == 3
+    for layer, (query, key, value, query_bounds, key_bounds, most_queries, most_keys) in enumerate(given):
+        for part in (query, key, value):
+            assert part.dtype == torch.float16
+            assert part.shape[1:] == (12, 32)
+            assert part.stride(2) == 1
+            assert [stride * 2 % 16 for stride in part.stride()[:2]] == [0, 0]  # rows of heads begin at 16 bytes
+            assert part.storage_offset() * 2 % 16 == 0
+        for bounds in (query_bounds, key_bounds):
+            assert bounds.dtype == torch.int32
+            assert bounds.is_contiguous()
+        assert key_bounds.tolist() == [0, 3, 4, 6]
+        assert query_bounds.tolist() == ([0, 1, 2, 3] if layer == 2 else [0, 3, 4, 6])
+        assert (most_queries, most_keys) == ((1, 3) if layer == 2 else (3, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_splits": 1}])
+def test_the_installed_varlen_attn_takes_it(options: dict[str, Any]) -> None:
+    """On torch's device meta, where shapes are computed and nothing else."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    forward = UnpaddedBert(of_the_card().half().to("meta"), partial(varlen_attn, **options))
+    numbers = torch.zeros(size_of_row(3, 20), dtype=torch.int32, device="meta")
+    with torch.inference_mode():
+        assert forward(RowOfTexts(numbers, 3, 20, 9)).shape == (3, 3)
 
 
 # Finding varlen_attn.

@@ -40,9 +40,9 @@ PROBE_TOLERANCE: Final = 2e-2  # of values of about 1, in half precision
 class RowOfTexts(NamedTuple):
     """N texts in one row of T tokens.
 
-    ``numbers``: one int32 vector on the model's device: bounds (N + 1), begins (N), lengths (N), token ids (T). Each text
-    has a token at least. ``longest``: tokens of the longest text. The counts are Python's, so that the device is never
-    waited for.
+    ``numbers``: one int32 vector on the model's device: 0 to N, which are the bounds of first tokens alone (N + 1); bounds
+    (N + 1); begins (N); lengths (N); token ids (T). Each text has a token at least. ``longest``: tokens of the longest text.
+    The counts are Python's, so that the device is never waited for.
     """
 
     numbers: Tensor
@@ -75,11 +75,11 @@ class UnpaddedBert:
 
     def __call__(self, row: RowOfTexts) -> Tensor:
         numbers, texts, tokens, longest = row
-        bounds, begins, lengths, ids = torch.split_with_sizes(numbers, (texts + 1, texts, texts, tokens))
+        parts = (texts + 1, texts + 1, texts, texts, tokens)
+        firsts, bounds, begins, lengths, ids = torch.split_with_sizes(numbers, parts)
         hidden = self._embedded(ids, begins, lengths, tokens)
         for layer in self._layers[:-1]:
             hidden = layer(hidden, bounds, longest)
-        firsts = torch.arange(texts + 1, dtype=torch.int32, device=self._device)
         return self._head(self._layers[-1].of_first_tokens(hidden, begins, firsts, bounds, longest)).float()
 
     def _embedded(self, ids: Tensor, begins: Tensor, lengths: Tensor, tokens: int) -> Tensor:

@@ -175,13 +175,14 @@ class UnpaddedPasses:
 
 def size_of_row(texts: int, tokens: int) -> int:
     """How many int32 numbers a RowOfTexts has."""
-    return 3 * texts + 1 + tokens
+    return 4 * texts + 2 + tokens
 
 
 def pack_row(ids: Sequence[TokenIds], lengths: NDArray[np.int32], numbers: NDArray[np.int32]) -> None:
-    """Writes the numbers of a RowOfTexts, exactly as many as there is room for: bounds, begins, lengths, token ids."""
+    """Writes the numbers of a RowOfTexts, exactly as many as there is room for."""
     texts = len(ids)
-    bounds, begins, own_lengths, tokens = np.split(numbers, np.cumsum((texts + 1, texts, texts)))
+    firsts, bounds, begins, own_lengths, tokens = np.split(numbers, np.cumsum((texts + 1, texts + 1, texts, texts)))
+    firsts[:] = np.arange(texts + 1)
     bounds[0] = 0
     np.cumsum(lengths, out=bounds[1:])
     begins[:] = bounds[:-1]
