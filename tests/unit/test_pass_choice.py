@@ -201,6 +201,7 @@ def test_only_padded_passes_that_stay_have_all_their_graphs(
     assert isinstance(prepared.run, UnpaddedRunner) == (cuda_pass == "unpadded")
     assert made == [(2_048, None if cuda_pass == "padded" else ())]
     assert prepared[1:5] == (2, "torch", "float16", 2_048)
+    assert prepared.cuda_pass == cuda_pass
 
 
 # A failure later.

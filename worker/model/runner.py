@@ -39,7 +39,7 @@ class PassRunner(Protocol):
 class PreparedRunner(NamedTuple):
     """A runner and what was chosen for it: how many threads should call it at once, and the values of the settings.
 
-    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own.
+    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own. ``cuda_pass``: padded or unpadded.
     """
 
     run: PassRunner
@@ -48,6 +48,7 @@ class PreparedRunner(NamedTuple):
     dtype: str
     max_batch_tokens: int
     memory_bytes: Callable[[], int] = lambda: 0
+    cuda_pass: CudaPass = "padded"
 
 
 class RunnerOptions(NamedTuple):

@@ -48,7 +48,8 @@ class SentimentModel:
 
     ``name``: as in results, ``name@revision``. ``max_tokens``: of a text; longer ones are cut. ``max_batch_tokens``: of one
     pass, padding included. ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and
-    ``pass_tokens``: as for PassRunner. ``warning``: a warning about a checkpoint that can be used; None if there is none.
+    ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass, ``padded`` or ``unpadded``. ``warning``: a
+    warning about a checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SentimentModel:
         self.backend = runner.backend
         self.dtype = runner.dtype
         self.passes = runner.passes
+        self.cuda_pass = runner.cuda_pass
         self.max_batch_tokens = runner.max_batch_tokens
         self.widths = runner.run.widths
         self.pass_tokens = runner.run.pass_tokens

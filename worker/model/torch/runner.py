@@ -43,12 +43,13 @@ def prepare_cuda_runner(model: Any, options: RunnerOptions, gpu: Gpu, *, dtype: 
             batches=batches,
         )
 
+    tokens = options.max_batch_tokens
     if options.cuda_pass != "padded":
         unpadded = choose_unpadded(choice, options, padded, gpu, labels=labels)
         if unpadded:
-            return PreparedRunner(unpadded, PASSES, "torch", choice.dtype, unpadded.max_batch_tokens, memory_bytes)
-    budget = options.max_batch_tokens
-    if budget == "auto":
+            tokens = unpadded.max_batch_tokens
+            return PreparedRunner(unpadded, PASSES, "torch", choice.dtype, tokens, memory_bytes, "unpadded")
+    if tokens == "auto":
         measured = NumpyForward(choice.forward, model.device)
-        budget = tune_budget(measured, model.device.type, options.max_tokens, options.tuning_s)
-    return PreparedRunner(padded(budget), PASSES, "torch", choice.dtype, budget, memory_bytes)
+        tokens = tune_budget(measured, model.device.type, options.max_tokens, options.tuning_s)
+    return PreparedRunner(padded(tokens), PASSES, "torch", choice.dtype, tokens, memory_bytes)
