@@ -363,3 +363,17 @@ def test_auto_says_which_way_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "worker.model.torch.pass_choice"):
         SentimentModel.load("builtin", device="cuda", cuda_pass="auto")
     assert sum("the GPU computes texts" in record.message for record in caplog.records) == 1
+
+
+@needs_gpu
+def test_a_failure_without_padding_is_computed_again_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run = load_unpadded()
+    ids = [np.full(length, 7, np.int32) for length in (3, 50, 1, 17)]
+    wanted = model.logits(ids)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(run._unpadded, "_forward", fail)
+    np.testing.assert_allclose(model.logits(ids), wanted, atol=2e-2)
+    assert run.has_fallen_back
