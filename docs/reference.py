@@ -98,7 +98,14 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "cpu_threads",
         "inference_timeout_s",
     ),
-    "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size", "max_unpacked_bytes"),
+    "Batches": (
+        "max_batch_texts",
+        "linger_ms",
+        "max_batch_tokens",
+        "cuda_pass",
+        "cache_size",
+        "max_unpacked_bytes",
+    ),
     "HTTP and console": ("http_host", "http_port", "http_names", "http_token", "http_token_for", "console_texts"),
     "Logs, traces and settings": ("log_level", "log_format", "tracing", "config"),
 }

@@ -31,6 +31,7 @@ class CostlessModel:
     passes = 1
     widths = ()
     pass_tokens = 1
+    cuda_pass = "padded"
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         return [[1]] * len(texts), [False] * len(texts)

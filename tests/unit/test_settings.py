@@ -43,6 +43,7 @@ TABLE = {
     "compression_type": "none",
     "max_batch_texts": 512,
     "max_batch_tokens": "auto",
+    "cuda_pass": "padded",
     "linger_ms": 10,
     "model": "cointegrated/rubert-tiny-sentiment-balanced",
     "revision": None,

@@ -20,6 +20,7 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
         backend=settings.backend,
         cpu_threads=settings.cpu_threads,
         max_batch_tokens=settings.max_batch_tokens,
+        cuda_pass=settings.cuda_pass,
     )
 
 

@@ -111,7 +111,7 @@ def _reloader(shared: Shared) -> Reloader:
     """Loads the setting's model as it is then. What was measured at the start stays: beside scoring it would be wrong."""
 
     def reloaded(old: Any) -> Any:
-        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
+        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens, "cuda_pass": old.cuda_pass}
         return shared.load_model(shared.settings.model_copy(update=measured))
 
     return Reloader(
