@@ -9,6 +9,7 @@ import orjson
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka import Producer
+from confluent_kafka.admin import NewPartitions
 
 from tests.support.process import COSTLESS, WorkerProcess, Workers
 from tests.support.scenario import places
@@ -140,6 +141,20 @@ def test_an_open_transaction_before_the_end_is_waited_for(
     assert worker.is_running
     producer.commit_transaction()
     assert finished(worker)["results"] == 2
+
+
+@DELIVERIES
+def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) -> None:
+    """The same command reads of them what is dated before its end, though it was finished."""
+    kafka.create_all(topics, 1)
+    first = kafka.send(topics.input, [dated(0, END_MS - 1)])
+    finished(workers.start(topics, until=END, delivery=delivery))
+    kafka.admin.create_partitions([NewPartitions(topics.input, 2)])[topics.input].result(30)
+    wait_for(lambda: len(kafka.partitions(topics.input)) == 2, "the partition")
+    added = kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
+    assert finished(workers.start(topics, until=END, delivery=delivery))["results"] == 1
+    assert places(kafka.read(topics.output)) == Counter([first[0].place, added[0].place])
+    assert kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}
 
 
 def test_a_drain_before_the_end_is_no_success(kafka: Kafka, topics: Topics, workers: Workers) -> None:

@@ -41,6 +41,7 @@ class FakeConsumer:
     positions: dict[TopicPartition, int] = field(default_factory=dict)
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     commit_metadata: set[str] = field(default_factory=set)
+    commits_begun: int = 0
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -142,6 +143,7 @@ class FakeConsumer:
         return {tp: [SimpleNamespace(offset=offset, timestamp=self.timestamp) for offset in places]}
 
     async def commit(self, offsets: dict[TopicPartition, tuple[int, str]]) -> None:
+        self.commits_begun += 1
         await self.commit_may_end.wait()
         if self.commit_error:
             raise self.commit_error

@@ -70,6 +70,37 @@ async def test_a_record_of_the_end_is_where_it_stops(new_group: FakeConsumer) ->
     assert stage.source.records_held() == 0
 
 
+async def test_a_commit_under_way_does_not_stand_in_for_that_of_the_bound(new_group: FakeConsumer) -> None:
+    """It is of the same offset, and names the bound that was known when it was sent."""
+    stage = await staged(new_group, until=Until("g", END))
+    new_group.last_offset, new_group.ends_at = 505, 600
+    await stage.assign(TP)
+    chunks = await stage.take()
+    assignment = stage.source._assignments[TP]
+    new_group.commit_may_end.clear()
+    begun = new_group.commits_begun
+    stage.acknowledge(chunks)
+    await until(lambda: new_group.commits_begun > begun)
+    new_group.last_offset, new_group.timestamp = 600, AT_THE_END
+    await until(lambda: assignment.bound is not None and assignment.bound.offset == 505)
+    await asyncio.sleep(0.05)
+    new_group.commit_may_end.set()
+    await until(lambda: metadata(505) in new_group.commit_metadata)
+    await until(assignment.is_finished)
+
+
+async def test_what_comes_after_the_bound_is_neither_lag_nor_committed(new_group: FakeConsumer) -> None:
+    stage = await staged(new_group, until=Until("g", END))
+    new_group.last_offset, new_group.timestamp = 600, AT_THE_END
+    await stage.assign(TP)
+    await until(lambda: TP in new_group.paused)
+    assignment = stage.source._assignments[TP]
+    assert new_group.positions[TP] > 500
+    await stage.source._lag.measure(assignment, 600)
+    assert stage.metrics.lag_records.labels("t", 0)._value.get() == 0
+    assert assignment.acknowledged == 500
+
+
 async def test_markers_before_the_bound_are_passed(new_group: FakeConsumer) -> None:
     stage = await staged(new_group, until=Until("g", END))
     await stage.assign(TP)
