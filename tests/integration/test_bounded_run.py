@@ -83,6 +83,9 @@ def test_three_workers_a_kill_and_a_rebalance(
     members[0].kill()
     late = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings)
     sums = [finished(worker) for worker in (*members[1:], late)]
+    wait_for(
+        lambda: not kafka.has_open_transaction(topics.output), "brokers to abort what the killed one has left open"
+    )
 
     found = places(kafka.read(topics.output))
     assert set(found) == {record.place for record in before}, "every record before the end, and none after it"
