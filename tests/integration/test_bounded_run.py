@@ -160,6 +160,24 @@ def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Worker
     assert kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}
 
 
+@DELIVERIES
+def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 1)
+    before, _ = send_around_the_end(kafka, topics.input, 2_000, 10)
+    settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
+    first = workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings).wait_until_assigned(1)
+    spare = workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings).wait_until_ready()
+    holder, other = (first, spare) if first.metrics.get("assigned_partitions") else (spare, first)
+    holder.kill()
+    assert 0 < finished(other)["consumed"] <= len(before)
+    wait_for(
+        lambda: not kafka.has_open_transaction(topics.output), "brokers to abort what the killed one has left open"
+    )
+    assert set(places(kafka.read(topics.output))) == {record.place for record in before}
+
+
 def test_a_drain_before_the_end_is_no_success(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 1)
     before, _ = send_around_the_end(kafka, topics.input, 2_000, 10)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from aiokafka import TopicPartition
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import GroupAuthorizationFailedError, IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.bounds import Bound, bound_in, end_in
@@ -69,6 +69,8 @@ async def check_group(connection: Connection, topics: Collection[str], until: Un
             async with asyncio.timeout(connection.request_timeout_s):
                 await consumer.start()
                 commits = await consumer.committed_offsets(await _partitions(consumer, topics))
+        except GroupAuthorizationFailedError:
+            health.failing("kafka", f"no permission to read as group {until.group_id} (ACL)", "until")
         except UNREACHABLE as error:
             health.failing("kafka", unreachable(connection, error), "until")
         else:
