@@ -73,6 +73,8 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "group_instance_id",
         "session_timeout_ms",
         "auto_offset_reset",
+        "since",
+        "until",
         "isolation_level",
     ),
     "Delivery": ("delivery", "transaction_ms", "drain_timeout_s", "dead_letter_limit", "dead_letter_window"),
@@ -80,6 +82,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "input_format",
         "text_field",
         "on_null_text",
+        "max_age_s",
         "id_field",
         "max_text_chars",
         "output_mode",
@@ -192,8 +195,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "dead_letters_total": "Stage `decode`: the producer or `text_field` is wrong; `infer`: the model fails; `publish`: "
         "the output topic refuses the result.",
         "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
-        "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing, or `on_null_text` "
-        "is `skip`.",
+        "records_skipped_total": "`null`: somebody sends nulls without a key, which mean nothing, or `on_null_text` is "
+        "`skip`. `too_old`: the worker is behind by more than `max_age_s`, or a clock is wrong.",
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or an input topic was deleted and created again. See the log.",
         "duplicates_possible_total": "That many results may be there twice, besides those of killed processes, which count nothing. With exactly-once always 0.",
