@@ -341,7 +341,7 @@ def _requirement(field: FieldInfo) -> str:
             try:
                 validator(wrong)
             except ValueError as error:
-                return str(error).removeprefix("it should be ")
+                return str(error).removeprefix("it should be ").removesuffix(f", and {WRONG!r} is no pair")
     return ""
 
 
