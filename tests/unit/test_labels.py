@@ -1,13 +1,16 @@
 """Which labels a checkpoint has, by its config.json and the settings."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.checkpoint import TOKENIZER
 from worker.core.sentiment import CARD, LabelSet
-from worker.model.checkpoint import ModelError
+from worker.model.checkpoint import BUILTIN, ModelError
 from worker.model.labels import MAX_LABELS, CheckpointLabels, LabelOptions, checkpoint_labels
 from worker.settings.values import pairs, pairs_text
 
@@ -34,6 +37,13 @@ def test_the_cards_labels_are_sigmoid_whatever_config_says(problem: str | None, 
     assert found.labels == CARD
     assert [names[column].strip().lower() for column in found.columns] == list(CARD.names)
     assert found.identity == ""
+
+
+@pytest.mark.parametrize("folder", [TOKENIZER, BUILTIN])
+def test_the_default_model_and_the_builtin_one_are_sigmoid_although_their_configs_say_otherwise(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("problem_type") != "multi_label_classification"
+    assert labels_of([], config) == (CARD, [0, 1, 2], "")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,7 @@ def test_what_is_not_by_default_is_in_the_models_name() -> None:
         (["a", "a"], {}, ["id2label", "a is there twice"]),
         (["a", " "], {}, ["id2label", "'' is no name"]),
         (["a", "b\n" * 2 + "c"], {}, ["id2label", "no control characters"]),
-        (["a", "\ud800"], {}, ["id2label", "'\\ud800' is no name"]),
+        (["a", "\ud800"], {}, ["id2label", "\\ud800 is no name"]),
         (["a", "x" * 301], {}, ["id2label", "1 to 300 characters"]),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from worker.core.sentiment import CARD, LABELS, Activation, LabelSet
 from worker.model.checkpoint import MAX_CHARS, ModelError
+from worker.printable import printable
 from worker.settings.values import pairs_text
 
 MAX_LISTED: Final = 5  # of a checkpoint's labels, in a message
@@ -159,9 +160,9 @@ def _unusable(name: str, why: str) -> ModelError:
 
 
 def _shown(label: str) -> str:
-    """A label in a message: shortened, and in quotes and escaped where it would not show."""
-    short = label[:MAX_CHARS]
-    return ascii(short) if UNFIT.search(short) or not short.strip() else short
+    """A label in a message: shortened, and escaped or in quotes where it would not show."""
+    short = printable(label[:MAX_CHARS])
+    return short if short.strip() else repr(short)
 
 
 def _default_names(count: int) -> dict[str, str]:
