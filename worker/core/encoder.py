@@ -56,6 +56,7 @@ class Encoder:
         truncated: Sequence[bool],
         model: str,
         processed_at: str,
+        *,
         labels: LabelSet = CARD,
     ) -> list[Outgoing | Failure]:
         """The N results of N events, whose records are of one partition; a failure where a timestamp cannot be written.
@@ -122,7 +123,7 @@ class Encoder:
 
 def result_fields(
     id: str, sentiment: Sentiment, truncated: bool, model: str, source: dict[str, Any] | None, event_time: str | None,
-    processed_at: str, labels: LabelSet = CARD,
+    processed_at: str, *, labels: LabelSet = CARD,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a result in their order, numbers rounded to six decimals."""
     probabilities = dict(zip(labels.names, map(_rounded, sentiment.probabilities), strict=True))

@@ -91,7 +91,7 @@ class Outcomes:
             sentiments = cast("list[Sentiment]", answers)
             model = job.model
             results = self._encoder.encode(
-                records, events, sentiments, truncated, model.name, processed_at, model.labels
+                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels
             )
             if set(map(type, results)) == {Outgoing}:
                 producer_records = named_tuples(
@@ -112,7 +112,7 @@ class Outcomes:
                     list(compress(truncated, are_scored)),
                     job.model.name,
                     processed_at,
-                    job.model.labels,
+                    labels=job.model.labels,
                 )
             )
             results = [
