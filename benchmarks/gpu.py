@@ -244,7 +244,7 @@ def where_time_goes(model: SentimentModel, window: list[str]) -> tuple[dict[str,
         "pack": lambda: [pack([ids[index] for index in batch], shape, wire) for batch, shape in shaped],
         "passes, one thread": lambda: [model.logits([ids[index] for index in batch]) for batch in batches],
         "passes, as the engine does": lambda: model._all_logits(ids),
-        "logits to sentiments": lambda: to_sentiments(logits, model.activation),
+        "logits to sentiments": lambda: to_sentiments(logits, model.labels),
     }
     took = {name: round(1000 * shortest_run_s(step), 3) for name, step in steps.items()}
     if isinstance(model._run, Passes):

@@ -19,7 +19,7 @@ from worker.settings.commands import (
     TrainSettings,
 )
 from worker.settings.run import RunSettings
-from worker.telemetry.metrics import IN_FORCE, Metrics
+from worker.telemetry.metrics import IN_FORCE, MAX_LABELS, OTHER, Metrics
 from worker.telemetry.metrics import PREFIX as METRIC
 
 FOLDER: Final = Path(__file__).parent
@@ -93,7 +93,10 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "Model": (
         "model",
         "revision",
+        "model_labels",
+        "label_scores",
         "activation",
+        "threshold",
         "normalize",
         "device",
         "dtype",
@@ -160,7 +163,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "the number of input partitions.",
         "records_consumed_total": "`rate()` of it is the throughput. It is the sum of results, dead letters, tombstones and "
         "skipped records.",
-        "results_published_total": "`rate()` by `label` is the mix of sentiments; summed it is the results per second.",
+        "results_published_total": "`rate()` by `label` is the mix of sentiments; summed it is the results per second. A series that no longer rises "
+        "may be of a label that only the model before the last reload has.",
         "inference_last_success_timestamp_seconds": 'Old while `queue_depth{stage="tokenized"}` is above 0: inference is '
         "stuck. Old without waiting texts: there is nothing to do, or the cache answers all.",
     },
@@ -189,7 +193,7 @@ READING: Final[dict[str, dict[str, str]]] = {
     },
     "What do people say?": {
         "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "
-        "the buckets.",
+        "the buckets. Results without a score, of labels without weights, are not in it.",
     },
     "What goes wrong?": {
         "dead_letters_total": "Stage `decode`: the producer or `text_field` is wrong; `infer`: the model fails; `publish`: "
@@ -215,6 +219,7 @@ READING: Final[dict[str, dict[str, str]]] = {
     },
 }
 METRICS: Final = Metrics("version")
+MODELS_LABELS: Final = f"those of the model; where it has more than {MAX_LABELS}, the first {MAX_LABELS} and `{OTHER}`"
 FREE_LABELS: Final = ("topic", "partition", "model", "revision", *IN_FORCE, "version")
 
 
@@ -346,7 +351,7 @@ def _requirement(field: FieldInfo) -> str:
             try:
                 validator(wrong)
             except ValueError as error:
-                return str(error).removeprefix("it should be ")
+                return str(error).removeprefix("it should be ").removesuffix(f", and {WRONG!r} is no pair")
     return ""
 
 
@@ -412,7 +417,8 @@ def label_rows() -> list[tuple[str, str, str]]:
         for values in dict.fromkeys(tuple(sorted(each)) for each in metrics.values()):
             of = [name for name, each in metrics.items() if tuple(sorted(each)) == values]
             is_free = label in FREE_LABELS or not values
-            rows.append((code(label), code(*of), "any" if is_free else code(*metrics[of[0]])))
+            words = "any" if is_free else MODELS_LABELS if label == "label" else code(*metrics[of[0]])
+            rows.append((code(label), code(*of), words))
     return rows
 
 

@@ -321,15 +321,20 @@ def test_a_model_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert sentence.startswith(f"model is {missing}, but there is no such folder")
 
 
-def test_a_checkpoint_without_the_three_labels_is_refused_with_those_it_has(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_labels_has_them_in_results(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "stars")
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {"0": "one star", "1": "two stars", "2": "three stars"}
-    config["label2id"] = {"one star": 0, "two stars": 1, "three stars": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    sentence = refused("classify", "--model", folder, "да")
-    assert "this checkpoint has: one star, two stars, three stars; if they mean these, rename them" in sentence
-    assert "negative, neutral and positive" in sentence
+    (result,) = results(forked("classify", "--model", folder, "--label-scores", "one star=-1", "да"))
+    assert list(result["probabilities"]) == ["one star", "two stars", "three stars"]
+    assert sum(result["probabilities"].values()) == pytest.approx(1, abs=2e-6), "softmax"
+    assert result["score"] == -result["probabilities"]["one star"]
+    assert result["model"].endswith("+label_scores=one star=-1,two stars=0,three stars=0")
+    sentence = refused("classify", "--model", folder, "--model-labels", "1 star=bad", "да")
+    assert sentence == (
+        f"model_labels renames 1 star, which model {folder} does not have; it has: one star, two stars, three stars"
+    )
 
 
 def test_labels_of_a_checkpoint_reach_the_terminal_escaped(checkpoint: Path, tmp_path: Path) -> None:

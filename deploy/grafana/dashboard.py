@@ -285,7 +285,7 @@ def what_do_people_say() -> Sequence[Panel]:
         "Mean score",
         "short",
         {"score": MEAN_SCORE},
-        "From −1, negative, to 1, positive; from buckets, right to 0.05.",
+        "From −1, negative, to 1, positive; from buckets, right to 0.05. Empty where no label has a weight (label_scores).",
         third=True,
     )
     spread = (

@@ -133,11 +133,11 @@ def test_a_request_with_the_token_says_what_became_of_it(
     assert f"@{after} is in use" in text
 
     config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {"0": "bad", "1": "good", "2": "ugly"}
+    config["id2label"] = {"0": "bad", "1": "good", "3": "ugly"}
     (folder / "config.json").write_text(json.dumps(config))
     status, text = ask(worker, TOKEN)
     assert status == 500
-    assert f"@{after} stays in use: model {folder} cannot be loaded: its labels should be" in text
+    assert f"@{after} stays in use: model {folder} cannot be loaded: its labels (id2label" in text
     assert worker.terminate() == 0
 
 

@@ -37,8 +37,8 @@ PRODUCTS = {  # of each product of matrices how many numbers it gives, and of ho
 Array = NDArray[np.float64]
 
 
-def make_checkpoint(folder: Path, seed: int = 7) -> Path:
-    """A BERT of one layer with the real tokenizer; its answers differ from text to text."""
+def make_checkpoint(folder: Path, seed: int = 7, labels: Sequence[str] = LABELS, **more: object) -> Path:
+    """A BERT of one layer with the real tokenizer; its answers differ from text to text. ``more`` goes into its config."""
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder)
     tokenizer = read_tokenizer(folder)
@@ -56,24 +56,28 @@ def make_checkpoint(folder: Path, seed: int = 7) -> Path:
         "layer_norm_eps": 1e-12,
         "pad_token_id": 0,
         "dtype": "float32",
-        "id2label": {str(number): label for number, label in enumerate(LABELS)},
-        "label2id": {label: number for number, label in enumerate(LABELS)},
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+        **more,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    weights = random_weights(np.random.default_rng(seed), tokenizer.get_vocab_size())
+    weights = random_weights(np.random.default_rng(seed), tokenizer.get_vocab_size(), len(labels))
     weights["bert.embeddings.word_embeddings.weight"][tokenizer.token_to_id(POISON)] = np.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def random_weights(random: np.random.Generator, vocabulary: int) -> dict[str, NDArray[np.float32]]:
+def random_weights(
+    random: np.random.Generator, vocabulary: int, labels: int = len(LABELS)
+) -> dict[str, NDArray[np.float32]]:
     """Weights by the names that transformers gives them."""
     rows = {"word": vocabulary, "position": POSITIONS, "token_type": 2}
     shapes = {f"bert.embeddings.{name}_embeddings.weight": (count, WIDTH) for name, count in rows.items()}
-    shapes |= {f"{name}.weight": shape for name, shape in PRODUCTS.items()}
+    products = {**PRODUCTS, "classifier": (labels, WIDTH)}
+    shapes |= {f"{name}.weight": shape for name, shape in products.items()}
     weights = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     weights["classifier.weight"] *= 0.3
-    weights |= {f"{name}.bias": np.zeros(outputs, np.float32) for name, (outputs, _) in PRODUCTS.items()}
+    weights |= {f"{name}.bias": np.zeros(outputs, np.float32) for name, (outputs, _) in products.items()}
     weights |= {f"{name}.weight": np.ones(WIDTH, np.float32) for name in NORMS}
     return weights | {f"{name}.bias": np.zeros(WIDTH, np.float32) for name in NORMS}
 
@@ -125,10 +129,13 @@ class Oracle:
         self._weights = {name: array.astype(np.float64) for name, array in weights.items()}
 
     def _probabilities(self, text: str, composed: bool = True) -> Array:
+        return 1 / (1 + np.exp(-self.logits(text, composed)))
+
+    def logits(self, text: str, composed: bool = True) -> Array:
         ids = self._ids(as_composed(text) if composed else text)
         if len(ids) > POSITIONS:
             ids = [*ids[: POSITIONS - 1], ids[-1]]  # the mark of the end stays
-        return 1 / (1 + np.exp(-logits_of(self._weights, ids)))
+        return logits_of(self._weights, ids)
 
     def is_truncated(self, text: str) -> bool:
         return len(self._ids(as_composed(text))) > POSITIONS

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tests.support.command_line import main_with
 from worker.commands import run as service
+from worker.core.sentiment import CARD
 from worker.settings.run import RunSettings
 
 PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
@@ -22,7 +23,8 @@ PASS_SECONDS = float(os.environ.get("PASS_SECONDS", "0"))
 
 class CostlessModel:
     name = "costless@0"
-    activation = "sigmoid"
+    revision = "0"
+    labels = CARD
     device = "cpu"
     backend = "torch"
     dtype = "float32"

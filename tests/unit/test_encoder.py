@@ -24,7 +24,7 @@ from worker.core.dead_letters import dead_letter
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder, result_fields
 from worker.core.events import Event, Failure, Outgoing
-from worker.core.sentiment import LABELS, Sentiment
+from worker.core.sentiment import LABELS, LabelSet, Sentiment
 from worker.core.timestamps import iso_time, timestamp_ms
 
 
@@ -223,3 +223,63 @@ def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, mo
         assert isinstance(result, Outgoing)
         assert result.value == orjson.dumps(fields)
         assert result.timestamp == (record.timestamp if timestamp_ms(record) is not None else None)
+
+
+# --- Any labels ---
+
+
+NAMES = st.lists(st.text(min_size=1), min_size=1, max_size=7, unique=True)  # with %, quotes and all else
+
+
+@st.composite
+def label_sets(draw: st.DrawFn) -> LabelSet:
+    names = tuple(draw(NAMES))
+    weights = draw(st.none() | st.just((0.5,) * len(names)))
+    return LabelSet(names, "sigmoid", weights, draw(st.none() | st.floats(0, 1) | st.just(0.5)))
+
+
+@given(label_sets(), st.data())
+def test_results_of_any_labels_are_the_bytes_of_their_fields(labels: LabelSet, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4))
+    probabilities = st.tuples(*[FINITE] * len(labels.names))
+    scores = st.none() if labels.weights is None else FINITE
+    drawn = [data.draw(st.tuples(st.sampled_from(labels.names), scores, probabilities)) for _ in range(count)]
+    sentiments = [Sentiment(*each) for each in drawn]
+    records, events = [FakeRecord(b"")] * count, [Event("42", "да")] * count
+    results = Encoder().encode(records, events, sentiments, [False] * count, MODEL, PROCESSED_AT, labels=labels)
+    for sentiment, result in zip(sentiments, results, strict=True):
+        source = {"topic": "texts", "partition": 3, "offset": 1201}
+        time = "2026-11-23T10:00:00.000Z"
+        fields = result_fields("42", sentiment, False, MODEL, source, time, PROCESSED_AT, labels=labels)
+        assert isinstance(result, Outgoing)
+        assert result.value == orjson.dumps(fields)
+
+
+def test_a_result_of_other_labels() -> None:
+    labels = LabelSet(("toxic", '100 % "insult"'), "sigmoid", None, 0.5)
+    sentiments = [Sentiment("toxic", None, (0.75, 0.4999996)), Sentiment("toxic", None, (0.4, 0.1))]
+    args = [FakeRecord(b"")] * 2, [Event("42", "да")] * 2, sentiments, [False] * 2, MODEL, PROCESSED_AT
+    first, second = Encoder().encode(*args, labels=labels)
+    assert isinstance(first, Outgoing)
+    assert isinstance(second, Outgoing)
+    assert first.value == RESULT.replace(
+        b'"label":"negative","score":-0.589495', b'"label":"toxic","score":null'
+    ).replace(
+        b'"probabilities":{"negative":0.787045,"neutral":0.494782,"positive":0.19755}',
+        b'"probabilities":{"toxic":0.75,"100 % \\"insult\\"":0.5},"labels":["toxic","100 % \\"insult\\""]',
+    ), "what is listed are the labels whose probability, as it is written, reaches the threshold"
+    assert b'"labels":[],"truncated"' in (second.value or b"")
+
+
+@pytest.mark.parametrize("options", [{"output_mode": "enrich"}, {"output_format": "cloudevents"}])
+def test_a_null_score_stands_in_every_form_of_a_result(options: dict[str, str]) -> None:
+    labels = LabelSet(("a", "b"), "softmax", None)
+    record = FakeRecord(b'{"text": "x"}')
+    sentiments = [Sentiment("a", None, (0.75, 0.25))]
+    (result,) = Encoder(**options).encode(
+        [record], [Event("1", "x")], sentiments, [False], MODEL, PROCESSED_AT, labels=labels
+    )
+    assert isinstance(result, Outgoing)
+    fields = orjson.loads(result.value or b"")
+    fields = fields.get("sentiment", fields)
+    assert (fields["score"], fields["probabilities"], "labels" in fields) == (None, {"a": 0.75, "b": 0.25}, False)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
-from worker.core.sentiment import Activation, Sentiment
+from worker.core.sentiment import CARD, LabelSet, Sentiment
 from worker.model.truncation import TokenizedTexts
 from worker.pipeline import model_runner
 from worker.pipeline.inference import Inference
@@ -30,7 +30,7 @@ class Model:
     """One token a character; the logits are a function of a text's tokens alone. ``fault`` may raise at each pass."""
 
     name = "fake@1"
-    activation: Activation = "sigmoid"
+    labels: LabelSet = CARD
     max_tokens = 512
     passes = 1
     widths = ()

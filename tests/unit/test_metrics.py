@@ -186,3 +186,26 @@ def test_inference_says_when_it_last_answered(metrics: Metrics) -> None:
     metrics.inference_succeeded(1_795_428_000.5, 4096)
     assert own(metrics, "inference_last_success_timestamp_seconds") == 1_795_428_000.5
     assert own(metrics, "inference_device_memory_bytes") == 4096
+
+
+def by_label(metrics: Metrics) -> dict[str, float]:
+    family = next(each for each in metrics._registry.collect() if each.name.endswith("results_published"))
+    return {sample.labels["label"]: sample.value for sample in family.samples}
+
+
+def test_series_are_those_of_the_models_labels(metrics: Metrics) -> None:
+    metrics.set_labels(["1 star", "5 stars"])
+    assert by_label(metrics) == {"1 star": 0, "5 stars": 0}, "nothing was published with those of the start"
+    metrics.published(["1 star", "1 star"], [None, None], [])
+    metrics.set_labels(["toxic", "insult"])
+    metrics.published(["toxic", "5 stars"], [0.5, None], [])
+    assert by_label(metrics) == {"1 star": 2, "toxic": 1, "insult": 0, "5 stars": 1}, "one was still on its way"
+    assert own(metrics, "score_count") == 1, "what has no score is not in the histogram"
+
+
+def test_at_most_64_labels_have_a_series_of_their_own(metrics: Metrics) -> None:
+    labels = [f"label {number}" for number in range(100)]
+    metrics.set_labels(labels)
+    metrics.published(labels, [None] * 100, [])
+    assert by_label(metrics) == {**dict.fromkeys(labels[:64], 1), "other": 36}
+    assert metrics.shown_labels == [*labels[:64], "other"]

@@ -5,9 +5,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from tests.support.outcomes import BAD, outcome
 from worker.core.decoder import Decoder
+from worker.core.encoder import Encoder
+from worker.core.events import Event, Headers, Outgoing
+from worker.core.sentiment import LabelSet, Sentiment
 from worker.http.recent_outcomes import HELD_BYTES, KEPT, RecentOutcomes
+from worker.kafka.delivery import Outcome
+from worker.kafka.producer_records import ProducerRecord
 
 
 def recent(*, texts: bool = False) -> RecentOutcomes:
@@ -23,7 +30,7 @@ def test_a_result_is_told_with_its_probabilities_and_without_its_text() -> None:
     rows.add([outcome(1)])
     ((_, id, label, score, probabilities, latency_ms, text),), letters = rows.take()
     assert (id, label, score, text) == ("e1", "positive", 0.75, None)
-    assert probabilities == [0.1, 0.2, 0.85]
+    assert probabilities == {"negative": 0.1, "neutral": 0.2, "positive": 0.85}
     assert latency_ms > 0
     assert not letters
     assert rows.take() == ([], []), "told once"
@@ -75,3 +82,42 @@ def test_few_bytes_of_records_are_held_until_they_are_read() -> None:
     assert not rows._new_results
     rows.add([outcome(1, value=large)])
     assert ids(rows.take()[0]) == ["large"], "the newest is told whatever its size"
+
+
+TOXIC = LabelSet(tuple(f"l{number}" for number in range(20)), "sigmoid", None, 0.5)
+
+
+def labelled(labels: LabelSet, value: bytes, headers: Headers = (), **options: str) -> Outcome:
+    """A result of other labels, without a score."""
+    plain = outcome(1, value=value)
+    record = replace(plain.record, headers=headers)
+    sentiment = Sentiment(labels.names[-1], None, tuple(number / 20 for number in range(len(labels.names))))
+    (result,) = Encoder(**options).encode(
+        [record], [Event("e1", "")], [sentiment], [False], "model@0", "now", labels=labels
+    )
+    assert isinstance(result, Outgoing)
+    return Outcome(record, ProducerRecord("sentiment", result, 3), None, sentiment)
+
+
+ENVELOPE = b'{"specversion":"1.0","id":"e1","source":"/s","type":"t","sentiment":"mine","data":{"text":"x"}}'
+
+
+@pytest.mark.parametrize(
+    ("value", "headers", "options"),
+    [
+        (b'{"id":"e1","text":"x"}', (), {}),
+        (b'{"id":"e1","text":"x","data":{},"probabilities":1}', (), {"output_mode": "enrich"}),
+        (b'{"id":"e1","text":"x","data":{"sentiment":{}}}', (), {"output_mode": "enrich"}),
+        (ENVELOPE, (("content-type", b"application/cloudevents+json"),), {"output_mode": "enrich"}),
+        (ENVELOPE, (("content-type", b"application/cloudevents+json"),), {}),
+        (ENVELOPE, (("content-type", b"application/cloudevents+json"),), {"output_format": "cloudevents"}),
+    ],
+)
+def test_probabilities_are_told_by_the_names_of_the_model_that_scored(
+    value: bytes, headers: Headers, options: dict[str, str]
+) -> None:
+    rows = recent()
+    rows.add([labelled(TOXIC, value, headers, **options), outcome(2)])
+    (row, other), _ = rows.take()
+    assert row[2:5] == ["l19", None, {f"l{number}": number / 20 for number in range(19, 11, -1)}], "the largest eight"
+    assert other[2:5] == ["positive", 0.75, {"negative": 0.1, "neutral": 0.2, "positive": 0.85}]

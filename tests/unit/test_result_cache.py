@@ -5,7 +5,7 @@ import gc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.core.sentiment import LABELS, Label, Sentiment
+from worker.core.sentiment import LABELS, LabelSet, Sentiment
 from worker.pipeline.result_cache import ResultCache
 
 SENTIMENT = Sentiment("neutral", 0.0, (0.1, 0.8, 0.1))
@@ -53,7 +53,7 @@ def test_what_is_put_twice_drives_nothing_out() -> None:
 
 @given(st.sampled_from(LABELS), st.tuples(*[st.floats(0, 1)] * 3), st.floats(-1, 1), st.booleans())
 def test_what_is_found_is_what_was_put(
-    label: Label, probabilities: tuple[float, float, float], score: float, truncated: bool
+    label: str, probabilities: tuple[float, float, float], score: float, truncated: bool
 ) -> None:
     cache = ResultCache(2)
     cache.put(b"a", Sentiment(label, score, probabilities), truncated)
@@ -61,6 +61,16 @@ def test_what_is_found_is_what_was_put(
     assert found == (Sentiment(label, score, probabilities), truncated)
     assert type(found[0]) is Sentiment
     assert type(found[1]) is bool
+
+
+@given(st.integers(1, 400).flatmap(lambda count: st.tuples(st.just(count), st.integers(0, count - 1))), st.booleans())
+def test_any_number_of_labels_is_kept_with_and_without_a_score(place: tuple[int, int], has_score: bool) -> None:
+    count, best = place
+    names = tuple(f"label {number}" for number in range(count))
+    cache = ResultCache(2, LabelSet(names, "sigmoid", (0.5,) * count if has_score else None))
+    sentiment = Sentiment(names[best], 0.5 if has_score else None, tuple(number / count for number in range(count)))
+    cache.put(b"a", sentiment, True)
+    assert cache.get(b"a") == (sentiment, True)
 
 
 def test_the_garbage_collector_has_no_entries_to_walk_through() -> None:

@@ -22,7 +22,8 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from tests.support.checkpoint import LABELS, POISON, TOKENIZER, Oracle
+from tests.support.checkpoint import LABELS, POISON, TOKENIZER, Oracle, make_checkpoint
+from worker.core.sentiment import LabelSet
 from worker.model.checkpoint import ModelError
 from worker.model.sentiment_model import SentimentModel
 from worker.settings.shared import DEFAULT_MODEL
@@ -184,16 +185,41 @@ def test_labels_are_matched_by_name_without_regard_to_case(edited: Edit, model: 
     assert permuted == pytest.approx([neutral, positive, negative], abs=1e-6)
 
 
-@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1", "LABEL_2"], ["negative", "positive"], [*LABELS, "skip"]])
-def test_a_checkpoint_without_the_three_labels_is_refused(edited: Edit, labels: list[str]) -> None:
-    folder = edited(id2label={str(number): label for number, label in enumerate(labels)})
-    with pytest.raises(ModelError, match=f"has: {', '.join(labels)}"):
-        SentimentModel.load(str(folder))
+def softmax(logits: Any) -> Any:
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
 
 
-def test_labels_without_names_have_those_that_transformers_gives_them(edited: Edit) -> None:
-    with pytest.raises(ModelError, match="has: LABEL_0, LABEL_1, LABEL_2; if"):
-        SentimentModel.load(str(edited(id2label=None, num_labels=3)))
+def test_labels_without_names_have_those_that_transformers_gives_them(edited: Edit, oracle: Oracle) -> None:
+    folder = str(edited(id2label=None, num_labels=3))
+    plain = SentimentModel.load(folder)
+    assert plain.labels == LabelSet(("LABEL_0", "LABEL_1", "LABEL_2"), "softmax", None)
+    assert plain.get_sentiment("да", "proba") == pytest.approx(softmax(oracle.logits("да")), abs=1e-5)
+    with pytest.raises(ValueError, match="no score; load it with label_scores"):
+        plain.get_sentiment("да", "score")
+    (scored,) = plain.score(["да"])
+    assert scored[0] is not None
+    assert scored[0].score is None
+
+    names = dict(zip(plain.labels.names, LABELS, strict=True))
+    model = pickle.loads(pickle.dumps(SentimentModel.load(folder, model_labels=names)))
+    assert model.get_sentiment("да") == Oracle.label(oracle.logits("да"))
+    assert model.get_sentiment("да", "score") == pytest.approx(Oracle.score(softmax(oracle.logits("да"))), abs=1e-5)
+    assert model.name.endswith("+model_labels=LABEL_0=negative,LABEL_1=neutral,LABEL_2=positive")
+    assert model.revision == model.name.removeprefix(f"{folder}@")
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_any_number_of_labels_is_computed(tmp_path: Path, backend: str, count: int) -> None:
+    names = [f"класс {number}" for number in range(count)]
+    make_checkpoint(tmp_path, labels=names, problem_type="multi_label_classification")
+    model = SentimentModel.load(str(tmp_path), backend=backend, cpu_threads=1, max_batch_tokens=512, threshold=0.5)
+    assert model.labels == LabelSet(tuple(names), "sigmoid", None, 0.5)
+    texts = ["да", "Какая гадость эта ваша заливная рыба!"]
+    wanted = [Oracle(tmp_path).probabilities(text) for text in texts]
+    np.testing.assert_allclose(model.get_sentiment(texts, "proba"), wanted, atol=1e-5)
+    assert model.get_sentiment(texts) == [names[int(np.argmax(row))] for row in wanted]
 
 
 def test_a_checkpoint_without_a_trained_head_is_refused(checkpoint: Path, tmp_path: Path) -> None:

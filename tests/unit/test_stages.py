@@ -14,6 +14,7 @@ from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Stage, TooOld
+from worker.core.sentiment import CARD
 from worker.kafka import at_least_once
 from worker.kafka.assignment import Assignment
 from worker.kafka.at_least_once import AtLeastOnce
@@ -288,7 +289,7 @@ def scored(offsets: range) -> MicroBatch:
         Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
     ]
     job: Any = SimpleNamespace(answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets))
-    job.model = SimpleNamespace(name="m")
+    job.model = SimpleNamespace(name="m", labels=CARD)
     return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 
 

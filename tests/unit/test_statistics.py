@@ -37,7 +37,7 @@ def test_a_steady_stream_is_its_rate(metrics: Metrics, clock: Clock, statistics:
         metrics.published(["negative"] * 10 + ["positive"] * 30, [-0.5] * 10 + [0.9] * 30, [0.02] * 40)
         sample = statistics.sample()
     assert sample.events_per_s == 40
-    assert (sample.negative, sample.neutral, sample.positive) == (10, 0, 30)
+    assert sample.labels == {"negative": 10, "positive": 30}, "labels without a result are left out"
     assert sample.score == pytest.approx(0.55)
     assert sample.p50_ms is not None
     assert sample.p95_ms is not None
@@ -51,7 +51,22 @@ def test_what_was_long_ago_is_forgotten(metrics: Metrics, clock: Clock, statisti
     for _ in range(20):
         clock.now += 1
         sample = statistics.sample()
-    assert (sample.events_per_s, sample.neutral, sample.score, sample.p50_ms) == (0, 0, None, None)
+    assert (sample.events_per_s, sample.labels, sample.score, sample.p50_ms) == (0, {}, None, None)
+
+
+def test_the_mean_is_of_those_that_have_a_score(metrics: Metrics, clock: Clock, statistics: RollingStatistics) -> None:
+    metrics.set_labels(["toxic", "insult"])
+    metrics.published(["toxic", "insult"], [None, None], [])
+    clock.now += 1
+    sample = statistics.sample()
+    assert (sample.score, sample.labels) == (None, {"toxic": 1, "insult": 1})
+    assert statistics.labels() == ["toxic", "insult"]
+    metrics.set_labels(["negative", "neutral", "positive"])
+    metrics.published(["toxic", "positive"], [None, 0.5], [])
+    clock.now += 1
+    sample = statistics.sample()
+    assert sample.score == 0.5
+    assert sample.labels == {"toxic": 1, "insult": 0.5, "positive": 0.5}, "a second ago the model had other labels"
 
 
 def test_lag_is_the_sum_of_records_and_the_oldest_age(

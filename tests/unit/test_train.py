@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import worker
+from worker.core.sentiment import CARD
 from worker.errors import WrongSetting
+from worker.model.sentiment_model import SentimentModel
 from worker.settings.commands import EvaluateSettings, TrainSettings
 from worker.settings.sources import load
 from worker.training.dataset import (
@@ -339,6 +341,9 @@ def test_the_heads_rows_follow_the_names_of_the_bases_labels(
     config = json.loads((options.output / "config.json").read_text())
     assert config["id2label"] == {str(number): name for number, name in enumerate(CLASSES)}
     assert not caplog.messages
+    assert SentimentModel.load(str(options.output), cpu_threads=1, max_batch_tokens=512).labels == CARD, (
+        "sigmoid by auto"
+    )
 
 
 @pytest.mark.parametrize("labels", [["toxic", "so so", "\x1b[31mfine"], ["1 star", "2 stars", "3 stars", "4 stars"]])

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from worker.commands.classify import file_lines
-from worker.commands.load_model import prepare_process
+from worker.commands.load_model import checkpoint_options, prepare_process
 from worker.errors import WrongSetting
 from worker.model.autotune import MIN_GAIN, TUNING_S, candidate_budgets, fastest, smallest_at_full_speed
 from worker.model.device import has_torch
@@ -215,15 +215,11 @@ def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"]
     free_device_memory()
     return SentimentModel.load(
         settings.model,
-        revision=settings.revision,
-        activation=settings.activation,
-        normalize=settings.normalize,
-        device=settings.device,
         dtype=engine.dtype,
         backend=engine.backend,
-        cpu_threads=settings.cpu_threads,
         max_batch_tokens=budget,
         tuning_s=max(settings.seconds, TUNING_S),
+        **checkpoint_options(settings),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from worker.commands.kafka_connection import kafka_connection
+from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
 from worker.kafka.backlog import backlog
@@ -22,6 +23,7 @@ from worker.kafka.inspector import Inspector, TopicDescription, unread_older_tha
 from worker.kafka.permissions import Permissions
 from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, no_match
 from worker.kafka.transactional_sink import new_transactional_id
+from worker.model.labels import listed
 from worker.printable import printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.settings.run import RunSettings
@@ -158,7 +160,8 @@ def _model(settings: RunSettings) -> Finding:
         )
     if model.warning:
         return Finding("model", "warn", model.warning)
-    return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}")
+    labels = "" if model.labels == CARD else f"; labels: {listed(model.labels.names)}, by {model.labels.activation}"
+    return Finding("model", "ok", f"{model.name} on {model.device}, {model.dtype}{labels}")
 
 
 # Kafka.

@@ -128,4 +128,6 @@ def _results(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iter
         if sentiment is None:
             yield {"id": str(number), "reason": reason or "inference_failed"}
         else:
-            yield result_fields(str(number), sentiment, truncated, model.name, None, None, processed_at)
+            yield result_fields(
+                str(number), sentiment, truncated, model.name, None, None, processed_at, labels=model.labels
+            )

@@ -1,7 +1,7 @@
 """``sentiment-worker evaluate``: macro-F1 of a model on labelled CSV files."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import orjson
@@ -9,16 +9,18 @@ import rich
 
 from worker.errors import WrongSetting
 from worker.settings.commands import CorpusSettings, EvaluateSettings
-from worker.training.dataset import LabelledFile, parse_sources, read_source
+from worker.training.dataset import CLASSES, LabelledFile, parse_sources, read_source
 
 
 def run(settings: EvaluateSettings) -> int:
     """Reads the files, loads the model, and prints the figures. Blocks; returns the exit code. Raises UserError."""
-    sources = labelled_sources(settings)
+    from worker.commands.load_model import labels_from_settings, load_from_settings  # noqa: PLC0415 - `train` does without
+
+    classes = labels_from_settings(settings).names if settings.source else CLASSES
+    sources = labelled_sources(settings, classes)
     with faults_as_wrong_settings():
         for source in sources:
             read_source(source)  # what is wrong with a file is said before a model is loaded
-    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
     from worker.training.evaluate import evaluate  # noqa: PLC0415
 
     model = load_from_settings(settings)
@@ -33,10 +35,10 @@ def run(settings: EvaluateSettings) -> int:
     return 0
 
 
-def labelled_sources(settings: CorpusSettings) -> list[LabelledFile]:
+def labelled_sources(settings: CorpusSettings, classes: Sequence[str] = CLASSES) -> list[LabelledFile]:
     """The labelled files that the settings name, not read yet. Raises WrongSetting."""
     with faults_as_wrong_settings():
-        return parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column)
+        return parse_sources(settings.source, settings.label_map, settings.text_column, settings.label_column, classes)
 
 
 @contextmanager

@@ -1,10 +1,15 @@
 """Loads the model for a command, in a process that is the worker's own."""
 
 import logging
+from typing import Any
 
+from worker.core.sentiment import LabelSet
+from worker.model.labels import LabelOptions, checkpoint_labels
+from worker.model.loading import open_checkpoint
 from worker.model.sentiment_model import SentimentModel
 from worker.runtime.memory import keep_freed_blocks
-from worker.settings.shared import ModelSettings
+from worker.settings.shared import CheckpointSettings, ModelSettings
+from worker.settings.values import pairs
 
 
 def load_from_settings(settings: ModelSettings) -> SentimentModel:
@@ -12,16 +17,34 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
     prepare_process()
     return SentimentModel.load(
         settings.model,
-        revision=settings.revision,
-        activation=settings.activation,
-        normalize=settings.normalize,
-        device=settings.device,
         dtype=settings.dtype,
         backend=settings.backend,
-        cpu_threads=settings.cpu_threads,
         max_batch_tokens=settings.max_batch_tokens,
         cuda_pass=settings.cuda_pass,
+        **checkpoint_options(settings),
     )
+
+
+def labels_from_settings(settings: CheckpointSettings) -> LabelSet:
+    """The labels of the model that the settings name, by its config.json alone. Blocks. Raises ModelError."""
+    options = checkpoint_options(settings)
+    given = LabelOptions(**{name: options[name] for name in LabelOptions._fields})
+    return checkpoint_labels(settings.model, open_checkpoint(settings.model, settings.revision).config, given).labels
+
+
+def checkpoint_options(settings: CheckpointSettings) -> dict[str, Any]:
+    """The arguments of ``SentimentModel.load`` that all commands with a model have settings for."""
+    scores = settings.label_scores
+    return {
+        "revision": settings.revision,
+        "model_labels": dict(pairs(settings.model_labels or "")),
+        "label_scores": None if scores is None else {label: float(weight) for label, weight in pairs(scores)},
+        "activation": settings.activation,
+        "threshold": settings.threshold,
+        "normalize": settings.normalize,
+        "device": settings.device,
+        "cpu_threads": settings.cpu_threads,
+    }
 
 
 def prepare_process() -> None:

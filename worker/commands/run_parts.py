@@ -15,6 +15,7 @@ from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.max_age import MaxAge
+from worker.core.sentiment import CARD
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import log_backlog
@@ -33,6 +34,7 @@ from worker.kafka.topics import (
     watch_topics,
 )
 from worker.kafka.transactional_sink import TransactionalSink, new_transactional_id
+from worker.model.labels import listed
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
 from worker.pipeline.outcomes import Outcomes
@@ -255,9 +257,20 @@ def tracing(settings: RunSettings) -> Tracing | None:
 
 
 def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
-    name, _, revision = model.name.rpartition("@")
-    metrics.set_model(name, revision, in_force(model))
+    metrics.set_model(model.name.removesuffix(f"@{model.revision}"), model.revision, in_force(model))
+    metrics.set_labels(model.labels.names)
     log.info("model loaded", extra={"model": model.name, **in_force(model)})
+    if model.labels != CARD:
+        names, activation, weights, threshold = model.labels
+        log.info(
+            "results have this model's own labels",
+            extra={
+                "labels": listed(names),
+                "activation": activation,
+                "score": "none: set label_scores" if weights is None else "by weights",
+                "threshold": threshold,
+            },
+        )
 
 
 def in_force(model: "SentimentModel") -> dict[str, str]:

@@ -4,9 +4,10 @@ Results of one partition are encoded together: what they have in common is writt
 and strings column by column. That takes a third of the time of one ``orjson.dumps`` for each.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
-from typing import Any, Final
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+from itertools import chain, compress, repeat
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -23,11 +24,10 @@ from worker.core.events import (
     named_tuples,
     place,
 )
-from worker.core.sentiment import LABELS, Sentiment
+from worker.core.sentiment import CARD, LabelSet, Sentiment
 from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
 
 _JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
-_LABEL_BYTES: Final = {label: orjson.dumps(label) for label in LABELS}
 _MILLION: Final = 1_000_000
 _INVALID_TIMESTAMP: Final = Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
 
@@ -56,26 +56,31 @@ class Encoder:
         truncated: Sequence[bool],
         model: str,
         processed_at: str,
+        *,
+        labels: LabelSet = CARD,
     ) -> list[Outgoing | Failure]:
         """The N results of N events, whose records are of one partition; a failure where a timestamp cannot be written.
 
-        ``model`` is the name and revision of what scored them, ``processed_at`` a time as ``iso_time`` writes it. A result
-        has the bytes that ``orjson.dumps`` makes of its ``result_fields``.
+        ``model`` is the name and revision of what scored them, and ``labels`` its labels; ``processed_at`` is a time as
+        ``iso_time`` writes it. A result has the bytes that ``orjson.dumps`` makes of its ``result_fields``.
         """
         if not records:
             return []
-        labels, scores, probabilities = zip(*sentiments, strict=True)
+        formats = _formats(labels)
+        names, scores, probabilities = zip(*sentiments, strict=True)
         headers = [record.headers for record in records]
         event_times, timestamps = self._times(records, headers)
         columns = (
             _json_strings([event.id for event in events]),
-            map(_LABEL_BYTES.__getitem__, labels),
-            *_json_numbers(scores, probabilities),
+            map(formats.names.__getitem__, names),
+            *_json_columns(scores, probabilities, labels, formats.names.values()),
             [b"true" if is_cut else b"false" for is_cut in truncated],
             [record.offset for record in records],
             event_times,
         )
-        values: Iterable[bytes] = map(_template(records[0], model, processed_at).__mod__, zip(*columns, strict=True))
+        values: Iterable[bytes] = map(
+            _template(records[0], model, processed_at, formats).__mod__, zip(*columns, strict=True)
+        )
         if self._is_enriched:
             values = map(_spliced, records, values)
         keys = [record.key for record in records]
@@ -118,15 +123,18 @@ class Encoder:
 
 def result_fields(
     id: str, sentiment: Sentiment, truncated: bool, model: str, source: dict[str, Any] | None, event_time: str | None,
-    processed_at: str,
+    processed_at: str, *, labels: LabelSet = CARD,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a result in their order, numbers rounded to six decimals."""
-    negative, neutral, positive = sentiment.probabilities
+    probabilities = dict(zip(labels.names, map(_rounded, sentiment.probabilities), strict=True))
+    threshold = labels.threshold
+    listed = {} if threshold is None else {"labels": [each for each, p in probabilities.items() if p >= threshold]}
     return {
         "id": id,
         "label": sentiment.label,
-        "score": _rounded(sentiment.score),
-        "probabilities": {LABELS[0]: _rounded(negative), LABELS[1]: _rounded(neutral), LABELS[2]: _rounded(positive)},
+        "score": None if sentiment.score is None else _rounded(sentiment.score),
+        "probabilities": probabilities,
+        **listed,
         "truncated": truncated,
         "model": model,
         "source": source,
@@ -135,14 +143,28 @@ def result_fields(
     }
 
 
-def _template(record: Record, model: str, processed_at: str) -> bytes:
+class _Formats(NamedTuple):
+    """What the results of one model have in common: its labels' names in JSON, and the part with the probabilities."""
+
+    names: dict[str, bytes]
+    probabilities: bytes
+
+
+@lru_cache(maxsize=8)
+def _formats(labels: LabelSet) -> _Formats:
+    names = {name: orjson.dumps(name) for name in labels.names}
+    probabilities = b",".join(name.replace(b"%", b"%%") + b":%b" for name in names.values())
+    listed = b"" if labels.threshold is None else b',"labels":[%b]'
+    return _Formats(names, b'"probabilities":{' + probabilities + b"}" + listed)
+
+
+def _template(record: Record, model: str, processed_at: str, formats: _Formats) -> bytes:
     """A format for the results of a partition. It takes, as JSON and in order, what differs between them."""
     by, topic, now = (orjson.dumps(word).replace(b"%", b"%%") for word in (model, record.topic, processed_at))
     return (
-        b'{"id":%%b,"label":%%b,"score":%%b,'
-        b'"probabilities":{"negative":%%b,"neutral":%%b,"positive":%%b},"truncated":%%b,"model":%b,'
+        b'{"id":%%b,"label":%%b,"score":%%b,%b,"truncated":%%b,"model":%b,'
         b'"source":{"topic":%b,"partition":%d,"offset":%%d},"event_time":%%b,"processed_at":%b}'
-    ) % (by, topic, record.partition, now)
+    ) % (formats.probabilities, by, topic, record.partition, now)
 
 
 def _spliced(record: Record, result: bytes) -> bytes:
@@ -170,12 +192,29 @@ def _rounded(number: float) -> float:
     return round(number * _MILLION) / _MILLION  # round() gives an integer, so that there is no negative zero
 
 
-def _json_numbers(scores: Sequence[float], probabilities: Sequence[tuple[float, ...]]) -> list[list[bytes]]:
-    """Scores (N) and probabilities (N × 3) as four columns of what ``orjson.dumps`` writes after ``_rounded``."""
-    numbers = np.fromiter(chain(scores, *zip(*probabilities, strict=True)), float, 4 * len(scores))
+def _json_columns(
+    scores: Sequence[float | None],
+    probabilities: Sequence[tuple[float, ...]],
+    labels: LabelSet,
+    names: Collection[bytes],
+) -> list[list[bytes]]:
+    """Columns of what ``orjson.dumps`` writes after ``_rounded``: scores (N), probabilities (N × L), and, with a threshold,
+    the names of the labels that reach it, with commas between them.
+    """
+    count = len(scores)
+    has_scores = labels.weights is not None
+    columns = zip(*probabilities, strict=True)
+    given = chain(scores, *columns) if has_scores else chain(*columns)
+    numbers = np.fromiter(given, float, (len(labels.names) + has_scores) * count)
     rounded = np.rint(numbers * _MILLION) / _MILLION + 0.0  # the sum has no negative zero
     written = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-    return [written[begin : begin + len(scores)] for begin in range(0, len(written), len(scores))]
+    each = [written[begin : begin + count] for begin in range(0, len(written), count)]
+    if not has_scores:
+        each.insert(0, [b"null"] * count)
+    if labels.threshold is not None:
+        reached = np.greater_equal(rounded.reshape(-1, count)[has_scores:], labels.threshold)
+        each.append([b",".join(compress(names, of_text)) for of_text in reached.T.tolist()])
+    return each
 
 
 def _json_strings(words: list[str]) -> list[bytes]:

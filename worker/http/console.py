@@ -126,6 +126,7 @@ class Console:
             "lag": statistics.lag(),
             "partitions": shortened(statistics.partitions(), PARTITION_CHARS),
             "model": statistics.model(),
+            "labels": statistics.labels(),
             "not_ready": self._not_ready(),
             "results": results,
             "letters": dead_letters,

@@ -54,7 +54,7 @@ class PreparedRunner(NamedTuple):
 class RunnerOptions(NamedTuple):
     """What a runner is prepared by.
 
-    ``columns``: the places of negative, neutral and positive among the logits. ``examples``: token ids of texts to compare
+    ``columns``: the place of each label among the logits. ``examples``: token ids of texts to compare
     number types by. ``max_tokens``: of a text. ``padding``: the id of padding. ``cpu_threads`` and ``max_batch_tokens``: as
     in settings. ``tuning_s``: seconds that measuring may take in all. ``cuda_pass``: as in settings.
     """

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import (
-    LABELS,
     Activation,
     Floats,
-    Label,
+    LabelSet,
     Sentiment,
     to_labels,
     to_probabilities,
@@ -26,7 +25,7 @@ from worker.core.sentiment import (
 from worker.model.autotune import TUNING_S
 from worker.model.checkpoint import Checkpoint
 from worker.model.device import device_of, unused_device_warning
-from worker.model.labels import label_columns
+from worker.model.labels import LabelOptions, checkpoint_labels
 from worker.model.library_errors import as_model_error
 from worker.model.loading import load_model, open_checkpoint
 from worker.model.reviews import read_reviews
@@ -46,27 +45,30 @@ Normalize = Literal["nfc", "none"]
 class SentimentModel:
     """A loaded checkpoint.
 
-    ``name``: as in results, ``name@revision``. ``max_tokens``: of a text; longer ones are cut. ``max_batch_tokens``: of one
-    pass, padding included. ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and
-    ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass, ``padded`` or ``unpadded``. ``warning``: a
-    warning about a checkpoint that can be used; None if there is none.
+    ``name``: as in results, ``name@revision``, and ``revision`` the second of these, with the settings that change results
+    and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text; longer
+    ones are cut. ``max_batch_tokens``: of one pass, padding included. ``passes``: how many threads should call ``logits`` at
+    once to be fastest. ``widths`` and ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass,
+    ``padded`` or ``unpadded``. ``warning``: a warning about a checkpoint that can be used; None if there is none.
     """
 
     def __init__(
         self,
         *,
-        name: str,
+        checkpoint_name: str,
+        revision: str,
         tokenizer: TruncatingTokenizer,
         runner: PreparedRunner,
         device: str,
         columns: Sequence[int],
-        activation: Activation,
+        labels: LabelSet,
         warning: str | None,
         load_arguments: Mapping[str, Any],
     ) -> None:
-        self.name = name
+        self.name = f"{checkpoint_name}@{revision}"
+        self.revision = revision
         self.warning = warning
-        self.activation: Activation = activation
+        self.labels = labels
         self.device = device
         self.backend = runner.backend
         self.dtype = runner.dtype
@@ -92,7 +94,10 @@ class SentimentModel:
         name_or_path: str = DEFAULT_MODEL,
         *,
         revision: str | None = None,
-        activation: Activation = "sigmoid",
+        model_labels: Mapping[str, str] | None = None,
+        label_scores: Mapping[str, float] | None = None,
+        activation: Activation | Literal["auto"] = "auto",
+        threshold: float | None = None,
         normalize: Normalize = "nfc",
         device: str = "auto",
         dtype: str = "auto",
@@ -110,7 +115,12 @@ class SentimentModel:
 
         name_or_path: a folder, with ``/``, ``./``, ``../`` or ``~`` in front; ``builtin``; any other name is of the hub
         revision: the hub's branch, tag or commit; None is its newest
-        activation: logits → probabilities: ``sigmoid``, as the card does, or ``softmax``
+        model_labels: other names for labels of the checkpoint, by their own
+        label_scores: the weights by which probabilities add up to the score, by label (0 for one that is not there); None is
+            -1, 0, 1 for negative, neutral, positive, and no score for other labels
+        activation: logits → probabilities: ``sigmoid`` or ``softmax``; ``auto`` is sigmoid for the card's labels, as the
+            card does, else by the checkpoint's ``problem_type``
+        threshold: results also list the labels with this probability or more
         normalize: ``nfc`` drops stress marks and composes letters before a text is tokenized; ``none`` leaves it
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is a GPU and torch, else cpu
         dtype: ``float32``, ``bfloat16``, ``float16``, on a CPU ``int8``; ``auto`` is float32 on a CPU, and on a GPU
@@ -125,7 +135,8 @@ class SentimentModel:
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)
         checkpoint = open_checkpoint(name_or_path, revision)
-        columns = label_columns(name_or_path, checkpoint.config)
+        options_of_labels = LabelOptions(model_labels or {}, label_scores, activation, threshold)
+        labels, columns, non_default = checkpoint_labels(name_or_path, checkpoint.config, options_of_labels)
         with as_model_error(name_or_path, "loaded"):
             loaded = load_model(checkpoint, device=where, dtype=dtype, backend=backend)
         tokenizer, examples, warning = _prepare_tokenizer(checkpoint, loaded.tokenizer, normalize)
@@ -143,12 +154,13 @@ class SentimentModel:
         for each in warnings:
             log.warning("%s", each)
         return cls(
-            name=f"{name_or_path}@{checkpoint.identity()}{_non_default(activation, normalize)}",
+            checkpoint_name=name_or_path,
+            revision=checkpoint.identity() + non_default + _non_default(normalize),
             tokenizer=tokenizer,
             runner=loaded.prepare_runner(options),
             device=where,
             columns=columns,
-            activation=activation,
+            labels=labels,
             warning="; ".join(warnings) or None,
             load_arguments=load_arguments | {"revision": checkpoint.commit},
         )
@@ -158,7 +170,7 @@ class SentimentModel:
         return self._tokenizer(texts)
 
     def logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
-        """Logits (N, 3), columns as LABELS, of the token ids of N texts, in one pass of the model.
+        """Logits (N, L), columns as ``labels``, of the token ids of N texts, in one pass of the model.
 
         Raises what ONNX Runtime or torch raises, torch.OutOfMemoryError among it.
         """
@@ -169,11 +181,11 @@ class SentimentModel:
         return self._memory_bytes()
 
     @overload
-    def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> Label | None: ...  # type: ignore[overload-overlap]
+    def get_sentiment(self, text: str, return_type: Literal["label"] = "label") -> str | None: ...  # type: ignore[overload-overlap]
     @overload
     def get_sentiment(self, text: str, return_type: Literal["score"]) -> float: ...  # type: ignore[overload-overlap]
     @overload
-    def get_sentiment(self, text: Collection[str], return_type: Literal["label"] = "label") -> list[Label | None]: ...
+    def get_sentiment(self, text: Collection[str], return_type: Literal["label"] = "label") -> list[str | None]: ...
     @overload
     def get_sentiment(self, text: Collection[str], return_type: Literal["score"]) -> list[float]: ...
     @overload
@@ -181,21 +193,26 @@ class SentimentModel:
 
     def get_sentiment(
         self, text: str | Collection[str], return_type: ReturnType = "label"
-    ) -> Label | float | list[Label | None] | list[float] | Floats | None:
-        """The model card's function: the label, the score from -1 to 1, or the probabilities as LABELS, of a text.
+    ) -> str | float | list[str | None] | list[float] | Floats | None:
+        """The model card's function: the label, the score, or the probabilities in the order of ``labels``, of a text.
 
-        For a sequence of N texts (a list, an array, a column) a list of N, or an N x 3 array for ``proba``. A text with a
+        For a sequence of N texts (a list, an array, a column) a list of N, or an N x L array for ``proba``. A text with a
         lone surrogate is no Unicode and has no answer: its label is None, its score and its probabilities are NaN.
 
-        Raises ValueError for another ``return_type``, TypeError for what is neither a string nor a sequence of strings,
-        FloatingPointError where a logit of the model is not finite.
+        Raises ValueError for another ``return_type``, or for a score where the labels have no weights; TypeError for what
+        is neither a string nor a sequence of strings; FloatingPointError where a logit of the model is not finite.
         """
         if return_type not in ("label", "score", "proba"):
             raise ValueError(f"return_type is {return_type!r}; it should be label, score or proba")
+        weights = self.labels.weights
+        if return_type == "score" and weights is None:
+            raise ValueError("the model's labels have no weights, so that there is no score; load it with label_scores")
         probabilities = self._probabilities([text] if isinstance(text, str) else _texts(text))
         if return_type == "proba":
             return probabilities[0] if isinstance(text, str) else probabilities
-        answers = to_scores(probabilities).tolist() if return_type == "score" else to_labels(probabilities)
+        answers: list[str | None] | list[float] = to_labels(probabilities, self.labels.names)
+        if return_type == "score":
+            answers = to_scores(probabilities, weights or ()).tolist()
         return answers[0] if isinstance(text, str) else answers
 
     def score(self, texts: Sequence[str]) -> list[tuple[Sentiment | None, bool]]:
@@ -204,19 +221,19 @@ class SentimentModel:
         The sentiment is None where a logit is not finite, and for a text with a lone surrogate.
         """
         _, logits, truncated = self._all_logits(texts)
-        return list(zip(to_sentiments(logits, self.activation), truncated.tolist(), strict=True))
+        return list(zip(to_sentiments(logits, self.labels), truncated.tolist(), strict=True))
 
     def _probabilities(self, texts: Sequence[str]) -> Floats:
         places, logits, _ = self._all_logits(texts)
         if not np.isfinite(logits[places]).all():
             raise FloatingPointError("the model answered with a logit that is not finite")
-        return to_probabilities(logits, self.activation)
+        return to_probabilities(logits, self.labels.activation)
 
     def _all_logits(self, texts: Sequence[str]) -> tuple[list[int], NDArray[np.float32], NDArray[np.bool_]]:
-        """Places of texts that can be tokenized; logits (N, 3), NaN for other texts; whether each text was cut."""
+        """Places of texts that can be tokenized; logits (N, L), NaN for other texts; whether each text was cut."""
         places = [place for place, text in enumerate(texts) if not SURROGATES.search(text)]
         ids, cut = self.tokenize([texts[place] for place in places])
-        logits = np.full((len(texts), len(LABELS)), np.nan, dtype=np.float32)
+        logits = np.full((len(texts), len(self._columns)), np.nan, dtype=np.float32)
         truncated = np.zeros(len(texts), dtype=np.bool_)
         truncated[places] = cut
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
@@ -249,9 +266,9 @@ def _prepare_tokenizer(
     )
 
 
-def _non_default(activation: Activation, normalize: Normalize) -> str:
-    """The settings that change results and are not at their default, as they stand in the model's name."""
-    given = {"activation": (activation, "sigmoid"), "normalize": (normalize, "nfc")}
+def _non_default(normalize: Normalize) -> str:
+    """The settings of texts that change results and are not at their default, as they stand in the model's name."""
+    given = {"normalize": (normalize, "nfc")}
     return "".join(f"+{name}={value}" for name, (value, default) in given.items() if value != default)
 
 

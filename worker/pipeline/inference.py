@@ -129,7 +129,7 @@ class Inference:
         )
 
     def _use(self, runner: ModelRunner) -> None:
-        self._runner, self._cache = runner, ResultCache(self._cache_size)
+        self._runner, self._cache = runner, ResultCache(self._cache_size, runner.model.labels)
 
     async def _call(self, thread: SerialExecutor, function: Callable[..., Answer], *arguments: Any) -> Answer:
         """What a function returns on a thread. Raises FatalInferenceError as soon as inference is dead, even if it hangs."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
-from worker.core.sentiment import LABELS, Activation, Sentiment, to_sentiments
+from worker.core.sentiment import LabelSet, Sentiment, to_sentiments
 from worker.runtime.memory import free_device_memory, is_out_of_memory
 from worker.runtime.threads import parallel_map
 from worker.telemetry.metrics import Metrics
@@ -35,7 +35,7 @@ class Model(Protocol):
     """
 
     name: str
-    activation: Activation
+    labels: LabelSet
     max_batch_tokens: int
     max_tokens: int
     passes: int
@@ -86,7 +86,7 @@ class ModelRunner:
         Raises what the model raises, ValueError where a known-good text cannot be scored.
         """
         self._warm_up(self.model.logits)
-        if not _is_finite(self._known_good_logits()):
+        if not self._is_finite(self._known_good_logits()):
             raise ValueError("the model does not answer a known-good text with finite numbers")
         self._is_warm = True
 
@@ -128,9 +128,9 @@ class ModelRunner:
         self._model_progressed()
         try:
             logits = self.model.logits(ids)
-            if logits.shape != (len(ids), len(LABELS)):
+            if logits.shape != (len(ids), len(self.model.labels.names)):
                 raise ValueError(f"logits of shape {logits.shape}")
-            sentiments = to_sentiments(logits, self.model.activation)
+            sentiments = to_sentiments(logits, self.model.labels)
         except Exception as error:  # noqa: BLE001 - torch raises what it likes
             if is_out_of_memory(error):
                 return self._score_with_less_memory(ids)
@@ -185,17 +185,16 @@ class ModelRunner:
     def _scores_known_good(self) -> bool:
         self._model_progressed()
         try:
-            return _is_finite(self._known_good_logits())
+            return self._is_finite(self._known_good_logits())
         except Exception:  # noqa: BLE001 - whatever it raises, the answer is no
             return False
 
     def _known_good_logits(self) -> NDArray[np.float32]:
         return self.model.logits(self.model.tokenize([KNOWN_GOOD])[0])
 
-
-def _is_finite(logits: NDArray[np.float32]) -> bool:
-    """Whether these are the logits of one text, all of them finite."""
-    return logits.shape == (1, len(LABELS)) and bool(np.isfinite(logits).all())
+    def _is_finite(self, logits: NDArray[np.float32]) -> bool:
+        """Whether these are the logits of one text, all of them finite."""
+        return logits.shape == (1, len(self.model.labels.names)) and bool(np.isfinite(logits).all())
 
 
 def _kind(error: BaseException) -> str:

@@ -97,7 +97,10 @@ class Outcomes:
         answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
         if set(map(type, answers)) == {Sentiment}:
             sentiments = cast("list[Sentiment]", answers)
-            results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
+            model = job.model
+            results = self._encoder.encode(
+                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels
+            )
             if set(map(type, results)) == {Outgoing}:
                 producer_records = named_tuples(
                     ProducerRecord,
@@ -117,6 +120,7 @@ class Outcomes:
                     list(compress(truncated, are_scored)),
                     job.model.name,
                     processed_at,
+                    labels=job.model.labels,
                 )
             )
             results = [

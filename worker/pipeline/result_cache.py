@@ -3,7 +3,7 @@
 from hashlib import blake2b
 from struct import Struct
 
-from worker.core.sentiment import LABELS, Sentiment
+from worker.core.sentiment import CARD, LabelSet, Sentiment
 
 
 class ResultCache:
@@ -19,11 +19,16 @@ class ResultCache:
     Belongs to the event loop; nothing here blocks.
     """
 
-    _entry = Struct("<B?4d")  # the label's index, whether the text was truncated, the score and the probabilities
+    def __init__(self, size: int, labels: LabelSet = CARD) -> None:
+        """``size`` is in texts; 0 switches the cache off. As there are two generations, 1 is the same as 2.
 
-    def __init__(self, size: int) -> None:
-        """``size`` is in texts; 0 switches the cache off. As there are two generations, 1 is the same as 2."""
+        ``labels``: those of the model whose results are kept.
+        """
         self.is_off = size == 0
+        self._names = labels.names
+        self._has_scores = labels.weights is not None
+        # The label's index, whether the text was truncated, the score and the probabilities.
+        self._entry = Struct(f"<{'B' if len(labels.names) <= 256 else 'H'}?{1 + len(labels.names)}d")
         self._half = max(1, size // 2)
         self._young: dict[bytes, bytes] = {}
         self._old: dict[bytes, bytes] = {}
@@ -38,13 +43,13 @@ class ResultCache:
                 return None
             self._keep(digest, entry)
         label, truncated, score, *probabilities = self._entry.unpack(entry)
-        return Sentiment(LABELS[label], score, tuple(probabilities)), truncated
+        return Sentiment(self._names[label], score if self._has_scores else None, tuple(probabilities)), truncated
 
     def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
         if not self.is_off:
             self._old.pop(digest, None)
             label, score, probabilities = sentiment
-            self._keep(digest, self._entry.pack(LABELS.index(label), truncated, score, *probabilities))
+            self._keep(digest, self._entry.pack(self._names.index(label), truncated, score or 0.0, *probabilities))
 
     def _keep(self, digest: bytes, entry: bytes) -> None:
         if len(self._young) >= self._half and digest not in self._young:

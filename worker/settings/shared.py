@@ -7,7 +7,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.base import Settings
-from worker.settings.types import INT32, Device, FieldPath, LogLevel, Servers, Topic
+from worker.settings.types import INT32, Device, FieldPath, LabelScores, LogLevel, ModelLabels, Servers, Topic
 from worker.settings.values import revision_fault
 
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
@@ -24,8 +24,22 @@ class CheckpointSettings(LogSettings):
         description="checkpoint: a folder (named with / or ./ in front), a name on the hub, or builtin (small, for trials)",
     )
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
-    activation: Literal["sigmoid", "softmax"] = Field(
-        "sigmoid", description="how logits become probabilities; sigmoid: as on the default model's card"
+    model_labels: ModelLabels | None = Field(
+        None, description="other names for the model's labels in results: LABEL_0=negative,LABEL_1=neutral,…"
+    )
+    label_scores: LabelScores | None = Field(
+        None,
+        description="weights by which probabilities add up to the score: 1 star=-1,2 stars=-0.5,…; a label that is not "
+        "named weighs 0; default: -1, 0, 1 for negative, neutral, positive, and no score for other labels",
+    )
+    activation: Literal["auto", "sigmoid", "softmax"] = Field(
+        "auto",
+        description="how logits become probabilities; auto: sigmoid for the labels negative, neutral, positive, as on the "
+        "default model's card, else by problem_type in config.json: sigmoid for multi-label models, softmax for others",
+    )
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="results also list, as labels, all labels with this probability or more; goes with activation sigmoid",
     )
     normalize: Literal["nfc", "none"] = Field(
         "nfc",

@@ -1,5 +1,6 @@
 """Types of values: what each takes, and the sentence that says so where a value is refused."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from worker.reasons import Reason
 from worker.settings.base import unquoted
-from worker.settings.values import AGO, moment_ms, split_names, text_fields, whole_name
+from worker.settings.values import AGO, moment_ms, pairs, split_names, text_fields, whole_name
 
 INT32 = 2**31 - 1
 HOST = re.compile(r"[^\s/\\@?#,]+")
@@ -117,6 +118,43 @@ def _reasons(words: list[str]) -> list[str]:
     return reasons
 
 
+def _pairs(value: str, right: str) -> tuple[Sequence[str], Sequence[str]]:
+    """The first and the second words of pairs. Raises ValueError where a word is no pair, or a first one is there twice."""
+    found, fault = [], ""
+    try:
+        found = pairs(value)
+    except ValueError as error:
+        fault = f", and {error}"
+    if not found:
+        raise ValueError(
+            f"it should be {right}, separated by commas, with a backslash before a comma, an equals sign or a backslash "
+            f"within a name{fault}"
+        )
+    _once([first for first, _ in found])
+    return [first for first, _ in found], [second for _, second in found]
+
+
+def _model_labels(value: str) -> str:
+    _, names = _pairs(value, "LABEL=NAME for each label that has another name in results")
+    _once(names)
+    return value
+
+
+def _label_scores(value: str) -> str:
+    _, weights = _pairs(value, "LABEL=WEIGHT for each label that counts")
+    for weight in weights:
+        if not _is_finite(weight):
+            raise ValueError(f"it should give each label a finite number, such as -0.5, and {weight} is none")
+    return value
+
+
+def _is_finite(number: str) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except ValueError:
+        return False
+
+
 def _label_map(words: list[str]) -> list[str]:
     mapped = unquoted(words)
     _once([word.rpartition("=")[0] for word in mapped])
@@ -143,6 +181,8 @@ def _end(value: str) -> str:
 
 Words = Annotated[list[str], AfterValidator(unquoted)]
 LabelMap = Annotated[list[str], AfterValidator(_label_map)]
+ModelLabels = Annotated[str, AfterValidator(_model_labels)]
+LabelScores = Annotated[str, AfterValidator(_label_scores)]
 Columns = Annotated[  # a TOML file may have one word in place of a list
     Words, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]

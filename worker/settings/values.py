@@ -3,12 +3,14 @@
 import ipaddress
 import re
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from pydantic import SecretStr
 
 DEFAULT_TEXT_FIELD = "text"
 AGO = re.compile(r"([0-9]{1,6})([smhd])")
+PAIR = re.compile(r"((?:\\[\\,=]|[^\\,=])+)=((?:\\[\\,=]|[^\\,=])+)")
 SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -29,6 +31,23 @@ def text_fields(value: str) -> tuple[str, dict[str, str]]:
         (name.strip(), path.strip()) for name, _, path in (word.partition("=") for word in words if "=" in word)
     ]
     return others[0] if others else DEFAULT_TEXT_FIELD, dict(by_topic)
+
+
+def pairs(value: str) -> list[tuple[str, str]]:
+    r"""``"a=b, c\,d=e"`` → ``[("a", "b"), ("c,d", "e")]``. Raises ValueError for a word that is no pair."""
+    found = []
+    for word in filter(str.strip, re.findall(r"(?:\\.|[^,])+", value)):
+        pair = PAIR.fullmatch(word)
+        names = [re.sub(r"\\(.)", r"\1", each).strip() for each in pair.groups()] if pair else []
+        if not all(names) or not names:
+            raise ValueError(f"{word.strip()!r} is no pair")
+        found.append((names[0], names[1]))
+    return found
+
+
+def pairs_text(pairs: Iterable[tuple[str, str]]) -> str:
+    """The opposite of ``pairs``."""
+    return ",".join("=".join(re.sub(r"([\\,=])", r"\\\1", each) for each in pair) for pair in pairs)
 
 
 def whole_name(pattern: str) -> re.Pattern[str]:

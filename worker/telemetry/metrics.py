@@ -33,6 +33,8 @@ QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
 IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # settings whose values are labels
+MAX_LABELS = 64  # of a model that have a series each; results with another label are counted under OTHER
+OTHER = "other"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they are one more series for each counter, which nobody reads
@@ -157,12 +159,13 @@ class Metrics:
         )
         self.http_changes = counter("http_changes_total", "HTTP requests accepted that change something: reloads")
         gauge("build_info", "This build", ["version"]).labels(version).set(1)
+        self.shown_labels: list[str] = []  # those that have a series each, of the model in use
+        self._known_labels: set[str] = set()
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
         """Creates series whose labels are known, because a rate over a series that appears later misses its first step."""
-        for label in LABELS:
-            self.results_published.labels(label)
+        self.set_labels(LABELS)
         for outcome in ("done", "failed"):
             self.reloads.labels(outcome)
         for refusal in get_args(Refusal):
@@ -195,6 +198,22 @@ class Metrics:
         self.model_info.clear()
         self.model_info.labels(name, revision, *(in_force[label] for label in IN_FORCE)).set(1)
 
+    def set_labels(self, labels: Sequence[str]) -> None:
+        """The labels of the model in use from now on, each with a series, from 0 on; those beyond MAX_LABELS share OTHER.
+
+        The series of a label that only the model before has stays where it has counted results: it rises no more, and the
+        sum over all labels stays the number of results.
+        """
+        shown = [*labels[:MAX_LABELS], *([OTHER] if len(labels) > MAX_LABELS else [])]
+        for family in self.results_published.collect():
+            for sample in family.samples:
+                if not sample.value and sample.labels["label"] not in shown:
+                    self.results_published.remove(sample.labels["label"])
+        for label in shown:
+            self.results_published.labels(label)
+        self._known_labels.update(shown)  # results of the model before may still be on their way
+        self.shown_labels = shown
+
     def partitions(self) -> int:
         """How many partitions are assigned to this process."""
         return int(sum(sample.value for family in self.assigned_partitions.collect() for sample in family.samples))
@@ -204,14 +223,15 @@ class Metrics:
         for topic, count in Tally(topics).items():
             self.records_consumed.labels(topic).inc(count)
 
-    def published(self, labels: Iterable[str], scores: Sequence[float], seconds: Sequence[float]) -> None:
-        """Acknowledged results: their labels, their scores, and the seconds since their records' timestamps.
+    def published(self, labels: Iterable[str], scores: Sequence[float | None], seconds: Sequence[float]) -> None:
+        """Acknowledged results: their labels, their scores or None, and the seconds since their records' timestamps.
 
         Seconds that cannot be right (see ``timestamps.age_s``) would spoil the sum for good, and are counted apart.
         """
         for label, count in Tally(labels).items():
-            self.results_published.labels(label).inc(count)
-        self.score.observe(scores)
+            self.results_published.labels(label if label in self._known_labels else OTHER).inc(count)
+        numbers = np.asarray(scores, dtype=float)  # None becomes NaN
+        self.score.observe(numbers[~np.isnan(numbers)])
         ages = np.asarray(seconds, dtype=float)
         is_plausible = (ages >= -MAX_CLOCK_SKEW_S) & (ages <= MAX_AGE_S)
         self.implausible_timestamps.inc(len(ages) - int(is_plausible.sum()))

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge, Histogram
 
-from worker.core.sentiment import LABELS
 from worker.telemetry.metrics import QUEUES, STAGES, Metrics
 
 HISTORY_S: Final = 300
@@ -30,17 +29,17 @@ class Sample(NamedTuple):
     lag_s: float | None
     p50_ms: float | None
     p95_ms: float | None
-    negative: float
-    """Results a second; so are the next two."""
-    neutral: float
-    positive: float
     score: float | None
+    """The mean of the results that have one."""
+    labels: dict[str, float]
+    """Results a second of each label; those without any are left out."""
 
 
 class _Totals(NamedTuple):
     at: float
     consumed: float
-    labels: NDArray[np.float64]
+    labels: dict[str, float]
+    scored: int
     scores: float
     latencies: NDArray[np.int64]
 
@@ -67,12 +66,12 @@ class RollingStatistics:
         self._totals.append(new)
         recent = self._totals[max(0, len(self._totals) - 1 - RATE_S)]
         old = self._totals[0]
-        results = float((new.labels - old.labels).sum())
+        scored = new.scored - old.scored
         bounds = 1000 * self._metrics.end_to_end_seconds.read()[0]
         latencies = new.latencies - old.latencies
         self._read_lags()
         is_known = self._lags and not self._unknown
-        negative, neutral, positive = ((new.labels - old.labels) / (new.at - old.at)).round(2).tolist()
+        rates = {label: (count - old.labels.get(label, 0)) / (new.at - old.at) for label, count in new.labels.items()}
         sample = Sample(
             int(self._now()),
             round((new.consumed - recent.consumed) / (new.at - recent.at), 1),
@@ -80,10 +79,8 @@ class RollingStatistics:
             _rounded(max(_values(self._metrics.lag_seconds), default=None)) if is_known else None,
             _rounded(quantile(bounds, latencies, 0.5)),
             _rounded(quantile(bounds, latencies, 0.95)),
-            negative,
-            neutral,
-            positive,
-            _rounded((new.scores - old.scores) / results if results else None, 3),
+            _rounded((new.scores - old.scores) / scored if scored else None, 3),
+            {label: round(rate, 2) for label, rate in rates.items() if rate},
         )
         self.history.append(sample)
         return sample
@@ -147,6 +144,10 @@ class RollingStatistics:
             "cache_hits": sum(_values(metrics.cache_hits)),
         }
 
+    def labels(self) -> list[str]:
+        """The labels of the model in use that have a series each, in its order; ``other`` at the end where it has more."""
+        return self._metrics.shown_labels
+
     def model(self) -> dict[str, str]:
         """The labels of the model in use; empty while the first is loading."""
         samples = [sample for family in self._metrics.model_info.collect() for sample in family.samples]
@@ -154,11 +155,12 @@ class RollingStatistics:
 
     def _read(self) -> _Totals:
         metrics = self._metrics
-        labels = np.array([_values(metrics.results_published.labels(label))[0] for label in LABELS])
+        samples = [sample for family in metrics.results_published.collect() for sample in family.samples]
+        labels = {sample.labels["label"]: sample.value for sample in samples}
         _, latencies, _ = metrics.end_to_end_seconds.read()
-        return _Totals(
-            self._clock(), sum(_values(metrics.records_consumed)), labels, metrics.score.read()[2], latencies.copy()
-        )
+        _, scored, scores = metrics.score.read()
+        consumed = sum(_values(metrics.records_consumed))
+        return _Totals(self._clock(), consumed, labels, int(scored.sum()), scores, latencies.copy())
 
 
 def quantile(bounds: NDArray[np.float64], counts: NDArray[np.int64], share: float) -> float | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 CLASSES = ("negative", "neutral", "positive")
-"""The three classes; a class's place here is its id everywhere."""
+"""The three classes that train teaches; a class's place is its id. Evaluation has those of the model that it measures."""
 
 HELD_OUT_BELOW = 26
 DEVELOPMENT_BELOW = 52
@@ -31,11 +31,12 @@ class LabelledFile:
     label_column: str = "label"
     label_map: Mapping[str, str] = field(default_factory=dict)
     """Label in the file → class name, or "" to drop its rows. If it names no class, the labels are the class names."""
+    classes: Sequence[str] = CLASSES
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text. `label` is an index into `CLASSES`."""
+    """One labelled text. `label` is an index into the classes of its file."""
 
     source: str
     text: str
@@ -70,6 +71,7 @@ def parse_sources(
     label_maps: Sequence[str] = (),
     text_columns: Sequence[str] = (),
     label_columns: Sequence[str] = (),
+    classes: Sequence[str] = CLASSES,
 ) -> list[LabelledFile]:
     """The labelled files that the flags of the command line describe; reads none of them.
 
@@ -90,12 +92,12 @@ def parse_sources(
         raise ValueError("no source; give at least one --source NAME=PATH")
     maps: dict[str, dict[str, str]] = {name: {} for name in paths}
     for word in label_maps:
-        name, raw, wanted = _parse_label_map(word)
+        name, raw, wanted = _parse_label_map(word, classes)
         _require_source("--label-map", name, paths)
         maps[name][raw] = wanted
     texts, labels = _columns("--text-column", text_columns, paths), _columns("--label-column", label_columns, paths)
     return [
-        LabelledFile(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name])
+        LabelledFile(name, Path(path), texts.get(name, "text"), labels.get(name, "label"), maps[name], classes)
         for name, path in paths.items()
     ]
 
@@ -118,15 +120,15 @@ def _require_source(flag: str, name: str, sources: Iterable[str]) -> None:
         raise ValueError(f"{flag} names {name!r}, which is no --source; there is {', '.join(sources)}")
 
 
-def _parse_label_map(word: str) -> tuple[str, str, str]:
+def _parse_label_map(word: str, classes: Sequence[str]) -> tuple[str, str, str]:
     name, colon, rest = word.partition(":")
     raw, equals, wanted = rest.rpartition("=")
     if not (name and colon and equals):
         raise ValueError(
             f"--label-map {word!r} is not NAME:RAW=CLASS, such as reviews:-1=negative (or reviews:skip= to drop its rows)"
         )
-    if wanted and wanted not in CLASSES:
-        raise ValueError(f"--label-map {word!r} maps to no class; the classes are {', '.join(CLASSES)}")
+    if wanted and wanted not in classes:
+        raise ValueError(f"--label-map {word!r} maps to no class; the classes are {', '.join(classes)}")
     return name, raw, wanted
 
 
@@ -159,13 +161,14 @@ def read_source(source: LabelledFile) -> list[Example]:
 
 def _label_ids(source: LabelledFile) -> dict[str, int | None]:
     """The class of each label in the file; None for those whose rows are dropped."""
-    unknown = sorted(set(source.label_map.values()) - {*CLASSES, ""})
+    classes = source.classes
+    unknown = sorted(set(source.label_map.values()) - {*classes, ""})
     if unknown:
         raise ValueError(
-            f"source {source.name!r}: the label map names {unknown[0]!r}; the classes are {', '.join(CLASSES)}"
+            f"source {source.name!r}: the label map names {unknown[0]!r}; the classes are {', '.join(classes)}"
         )
-    own = {} if any(source.label_map.values()) else {name: name for name in CLASSES}
-    return {raw: CLASSES.index(name) if name else None for raw, name in (own | dict(source.label_map)).items()}
+    own = {} if any(source.label_map.values()) else {name: name for name in classes}
+    return {raw: classes.index(name) if name else None for raw, name in (own | dict(source.label_map)).items()}
 
 
 def _rows(source: LabelledFile) -> Iterable[tuple[int, dict[str, str | None]]]:

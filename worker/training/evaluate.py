@@ -14,15 +14,15 @@ from worker.printable import printable
 from worker.training.dataset import CLASSES, Example, HoldOutBy, LabelledFile, is_held_out, read_source
 
 Matrix = NDArray[np.int64]
-"""A 3 × 3 confusion matrix: rows are the true classes, columns the predicted ones, in the order of `CLASSES`."""
+"""A square confusion matrix: rows are the true classes, columns the predicted ones, both in the order of the classes."""
 
 Predict = Callable[[list[str]], Sequence[str | None]]
-"""N texts → N labels, each one of `CLASSES` (upper or lower case)."""
+"""N texts → N labels, each one of the classes (`CLASSES` in upper or lower case)."""
 
 
-def confusion(truth: Iterable[int], predicted: Iterable[int]) -> Matrix:
+def confusion(truth: Iterable[int], predicted: Iterable[int], classes: int = len(CLASSES)) -> Matrix:
     """Counts of (true class, predicted class), from the class ids of N texts and those predicted for them."""
-    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    matrix = np.zeros((classes, classes), np.int64)
     for true, guess in zip(truth, predicted, strict=True):
         matrix[true, guess] += 1
     return matrix
@@ -53,11 +53,12 @@ class EvaluationReport:
     """The figures of a classifier: a confusion matrix per source, in the order of the sources."""
 
     matrices: Mapping[str, Matrix]
+    classes: Sequence[str] = CLASSES
 
     @property
     def overall(self) -> Matrix:
         """All sources' rows in one confusion matrix."""
-        return sum(self.matrices.values(), np.zeros((len(CLASSES), len(CLASSES)), np.int64))
+        return sum(self.matrices.values(), np.zeros((len(self.classes), len(self.classes)), np.int64))
 
     @property
     def macro_f1(self) -> float:
@@ -73,36 +74,40 @@ class EvaluationReport:
     def table(self) -> Group:
         """For `rich.print`: macro-F1 per source and overall, then the confusion matrix of all rows."""
         scores = Table("Source", title="Macro F1")
-        for heading in ("Macro F1", "Texts", *CLASSES):
+        for heading in ("Macro F1", "Texts", *map(_shown, self.classes)):
             scores.add_column(heading, justify="right")
         for name, matrix in self.matrices.items():
             scores.add_row(*_score_cells(name, matrix))
         scores.add_section()
         scores.add_row(*_score_cells("overall", self.overall))
         counts = Table("true \\ predicted", title="Confusion matrix")
-        for name in CLASSES:
-            counts.add_column(name, justify="right")
-        for name, row in zip(CLASSES, self.overall, strict=True):
-            counts.add_row(name, *(f"{count:,}" for count in row))
+        for name in self.classes:
+            counts.add_column(_shown(name), justify="right")
+        for name, row in zip(self.classes, self.overall, strict=True):
+            counts.add_row(_shown(name), *(f"{count:,}" for count in row))
         return Group(scores, counts)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers, six decimals: `{"classes", "sources": {name: figures}, "overall": figures}`."""
         return {
-            "classes": list(CLASSES),
-            "sources": {name: _figures(matrix) for name, matrix in self.matrices.items()},
-            "overall": _figures(self.overall),
+            "classes": list(self.classes),
+            "sources": {name: _figures(matrix, self.classes) for name, matrix in self.matrices.items()},
+            "overall": _figures(self.overall, self.classes),
         }
 
 
 def _score_cells(name: str, matrix: Matrix) -> list[str]:
     scores = [macro_f1(matrix), *class_f1(matrix)]
     shown = ["–" if np.isnan(score) else f"{score:.4f}" for score in scores]
-    return [escape(printable(name)), shown[0], f"{int(matrix.sum()):,}", *shown[1:]]
+    return [_shown(name), shown[0], f"{int(matrix.sum()):,}", *shown[1:]]
 
 
-def _figures(matrix: Matrix) -> dict[str, Any]:
-    f1 = {name: _number(score) for name, score in zip(CLASSES, class_f1(matrix), strict=True)}
+def _shown(name: str) -> str:
+    return escape(printable(name))
+
+
+def _figures(matrix: Matrix, classes: Sequence[str]) -> dict[str, Any]:
+    f1 = {name: _number(score) for name, score in zip(classes, class_f1(matrix), strict=True)}
     return {
         "macro_f1": _number(macro_f1(matrix)),
         "f1": f1,
@@ -129,13 +134,15 @@ def evaluate(
     for name, examples in rows.items():
         if not examples:
             raise ValueError(f"source {name!r} has no held-out row; evaluate all of its rows instead")
-    return evaluate_examples(predict, rows)
+    return evaluate_examples(predict, rows, sources[0].classes if sources else CLASSES)
 
 
-def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -> EvaluationReport:
+def evaluate_examples(
+    predict: Predict, rows: Mapping[str, Sequence[Example]], classes: Sequence[str] = CLASSES
+) -> EvaluationReport:
     """Measures `predict` on examples by source name. Blocks.
 
-    Raises ValueError where `predict` gives a label that is none of the three classes, or raises FloatingPointError.
+    Raises ValueError where `predict` gives a label that is none of the classes, or raises FloatingPointError.
     """
     matrices = {}
     for name, examples in rows.items():
@@ -146,11 +153,13 @@ def evaluate_examples(predict: Predict, rows: Mapping[str, Sequence[Example]]) -
                 f"source {name!r}: the model does not answer with finite numbers, so there is nothing to measure; its "
                 "weights are damaged, or its training diverged"
             ) from None
-        matrices[name] = confusion((e.label for e in examples), (_class_id(label) for label in labels))
-    return EvaluationReport(matrices)
+        predicted = (_class_id(label, classes) for label in labels)
+        matrices[name] = confusion((e.label for e in examples), predicted, len(classes))
+    return EvaluationReport(matrices, classes)
 
 
-def _class_id(label: str | None) -> int:
-    if label is None or label.lower() not in CLASSES:
-        raise ValueError(f"the model gives the label {label!r}; it must be one of {', '.join(CLASSES)}")
-    return CLASSES.index(label.lower())
+def _class_id(label: str | None, classes: Sequence[str]) -> int:
+    for each in () if label is None else (label, label.lower()):
+        if each in classes:
+            return classes.index(each)
+    raise ValueError(f"the model gives the label {label!r}; it must be one of {', '.join(classes)}")
