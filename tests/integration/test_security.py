@@ -348,7 +348,7 @@ WITHDRAWN = {
     "input": "cannot read: missing READ on topic {}; add the ACL",
     "output": "cannot publish to topic {0}: missing WRITE on topic {0}; add the ACL",
     "dead_letters": "cannot publish to topic {0}: missing WRITE on topic {0}; add the ACL",
-    "group": "missing READ on group {}; add the ACL",
+    "group": "cannot read: missing READ on group {}; add the ACL",
 }
 
 
