@@ -229,3 +229,23 @@ async def test_a_transaction_that_brokers_have_aborted_for_its_age(
     await late.commit({group.first: (1, METADATA)}, membership(member))
     assert (group.results(), group.committed()) == (1, {0: 1})
     await late.close(5)
+
+
+async def test_a_stream_of_records_that_are_too_large_costs_few_requests_although_the_limit_is_not_known(
+    broker: Broker, group: Group
+) -> None:
+    """The first of them is found by halving its batch. Records of its size and more are not sent then, for a minute."""
+    await asyncio.to_thread(group.kafka.set_config, group.topics.output, "max.message.bytes", 20_000)
+    publishing = sink(broker, group)
+    await publishing.open()
+    values = [b"x" * (30_000 if number % 50 == 7 else 10) for number in range(500)]
+    records = [
+        ProducerRecord(group.topics.output, Outgoing(b"%d" % number, value, [], None), 0)
+        for number, value in enumerate(values)
+    ]
+    for _ in range(3):
+        answers = await publishing.publish(records)
+        assert [number for number, reason in enumerate(answers) if reason] == [*range(7, 500, 50)]
+    refusals = publishing._metrics.kafka_errors.labels("publish")._value.get()
+    assert refusals < 40, "30 records of 1,500, each found by halving, would be some 200"
+    await publishing.close(5)
