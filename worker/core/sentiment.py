@@ -50,13 +50,19 @@ def to_labels(probabilities: Floats) -> list[Label | None]:
     return [None if label < 0 else LABELS[label] for label in best.tolist()]
 
 
+def sentiments_of(probabilities: Floats) -> list[Sentiment]:
+    """The N sentiments of probabilities (N, 3), none of which is NaN."""
+    labels = map(LABELS.__getitem__, probabilities.argmax(axis=-1).tolist())
+    of_texts = zip(*probabilities.T.tolist(), strict=True)
+    return named_tuples(Sentiment, labels, to_scores(probabilities).tolist(), of_texts)
+
+
 def to_sentiments(logits: NDArray[np.floating], activation: Activation = "sigmoid") -> list[Sentiment | None]:
     """The N sentiments of logits (N, 3); None where a logit is not finite."""
     finite = np.isfinite(logits).all(axis=-1)
-    probabilities = to_probabilities(np.where(finite[:, None], logits, 0.0), activation)
-    labels = map(LABELS.__getitem__, probabilities.argmax(axis=-1).tolist())
-    of_texts = zip(*probabilities.T.tolist(), strict=True)
-    sentiments: list[Sentiment | None] = [*named_tuples(Sentiment, labels, to_scores(probabilities).tolist(), of_texts)]
+    sentiments: list[Sentiment | None] = [
+        *sentiments_of(to_probabilities(np.where(finite[:, None], logits, 0.0), activation))
+    ]
     for place in np.flatnonzero(~finite).tolist():
         sentiments[place] = None
     return sentiments
