@@ -218,6 +218,8 @@ def _load(settings: BenchSettings, engine: Engine, budget: int | Literal["auto"]
         revision=settings.revision,
         activation=settings.activation,
         normalize=settings.normalize,
+        long_text=settings.long_text,
+        max_windows=settings.max_windows,
         device=settings.device,
         dtype=engine.dtype,
         backend=engine.backend,

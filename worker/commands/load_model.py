@@ -15,6 +15,8 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
         revision=settings.revision,
         activation=settings.activation,
         normalize=settings.normalize,
+        long_text=settings.long_text,
+        max_windows=settings.max_windows,
         device=settings.device,
         dtype=settings.dtype,
         backend=settings.backend,

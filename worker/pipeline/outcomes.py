@@ -87,9 +87,12 @@ class Outcomes:
     ) -> list[Outcome]:
         end = first_text + len(events)
         answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
+        windows = job.windows and job.windows[first_text:end]
         if set(map(type, answers)) == {Sentiment}:
             sentiments = cast("list[Sentiment]", answers)
-            results = self._encoder.encode(records, events, sentiments, truncated, job.model.name, processed_at)
+            results = self._encoder.encode(
+                records, events, sentiments, truncated, job.model.name, processed_at, windows
+            )
             if set(map(type, results)) == {Outgoing}:
                 producer_records = named_tuples(
                     ProducerRecord,
@@ -109,6 +112,7 @@ class Outcomes:
                     list(compress(truncated, are_scored)),
                     job.model.name,
                     processed_at,
+                    windows and list(compress(windows, are_scored)),
                 )
             )
             results = [

@@ -19,7 +19,8 @@ class ResultCache:
     Belongs to the event loop; nothing here blocks.
     """
 
-    _entry = Struct("<B?4d")  # the label's index, whether the text was truncated, the score and the probabilities
+    # The label's index, whether the text was truncated, the number of its windows, the score and the probabilities.
+    _entry = Struct("<B?B4d")
 
     def __init__(self, size: int) -> None:
         """``size`` is in texts; 0 switches the cache off. As there are two generations, 1 is the same as 2."""
@@ -29,22 +30,22 @@ class ResultCache:
         self._old: dict[bytes, bytes] = {}
         self._to_free: dict[bytes, bytes] = {}
 
-    def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
-        """The text's sentiment and whether the text was truncated; None where the cache does not have it."""
+    def get(self, digest: bytes) -> tuple[Sentiment, bool, int] | None:
+        """The text's sentiment, whether it was truncated, and its windows; None where the cache does not have it."""
         entry = self._young.get(digest)
         if entry is None:
             entry = self._old.pop(digest, None)
             if entry is None:
                 return None
             self._keep(digest, entry)
-        label, truncated, score, *probabilities = self._entry.unpack(entry)
-        return Sentiment(LABELS[label], score, tuple(probabilities)), truncated
+        label, truncated, windows, score, *probabilities = self._entry.unpack(entry)
+        return Sentiment(LABELS[label], score, tuple(probabilities)), truncated, windows
 
-    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
+    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool, windows: int = 1) -> None:
         if not self.is_off:
             self._old.pop(digest, None)
             label, score, probabilities = sentiment
-            self._keep(digest, self._entry.pack(LABELS.index(label), truncated, score, *probabilities))
+            self._keep(digest, self._entry.pack(LABELS.index(label), truncated, windows, score, *probabilities))
 
     def _keep(self, digest: bytes, entry: bytes) -> None:
         if len(self._young) >= self._half and digest not in self._young:
