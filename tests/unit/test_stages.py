@@ -288,7 +288,9 @@ def scored(offsets: range) -> MicroBatch:
     decoded: list[Decoded] = [
         Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
     ]
-    job: Any = SimpleNamespace(answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets))
+    job: Any = SimpleNamespace(
+        answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets), windows=None
+    )
     job.model = SimpleNamespace(name="m", labels=CARD)
     return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 

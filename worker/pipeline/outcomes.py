@@ -87,11 +87,12 @@ class Outcomes:
     ) -> list[Outcome]:
         end = first_text + len(events)
         answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
+        windows = job.windows and job.windows[first_text:end]
         if set(map(type, answers)) == {Sentiment}:
             sentiments = cast("list[Sentiment]", answers)
             model = job.model
             results = self._encoder.encode(
-                records, events, sentiments, truncated, model.name, processed_at, model.labels
+                records, events, sentiments, truncated, model.name, processed_at, model.labels, windows
             )
             if set(map(type, results)) == {Outgoing}:
                 producer_records = named_tuples(
@@ -113,6 +114,7 @@ class Outcomes:
                     job.model.name,
                     processed_at,
                     job.model.labels,
+                    windows and list(compress(windows, are_scored)),
                 )
             )
             results = [
