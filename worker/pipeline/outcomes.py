@@ -95,13 +95,9 @@ class Outcomes:
                 records, events, sentiments, truncated, model.name, processed_at, model.labels, windows
             )
             if set(map(type, results)) == {Outgoing}:
-                producer_records = named_tuples(
-                    ProducerRecord,
-                    repeat(self._output_topic),
-                    results,
-                    repeat(records[0].partition),
-                    [record.offset for record in records],
-                )
+                topic, partition = repeat(self._output_topic), repeat(records[0].partition)
+                offsets = [record.offset for record in records]
+                producer_records = named_tuples(ProducerRecord, topic, results, partition, offsets)
                 return list(map(Outcome, records, producer_records, repeat(None), sentiments))
         else:
             are_scored = [type(answer) is Sentiment for answer in answers]
