@@ -213,6 +213,7 @@ def test_no_agreement_where_half_precision_gives_no_number_or_all_labels_tie() -
     exact = np.ones((100, 3), np.float32)
     assert expected_agreement(exact, np.full((100, 3), np.nan, np.float32)) == 0
     assert expected_agreement(exact, exact) < AGREEMENT
+    assert expected_agreement(exact[:, :1], exact[:, :1] + 1) == 1, "of one label none can change"
 
 
 def test_half_precision_is_taken_where_labels_agree_and_not_where_they_would_not(builtin: Any) -> None:

@@ -252,11 +252,11 @@ def test_results_of_any_labels_are_the_bytes_of_their_fields(labels: LabelSet, d
     drawn = [data.draw(st.tuples(st.sampled_from(labels.names), scores, probabilities)) for _ in range(count)]
     sentiments = [Sentiment(*each) for each in drawn]
     records, events = [FakeRecord(b"")] * count, [Event("42", "да")] * count
-    results = Encoder().encode(records, events, sentiments, [False] * count, MODEL, PROCESSED_AT, labels)
+    results = Encoder().encode(records, events, sentiments, [False] * count, MODEL, PROCESSED_AT, labels=labels)
     for sentiment, result in zip(sentiments, results, strict=True):
         source = {"topic": "texts", "partition": 3, "offset": 1201}
         time = "2026-11-23T10:00:00.000Z"
-        fields = result_fields("42", sentiment, False, MODEL, source, time, PROCESSED_AT, labels)
+        fields = result_fields("42", sentiment, False, MODEL, source, time, PROCESSED_AT, labels=labels)
         assert isinstance(result, Outgoing)
         assert result.value == orjson.dumps(fields)
 
@@ -264,8 +264,8 @@ def test_results_of_any_labels_are_the_bytes_of_their_fields(labels: LabelSet, d
 def test_a_result_of_other_labels() -> None:
     labels = LabelSet(("toxic", '100 % "insult"'), "sigmoid", None, 0.5)
     sentiments = [Sentiment("toxic", None, (0.75, 0.4999996)), Sentiment("toxic", None, (0.4, 0.1))]
-    args = [FakeRecord(b"")] * 2, [Event("42", "да")] * 2, sentiments, [False] * 2, MODEL, PROCESSED_AT, labels
-    first, second = Encoder().encode(*args)
+    args = [FakeRecord(b"")] * 2, [Event("42", "да")] * 2, sentiments, [False] * 2, MODEL, PROCESSED_AT
+    first, second = Encoder().encode(*args, labels=labels)
     assert isinstance(first, Outgoing)
     assert isinstance(second, Outgoing)
     assert first.value == RESULT.replace(
@@ -282,7 +282,9 @@ def test_a_null_score_stands_in_every_form_of_a_result(options: dict[str, str]) 
     labels = LabelSet(("a", "b"), "softmax", None)
     record = FakeRecord(b'{"text": "x"}')
     sentiments = [Sentiment("a", None, (0.75, 0.25))]
-    (result,) = Encoder(**options).encode([record], [Event("1", "x")], sentiments, [False], MODEL, PROCESSED_AT, labels)
+    (result,) = Encoder(**options).encode(
+        [record], [Event("1", "x")], sentiments, [False], MODEL, PROCESSED_AT, labels=labels
+    )
     assert isinstance(result, Outgoing)
     fields = orjson.loads(result.value or b"")
     fields = fields.get("sentiment", fields)

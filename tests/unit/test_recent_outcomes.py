@@ -92,7 +92,9 @@ def labelled(labels: LabelSet, value: bytes, headers: Headers = (), **options: s
     plain = outcome(1, value=value)
     record = replace(plain.record, headers=headers)
     sentiment = Sentiment(labels.names[-1], None, tuple(number / 20 for number in range(len(labels.names))))
-    (result,) = Encoder(**options).encode([record], [Event("e1", "")], [sentiment], [False], "model@0", "now", labels)
+    (result,) = Encoder(**options).encode(
+        [record], [Event("e1", "")], [sentiment], [False], "model@0", "now", labels=labels
+    )
     assert isinstance(result, Outgoing)
     return Outcome(record, ProducerRecord("sentiment", result, 3), None, sentiment)
 

@@ -129,5 +129,13 @@ def _results(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iter
             yield {"id": str(number), "reason": reason or "inference_failed"}
         else:
             yield result_fields(
-                str(number), sentiment, truncated, model.name, None, None, processed_at, model.labels, windows
+                str(number),
+                sentiment,
+                truncated,
+                model.name,
+                None,
+                None,
+                processed_at,
+                labels=model.labels,
+                windows=windows,
             )

@@ -56,6 +56,7 @@ class Encoder:
         truncated: Sequence[bool],
         model: str,
         processed_at: str,
+        *,
         labels: LabelSet = CARD,
         windows: Sequence[int] | None = None,
     ) -> list[Outgoing | Failure]:
@@ -124,7 +125,7 @@ class Encoder:
 
 def result_fields(
     id: str, sentiment: Sentiment, truncated: bool, model: str, source: dict[str, Any] | None, event_time: str | None,
-    processed_at: str, labels: LabelSet = CARD, windows: int | None = None,
+    processed_at: str, *, labels: LabelSet = CARD, windows: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a result in their order, numbers rounded to six decimals. ``windows``: None leaves the field out."""
     probabilities = dict(zip(labels.names, map(_rounded, sentiment.probabilities), strict=True))

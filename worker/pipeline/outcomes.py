@@ -92,7 +92,7 @@ class Outcomes:
             sentiments = cast("list[Sentiment]", answers)
             model = job.model
             results = self._encoder.encode(
-                records, events, sentiments, truncated, model.name, processed_at, model.labels, windows
+                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels, windows=windows
             )
             if set(map(type, results)) == {Outgoing}:
                 topic, partition = repeat(self._output_topic), repeat(records[0].partition)
@@ -109,8 +109,8 @@ class Outcomes:
                     list(compress(truncated, are_scored)),
                     job.model.name,
                     processed_at,
-                    job.model.labels,
-                    windows and list(compress(windows, are_scored)),
+                    labels=job.model.labels,
+                    windows=windows and list(compress(windows, are_scored)),
                 )
             )
             results = [
