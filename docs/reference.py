@@ -73,6 +73,8 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "group_instance_id",
         "session_timeout_ms",
         "auto_offset_reset",
+        "since",
+        "until",
         "isolation_level",
     ),
     "Delivery": ("delivery", "transaction_ms", "drain_timeout_s", "dead_letter_limit", "dead_letter_window"),
@@ -80,6 +82,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "input_format",
         "text_field",
         "on_null_text",
+        "max_age_s",
         "id_field",
         "max_text_chars",
         "output_mode",
@@ -103,7 +106,14 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "cpu_threads",
         "inference_timeout_s",
     ),
-    "Batches": ("max_batch_texts", "linger_ms", "max_batch_tokens", "cache_size", "max_unpacked_bytes"),
+    "Batches": (
+        "max_batch_texts",
+        "linger_ms",
+        "max_batch_tokens",
+        "cuda_pass",
+        "cache_size",
+        "max_unpacked_bytes",
+    ),
     "HTTP and console": ("http_host", "http_port", "http_names", "http_token", "http_token_for", "console_texts"),
     "Logs, traces and settings": ("log_level", "log_format", "tracing", "config"),
 }
@@ -199,8 +209,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "dead_letters_total": "Stage `decode`: the producer or `text_field` is wrong; `infer`: the model fails; `publish`: "
         "the output topic refuses the result.",
         "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
-        "records_skipped_total": "Above 0: somebody sends nulls without a key, which mean nothing, or `on_null_text` "
-        "is `skip`.",
+        "records_skipped_total": "`null`: somebody sends nulls without a key, which mean nothing, or `on_null_text` is "
+        "`skip`. `too_old`: the worker is behind by more than `max_age_s`, or a clock is wrong.",
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or an input topic was deleted and created again. See the log.",
         "duplicates_possible_total": "That many results may be there twice, besides those of killed processes, which count nothing. With exactly-once always 0.",

@@ -1,4 +1,4 @@
-"""Why a record becomes a dead letter: the closed list that its headers, metrics, settings and documents share."""
+"""Why a record becomes a dead letter, or is skipped: closed lists that headers, metrics, settings and documents share."""
 
 from typing import Literal
 
@@ -17,3 +17,4 @@ Reason = Literal[
     "result_too_large",
     "key_required",
 ]
+SkipReason = Literal["null", "too_old"]

@@ -34,6 +34,7 @@ class CostlessModel:
     widths = ()
     pass_tokens = 1
     windowing = None
+    cuda_pass = "padded"
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         return [[1]] * len(texts), [False] * len(texts)

@@ -10,7 +10,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import (
     IllegalStateError,
 )
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata, OffsetAndTimestamp
 
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat.transactions import Membership
@@ -41,6 +41,7 @@ class FakeConsumer:
     positions: dict[TopicPartition, int] = field(default_factory=dict)
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     commit_metadata: set[str] = field(default_factory=set)
+    commits_begun: int = 0
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,6 +49,9 @@ class FakeConsumer:
     ends_at: int | None = None  # if not at last_offset
     unknown: dict[TopicPartition, Exception] = field(default_factory=dict)  # why an end cannot be had
     unplaceable: Exception | None = None  # why the committed offset cannot be had
+    first_of_time: int | None = None  # the offset that a search for a time finds
+    paused: set[TopicPartition] = field(default_factory=set)
+    partitions: set[int] = field(default_factory=lambda: {0})
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
     _client: Any = None
@@ -55,7 +59,14 @@ class FakeConsumer:
     def __post_init__(self) -> None:
         for event in (self.reading, self.knows_committed, self.commit_may_end):
             event.set()
-        self._client = SimpleNamespace(cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}), _conns={})
+        self._client = SimpleNamespace(
+            cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}),
+            _conns={},
+            _wait_on_metadata=self._partitions_of,
+        )
+
+    async def _partitions_of(self, topic: str) -> set[int]:
+        return self.partitions
 
     def background_tasks(self) -> dict[str, asyncio.Future[None]]:
         return {"fetch": self.fetching}
@@ -79,7 +90,7 @@ class FakeConsumer:
         return Membership("g", 1, "member")
 
     async def committed_offsets(
-        self, tps: list[TopicPartition], *, require_stable: bool
+        self, tps: list[TopicPartition], *, require_stable: bool = False
     ) -> dict[TopicPartition, OffsetAndMetadata]:
         await self.knows_committed.wait()
         if self.unplaceable:
@@ -90,10 +101,20 @@ class FakeConsumer:
     async def beginning_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict.fromkeys(tps, 500)
 
+    async def offsets_for_times(
+        self, times: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, OffsetAndTimestamp | None]:
+        return dict.fromkeys(times, self.first_of_time and OffsetAndTimestamp(self.first_of_time, 0))
+
+    def pause(self, tp: TopicPartition) -> None:
+        self.paused.add(tp)
+
     async def end_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict.fromkeys(tps, self.last_offset)
 
-    async def ends(self, tps: list[TopicPartition], timeout_s: float) -> dict[TopicPartition, int | Exception]:
+    async def ends(
+        self, tps: list[TopicPartition], timeout_s: float, *, isolation_level: int | None = None
+    ) -> dict[TopicPartition, int | Exception]:
         end = self.last_offset if self.ends_at is None else self.ends_at
         return {tp: self.unknown.get(tp, end) for tp in tps}
 
@@ -122,6 +143,7 @@ class FakeConsumer:
         return {tp: [SimpleNamespace(offset=offset, timestamp=self.timestamp) for offset in places]}
 
     async def commit(self, offsets: dict[TopicPartition, tuple[int, str]]) -> None:
+        self.commits_begun += 1
         await self.commit_may_end.wait()
         if self.commit_error:
             raise self.commit_error

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from tests.support.checkpoint import LABELS, TOKENIZER
-from tests.unit.test_bert import SIZES, bert
+from tests.support.classifiers import SIZES, bert
 from worker.model import device, loading
 from worker.model.checkpoint import BUILTIN, ModelError, NeedsTorch
 from worker.model.device import device_of, unused_device_warning

@@ -8,16 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-)
+from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification
 
+from tests.support.classifiers import SIZES, bert, of_the_card, xlm_roberta
 from worker.model.checkpoint import BUILTIN
 from worker.model.runner import PaddedPasses
 from worker.model.sentiment_model import SentimentModel
@@ -33,28 +26,6 @@ from worker.model.torch.bert import (
     is_alike,
     is_covered,
 )
-
-SIZES = {
-    "vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "num_labels": 3,
-    "initializer_range": 0.3,
-}  # fmt: skip
-
-
-def bert(**changes: Any) -> Any:
-    config = BertConfig(**{**SIZES, "num_hidden_layers": 3, **changes})
-    return BertForSequenceClassification(config).eval()
-
-
-def xlm_roberta() -> Any:
-    config = XLMRobertaConfig(**SIZES, num_hidden_layers=2, max_position_embeddings=514, pad_token_id=1)
-    return XLMRobertaForSequenceClassification(config).eval()
-
-
-def of_the_card() -> Any:
-    return bert(
-        hidden_size=312, num_attention_heads=12, intermediate_size=600, vocab_size=2_000, initializer_range=0.05
-    )
-
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     "three layers": bert,

@@ -1,5 +1,6 @@
 """Passes on a GPU: the shapes, the wire and the graph table without one; the device itself where there is one."""
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from worker.model.torch.cuda import (
     pack,
     unpacked,
 )
+from worker.model.torch.pass_choice import UnpaddedRunner
 
 TEXTS = st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=40), min_size=1, max_size=20)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -50,6 +52,13 @@ def test_shapes_are_few_and_the_largest_is_first() -> None:
     sizes = [rows * width for rows, width in shapes]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(shapes)) == len(shapes) <= 250
+
+
+def test_shapes_of_some_batches_alone() -> None:
+    shapes = Shapes(512, 16_384)
+    batches = [[[1] * 500], [[1] * 9] * 3, [[1] * 10, [1] * 16, [1]], [[1] * 500] * 32]
+    assert shapes.all_of(batches) == [Shape(32, 512), Shape(1, 512), Shape(3, 16)]
+    assert shapes.all_of([]) == []
 
 
 def test_more_texts_than_the_budget_has_room_for_get_a_shape_of_their_own() -> None:
@@ -276,3 +285,96 @@ def test_threads_that_share_the_device_get_their_own_answers() -> None:
         thread.join()
     for number, answer in found.items():
         np.testing.assert_allclose(answer, wanted[number], atol=1e-2)
+
+
+def load_unpadded(**options: Any) -> tuple[SentimentModel, UnpaddedRunner]:
+    model = SentimentModel.load("builtin", device="cuda", **{"cuda_pass": "unpadded", **options})
+    run = model._run
+    if not isinstance(run, UnpaddedRunner):
+        pytest.skip("this device or this version of torch does not compute without padding; the log says why")
+    return model, run
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+def test_without_padding_the_gpu_answers_as_the_cpu_does(dtype: str) -> None:
+    exact = SentimentModel.load("builtin", device="cpu", backend="torch")
+    texts = ["Хорошо, спасибо.", "плохо " * 300, *("Отличный товар, беру второй раз. " * n for n in range(1, 70))]
+    model, run = load_unpadded(dtype=dtype)
+    for _ in range(3):
+        difference = np.abs(model.get_sentiment(texts, "proba") - exact.get_sentiment(texts, "proba")).max()
+        assert difference < (5e-2 if dtype == "bfloat16" else 5e-3)
+    assert not run.has_fallen_back
+
+
+@needs_gpu
+def test_every_length_alone_and_in_one_row_without_padding() -> None:
+    (model, run), padded = load_unpadded(), SentimentModel.load("builtin", device="cuda")
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(5, 8_000, length, dtype=np.int32) for length in range(1, model.max_tokens + 1)]
+    wanted = np.concatenate([padded.logits([each]) for each in ids])
+    alone = np.concatenate([model.logits([each]) for each in ids])
+    np.testing.assert_allclose(alone, wanted, atol=2e-2)
+    np.testing.assert_allclose(model.logits(ids), wanted, atol=2e-2)
+    assert not run.has_fallen_back
+
+
+@needs_gpu
+def test_threads_without_padding_get_their_own_answers() -> None:
+    model, run = load_unpadded()
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(5, 8_000, 1 + number * 37 % 200, dtype=np.int32) for number in range(200)]
+    wanted = model.logits(ids)
+    wrong: list[int] = []
+
+    def work(begin: int) -> None:
+        for number in range(begin, len(ids), 4):
+            if np.abs(model.logits([ids[number], *ids[: number % 50]])[0] - wanted[number]).max() > 2e-2:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(begin,)) for begin in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not run.has_fallen_back
+
+
+@needs_gpu
+def test_a_pass_without_padding_is_queued_without_waiting() -> None:
+    """torch raises at a call that waits for the device; the wait at a pass's end is an event's, which it lets be."""
+    model, run = load_unpadded()
+    ids = [np.full(length, 7, np.int32) for length in (3, 50, 1, 17)]
+    model.logits(ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = model.logits(ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(logits).all()
+    assert not run.has_fallen_back
+    (buffers,) = run._unpadded._free  # type: ignore[attr-defined]
+    assert buffers._numbers.is_pinned()
+    assert buffers._logits.is_pinned()
+
+
+@needs_gpu
+def test_auto_says_which_way_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "worker.model.torch.pass_choice"):
+        SentimentModel.load("builtin", device="cuda", cuda_pass="auto")
+    assert sum("the GPU computes texts" in record.message for record in caplog.records) == 1
+
+
+@needs_gpu
+def test_a_failure_without_padding_is_computed_again_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run = load_unpadded()
+    ids = [np.full(length, 7, np.int32) for length in (3, 50, 1, 17)]
+    wanted = model.logits(ids)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(run._unpadded, "_forward", fail)
+    np.testing.assert_allclose(model.logits(ids), wanted, atol=2e-2)
+    assert run.has_fallen_back

@@ -170,7 +170,7 @@ def test_the_worker_s_counts_are_read_from_its_metrics():
     metrics.results_published.labels("negative").inc(4)
     metrics.dead_letters.labels("decode", "invalid_json").inc(2)
     metrics.tombstones.inc()
-    metrics.records_skipped.inc(2)
+    metrics.records_skipped.labels("null").inc(2)
     worker_counts = WorkerCounts.parse(metrics.text().decode())
     assert worker_counts == WorkerCounts(consumed=12, results=7, dead_letters=2, tombstones=1, skipped=2)
     assert worker_counts.sum == 12

@@ -13,7 +13,7 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from worker.kafka.aiokafka_compat.offsets import end_offsets
+from worker.kafka.aiokafka_compat.offsets import READ_UNCOMMITTED, end_offsets
 
 
 class FakeClient:
@@ -22,6 +22,7 @@ class FakeClient:
     def __init__(self, leaders: dict[TopicPartition, int]) -> None:
         self.cluster = SimpleNamespace(leader_for_partition=leaders.get)
         self.asked: list[int] = []
+        self.isolation_levels: set[int] = set()
         self.updates = 0
         self.codes: dict[int, int] = {}
         self.down: set[int] = set()
@@ -30,6 +31,7 @@ class FakeClient:
 
     async def send(self, leader: int, request: Any) -> Any:
         self.asked.append(leader)
+        self.isolation_levels.add(request._isolation_level)
         if leader in self.down:
             raise NodeNotReadyError
         if leader in self.frozen:
@@ -51,9 +53,9 @@ def places(count: int) -> list[TopicPartition]:
     return [TopicPartition("t", number) for number in range(count)]
 
 
-async def ends(client: FakeClient, count: int) -> dict[int, Any]:
+async def ends(client: FakeClient, count: int, **options: Any) -> dict[int, Any]:
     consumer: Any = SimpleNamespace(_client=client, _fetcher=SimpleNamespace(_isolation_level=1))
-    found = await end_offsets(consumer, places(count), 0.05)
+    found = await end_offsets(consumer, places(count), 0.05, **options)
     return {tp.partition: type(end) if isinstance(end, Exception) else end for tp, end in found.items()}
 
 
@@ -62,6 +64,14 @@ async def test_many_partitions_cost_one_request_for_each_leader() -> None:
     assert await ends(client, 100) == {number: number for number in range(100)}
     assert sorted(client.asked) == [0, 1, 2]
     assert client.updates == 0
+
+
+async def test_the_end_is_by_default_as_far_as_the_consumer_reads() -> None:
+    client = FakeClient(dict.fromkeys(places(1), 0))
+    await ends(client, 1)
+    assert client.isolation_levels == {1}
+    await ends(client, 1, isolation_level=READ_UNCOMMITTED)
+    assert client.isolation_levels == {1, READ_UNCOMMITTED}
 
 
 async def test_what_fails_for_one_partition_leaves_the_others() -> None:

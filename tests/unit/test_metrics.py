@@ -16,7 +16,7 @@ NAMES = {  # name without prefix: type, labels
     "results_published_total": ("counter", {"label"}),
     "dead_letters_total": ("counter", {"stage", "reason"}),
     "tombstones_total": ("counter", set()),
-    "records_skipped_total": ("counter", set()),
+    "records_skipped_total": ("counter", {"reason"}),
     "score": ("histogram", set()),
     "batch_texts": ("histogram", set()),
     "batch_tokens": ("histogram", set()),

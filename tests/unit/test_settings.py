@@ -43,6 +43,7 @@ TABLE = {
     "compression_type": "none",
     "max_batch_texts": 512,
     "max_batch_tokens": "auto",
+    "cuda_pass": "padded",
     "linger_ms": 10,
     "model": "cointegrated/rubert-tiny-sentiment-balanced",
     "revision": None,
@@ -80,7 +81,7 @@ TABLE = {
 }
 NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
-    "result_timestamp", "on_null_text", "http_names", "long_text", "max_windows",
+    "result_timestamp", "on_null_text", "http_names", "long_text", "max_windows", "max_age_s", "since", "until",
 }  # fmt: skip
 
 
@@ -904,6 +905,36 @@ def test_moments_are_in_utc_or_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [moment_ms(ago) for ago in ("90s", "30m", "2h", "7d")] == [
         ten - seconds * 1000 for seconds in (90, 1_800, 7_200, 604_800)
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--until", "now"), "until needs a group_id of its own, which no other worker has used"),
+        (("--until", "tomorrow"), "it should be now, or a time that has passed, such as 2026-11-23T10:00Z"),
+        (("--until", "9999-01-01"), "it should be now, or a time that has passed"),
+        (("--until", "2h"), "it should be now, or a time that has passed"),
+        (
+            ("--group-id", "g", "--until", "now", "--auto-offset-reset", "latest"),
+            "until needs auto_offset_reset earliest",
+        ),
+        (("--group-id", "g", "--until", "2025-01-01", "--since", "2025-01-01"), "since should be before until"),
+        (("--since", "yesterday"), "2026-11-23T10:00Z, or how long ago"),
+        (("--max-age-s", "0"), "max_age_s = '0' is wrong: it should be greater than 0"),
+        (("--max-age-s", "old"), "max_age_s = 'old' is wrong: it should be a number"),
+    ],
+)
+def test_a_wrong_span_or_age_is_refused_in_a_sentence(argv: tuple[str, ...], words: str) -> None:
+    assert words in refusal(*argv)
+
+
+def test_a_run_has_an_end_in_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--group-id", "g", "--since", "2025-01-01")
+    assert run_settings(*given, "--until", "2025-01-01T00:00:01Z").until_ms == 1_735_689_601_000
+    assert run_settings(*given, "--until", "now").until_ms is None
+    assert run_settings("--since", "7d").since == "7d"
+    monkeypatch.setenv("WORKER_GROUP_ID", "g")
+    assert run_settings("--until", "now").until == "now"
 
 
 # --- What is left open ---

@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
-from worker.core.events import Decoded, Event, Failure, Outgoing, Stage
+from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Stage, TooOld
 from worker.core.sentiment import CARD
 from worker.kafka import at_least_once
 from worker.kafka.assignment import Assignment
@@ -319,6 +319,37 @@ async def test_records_that_are_published_again_count_once_towards_the_limit() -
         accounting.count([outcome async for some in outcomes.of(batch.parts[0], batch.job) for outcome in some], 0.0)
     looked_at = accounting._limit.looked_at  # type: ignore[attr-defined]
     assert looked_at == [(10, dict.fromkeys(BOTH, 5)), (4, dict.fromkeys(BOTH, 2)), (0, {})]
+
+
+def nothing_scored() -> Any:
+    return SimpleNamespace(answers=[], truncated=[], windows=None, model=SimpleNamespace(name="m", labels=CARD))
+
+
+async def test_what_is_too_old_is_counted_apart_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics("test")
+    accounting = Accounting(dead_letter_limit=DeadLetterLimit(limit=0, window=1), metrics=metrics, output_topic="out")
+    part = part_of(Assignment(TopicPartition("t", 0)), 60)
+    part.decoded = [TooOld.WHEN_READ] * 59 + [Null.SKIPPED]
+    outcomes = Outcomes(Decoder(), Encoder(output_mode="result"), turn_budget=TurnBudget(), **WHERE)
+    made = [outcome async for some in outcomes.of(part, nothing_scored()) for outcome in some]
+    assert all(outcome.producer_record is outcome.failure is None for outcome in made)
+    for now in range(20):
+        accounting.count(made, float(now))
+    assert not caplog.messages, "there are others among them"
+    for now in range(20):
+        accounting.count(made[:59], float(now))
+    (message,) = caplog.messages
+    assert "all older than max_age_s" in message
+    assert metrics.outcomes() == {
+        "consumed": 20 * 119, "results": 0, "dead_letters": 0, "tombstones": 0, "skipped": 20 * 119
+    }  # fmt: skip
+    assert metrics.records_skipped.labels("null")._value.get() == 20
+
+
+def test_of_what_is_too_old_the_limit_counts_what_was_so_when_it_was_written() -> None:
+    part = part_of(Assignment(TopicPartition("t", 0)), 5)
+    part.decoded = [TooOld.WHEN_READ, TooOld.WHEN_WRITTEN, TooOld.WHEN_WRITTEN, Null.TOMBSTONE, Null.SKIPPED]
+    assert MicroBatch([part], nothing_scored()).failures() == {"too_old": 2}
 
 
 @pytest.mark.parametrize("stage", ["decode", "publish"])

@@ -20,6 +20,7 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
         dtype=settings.dtype,
         backend=settings.backend,
         max_batch_tokens=settings.max_batch_tokens,
+        cuda_pass=settings.cuda_pass,
         **checkpoint_options(settings),
     )
 

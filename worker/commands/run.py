@@ -27,6 +27,7 @@ from worker.http.console import Console, shown_settings
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.reload import Reloader
 from worker.http.server import Server
+from worker.kafka.bounded_run import Until
 from worker.kafka.group_consumer import GroupTimeouts
 from worker.kafka.partition_reader import UnreadableRecord
 from worker.kafka.standstill import Standstill
@@ -84,7 +85,8 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
     recent = RecentOutcomes(decoder(settings), texts=settings.console_texts)
-    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model)
+    until = Until(settings.group_id, settings.until_ms) if settings.until else None
+    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, until)
     reloader = _reloader(shared)
     server = _server(shared, reloader)
     try:
@@ -125,7 +127,7 @@ def _reloader(shared: Shared) -> Reloader:
     """Loads the setting's model as it is then. What was measured at the start stays: beside scoring it would be wrong."""
 
     def reloaded(old: Any) -> Any:
-        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens}
+        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens, "cuda_pass": old.cuda_pass}
         return shared.load_model(shared.settings.model_copy(update=measured))
 
     return Reloader(
@@ -177,14 +179,18 @@ def _server(shared: Shared, reloader: Reloader) -> Server:
 
 async def _work(shared: Shared, stop: asyncio.Event) -> int:
     starting = asyncio.create_task(started_pipeline(shared))
-    stopping = asyncio.create_task(stop.wait())
+    endings = [
+        asyncio.create_task(event.wait()) for event in (stop, *([shared.until.finished] if shared.until else []))
+    ]
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({starting, *endings}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            log.info("stopped before it had begun", extra={"exit_code": 0})
-            _end_at_once(0)
+            code = 1 if shared.until else 0
+            log.info("stopped before it had begun", extra={"exit_code": code})
+            _end_at_once(code)
         pipeline = starting.result()
-        stopping.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, shared.health))
+        for ending in endings:
+            ending.add_done_callback(lambda task: None if task.cancelled() else _drain(pipeline, shared.health))
         await pipeline.run()
     except (UnreadableRecord, Standstill, TopicRecreated, DeadLetterRefused, TooManyDeadLetters) as error:
         log.error("%s", error, extra={"exit_code": 1})
@@ -199,9 +205,20 @@ async def _work(shared: Shared, stop: asyncio.Event) -> int:
         log.critical("failed for a reason that nobody foresaw", extra={**error_fields(error), "exit_code": 1})
         return 1
     finally:
-        stopping.cancel()
-    log.info("drained", extra={"exit_code": 0})
-    return 0
+        for ending in endings:
+            ending.cancel()
+    return _tell_of_end(shared)
+
+
+def _tell_of_end(shared: Shared) -> int:
+    """Logs what was done, and answers with the exit code of a worker that has drained."""
+    if shared.until is None:
+        log.info("drained", extra={"exit_code": 0})
+        return 0
+    code = 0 if shared.until.finished.is_set() else 1
+    message = "drained before the end: the same command goes on" if code else "every partition is read to its end"
+    log.log(logging.ERROR if code else logging.INFO, message, extra={**shared.metrics.outcomes(), "exit_code": code})
+    return code
 
 
 def _on_signals(reloader: Reloader) -> asyncio.Event:

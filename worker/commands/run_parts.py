@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -13,10 +14,12 @@ from worker.commands.kafka_connection import kafka_connection
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
+from worker.core.max_age import MaxAge
 from worker.core.sentiment import CARD
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import log_backlog
+from worker.kafka.bounded_run import Until, check_group
 from worker.kafka.connection import Connection
 from worker.kafka.delivery import Delivery
 from worker.kafka.exactly_once import ExactlyOnce
@@ -40,7 +43,7 @@ from worker.pipeline.stages import Pipeline
 from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import text_fields
+from worker.settings.values import moment_ms, text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
@@ -73,6 +76,7 @@ class Shared:
     recent: RecentOutcomes
     tracing: Tracing | None
     load_model: LoadModel
+    until: Until | None = None
 
 
 async def started_pipeline(shared: Shared) -> Pipeline:
@@ -86,6 +90,8 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     finally:
         await cancel_all([loading, finding])
     topics, limits = finding.result()
+    if shared.until:
+        await check_group(connection, topics, shared.until, shared.health)
     outputs = {name: limits[name] for name in (shared.settings.output_topic, shared.settings.dead_letter_topic)}
     delivery = _delivery(shared, connection, outputs)
     source = _source(shared, connection, delivery, topics)
@@ -115,13 +121,14 @@ async def _found_topics(
     }
     found = await wait_until_usable(connection, roles, health)
     refuse_compacted(found, settings.dead_letter_topic)
-    await log_backlog(
-        connection,
-        topics,
-        group_id=settings.group_id,
-        auto_offset_reset=settings.auto_offset_reset,
-        isolation_level=settings.isolation_level,
-    )
+    if settings.since is None:  # else it would count what is older, too
+        await log_backlog(
+            connection,
+            topics,
+            group_id=settings.group_id,
+            auto_offset_reset=settings.auto_offset_reset,
+            isolation_level=settings.isolation_level,
+        )
     return topics, found
 
 
@@ -135,6 +142,8 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id,
         auto_offset_reset=settings.auto_offset_reset,
+        since_ms=moment_ms(settings.since) if settings.since else None,
+        until=shared.until,
         isolation_level=settings.isolation_level,
         session_timeout_ms=settings.session_timeout_ms,
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
@@ -181,17 +190,19 @@ def _pipeline(
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
     output, dead_letters = settings.output_topic, settings.dead_letter_topic
+    plain = decoder(settings)
     dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
     return Pipeline(
         source=source,
         inference=shared.inference,
         outcomes=Outcomes(
-            decoder(settings),
+            plain,
             encoder(settings),
             output_topic=output,
             dead_letter_topic=dead_letters,
             version=__version__,
             turn_budget=turn_budget,
+            max_age=None if settings.max_age_s is None else MaxAge(plain, settings.max_age_s, time.time),
         ),
         publishing=Publishing(
             output_topic=output,

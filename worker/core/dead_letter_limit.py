@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Mapping
 
-from worker.reasons import Reason
+from worker.reasons import Reason, SkipReason
 
 
 class TooManyDeadLetters(Exception):
@@ -20,11 +20,11 @@ class DeadLetterLimit:
     def __init__(self, *, limit: float, window: int) -> None:
         self._limit = limit
         self._window = window
-        self._batches: deque[tuple[int, Counter[Reason]]] = deque()
+        self._batches: deque[tuple[int, Counter[Reason | SkipReason]]] = deque()
         self._records = 0
-        self._reasons: Counter[Reason] = Counter()
+        self._reasons: Counter[Reason | SkipReason] = Counter()
 
-    def observe(self, records: int, reasons: Mapping[Reason, int]) -> None:
+    def observe(self, records: int, reasons: Mapping[Reason | SkipReason, int]) -> None:
         """Takes the size of one more micro-batch, and how many of its records fail for each reason.
 
         Raises TooManyDeadLetters where the limit is reached.
@@ -47,5 +47,6 @@ class DeadLetterLimit:
         return (
             f"{failed} of the last {self._records} records cannot be scored, most of them ({times}) for {reason}: that "
             f"reaches dead_letter_limit = {self._limit:g}; what is published is committed, and the rest is read again; "
-            "fix their producer, this worker's settings or the output topic's, or raise the limit (0: none)"
+            f"fix their producer, {'a clock, ' if reason == 'too_old' else ''}this worker's settings or the output topic's, "
+            "or raise the limit (0: none)"
         )

@@ -64,7 +64,14 @@ class Null(Enum):
     SKIPPED = "skipped: a null value without a key, or a null text"
 
 
-Decoded = Event | Failure | Null
+class TooOld(Enum):
+    """A record that is skipped because it is older than the setting ``max_age_s``."""
+
+    WHEN_READ = "it may have waited in Kafka, as after an outage"
+    WHEN_WRITTEN = "it was so old when it was written: a clock or its timestamp may be wrong"
+
+
+Decoded = Event | Failure | Null | TooOld
 
 
 class Outgoing(NamedTuple):

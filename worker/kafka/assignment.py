@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from aiokafka import TopicPartition
 
+from worker.core.bounds import Bound
 from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.reader import FetchedRecord
 from worker.telemetry.metrics import Metrics
@@ -31,13 +32,15 @@ class Assignment:
     delivered: int | None = None  # the next offset to read; None until the start is known
     acknowledged: int | None = None  # the next offset to commit
     committed: int | None = None  # the offset that was committed last
-    metadata: str = ""  # of each commit: it names the topic's id
+    metadata: str = ""  # of each commit: it names the topic's id, and the bound
+    bound: Bound | None = None  # where reading ends; None if it does not
     under_way: int = 0  # records taken by the pipeline, and neither acknowledged nor dropped
     uncommitted: int = 0  # records acknowledged since the last commit
     is_out_of_range: bool = False  # the offset to read next is gone
     single_record_reads: int = 0  # how many more reads take one record, to find the unreadable one
     silent_since: float = field(default_factory=time.monotonic)  # since when it has records and sends none
     end_known_at: float = field(default_factory=time.monotonic)  # when its end offset was last known
+    log_end: int | None = None  # the end offset that was known then
     unpacking_since: float | None = None  # since when its reader waits for a batch to be unpacked
     # for each read that is not acknowledged: the offset after it, and its first record's timestamp
     unacknowledged_reads: deque[tuple[int, int | None]] = field(default_factory=deque)
@@ -57,6 +60,18 @@ class Assignment:
         """Whether everything that was read is acknowledged."""
         return self.delivered is not None and self.acknowledged == self.delivered
 
+    def within_bound(self, offset: int) -> int:
+        """This offset, or that of the bound if it is before: what comes after the bound is not this run's."""
+        return offset if self.bound is None else min(offset, self.bound.offset)
+
+    def is_finished(self) -> bool:
+        """Whether everything up to the bound is committed."""
+        return self.bound is not None and self.bound.is_reached(self.committed)
+
+    def new_from(self, seconds: float) -> int | None:
+        """The offset from which on records were written less than so many seconds ago; None where that is not known."""
+        return self.log_end if time.monotonic() - self.end_known_at < seconds else None
+
 
 Chunk = tuple[Assignment, list[FetchedRecord]]
 
@@ -71,7 +86,7 @@ class Assignments(dict[TopicPartition, Assignment]):
         super().__init__()
         self._metrics = metrics
         self.commit_due = asyncio.Event()  # set when an offset to commit has changed
-        self.settled = asyncio.Event()  # set when records were acknowledged or dropped
+        self.settled = asyncio.Event()  # set when records were acknowledged, committed or dropped
         self.is_draining = False  # the process is ending: nothing more is read
         self._not_committed_in_drain = 0  # records that were dropped, or published without a commit, while draining
 

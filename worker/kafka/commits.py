@@ -54,4 +54,6 @@ class Commits:
             ]
             if not due or not self._consumer.is_live:
                 return True
-            return await self._delivery.commit(due, timeout_s)
+            is_done = await self._delivery.commit(due, timeout_s)
+            self._assignments.settled.set()
+            return is_done

@@ -12,6 +12,7 @@ from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
+from worker.reasons import SkipReason
 
 
 @dataclass(slots=True)
@@ -22,6 +23,13 @@ class Outcome:
     producer_record: ProducerRecord | None
     failure: Failure | None = None
     sentiment: Sentiment | None = None
+
+
+@dataclass(slots=True)
+class Skipped(Outcome):
+    """A record of which nothing is published."""
+
+    reason: SkipReason = "null"
 
 
 Publish = Callable[[Sequence[Outcome], Sink], Awaitable[None]]

@@ -78,7 +78,7 @@ class LagWatcher:
             ends = await self._consumer.live.ends(partitions, LAG_TIMEOUT_S)
             errors = {tp: end for tp, end in ends.items() if isinstance(end, Exception)}
             self._report_ends(errors, is_answered=len(errors) < len(ends))
-            if not self._assignments:
+            if all(assignment.is_finished() for assignment in self._assignments.values()):
                 await self._check_membership()
             for tp, end in ends.items():
                 if tp in self._assignments and not isinstance(end, Exception):
@@ -117,7 +117,7 @@ class LagWatcher:
         return next((name for name in topics if knows_topic(consumer, name)), topics[0])
 
     async def _check_membership(self) -> None:
-        """Asks for group errors, which aiokafka raises only to those who read: without a partition nobody does."""
+        """Asks for group errors, which aiokafka raises only to those who read: with nothing left to read nobody does."""
         nowhere = TopicPartition(self._subscription.topics[0], NO_PARTITION)
         try:
             await within(LAG_TIMEOUT_S, self._consumer.live.getmany(nowhere, timeout_ms=0))
@@ -130,7 +130,8 @@ class LagWatcher:
 
     async def measure(self, assignment: Assignment, end: int) -> None:
         """Sets a partition's lag by its end offset. Raises Rejoin where it has had records and sent none for too long."""
-        assignment.end_known_at = self._clock()
+        assignment.end_known_at, assignment.log_end = self._clock(), end
+        end = assignment.within_bound(end)
         if assignment.acknowledged is None or not self._consumer.is_live:
             return
         if assignment.is_idle():
@@ -163,6 +164,7 @@ class LagWatcher:
         """
         if not assignment.accepts or self._assignments.is_draining:
             return
+        position = None if position is None else assignment.within_bound(position)
         if position is not None and assignment.is_idle() and position > (assignment.delivered or 0):
             assignment.delivered = assignment.acknowledged = position
             self._assignments.commit_due.set()

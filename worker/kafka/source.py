@@ -16,6 +16,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.core.batching import TokenLimit
 from worker.kafka.aiokafka_compat.group import CoordinatorAnswers
 from worker.kafka.assignment import Assignment, Assignments, Chunk
+from worker.kafka.bounded_run import BoundedRun, Until
 from worker.kafka.commits import Commits
 from worker.kafka.committed_offsets import CommittedOffsets
 from worker.kafka.connection import Backoff, Connection
@@ -63,6 +64,8 @@ class Source:
         health: Health,
         group_instance_id: str | None = None,
         auto_offset_reset: str = "earliest",
+        since_ms: int | None = None,
+        until: Until | None = None,
         isolation_level: str = "read_committed",
         session_timeout_ms: int = 45_000,
         fetch_max_wait_ms: int = 500,
@@ -119,6 +122,11 @@ class Source:
             request_timeout_s=connection.request_timeout_s,
             health=health,
         )
+        self._bounded_run: BoundedRun | None = None
+        if until is not None:
+            self._bounded_run = BoundedRun(
+                until, self._consumer, self._subscription, self._assignments, connection.request_timeout_s
+            )
         self._partition_reader = PartitionReader(
             self._consumer,
             delivery,
@@ -130,6 +138,8 @@ class Source:
             self._standstill,
             restart=self.restart,
             auto_offset_reset=auto_offset_reset,
+            since_ms=since_ms,
+            bounded_run=self._bounded_run,
             request_timeout_s=connection.request_timeout_s,
             turn_budget=turn_budget,
             metrics=metrics,
@@ -259,6 +269,8 @@ class Source:
         ]
         if (pattern := self._subscription.pattern) is not None:
             steps.append(self._subscription.watch(consumer, pattern, listener, self._rebalances.revoke_all))
+        if self._bounded_run:
+            steps.append(self._bounded_run.watch())
         tasks = [asyncio.create_task(step) for step in steps]
         stopping = asyncio.create_task(self._stopping.wait())
         try:

@@ -40,7 +40,7 @@ class StandstillDetector:
         self._sessions_not_started += 1
         if self._sessions_not_started > MAX_REJOINS:
             raise Standstill(f"nothing is read, although the group was joined again {MAX_REJOINS} times: {reason}")
-        assignments = list(self._assignments.values())
+        assignments = [each for each in self._assignments.values() if not each.is_finished()]
         found = await asyncio.gather(*(self._consumer.position(each.tp) for each in assignments))
         positions = {each.tp: at for each, at in zip(assignments, found, strict=True) if at is not None}
         for tp, is_behind in (await self._behind(positions)).items():

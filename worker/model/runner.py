@@ -14,6 +14,7 @@ from worker.model.tokenizer import Ids
 
 log = logging.getLogger(__name__)
 Auto = Literal["auto"]
+CudaPass = Literal["padded", "unpadded", "auto"]
 
 AGREEMENT: Final = 0.999  # the share of labels that a number type must keep, for ``auto`` to take it
 
@@ -38,7 +39,7 @@ class PassRunner(Protocol):
 class PreparedRunner(NamedTuple):
     """A runner and what was chosen for it: how many threads should call it at once, and the values of the settings.
 
-    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own.
+    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own. ``cuda_pass``: padded or unpadded.
     """
 
     run: PassRunner
@@ -47,6 +48,7 @@ class PreparedRunner(NamedTuple):
     dtype: str
     max_batch_tokens: int
     memory_bytes: Callable[[], int] = lambda: 0
+    cuda_pass: CudaPass = "padded"
 
 
 class RunnerOptions(NamedTuple):
@@ -54,7 +56,7 @@ class RunnerOptions(NamedTuple):
 
     ``columns``: the place of each label among the logits. ``examples``: token ids of texts to compare
     number types by. ``max_tokens``: of a text. ``padding``: the id of padding. ``cpu_threads`` and ``max_batch_tokens``: as
-    in settings. ``tuning_s``: seconds that measuring may take in all.
+    in settings. ``tuning_s``: seconds that measuring may take in all. ``cuda_pass``: as in settings.
     """
 
     columns: Sequence[int]
@@ -64,6 +66,7 @@ class RunnerOptions(NamedTuple):
     cpu_threads: int | Auto
     max_batch_tokens: int | Auto
     tuning_s: float
+    cuda_pass: CudaPass = "padded"
 
 
 def prepare_cpu_runner(forward: Forward, options: RunnerOptions, *, backend: str, dtype: str) -> PreparedRunner:

@@ -30,7 +30,7 @@ from worker.model.labels import LabelOptions, checkpoint_labels
 from worker.model.library_errors import as_model_error
 from worker.model.loading import load_model, open_checkpoint
 from worker.model.reviews import read_reviews
-from worker.model.runner import PreparedRunner, RunnerOptions
+from worker.model.runner import CudaPass, PreparedRunner, RunnerOptions
 from worker.model.tokenizer import CheckpointTokenizer, Ids, choose_encode, with_normalization
 from worker.model.tokenizer_checks import unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, max_tokens_of
@@ -62,7 +62,8 @@ class SentimentModel:
     and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text in one
     pass. ``windowing``: splits longer texts; None where they are cut. ``max_batch_tokens``: of one pass, padding included.
     ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and ``pass_tokens``: as for
-    PassRunner. ``warning``: a warning about a checkpoint that can be used; None if there is none.
+    PassRunner. ``cuda_pass``: how a GPU computes a pass, ``padded`` or ``unpadded``. ``warning``: a warning about a
+    checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class SentimentModel:
         self.backend = runner.backend
         self.dtype = runner.dtype
         self.passes = runner.passes
+        self.cuda_pass = runner.cuda_pass
         self.max_batch_tokens = runner.max_batch_tokens
         self.widths = runner.run.widths
         self.pass_tokens = runner.run.pass_tokens
@@ -121,6 +123,7 @@ class SentimentModel:
         cpu_threads: int | Literal["auto"] = "auto",
         max_batch_tokens: int | Literal["auto"] = "auto",
         tuning_s: float = TUNING_S,
+        cuda_pass: CudaPass = "padded",
     ) -> "SentimentModel":
         """Loads a checkpoint from a folder, the hub (its cache first if offline), or the ``builtin`` one.
 
@@ -147,6 +150,8 @@ class SentimentModel:
         cpu_threads: how many passes of the model run at once on a CPU, each on a thread; ``auto`` measures
         max_batch_tokens: tokens of a pass, padding included; ``auto`` measures
         tuning_s: seconds that measuring may take in all, where ``cpu_threads`` or ``max_batch_tokens`` is ``auto``
+        cuda_pass: on a GPU ``padded``; ``unpadded`` where that is possible and the logits agree; ``auto``: unpadded where it
+            is faster, too
         """
         load_arguments = {key: value for key, value in locals().items() if key not in ("cls", "__class__")}
         where = device_of(device)
@@ -160,7 +165,14 @@ class SentimentModel:
         )
         max_tokens = windowing.max_tokens if windowing else tokenizer.max_tokens
         options = RunnerOptions(
-            columns, examples, max_tokens, tokenizer.padding, cpu_threads, max_batch_tokens, tuning_s
+            columns,
+            examples,
+            max_tokens,
+            tokenizer.padding,
+            cpu_threads,
+            max_batch_tokens,
+            tuning_s,
+            cuda_pass,
         )
         warnings = [each for each in (unused_device_warning(device), warning) if each]
         for each in warnings:

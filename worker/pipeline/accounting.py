@@ -9,15 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
 from operator import attrgetter
+from typing import Final
 
 from worker.core.dead_letter_limit import DeadLetterLimit, TooManyDeadLetters
-from worker.kafka.delivery import Outcome
+from worker.kafka.delivery import Outcome, Skipped
 from worker.kafka.refusals import RefusalLog
 from worker.kafka.topics import NO_LIMIT
 from worker.reasons import Reason
 from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+TOO_OLD_RECORDS: Final = 100  # one after the other: then the log says that nothing is scored
+TOO_OLD_AGAIN_S: Final = 600.0  # it says so again after this time at the earliest
 
 
 class Accounting:
@@ -43,6 +47,8 @@ class Accounting:
         self._refusals = RefusalLog(output_topic)
         self._exceeded = asyncio.Event()
         self._error: TooManyDeadLetters | None = None
+        self._too_old = 0  # records one after the other, up to the newest
+        self._too_old_told_at = -math.inf
         self._counted: dict[Hashable, int] = {}  # by partition, the offset up to which the limit has looked
 
     async def raise_when_exceeded(self) -> None:
@@ -88,13 +94,27 @@ class Accounting:
             for outcome in others:
                 if outcome.failure and outcome.failure.stage == "publish":
                     refused[outcome.failure.reason] += 1
-            self._metrics.records_skipped.inc(sum(outcome.producer_record is None for outcome in others))
+            skipped = [outcome.reason for outcome in others if isinstance(outcome, Skipped)]
+            self._metrics.skipped(skipped)
+            self._note_too_old(skipped.count("too_old"), len(outcomes), now)
             self._metrics.tombstones.inc(sum(o.producer_record is not None and o.failure is None for o in others))
+        else:
+            self._too_old = 0
         self._refusals.note(refused)
         if self._refusals.is_active:  # else all failures were counted before they were published
             self._look_at_published(outcomes, bool(refused))
         self._metrics.consumed([outcome.record.topic for outcome in outcomes])
         self._watch(outcomes)
+
+    def _note_too_old(self, too_old: int, outcomes: int, now: float) -> None:
+        self._too_old = self._too_old + too_old if too_old == outcomes else 0
+        if self._too_old >= TOO_OLD_RECORDS and now - self._too_old_told_at >= TOO_OLD_AGAIN_S:
+            self._too_old_told_at = now
+            log.warning(
+                "the newest records are all older than max_age_s and are not scored: after an outage this passes, else this "
+                "machine's clock or the records' timestamps are wrong",
+                extra={"records": self._too_old},
+            )
 
     def _tell_of_retention(self, age_s: float) -> None:
         log.warning(

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from worker.core.events import Decoded, Event, Failure, Record
+from worker.core.events import Decoded, Event, Failure, Record, TooOld
 from worker.core.sentiment import Sentiment
 from worker.kafka.assignment import Assignment
 from worker.pipeline.inference_job import Job
-from worker.reasons import Reason
+from worker.reasons import Reason, SkipReason
 from worker.telemetry.tracing import BatchTrace
 
 
@@ -32,13 +32,14 @@ class MicroBatch:
     def __len__(self) -> int:
         return sum(len(part.records) for part in self.parts)
 
-    def failures(self) -> Counter[Reason]:
-        """By reason, how many of its records cannot be scored."""
-        reasons: Counter[Reason] = Counter()
+    def failures(self) -> Counter[Reason | SkipReason]:
+        """By reason, how many of its records cannot be scored. Those that became too old only in Kafka do not count."""
+        reasons: Counter[Reason | SkipReason] = Counter()
         for part in self.parts:
             texts = len(part.decoded)
             if set(map(type, part.decoded)) != {Event}:
                 reasons.update(decoded.reason for decoded in part.decoded if isinstance(decoded, Failure))
+                reasons["too_old"] += part.decoded.count(TooOld.WHEN_WRITTEN)
                 texts = sum(isinstance(decoded, Event) for decoded in part.decoded)
             answers = self.job.answers[part.first_text : part.first_text + texts]
             if set(map(type, answers)) != {Sentiment}:

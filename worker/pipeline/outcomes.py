@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from itertools import compress, repeat
 from typing import cast
 
 from worker.core.dead_letters import dead_letter
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
-from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Record, named_tuples
+from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Record, TooOld, named_tuples
+from worker.core.max_age import MaxAge
 from worker.core.sentiment import Sentiment
 from worker.core.timestamps import iso_time
 from worker.kafka.assignment import Chunk
-from worker.kafka.delivery import Outcome
+from worker.kafka.delivery import Outcome, Skipped
 from worker.kafka.producer_records import ProducerRecord
 from worker.pipeline.inference_job import Job
 from worker.pipeline.micro_batch import Part
@@ -22,7 +24,8 @@ from worker.runtime.loop_budget import SLICE, TurnBudget
 class Outcomes:
     """Decodes records, and makes outcomes of them once they are scored.
 
-    It lets the event loop run other tasks in between where there are many records.
+    It lets the event loop run other tasks in between where there are many records. With ``max_age``, records that are older
+    than it says are neither decoded nor scored.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class Outcomes:
         dead_letter_topic: str,
         version: str,
         turn_budget: TurnBudget,
+        max_age: MaxAge | None = None,
     ) -> None:
         self._decoder = decoder
+        self._max_age = max_age
         self._encoder = encoder
         self._output_topic = output_topic
         self._dead_letter_topic = dead_letter_topic
@@ -48,8 +53,11 @@ class Outcomes:
         texts: list[str] = []
         for assignment, records in chunks:
             decoded: list[Decoded] = []
+            decode = self._decoder.decode_all
+            if self._max_age:
+                decode = partial(self._max_age.decode_all, new_from=assignment.new_from(self._max_age.seconds))
             async for some in self._turn_budget.slices(records):
-                decoded += self._decoder.decode_all(some)
+                decoded += decode(some)
             parts.append(Part(assignment, records, decoded, len(texts)))
             texts += [event.text for event in decoded if type(event) is Event]
         return parts, texts
@@ -75,11 +83,11 @@ class Outcomes:
                 ]
             first_text += len(events)
 
-    def _without_text(self, record: Record, decoded: Failure | Null) -> Outcome:
+    def _without_text(self, record: Record, decoded: Failure | Null | TooOld) -> Outcome:
         if isinstance(decoded, Failure):
             return self._dead_letter(record, decoded)
-        if decoded is Null.SKIPPED:
-            return Outcome(record, None)
+        if decoded is not Null.TOMBSTONE:
+            return Skipped(record, None, reason="null" if decoded is Null.SKIPPED else "too_old")
         return Outcome(record, _producer_record(self._output_topic, record, self._encoder.tombstone(record)))
 
     def _results(

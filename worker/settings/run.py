@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.shared import EventSettings, ModelSettings
-from worker.settings.types import INT32, Host, HostNames, HttpToken, Pattern, TextFields, Topic, Topics
-from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, split_names, text_fields, whole_name
+from worker.settings.types import INT32, End, Host, HostNames, HttpToken, Moment, Pattern, TextFields, Topic, Topics
+from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, moment_ms, split_names, text_fields, whole_name
 
 
 def _is_loopback(host: str) -> bool:
@@ -30,6 +30,16 @@ class RunSettings(ModelSettings, EventSettings):
     )
     auto_offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where to begin when the group has no offset, or it is gone"
+    )
+    since: Moment | None = Field(
+        None,
+        description="where to begin when the group has no offset: at the first record dated then or later: "
+        "2026-11-23T10:00Z, or how long ago: 30m, 2h, 7d",
+    )
+    until: End | None = Field(
+        None,
+        description="end once every partition is read up to this time: 2026-11-23T10:00Z, or now; needs a group_id of its "
+        "own",
     )
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed", description="whether to skip records of aborted transactions"
@@ -63,6 +73,11 @@ class RunSettings(ModelSettings, EventSettings):
         "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
     )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
+    max_age_s: float | None = Field(
+        None,
+        gt=0,
+        description="records whose own timestamp is older than this when they are read are skipped and counted, s",
+    )
     dead_letter_limit: float = Field(
         0.5,
         ge=0,
@@ -118,6 +133,11 @@ class RunSettings(ModelSettings, EventSettings):
     )
 
     @property
+    def until_ms(self) -> int | None:
+        """The time that ``until`` names, in ms since 1970; None for now, or where it is not set."""
+        return moment_ms(self.until) if self.until and self.until != "now" else None
+
+    @property
     def topics(self) -> tuple[str, ...]:
         """The input topics that are named; none where there is a pattern."""
         return split_names(self.input_topics or "")
@@ -157,6 +177,18 @@ class RunSettings(ModelSettings, EventSettings):
         for topic in text_fields(self.text_field)[1]:
             if not self.reads(topic):
                 raise ValueError(f"text_field has a path for the topic {topic}, which is not one of the input's")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_span(self) -> Self:
+        if self.until and "group_id" not in self.model_fields_set:
+            raise ValueError("until needs a group_id of its own, which no other worker has used; set group_id, too")
+        if self.until and self.auto_offset_reset == "latest":
+            raise ValueError(
+                "until needs auto_offset_reset earliest: the latest record is where it ends; since moves the begin"
+            )
+        if self.since and self.until_ms is not None and moment_ms(self.since) >= self.until_ms:
+            raise ValueError("since should be before until: nothing can be both")
         return self
 
     @model_validator(mode="after")

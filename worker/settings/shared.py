@@ -86,6 +86,12 @@ class ModelSettings(CheckpointSettings):
     max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"
     )
+    cuda_pass: Literal["padded", "unpadded", "auto"] = Field(
+        "padded",
+        description="how a GPU computes the texts of a pass; padded: each as long as the longest; unpadded: one behind "
+        "another, where torch (2.10), the device (compute capability 8.0) and dtype (half precision) can and the logits "
+        "agree on the shipped reviews; auto: unpadded where that is faster, too",
+    )
 
 
 class ConnectionSettings(LogSettings):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from worker.reasons import Reason
 from worker.settings.base import unquoted
-from worker.settings.values import moment_ms, pairs, split_names, text_fields, whole_name
+from worker.settings.values import AGO, moment_ms, pairs, split_names, text_fields, whole_name
 
 INT32 = 2**31 - 1
 HOST = re.compile(r"[^\s/\\@?#,]+")
@@ -168,6 +169,16 @@ def _moment(value: str) -> str:
     return value
 
 
+def _end(value: str) -> str:
+    try:
+        is_right = value == "now" or (not AGO.fullmatch(value) and moment_ms(value) <= time.time() * 1000)
+    except (ValueError, OverflowError):
+        is_right = False
+    if not is_right:
+        raise ValueError("it should be now, or a time that has passed, such as 2026-11-23T10:00Z")
+    return value
+
+
 Words = Annotated[list[str], AfterValidator(unquoted)]
 LabelMap = Annotated[list[str], AfterValidator(_label_map)]
 ModelLabels = Annotated[str, AfterValidator(_model_labels)]
@@ -177,6 +188,7 @@ Columns = Annotated[  # a TOML file may have one word in place of a list
 ]
 Reasons = Annotated[list[str], AfterValidator(_reasons)]
 Moment = Annotated[str, AfterValidator(_moment)]
+End = Annotated[str, AfterValidator(_end)]
 Servers = Annotated[str, AfterValidator(_servers)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Topics = Annotated[str, AfterValidator(_topics)]

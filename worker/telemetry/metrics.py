@@ -25,7 +25,7 @@ from prometheus_client.utils import floatToGoString
 from worker.core.events import Stage
 from worker.core.sentiment import LABELS
 from worker.core.timestamps import MAX_AGE_S, MAX_CLOCK_SKEW_S
-from worker.reasons import Reason
+from worker.reasons import Reason, SkipReason
 
 PREFIX = "sentiment_worker_"
 STAGES = ("wait", "tokenize", "forward", "publish", "commit")
@@ -105,7 +105,9 @@ class Metrics:
         self.dead_letters = counter("dead_letters_total", "Dead letters acknowledged by Kafka", ["stage", "reason"])
         self.tombstones = counter("tombstones_total", "Nulls with a key, forwarded")
         self.records_skipped = counter(
-            "records_skipped_total", "Nulls without a key, and null texts with on_null_text=skip"
+            "records_skipped_total",
+            "Nulls without a key and null texts with on_null_text=skip (null), and records older than max_age_s (too_old)",
+            ["reason"],
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
         self.batch_texts = histogram("batch_texts", "Texts, or windows of texts, in one pass of the model", _COUNTS)
@@ -175,6 +177,8 @@ class Metrics:
             self.http_refusals.labels(refusal)
         for reason in get_args(Reason):
             self.dead_letters.labels(_STAGE_OF.get(reason, "decode"), reason)
+        for skip_reason in get_args(SkipReason):
+            self.records_skipped.labels(skip_reason)
         for operation in OPERATIONS:
             self.kafka_errors.labels(operation)
 
@@ -246,6 +250,21 @@ class Metrics:
     def dead_lettered(self, failures: Iterable[tuple[Stage, Reason]]) -> None:
         for (stage, reason), count in Tally(failures).items():
             self.dead_letters.labels(stage, reason).inc(count)
+
+    def skipped(self, reasons: Iterable[SkipReason]) -> None:
+        for reason, count in Tally(reasons).items():
+            self.records_skipped.labels(reason).inc(count)
+
+    def outcomes(self) -> dict[str, int]:
+        """How many records were consumed since the start, and what became of them."""
+        counters = {
+            "consumed": self.records_consumed,
+            "results": self.results_published,
+            "dead_letters": self.dead_letters,
+            "tombstones": self.tombstones,
+            "skipped": self.records_skipped,
+        }
+        return {name: sum(int(s.value) for f in c.collect() for s in f.samples) for name, c in counters.items()}
 
     def lag(self, topic: str, partition: int, records: float, seconds: float) -> None:
         self.lag_records.labels(topic, partition).set(records)

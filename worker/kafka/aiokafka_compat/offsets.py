@@ -36,13 +36,21 @@ from worker.kafka.aiokafka_compat.transactions import by_topic
 from worker.runtime.tasks import within
 
 UNSTABLE_OFFSET_COMMIT: Final = 88
+READ_UNCOMMITTED: Final = 0  # as of aiokafka's requests
 _TAGS: Final = ("tags", TaggedFields)
 
 
 async def end_offsets(
-    consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition], timeout_s: float
+    consumer: AIOKafkaConsumer,
+    partitions: Iterable[TopicPartition],
+    timeout_s: float,
+    *,
+    isolation_level: int | None = None,
 ) -> dict[TopicPartition, int | Exception]:
     """The end offset of each partition, or why it cannot be had, by one request to each leader. Raises nothing.
+
+    Under read_committed it is before the oldest open transaction; with READ_UNCOMMITTED behind all records. The default is
+    the consumer's isolation level.
 
     aiokafka's ``end_offsets`` fails as a whole where one partition has no leader. Upstream would have to answer for each.
     """
@@ -50,12 +58,17 @@ async def end_offsets(
     by_leader: dict[int | None, list[TopicPartition]] = defaultdict(list)
     for tp in partitions:
         by_leader[cluster.leader_for_partition(tp)].append(tp)
-    asked = [_end_offsets_of(consumer, leader, tps, timeout_s) for leader, tps in by_leader.items()]
+    isolation_level = consumer._fetcher._isolation_level if isolation_level is None else isolation_level
+    asked = [_end_offsets_of(consumer, leader, tps, isolation_level, timeout_s) for leader, tps in by_leader.items()]
     return {tp: end for answer in await asyncio.gather(*asked) for tp, end in answer.items()}
 
 
 async def _end_offsets_of(
-    consumer: AIOKafkaConsumer, leader: int | None, partitions: list[TopicPartition], timeout_s: float
+    consumer: AIOKafkaConsumer,
+    leader: int | None,
+    partitions: list[TopicPartition],
+    isolation_level: int,
+    timeout_s: float,
 ) -> Mapping[TopicPartition, int | Exception]:
     client = consumer._client
     try:
@@ -67,7 +80,7 @@ async def _end_offsets_of(
         by_topic: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for tp in partitions:
             by_topic[tp.topic].append((tp.partition, OffsetResetStrategy.LATEST))
-        request = OffsetRequest(-1, consumer._fetcher._isolation_level, list(by_topic.items()))
+        request = OffsetRequest(-1, isolation_level, list(by_topic.items()))
         response = await within(timeout_s, client.send(leader, request))
     except (KafkaError, OSError, TimeoutError) as error:
         return dict.fromkeys(partitions, error)

@@ -27,13 +27,14 @@ COMPARED_TOKENS = 8_192  # a batch, in which number types are compared
 
 
 class Choice(NamedTuple):
-    """A forward with its number type (as in settings).
+    """A forward with its number type (as in settings), and the transformers model, in that type, that it stands for.
 
     ``exact`` computes texts again for which ``forward`` gives no finite logits; None where there is no more exact one.
     """
 
     forward: Forward
     dtype: str
+    model: Any
     exact: Forward | None = None
 
 
@@ -83,15 +84,16 @@ def choose_cuda_forward(model: Any, *, dtype: str, columns: Sequence[int], examp
     torch.set_float32_matmul_precision("highest")  # a model that was loaded before may have set another
     forward = choose_forward(model)
     if dtype != "auto":
-        return Choice(forward, name_of(model.dtype))
-    half = _torch_forward(copy.deepcopy(model).half())
-    exact_logits, half_logits = (_logits_of(each, examples, model.device)[:, columns] for each in (forward, half))
+        return Choice(forward, name_of(model.dtype), model)
+    half_model = copy.deepcopy(model).half()
+    half = _torch_forward(half_model)
+    exact_logits, half_logits = (logits_of(each, examples, model.device)[:, columns] for each in (forward, half))
     agreement = expected_agreement(exact_logits, half_logits)
     log.info("compared half precision", extra={"expected_agreement": f"{agreement:.4%}", "texts": len(examples)})
     if agreement >= AGREEMENT:
-        return Choice(half, "float16", forward)
+        return Choice(half, "float16", half_model, forward)
     torch.set_float32_matmul_precision("high")
-    return Choice(forward, "float32")
+    return Choice(forward, "float32", model)
 
 
 def has_bfloat16() -> bool:
@@ -119,7 +121,8 @@ class NumpyForward:
         return answer
 
 
-def _logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) -> NDArray[np.float32]:
+def logits_of(forward: Forward, examples: Sequence[Ids], device: torch.device) -> NDArray[np.float32]:
+    """Logits (N, labels) of the token ids of N texts, computed in padded batches on a device."""
     batches = cut_by_length([len(ids) for ids in examples], COMPARED_TOKENS, COMPARED_TOKENS)
     logits: dict[int, NDArray[np.float32]] = {}
     with torch.inference_mode():

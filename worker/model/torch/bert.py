@@ -62,10 +62,10 @@ class BertClassifier:
         activation = config.hidden_act if isinstance(config.hidden_act, str) else ""
         *earlier, last = body.encoder.layer
         self._token_axis = order
-        self._embeddings = _Embeddings(body.embeddings, _first_position(config), order)
+        self._embeddings = _Embeddings(body.embeddings, first_position(config), order)
         self._layers = [_Layer(layer, kind, activation, head_multiple, order) for layer in earlier]
         self._last = _LastLayer(last, kind, activation, head_multiple, order)
-        self._head = _head(source)
+        self._head = classification_head(source)
         if fused_from is None:
             fused_from = _fused_from(self._last.heads, self._last.head_size, source.dtype, source.device)
         self._fused_from = fused_from
@@ -131,11 +131,11 @@ class _Block:
         self.heads: int = attention.num_attention_heads
         self.head_size: int = -(-attention.attention_head_size // head_multiple) * head_multiple
         self._extra = self.head_size - int(attention.attention_head_size)
-        self._output = kind.of(self._from_heads(_weights(source.attention.output.dense)))
+        self._output = kind.of(self._from_heads(weights_of(source.attention.output.dense)))
         self._output_norm = source.attention.output.LayerNorm
-        self._up = kind.of(_weights(source.intermediate.dense), is_gelu=activation == "gelu")
+        self._up = kind.of(weights_of(source.intermediate.dense), is_gelu=activation == "gelu")
         self._activation = None if activation == "gelu" else source.intermediate.intermediate_act_fn
-        self._down = kind.of(_weights(source.output.dense))
+        self._down = kind.of(weights_of(source.output.dense))
         self._down_norm = source.output.LayerNorm
 
     def _to_heads(self, *layers: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -181,7 +181,7 @@ class _Layer(_Block):
         super().__init__(source, kind, activation, head_multiple, order)
         attention = source.attention.self
         self._query_key_value = kind.of(
-            *self._to_heads(_query_weights(attention), _weights(attention.key), _weights(attention.value))
+            *self._to_heads(query_weights(attention), weights_of(attention.key), weights_of(attention.value))
         )
 
     def __call__(self, hidden: Tensor, shape: Sequence[int], bias: Tensor | None, attend: "Attend") -> Tensor:
@@ -195,8 +195,8 @@ class _LastLayer(_Block):
     def __init__(self, source: Any, kind: "LinearKind", activation: str, head_multiple: int, order: int) -> None:
         super().__init__(source, kind, activation, head_multiple, order)
         attention = source.attention.self
-        self._query = kind.of(*self._to_heads(_query_weights(attention)))
-        self._key_value = kind.of(*self._to_heads(_weights(attention.key), _weights(attention.value)))
+        self._query = kind.of(*self._to_heads(query_weights(attention)))
+        self._key_value = kind.of(*self._to_heads(weights_of(attention.key), weights_of(attention.value)))
 
     def __call__(self, hidden: Tensor, shape: Sequence[int], bias: Tensor | None) -> Tensor:
         first = hidden.view(*shape, -1).select(self._token_axis, 0)
@@ -256,7 +256,7 @@ def _fastest_linear(layer: Any) -> LinearKind:
     rows = rows.view(EXAMPLE_TOKENS, layer.in_features)
     with torch.inference_mode():
         try:
-            plain, packed = (kind.of(*[_weights(layer)] * 3, is_gelu=True) for kind in (PlainLinear, PackedLinear))
+            plain, packed = (kind.of(*[weights_of(layer)] * 3, is_gelu=True) for kind in (PlainLinear, PackedLinear))
             is_right = torch.allclose(plain(rows), packed(rows), rtol=1e-4, atol=1e-4)
         except (AttributeError, RuntimeError):  # this version of torch, or this dtype, has no such product
             return PlainLinear
@@ -300,14 +300,16 @@ def _fused_from(heads: int, size: int, dtype: torch.dtype, device: torch.device)
 # Parts of a transformers model.
 
 
-def _weights(layer: Any) -> tuple[Tensor, Tensor]:
+def weights_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out) of a product, without their gradients."""
     return layer.weight.detach(), layer.bias.detach()
 
 
-def _query_weights(attention: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the query, multiplied by the scale of attention's scores."""
-    weight, bias = _weights(attention.query)
-    scale = attention.attention_head_size**-0.5
+def query_weights(attention: Any, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the query, multiplied by ``scale``, by default that of attention's scores."""
+    weight, bias = weights_of(attention.query)
+    if scale is None:
+        scale = attention.attention_head_size**-0.5
     return weight * scale, bias * scale
 
 
@@ -322,12 +324,12 @@ def _padding_bias(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     ]
 
 
-def _first_position(config: Any) -> int:
+def first_position(config: Any) -> int:
     """The row of the first token's position: RoBERTa's positions begin behind the id of padding."""
     return 0 if config.model_type == "bert" else int(config.pad_token_id) + 1
 
 
-def _head(source: Any) -> Callable[[Tensor], Tensor]:
+def classification_head(source: Any) -> Callable[[Tensor], Tensor]:
     """The classification head: the first token's rows (N, width) → logits (N, labels)."""
     if source.config.model_type == "bert":
         inner, outer = source.base_model.pooler.dense, source.classifier

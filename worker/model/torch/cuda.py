@@ -62,6 +62,11 @@ class Shapes:
         width = next((width for width in self.widths if width >= length), length)
         return Shape(next((rows for rows in self._rows(width) if rows >= count), count), width)
 
+    def all_of(self, batches: Sequence[Sequence[TokenIds]]) -> list[Shape]:
+        """The shapes of these device batches, the largest first."""
+        needed = {self.of(len(batch), max(map(len, batch))) for batch in batches}
+        return [shape for shape in self.all() if shape in needed]
+
     def _rows(self, width: int) -> tuple[int, ...]:
         most = max(1, self._budget // width)
         return (*_steps(1, most), most)
@@ -336,15 +341,18 @@ def passes_on(
     budget: int,
     labels: int,
     padding: int,
+    batches: Sequence[Sequence[TokenIds]] | None = None,
 ) -> Passes:
     """Passes of a model on its device, with graphs for a BertClassifier; ``exact``: for what that gives no number for.
 
-    ``longest``: the model's maximum; ``budget``: tokens in a pass; ``padding``: the id of it. Blocks for some seconds.
+    ``longest``: the model's maximum; ``budget``: tokens in a pass; ``padding``: the id of it. Only the shapes of ``batches``
+    have graphs, if they are given. Blocks for some seconds if they are not.
     """
     shapes = Shapes(longest, budget)
     pass_device = CudaPassDevice(forward, device, labels=labels, padding=padding)
-    if isinstance(forward, BertClassifier):
-        pass_device.capture(shapes.all())
+    captured = shapes.all() if batches is None else shapes.all_of(batches)
+    if isinstance(forward, BertClassifier) and captured:
+        pass_device.capture(captured)
     if exact is None:
         return Passes(pass_device, shapes)
     return Passes(pass_device, shapes, Passes(CudaPassDevice(exact, device, labels=labels, padding=padding), shapes))

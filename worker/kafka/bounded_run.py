@@ -1,0 +1,169 @@
+"""A run with the setting ``until``: where each partition ends, and when the group has read all partitions to their ends."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
+
+from aiokafka import TopicPartition
+from aiokafka.errors import GroupAuthorizationFailedError, IllegalStateError
+from aiokafka.structs import OffsetAndMetadata
+
+from worker.core.bounds import Bound, bound_in, end_in
+from worker.core.timestamps import iso_time
+from worker.core.topic_ids import is_of
+from worker.errors import WrongSetting
+from worker.kafka.aiokafka_compat.group import RETRY_S
+from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
+from worker.kafka.aiokafka_compat.offsets import READ_UNCOMMITTED
+from worker.kafka.assignment import Assignments
+from worker.kafka.clients import stop_client
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.consumer import Consumer
+from worker.kafka.group_consumer import GroupConsumer
+from worker.kafka.subscription import Subscription
+from worker.runtime.tasks import within
+from worker.telemetry.health import Health
+
+FINISHED_INTERVAL_S: Final = 1.0  # how often a member that is done asks whether the others are
+STOP_S: Final = 1.0
+
+
+class Until:
+    """The setting ``until`` of one group: its time in ms since 1970, or None for now, which the group resolves once.
+
+    ``finished`` is set once all partitions of the group are read to their ends.
+    """
+
+    def __init__(self, group_id: str, time_ms: int | None, clock: Callable[[], float] = time.time) -> None:
+        self.group_id = group_id
+        self.time_ms = time_ms
+        self.finished = asyncio.Event()
+        self.clock = clock
+
+    def check(self, commits: Collection[OffsetAndMetadata]) -> None:
+        """Raises WrongSetting where these commits of the group are not of this very run."""
+        commits = [commit for commit in commits if commit.offset >= 0]
+        if any(bound_in(commit.metadata) is None for commit in commits):
+            raise WrongSetting(
+                f"group_id {self.group_id} has offsets of workers without until; until needs a group_id of its own, which "
+                "no other worker uses"
+            )
+        found = end_in(commit.metadata for commit in commits)
+        if found is not None and self.time_ms not in (None, found):
+            raise WrongSetting(
+                f"group_id {self.group_id} has offsets of a run until {iso_time(found)}, and until says another time; set "
+                "until to that time, or take a new group_id"
+            )
+        self.time_ms = self.time_ms if found is None else found
+
+
+async def check_group(connection: Connection, topics: Collection[str], until: Until, health: Health) -> None:
+    """Raises WrongSetting where the group's offsets are not of this run; it does not join the group. Waits for brokers."""
+    backoff = Backoff()
+    while True:
+        consumer = Consumer(**connection.options(), group_id=until.group_id, enable_auto_commit=False)
+        use_topics(consumer, topics)
+        try:
+            async with asyncio.timeout(connection.request_timeout_s):
+                await consumer.start()
+                commits = await consumer.committed_offsets(await _partitions(consumer, topics))
+        except GroupAuthorizationFailedError:
+            health.failing("kafka", f"no permission to read as group {until.group_id} (ACL)", "until")
+        except UNREACHABLE as error:
+            health.failing("kafka", unreachable(connection, error), "until")
+        else:
+            health.working("kafka", "until")
+            until.check(commits.values())
+            return
+        finally:
+            await stop_client(consumer, "consumer", STOP_S)
+        await backoff.wait()
+
+
+class BoundedRun:
+    """Tells where partitions end, and watches for the end of the run.
+
+    The bound of a partition is found by whoever reads it first, and stands in the metadata of each of its commits from the
+    first on. Where ``until`` is now, the reader of the group's first partition says what time that is; all others wait for
+    its commit.
+    """
+
+    def __init__(
+        self,
+        until: Until,
+        consumer: GroupConsumer,
+        subscription: Subscription,
+        assignments: Assignments,
+        request_timeout_s: float,
+    ) -> None:
+        self._until = until
+        self._consumer = consumer
+        self._subscription = subscription
+        self._assignments = assignments
+        self._request_timeout_s = request_timeout_s
+        self._asking = asyncio.Lock()
+
+    async def bound(self, tp: TopicPartition, commit: OffsetAndMetadata | None) -> Bound:
+        """A partition's bound: that of its committed offset, else a new one.
+
+        Raises WrongSetting, IllegalStateError and what is in UNREACHABLE. Waits for the group to know what time now is.
+        """
+        if commit is not None and (bound := bound_in(commit.metadata)):
+            self._until.check([commit])
+            return bound
+        time_ms = await self._time_ms(tp)
+        # With open transactions, because records in them may be of before the end, and committed after it.
+        ends = await self._consumer.live.ends([tp], self._request_timeout_s, isolation_level=READ_UNCOMMITTED)
+        if isinstance(end := ends[tp], Exception):
+            raise end
+        return Bound(time_ms, end)
+
+    async def watch(self) -> None:
+        """Sets ``finished`` once every partition of the group is committed up to its bound. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(FINISHED_INTERVAL_S)
+            if not all(assignment.is_finished() for assignment in self._assignments.values()):
+                continue
+            with contextlib.suppress(*UNREACHABLE, IllegalStateError):  # the lag watcher reports it
+                if await within(self._request_timeout_s, self._has_finished()):
+                    self._until.finished.set()
+
+    async def _time_ms(self, tp: TopicPartition) -> int:
+        if self._until.time_ms is None and tp == min(partitions := await self._all_partitions()):
+            await self._ask(partitions)
+            # It is the group's time once it is committed: until then the next reader of this partition may say another one.
+            return self._until.time_ms or int(self._until.clock() * 1000)
+        async with self._asking:
+            while self._until.time_ms is None:
+                await self._ask(await self._all_partitions())
+                await asyncio.sleep(RETRY_S)
+        return self._until.time_ms
+
+    async def _ask(self, partitions: list[TopicPartition]) -> None:
+        self._until.check((await self._commits(partitions)).values())
+
+    async def _has_finished(self) -> bool:
+        partitions = await self._all_partitions()
+        ids = await self._consumer.live.topic_ids({tp.topic for tp in partitions})
+        commits = await self._commits(partitions)
+        return all(
+            (bound := bound_in(commit.metadata)) is not None
+            and bound.is_reached(commit.offset)
+            and is_of(ids.get(tp.topic, ""), commit.metadata)
+            for tp, commit in commits.items()
+        )
+
+    async def _all_partitions(self) -> list[TopicPartition]:
+        topics = self._subscription.topics
+        return await within(self._request_timeout_s, _partitions(self._consumer.live, topics))
+
+    async def _commits(self, partitions: list[TopicPartition]) -> Mapping[TopicPartition, OffsetAndMetadata]:
+        """What is committed for certain: offsets in an open transaction do not count yet."""
+        return await within(self._request_timeout_s, self._consumer.live.committed_offsets(partitions))
+
+
+async def _partitions(consumer: Consumer, topics: Collection[str]) -> list[TopicPartition]:
+    """All partitions of these topics. Waits without end for one that does not exist, so the caller sets a deadline."""
+    return [TopicPartition(topic, number) for topic in topics for number in await partitions_of(consumer, topic)]
