@@ -81,7 +81,7 @@ class Testbed:
         return read_topic(self.broker, self.topics.input, self.partitions)
 
     def output(self) -> TopicLog:
-        """Waits until the broker has aborted what a killed worker left open, for results behind that can be read only then."""
+        """Waits until no transaction is open: what is behind one that a killed worker left can be read only then."""
         topic = self.topics.output
         wait_for(lambda: not self.kafka.has_open_transaction(topic), "the open transactions to end", every=0.5)
         return read_topic(self.broker, self.topics.output, self.partitions)
