@@ -97,7 +97,7 @@ def ours(options: argparse.Namespace) -> Engine:
     )
 
     def score(texts: Sequence[str]) -> list[Scores]:
-        sentiments = [sentiment for sentiment, _ in model.score(texts)]
+        sentiments = [scored.sentiment for scored in model.score(texts)]
         return [sentiment.probabilities for sentiment in sentiments if sentiment is not None]
 
     return score

@@ -98,6 +98,8 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "activation",
         "threshold",
         "normalize",
+        "long_text",
+        "max_windows",
         "device",
         "dtype",
         "backend",
@@ -126,6 +128,7 @@ UNITS: Final = {  # by a setting's name, or how it ends
     "_tokens": "tokens",
     "_threads": "threads",
     "_window": "records",
+    "_windows": "windows",
     "_size": "texts",
     "_limit": "share",
     "_masking": "share",
@@ -190,6 +193,13 @@ READING: Final[dict[str, dict[str, str]]] = {
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
         "enough to sort.",
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no model.",
+    },
+    "Do the texts suit the model?": {
+        "texts_truncated_total": "Divided by the results: the share of texts that do not fit. With `long_text=truncate` they are "
+        "longer than the model's maximum, and `windows` would score all of them; with `windows`, longer than `max_windows`.",
+        "tokens_total": "Without texts that the cache answers, and without what was cut off.",
+        "unknown_tokens_total": "Divided by `tokens_total`: the share of unknown tokens. A few in a hundred are usual; far more "
+        "mean another language or script than the model's, or the wrong tokenizer. Always 0 for tokenizers that know every byte.",
     },
     "What do people say?": {
         "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "

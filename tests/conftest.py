@@ -18,6 +18,7 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_run.py",
     "test_outages.py",
     "test_topics.py",
+    "test_long_texts.py",
     "test_exactly_once.py",
     "test_partial_outages.py",
     "test_security.py",

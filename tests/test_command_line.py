@@ -376,6 +376,29 @@ def check_result(line: dict[str, Any], text: str, checkpoint: Path, oracle: Orac
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["processed_at"])
 
 
+def test_classify_evaluate_and_bench_score_long_texts_in_windows(checkpoint: Path, tmp_path: Path) -> None:
+    windows = ("--model", checkpoint, "--long-text", "windows", "--max-windows", "3", "--cpu-threads", "1")
+    name = re.compile(rf"{re.escape(str(checkpoint))}@[0-9a-f]{{12}}\+long_text=windows\+max_windows=3")
+    texts = ["день", "день " * 600, "день " * 2_000]
+    lines = results(forked("classify", *windows, *texts))
+    assert [(line["windows"], line["truncated"]) for line in lines] == [(1, False), (2, False), (3, True)]
+    assert list(lines[0]) == [*FIELDS[:5], "windows", *FIELDS[5:]]
+    assert name.fullmatch(lines[0]["model"])
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{text},{line['label']}\n" for text, line in zip(texts, lines, strict=True))
+    )
+    report = json.loads(
+        forked("evaluate", *windows, "--source", f"long={tmp_path / 'rows.csv'}", "--format", "json").stdout
+    )
+    assert (report["overall"]["macro_f1"], report["overall"]["texts"]) == (1, 3)
+    assert name.fullmatch(report["model"])
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    report = json.loads(
+        forked("bench", *windows, "--file", tmp_path / "texts.txt", "--seconds", "0.01", "--json").stdout
+    )
+    assert name.fullmatch(report["model"])
+
+
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "processed_at"} for line in lines]
 

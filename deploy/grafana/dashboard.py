@@ -267,6 +267,16 @@ def how_full() -> Sequence[timeseries.Panel]:
             "Share of a device batch that is no text.",
             third=True,
         ),
+        chart(
+            "Do the texts suit the model?",
+            "percentunit",
+            {
+                "texts cut": f"{total(rate('texts_truncated_total'))} / {total(rate('results_published_total'))}",
+                "unknown tokens": f"{total(rate('unknown_tokens_total'))} / {total(rate('tokens_total'))}",
+            },
+            "Texts of which a part was not scored, and tokens that the tokenizer does not know.",
+            third=True,
+        ),
     )
 
 

@@ -33,10 +33,14 @@ class CostlessModel:
     passes = 1
     widths = ()
     pass_tokens = 1
+    windowing = None
     cuda_pass = "padded"
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         return [[1]] * len(texts), [False] * len(texts)
+
+    def count_tokens(self, ids: Sequence[Sequence[int]]) -> tuple[int, int]:
+        return len(ids), 0
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         if PASS_SECONDS:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from worker.core.batching import MicroBatcher, cut_by_length
+from worker.core.batching import MicroBatcher, TokenLimit, cut_by_length
 
 SOURCES = ("a", "b", "c")
 LENGTHS = st.lists(st.integers(0, 600), max_size=80)
@@ -26,10 +26,22 @@ class AnyUse(RuleBasedStateMachine):
         self.now = 0.0
         self.next_item = 0
 
-    @initialize(max_items=st.integers(1, 12), linger_s=st.floats(0, 60))
-    def start(self, max_items: int, linger_s: float) -> None:
-        self.max_items, self.linger_s = max_items, linger_s
-        self.batcher = MicroBatcher[str, int](max_items, linger_s)
+    @initialize(max_items=st.integers(1, 12), linger_s=st.floats(0, 60), is_limited=st.booleans())
+    def start(self, max_items: int, linger_s: float, is_limited: bool) -> None:
+        self.max_items, self.linger_s, self.is_limited, self.most_tokens = max_items, linger_s, is_limited, 20.0
+        limit = TokenLimit[int](tokens_of, lambda: self.most_tokens) if is_limited else None
+        self.batcher = MicroBatcher[str, int](max_items, linger_s, limit)
+
+    @rule(most_tokens=st.floats(0, 60))
+    def move_limit(self, most_tokens: float) -> None:
+        self.most_tokens = most_tokens
+
+    def next_size(self) -> int:
+        """As many of the oldest items as are allowed, in number and in tokens; one in any case."""
+        items = [item for _, item, _ in self.waiting[: self.max_items]]
+        while self.is_limited and len(items) > 1 and sum(map(tokens_of, items)) > self.most_tokens:
+            items.pop()
+        return len(items)
 
     @rule(source=st.sampled_from(SOURCES), count=st.integers(0, 15), seconds=st.floats(0, 100))
     def add(self, source: str, count: int, seconds: float) -> None:
@@ -42,7 +54,8 @@ class AnyUse(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         runs = self.batcher.take()
-        expected, self.waiting = self.waiting[: self.max_items], self.waiting[self.max_items :]
+        size = self.next_size()
+        expected, self.waiting = self.waiting[:size], self.waiting[size:]
         taken = [(source, item) for source, items in runs for item in items]
         assert taken == [(source, item) for source, item, _ in expected]
         assert all(items for _, items in runs)
@@ -67,11 +80,18 @@ class AnyUse(RuleBasedStateMachine):
         closes_at = self.batcher.closes_at()
         if not self.waiting:
             assert closes_at is None
-        elif len(self.waiting) >= self.max_items:
+        elif len(self.waiting) >= self.max_items or self.exceeds_limit():
             assert closes_at is not None
             assert closes_at <= self.now
         else:
             assert closes_at == self.waiting[0][2] + self.linger_s
+
+    def exceeds_limit(self) -> bool:
+        return self.is_limited and sum(tokens_of(item) for _, item, _ in self.waiting) > self.most_tokens
+
+
+def tokens_of(item: int) -> int:
+    return item % 7 * 3
 
 
 TestAnyUse = AnyUse.TestCase
@@ -120,6 +140,19 @@ def test_a_source_that_is_gone_takes_its_own_items_with_it() -> None:
     assert batcher.closes_at() == 6.0
     assert batcher.take() == [("kept", [2, 3])]
     assert len(batcher) == 0
+
+
+def test_a_batch_ends_before_the_item_that_has_too_many_tokens() -> None:
+    batcher = MicroBatcher[str, int](10, 1.0, TokenLimit(lambda item: item, lambda: 100.0))
+    batcher.add("a", [60, 40], now=0.0)
+    assert batcher.closes_at() == 1.0, "all that is there is within the limit"
+    batcher.add("b", [1, 500, 2], now=0.5)
+    assert batcher.closes_at() == 0.0
+    assert batcher.take() == [("a", [60, 40])]
+    assert batcher.take() == [("b", [1])]
+    assert batcher.take() == [("b", [500])], "what exceeds it by itself goes alone"
+    assert batcher.closes_at() == 1.5
+    assert batcher.take() == [("b", [2])]
 
 
 @patient

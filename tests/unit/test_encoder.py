@@ -209,17 +209,23 @@ FINITE = st.floats(0, 1) | st.integers(-1_000_000, 1_000_000).map(lambda million
     ),
     st.text(),
     st.text(),
+    st.booleans(),
 )
-def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, model: str) -> None:
+def test_results_are_the_bytes_of_their_fields(scored: list[Any], topic: str, model: str, has_windows: bool) -> None:
     records = [FakeRecord(b"", topic=topic, offset=offset, timestamp=at) for *_, offset, at in scored]
     sentiments = [Sentiment(label, numbers[0], numbers[1:]) for _, label, numbers, *_ in scored]
     truncated = [is_cut for *_, is_cut, _, _ in scored]
     events = [Event(id, "да") for id, *_ in scored]
-    results = Encoder().encode(records, events, sentiments, truncated, model, PROCESSED_AT)
-    for record, event, sentiment, is_cut, result in zip(records, events, sentiments, truncated, results, strict=True):
+    windows = list(range(1, 1 + len(scored))) if has_windows else None
+    results = Encoder().encode(records, events, sentiments, truncated, model, PROCESSED_AT, windows=windows)
+    counts: list[Any] = windows or [None] * len(scored)
+    for record, event, sentiment, is_cut, count, result in zip(
+        records, events, sentiments, truncated, counts, results, strict=True
+    ):
         source = {"topic": topic, "partition": record.partition, "offset": record.offset}
         event_time = iso_time(record.timestamp) if timestamp_ms(record) is not None else None
-        fields = result_fields(event.id, sentiment, is_cut, model, source, event_time, PROCESSED_AT)
+        fields = result_fields(event.id, sentiment, is_cut, model, source, event_time, PROCESSED_AT, windows=count)
+        assert fields.get("windows") == count
         assert isinstance(result, Outgoing)
         assert result.value == orjson.dumps(fields)
         assert result.timestamp == (record.timestamp if timestamp_ms(record) is not None else None)

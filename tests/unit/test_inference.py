@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
 from worker.core.sentiment import CARD, LabelSet, Sentiment
+from worker.core.windows import Windowing
+from worker.kafka.reader import FetchedRecord
 from worker.model.truncation import TokenizedTexts
 from worker.pipeline import model_runner
 from worker.pipeline.inference import Inference
@@ -20,6 +22,11 @@ from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.telemetry.metrics import Metrics
 
 Fault = Callable[[Sequence[Sequence[int]]], None]
+
+
+def pause(seconds: float) -> None:
+    """A pass that takes so long."""
+    threading.Event().wait(seconds)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -35,6 +42,7 @@ class Model:
     passes = 1
     widths = ()
     pass_tokens = 1_000
+    windowing: Windowing | None = None
 
     def __init__(self, max_batch_tokens: int = 64) -> None:
         self.max_batch_tokens = max_batch_tokens
@@ -48,6 +56,9 @@ class Model:
         if any("☠" in text for text in texts):
             raise ValueError("a text that no tokenizer takes")
         return TokenizedTexts([[ord(letter) for letter in text] for text in texts], [len(text) > 40 for text in texts])
+
+    def count_tokens(self, ids: Sequence[Sequence[int]]) -> tuple[int, int]:
+        return sum(map(len, ids)), sum(tokens.count(ord("?")) for tokens in ids)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         self.fault(ids)
@@ -91,6 +102,85 @@ async def test_answers_come_back_in_order_whatever_the_lengths(model: Model) -> 
     alone = [(await answers(inference, [text])).answers[0] for text in texts]
     assert together == alone
     assert all(len(lengths) * max(lengths) <= 64 for lengths in model.seen)
+
+
+@pytest.fixture
+def windows(model: Model) -> Model:
+    """A model that takes 32 tokens, in windows that overlap by 16."""
+    model.windowing = Windowing(max_tokens=32, opening=0, closing=0, max_windows=4)
+    return model
+
+
+async def test_windows_are_scored_apart_and_answer_for_their_text(windows: Model) -> None:
+    inference = await loaded(windows, cache_size=10)
+    texts = ["x" * 5, "y" * 64, "z" * 32, "y" * 64]
+    for _ in range(2):  # the second time, the cache has them
+        job = await answers(inference, texts)
+        assert job.windows == [1, 3, 1, 3]
+        assert job.truncated == [False, True, False, True]  # as the model says
+    assert sorted(length for lengths in windows.seen for length in lengths) == [5, 32, 32, 32, 32]
+    halves = await answers(await loaded(windows), ["y" * 32, "y" * 32 + "z" * 16])
+    first, both = halves.answers
+    assert isinstance(first, Sentiment)
+    assert isinstance(both, Sentiment)
+    later = (await answers(await loaded(windows), ["y" * 16 + "z" * 16])).answers[0]
+    assert isinstance(later, Sentiment)
+    mean = np.average([first.probabilities, later.probabilities], axis=0, weights=[32, 16])
+    assert both.probabilities == pytest.approx(mean)
+
+
+async def test_with_truncation_a_job_counts_no_windows(model: Model) -> None:
+    assert (await answers(await loaded(model), ["x" * 100])).windows is None
+
+
+async def test_a_window_that_fails_costs_its_text_alone(windows: Model) -> None:
+    inference = await loaded(windows)
+    windows.fault = only(lambda tokens: ord("☢") in tokens, RuntimeError("bad kernel"))
+    job = await answers(inference, ["x" * 40, "y" * 60 + "☢", "z" * 20])
+    assert [isinstance(answer, Sentiment) for answer in job.answers] == [True, False, True]
+    assert job.answers[1] == "the model failed: RuntimeError"
+
+
+async def test_many_failed_windows_of_one_text_are_no_lost_device(windows: Model) -> None:
+    windows.windowing = Windowing(max_tokens=32, opening=0, closing=0, max_windows=20)
+    inference = await loaded(windows)
+    windows.fault = only(lambda tokens: ord("☢") in tokens, RuntimeError("bad kernel"))
+    assert (await answers(inference, ["☢" * 200])).answers == ["the model failed: RuntimeError"]
+
+
+async def test_a_micro_batch_is_bounded_by_what_is_scored_in_its_time(windows: Model) -> None:
+    """At first by one pass for each thread, and then by the time that tokens took."""
+    inference = await loaded(windows, micro_batch_s=1.0)
+    limit = inference.token_limit()
+    assert limit is not None
+    assert limit.at_most() == pytest.approx(windows.max_batch_tokens)
+    record = FetchedRecord("t", 0, 0, 0, None, b"x" * 64, ())
+    assert limit.tokens_of(record) == 3 * 32
+    assert limit.tokens_of(record._replace(value=None)) == 0
+    assert limit.tokens_of(record._replace(value=b"x" * 10_000)) == 4 * 32
+    windows.fault = lambda ids: pause(0.01)  # of 64 tokens
+    for _ in range(12):
+        await answers(inference, ["x" * 32, "y" * 32])
+    assert limit.at_most() < 64 / 0.01
+    before = limit.at_most()
+    windows.fault = lambda ids: pause(0.05)
+    await answers(inference, ["x" * 32, "y" * 32])
+    assert limit.at_most() < before / 2
+
+
+async def test_with_truncation_micro_batches_have_no_bound_in_tokens(model: Model) -> None:
+    assert (await loaded(model)).token_limit() is None
+
+
+async def test_what_does_not_suit_the_model_is_counted(model: Model) -> None:
+    metrics = Metrics("test")
+    inference = Inference(metrics, cache_size=10)
+    await inference.load(lambda: model)
+    for _ in range(2):  # the cache knows that they were cut, and they are tokenized once
+        await answers(inference, ["что?", "long" * 20, "long" * 20, "☠"])
+    assert metrics.texts_truncated._value.get() == 4
+    assert metrics.tokens._value.get() == len("что?") + 80
+    assert metrics.unknown_tokens._value.get() == 1
 
 
 async def test_a_text_that_was_cut_says_so(model: Model) -> None:

@@ -113,7 +113,7 @@ def test_a_lone_surrogate_is_that_text_s_own_failure(model: SentimentModel) -> N
     assert np.isnan(scores[1])
     assert rows.shape == (3, 3)
     assert np.isnan(rows[1]).all()
-    assert [sentiment is None for sentiment, _ in model.score(texts)] == [False, True, False]
+    assert [scored.sentiment is None for scored in model.score(texts)] == [False, True, False]
 
 
 def test_a_lone_surrogate_alone(model: SentimentModel) -> None:

@@ -21,7 +21,7 @@ def test_the_newest_half_is_found_and_no_more_than_all_is_kept(size: int, uses: 
     for is_put, number in uses:
         digest = bytes([number])
         if is_put:
-            cache.put(digest, SENTIMENT, bool(number % 2))
+            cache.put(digest, SENTIMENT, bool(number % 2), number)
         elif cache.get(digest) is None:
             assert number not in newest[-(size // 2) :] or not size // 2
             continue
@@ -32,7 +32,7 @@ def test_the_newest_half_is_found_and_no_more_than_all_is_kept(size: int, uses: 
         assert not cache._young
     else:
         for number in newest[-max(1, size // 2) :]:
-            assert cache.get(bytes([number])) == (SENTIMENT, bool(number % 2))
+            assert cache.get(bytes([number])) == (SENTIMENT, bool(number % 2), number)
 
 
 def test_a_generation_that_goes_is_gone_before_the_next_one_does() -> None:
@@ -51,14 +51,14 @@ def test_what_is_put_twice_drives_nothing_out() -> None:
     assert set(cache._old) | set(cache._young) == {b"a", b"b", b"c", b"d"}
 
 
-@given(st.sampled_from(LABELS), st.tuples(*[st.floats(0, 1)] * 3), st.floats(-1, 1), st.booleans())
+@given(st.sampled_from(LABELS), st.tuples(*[st.floats(0, 1)] * 3), st.floats(-1, 1), st.booleans(), st.integers(1, 64))
 def test_what_is_found_is_what_was_put(
-    label: str, probabilities: tuple[float, float, float], score: float, truncated: bool
+    label: str, probabilities: tuple[float, float, float], score: float, truncated: bool, windows: int
 ) -> None:
     cache = ResultCache(2)
-    cache.put(b"a", Sentiment(label, score, probabilities), truncated)
+    cache.put(b"a", Sentiment(label, score, probabilities), truncated, windows)
     found = cache.get(b"a")
-    assert found == (Sentiment(label, score, probabilities), truncated)
+    assert found == (Sentiment(label, score, probabilities), truncated, windows)
     assert type(found[0]) is Sentiment
     assert type(found[1]) is bool
 
@@ -70,7 +70,7 @@ def test_any_number_of_labels_is_kept_with_and_without_a_score(place: tuple[int,
     cache = ResultCache(2, LabelSet(names, "sigmoid", (0.5,) * count if has_score else None))
     sentiment = Sentiment(names[best], 0.5 if has_score else None, tuple(number / count for number in range(count)))
     cache.put(b"a", sentiment, True)
-    assert cache.get(b"a") == (sentiment, True)
+    assert cache.get(b"a") == (sentiment, True, 1)
 
 
 def test_the_garbage_collector_has_no_entries_to_walk_through() -> None:

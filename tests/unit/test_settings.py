@@ -81,7 +81,7 @@ TABLE = {
 }
 NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
-    "result_timestamp", "on_null_text", "http_names", "max_age_s", "since", "until",
+    "result_timestamp", "on_null_text", "http_names", "long_text", "max_windows", "max_age_s", "since", "until",
 }  # fmt: skip
 
 

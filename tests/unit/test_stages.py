@@ -288,7 +288,9 @@ def scored(offsets: range) -> MicroBatch:
     decoded: list[Decoded] = [
         Failure("decode", "invalid_json", "") if n % 2 == 0 else Event(str(n), "text") for n in offsets
     ]
-    job: Any = SimpleNamespace(answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets))
+    job: Any = SimpleNamespace(
+        answers=["no answer"] * sum(n % 2 for n in offsets), truncated=[False] * len(offsets), windows=None
+    )
     job.model = SimpleNamespace(name="m", labels=CARD)
     return MicroBatch([Part(Assignment(TopicPartition("t", 0)), records, decoded, 0)], job)
 
@@ -320,7 +322,7 @@ async def test_records_that_are_published_again_count_once_towards_the_limit() -
 
 
 def nothing_scored() -> Any:
-    return SimpleNamespace(answers=[], truncated=[], model=SimpleNamespace(name="m"))
+    return SimpleNamespace(answers=[], truncated=[], windows=None, model=SimpleNamespace(name="m", labels=CARD))
 
 
 async def test_what_is_too_old_is_counted_apart_and_told_once(caplog: pytest.LogCaptureFixture) -> None:

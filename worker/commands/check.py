@@ -153,7 +153,7 @@ def _model(settings: RunSettings) -> Finding:
         model = load_from_settings(settings)
     except UserError as error:  # brokers and topics are worth a look all the same
         return Finding("model", "fail", str(error))
-    sentiment, _ = model.score(["Хорошо, спасибо."])[0]
+    sentiment = model.score(["Хорошо, спасибо."])[0].sentiment
     if sentiment is None:
         return Finding(
             "model", "fail", f"{model.name} does not score a plain text with finite numbers; use another model"

@@ -124,10 +124,18 @@ def _results(model: SentimentModel, batch: list[tuple[int, str | None]]) -> Iter
     for number, text in batch:
         reason, sentiment = "invalid_utf8" if text is None else "empty_text" if is_empty(text) else None, None
         if reason is None:
-            sentiment, truncated = next(scored)
+            sentiment, truncated, windows = next(scored)
         if sentiment is None:
             yield {"id": str(number), "reason": reason or "inference_failed"}
         else:
             yield result_fields(
-                str(number), sentiment, truncated, model.name, None, None, processed_at, labels=model.labels
+                str(number),
+                sentiment,
+                truncated,
+                model.name,
+                None,
+                None,
+                processed_at,
+                labels=model.labels,
+                windows=windows,
             )

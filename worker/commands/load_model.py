@@ -42,6 +42,8 @@ def checkpoint_options(settings: CheckpointSettings) -> dict[str, Any]:
         "activation": settings.activation,
         "threshold": settings.threshold,
         "normalize": settings.normalize,
+        "long_text": settings.long_text,
+        "max_windows": settings.max_windows,
         "device": settings.device,
         "cpu_threads": settings.cpu_threads,
     }

@@ -28,6 +28,7 @@ from worker.http.recent_outcomes import RecentOutcomes
 from worker.http.reload import Reloader
 from worker.http.server import Server
 from worker.kafka.bounded_run import Until
+from worker.kafka.group_consumer import GroupTimeouts
 from worker.kafka.partition_reader import UnreadableRecord
 from worker.kafka.standstill import Standstill
 from worker.pipeline.inference import Inference
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_SPANS_S: Final = 2.0
+MICRO_BATCH_SHARE: Final = 0.25  # of a revocation's time, for one micro-batch with texts in windows
 PROBE_S: Final = 1.0  # for a last look at /livez and /metrics before a process that cannot go on ends
 
 
@@ -78,7 +80,7 @@ async def _left() -> set[asyncio.Future[Any]]:
 
 async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     metrics = Metrics(__version__)
-    inference = Inference(metrics, timeout_s=settings.inference_timeout_s, cache_size=settings.cache_size)
+    inference = _inference(settings, metrics)
     health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
@@ -107,6 +109,18 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
         if shared.tracing:
             await shared.tracing.close(LAST_SPANS_S)
         await server.stop()
+
+
+def _inference(settings: RunSettings, metrics: Metrics) -> Inference:
+    timeouts = GroupTimeouts.of(
+        request_timeout_ms=settings.request_timeout_ms, session_timeout_ms=settings.session_timeout_ms
+    )
+    return Inference(
+        metrics,
+        timeout_s=settings.inference_timeout_s,
+        cache_size=settings.cache_size,
+        micro_batch_s=MICRO_BATCH_SHARE * timeouts.revoke_s,
+    )
 
 
 def _reloader(shared: Shared) -> Reloader:

@@ -149,6 +149,7 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         max_batch_texts=settings.max_batch_texts,
         linger_s=settings.linger_ms / 1000,
+        token_limit=shared.inference.token_limit(),
         max_unpacked_bytes=settings.max_unpacked_bytes,
         turn_budget=shared.inference.turn_budget,
         metrics=shared.metrics,

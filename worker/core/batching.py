@@ -1,7 +1,9 @@
 """Micro-batches: when one closes, what is in it, and how it is cut into device batches. Pure: the caller brings the time."""
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice, takewhile
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -12,10 +14,26 @@ TokenIds = Sequence[int] | NDArray[np.int32]
 
 SourceT = TypeVar("SourceT", bound=Hashable)
 ItemT = TypeVar("ItemT")
+_Chunk = tuple[
+    SourceT, Sequence[ItemT], float, list[int]
+]  # with its arrival, and the tokens of each item under a limit
+
+
+@dataclass(frozen=True)
+class TokenLimit(Generic[ItemT]):
+    """Bounds micro-batches by tokens.
+
+    ``tokens_of``: the most tokens that an item may have. ``at_most``: the tokens that a micro-batch may have, as of now.
+    """
+
+    tokens_of: Callable[[ItemT], int]
+    at_most: Callable[[], float]
 
 
 class MicroBatcher(Generic[SourceT, ItemT]):
     """Gathers items until ``max_items`` are there, or the oldest has waited ``linger_s`` seconds.
+
+    With a ``token_limit`` a micro-batch also closes before the item that would exceed it; it always has one item.
 
     It never waits itself: ``closes_at`` says when the next micro-batch is due, and ``take`` takes it. What has piled up
     while the device was busy leaves at once, up to ``max_items``, for a device that is free takes all that fits.
@@ -24,11 +42,13 @@ class MicroBatcher(Generic[SourceT, ItemT]):
     those of a revoked partition can be discarded without touching the others.
     """
 
-    def __init__(self, max_items: int, linger_s: float) -> None:
+    def __init__(self, max_items: int, linger_s: float, token_limit: TokenLimit[ItemT] | None = None) -> None:
         self._max_items = max_items
         self._linger_s = linger_s
-        self._chunks: deque[tuple[SourceT, Sequence[ItemT], float]] = deque()
+        self._token_limit = token_limit
+        self._chunks: deque[_Chunk[SourceT, ItemT]] = deque()
         self._size = 0
+        self._tokens = 0  # of all items; stays 0 without a limit
 
     def __len__(self) -> int:
         return self._size
@@ -36,8 +56,10 @@ class MicroBatcher(Generic[SourceT, ItemT]):
     def add(self, source: SourceT, items: Sequence[ItemT], now: float) -> None:
         """Adds items of one source, in order, that arrived at ``now``, in seconds of a monotonic clock."""
         if items:
-            self._chunks.append((source, items, now))
+            tokens = list(map(self._token_limit.tokens_of, items)) if self._token_limit else []
+            self._chunks.append((source, items, now, tokens))
             self._size += len(items)
+            self._tokens += sum(tokens)
 
     def oldest_arrival(self) -> float | None:
         """When the oldest item arrived, on the clock of ``add``; None if there is none."""
@@ -48,30 +70,44 @@ class MicroBatcher(Generic[SourceT, ItemT]):
         arrived = self.oldest_arrival()
         if arrived is None:
             return None
-        return arrived if self._size >= self._max_items else arrived + self._linger_s
+        return arrived if self._size >= self._max_items or self._exceeds_limit() else arrived + self._linger_s
 
     def take(self) -> list[tuple[SourceT, list[ItemT]]]:
-        """Takes the oldest items, at most ``max_items``, as runs of one source each, in order of arrival."""
-        room = self._max_items
+        """Takes the oldest items, as many as a micro-batch may have, as runs of one source each, in order of arrival."""
+        size = room = self._next_size()
         taken: list[tuple[SourceT, list[ItemT]]] = []
         while self._chunks and room:
-            source, items, arrived = self._chunks.popleft()
+            source, items, arrived, tokens = self._chunks.popleft()
             run = items[:room]
+            self._tokens -= sum(tokens[:room])
             if len(items) > room:
-                self._chunks.appendleft((source, items[room:], arrived))
+                self._chunks.appendleft((source, items[room:], arrived, tokens[room:]))
             room -= len(run)
             if taken and taken[-1][0] == source:
                 taken[-1][1].extend(run)
             else:
                 taken.append((source, list(run)))
-        self._size -= self._max_items - room
+        self._size -= size
         return taken
+
+    def _next_size(self) -> int:
+        """How many items the next micro-batch has."""
+        most = min(self._size, self._max_items)
+        if self._token_limit is None or not self._exceeds_limit():
+            return most
+        in_order = chain.from_iterable(tokens for _, _, _, tokens in self._chunks)
+        total, most_tokens = accumulate(islice(in_order, most)), self._token_limit.at_most()
+        return max(1, sum(1 for _ in takewhile(most_tokens.__ge__, total)))
+
+    def _exceeds_limit(self) -> bool:
+        return self._token_limit is not None and self._tokens > self._token_limit.at_most()
 
     def discard(self, source: SourceT) -> list[ItemT]:
         """Removes all items of a source, and answers with them."""
-        dropped = [item for owner, items, _ in self._chunks if owner == source for item in items]
+        dropped = [item for owner, items, _, _ in self._chunks if owner == source for item in items]
         self._chunks = deque(chunk for chunk in self._chunks if chunk[0] != source)
         self._size -= len(dropped)
+        self._tokens = sum(sum(tokens) for _, _, _, tokens in self._chunks)
         return dropped
 
 

@@ -58,11 +58,13 @@ class Encoder:
         processed_at: str,
         *,
         labels: LabelSet = CARD,
+        windows: Sequence[int] | None = None,
     ) -> list[Outgoing | Failure]:
         """The N results of N events, whose records are of one partition; a failure where a timestamp cannot be written.
 
         ``model`` is the name and revision of what scored them, and ``labels`` its labels; ``processed_at`` is a time as
-        ``iso_time`` writes it. A result has the bytes that ``orjson.dumps`` makes of its ``result_fields``.
+        ``iso_time`` writes it, and ``windows`` the number of windows of each text, None where long texts are truncated. A
+        result has the bytes that ``orjson.dumps`` makes of its ``result_fields``.
         """
         if not records:
             return []
@@ -74,7 +76,7 @@ class Encoder:
             _json_strings([event.id for event in events]),
             map(formats.names.__getitem__, names),
             *_json_columns(scores, probabilities, labels, formats.names.values()),
-            [b"true" if is_cut else b"false" for is_cut in truncated],
+            _json_truncated(truncated, windows),
             [record.offset for record in records],
             event_times,
         )
@@ -123,9 +125,9 @@ class Encoder:
 
 def result_fields(
     id: str, sentiment: Sentiment, truncated: bool, model: str, source: dict[str, Any] | None, event_time: str | None,
-    processed_at: str, *, labels: LabelSet = CARD,
+    processed_at: str, *, labels: LabelSet = CARD, windows: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The fields of a result in their order, numbers rounded to six decimals."""
+    """The fields of a result in their order, numbers rounded to six decimals. ``windows``: None leaves the field out."""
     probabilities = dict(zip(labels.names, map(_rounded, sentiment.probabilities), strict=True))
     threshold = labels.threshold
     listed = {} if threshold is None else {"labels": [each for each, p in probabilities.items() if p >= threshold]}
@@ -136,6 +138,7 @@ def result_fields(
         "probabilities": probabilities,
         **listed,
         "truncated": truncated,
+        **({} if windows is None else {"windows": windows}),
         "model": model,
         "source": source,
         "event_time": event_time,
@@ -190,6 +193,12 @@ def _enriched_headers(headers: Headers) -> list[tuple[str, bytes | None]]:
 
 def _rounded(number: float) -> float:
     return round(number * _MILLION) / _MILLION  # round() gives an integer, so that there is no negative zero
+
+
+def _json_truncated(truncated: Sequence[bool], windows: Sequence[int] | None) -> list[bytes]:
+    """What stands at ``truncated`` in each result, and the field behind it where there are windows."""
+    written = [b"true" if is_cut else b"false" for is_cut in truncated]
+    return written if windows is None else [b'%b,"windows":%d' % pair for pair in zip(written, windows, strict=True)]
 
 
 def _json_columns(

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from worker.core.batching import MicroBatcher
+from worker.core.batching import MicroBatcher, TokenLimit
 from worker.kafka.assignment import Assignment, Chunk
 from worker.kafka.reader import FetchedRecord
 from worker.runtime.tasks import within
@@ -29,9 +29,10 @@ class ReadAhead:
         max_batch_texts: int,
         linger_s: float,
         metrics: Metrics,
+        token_limit: TokenLimit[FetchedRecord] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batcher: MicroBatcher[Assignment, FetchedRecord] = MicroBatcher(max_batch_texts, linger_s)
+        self._batcher: MicroBatcher[Assignment, FetchedRecord] = MicroBatcher(max_batch_texts, linger_s, token_limit)
         self._capacity = 2 * max_batch_texts
         self._metrics = metrics
         self._clock = clock

@@ -13,6 +13,7 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
+from worker.core.batching import TokenLimit
 from worker.kafka.aiokafka_compat.group import CoordinatorAnswers
 from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.bounded_run import BoundedRun, Until
@@ -26,6 +27,7 @@ from worker.kafka.lag import LagWatcher
 from worker.kafka.partition_reader import PartitionReader
 from worker.kafka.read_ahead import ReadAhead
 from worker.kafka.read_errors import KnownOutages, ReadErrors
+from worker.kafka.reader import FetchedRecord
 from worker.kafka.rebalance import RebalanceHandler
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.subscription import RebalanceListener, Subscription
@@ -69,6 +71,7 @@ class Source:
         fetch_max_wait_ms: int = 500,
         max_batch_texts: int = 512,
         linger_s: float = 0.01,
+        token_limit: TokenLimit[FetchedRecord] | None = None,
         max_unpacked_bytes: int = 256 * 2**20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,7 +85,9 @@ class Source:
         timeouts = GroupTimeouts.of(
             request_timeout_ms=connection.request_timeout_ms, session_timeout_ms=session_timeout_ms
         )
-        self._read_ahead = ReadAhead(max_batch_texts=max_batch_texts, linger_s=linger_s, metrics=metrics, clock=clock)
+        self._read_ahead = ReadAhead(
+            max_batch_texts=max_batch_texts, linger_s=linger_s, token_limit=token_limit, metrics=metrics, clock=clock
+        )
         self._consumer = GroupConsumer(
             connection,
             self._subscription,

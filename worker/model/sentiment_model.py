@@ -6,7 +6,7 @@ Every public function here blocks, and none may be called from an event loop. Se
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from worker.core.sentiment import (
     Floats,
     LabelSet,
     Sentiment,
+    sentiments_of,
     to_labels,
     to_probabilities,
     to_scores,
-    to_sentiments,
 )
+from worker.core.windows import Windowing
 from worker.model.autotune import TUNING_S
 from worker.model.checkpoint import Checkpoint
 from worker.model.device import device_of, unused_device_warning
@@ -34,22 +35,35 @@ from worker.model.tokenizer import CheckpointTokenizer, Ids, choose_encode, with
 from worker.model.tokenizer_checks import unknown_words_warning
 from worker.model.truncation import SURROGATES, TokenizedTexts, TruncatingTokenizer, max_tokens_of
 from worker.runtime.threads import parallel_map
-from worker.settings.shared import DEFAULT_MODEL
+from worker.settings.shared import DEFAULT_MODEL, MAX_WINDOWS
 
 log = logging.getLogger(__name__)
 
 ReturnType = Literal["label", "score", "proba"]
 Normalize = Literal["nfc", "none"]
+LongText = Literal["truncate", "windows"]
+
+
+class ScoredText(NamedTuple):
+    """The sentiment of a text; whether a part of it was left out; the number of its windows, None where it was truncated.
+
+    The sentiment is None where a logit is not finite, and for a text with a lone surrogate.
+    """
+
+    sentiment: Sentiment | None
+    truncated: bool
+    windows: int | None
 
 
 class SentimentModel:
     """A loaded checkpoint.
 
     ``name``: as in results, ``name@revision``, and ``revision`` the second of these, with the settings that change results
-    and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text; longer
-    ones are cut. ``max_batch_tokens``: of one pass, padding included. ``passes``: how many threads should call ``logits`` at
-    once to be fastest. ``widths`` and ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass,
-    ``padded`` or ``unpadded``. ``warning``: a warning about a checkpoint that can be used; None if there is none.
+    and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text in one
+    pass. ``windowing``: splits longer texts; None where they are cut. ``max_batch_tokens``: of one pass, padding included.
+    ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and ``pass_tokens``: as for
+    PassRunner. ``cuda_pass``: how a GPU computes a pass, ``padded`` or ``unpadded``. ``warning``: a warning about a
+    checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -58,6 +72,7 @@ class SentimentModel:
         checkpoint_name: str,
         revision: str,
         tokenizer: TruncatingTokenizer,
+        windowing: Windowing | None,
         runner: PreparedRunner,
         device: str,
         columns: Sequence[int],
@@ -77,7 +92,8 @@ class SentimentModel:
         self.max_batch_tokens = runner.max_batch_tokens
         self.widths = runner.run.widths
         self.pass_tokens = runner.run.pass_tokens
-        self.max_tokens = tokenizer.max_tokens
+        self.max_tokens = windowing.max_tokens if windowing else tokenizer.max_tokens
+        self.windowing = windowing
         self._tokenizer = tokenizer
         self._run = runner.run
         self._memory_bytes = runner.memory_bytes
@@ -99,6 +115,8 @@ class SentimentModel:
         activation: Activation | Literal["auto"] = "auto",
         threshold: float | None = None,
         normalize: Normalize = "nfc",
+        long_text: LongText = "truncate",
+        max_windows: int = MAX_WINDOWS,
         device: str = "auto",
         dtype: str = "auto",
         backend: str = "auto",
@@ -122,6 +140,9 @@ class SentimentModel:
             card does, else by the checkpoint's ``problem_type``
         threshold: results also list the labels with this probability or more
         normalize: ``nfc`` drops stress marks and composes letters before a text is tokenized; ``none`` leaves it
+        long_text: what becomes of a text longer than the model's maximum: ``truncate`` scores its beginning; ``windows``
+            scores all of it, in windows that overlap, and averages their probabilities
+        max_windows: of a text at most, with ``windows``; what is behind them is left out
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda where there is a GPU and torch, else cpu
         dtype: ``float32``, ``bfloat16``, ``float16``, on a CPU ``int8``; ``auto`` is float32 on a CPU, and on a GPU
             float16 where labels agree
@@ -139,11 +160,14 @@ class SentimentModel:
         labels, columns, non_default = checkpoint_labels(name_or_path, checkpoint.config, options_of_labels)
         with as_model_error(name_or_path, "loaded"):
             loaded = load_model(checkpoint, device=where, dtype=dtype, backend=backend)
-        tokenizer, examples, warning = _prepare_tokenizer(checkpoint, loaded.tokenizer, normalize)
+        tokenizer, windowing, examples, warning = _prepare_tokenizer(
+            checkpoint, loaded.tokenizer, normalize, max_windows if long_text == "windows" else None
+        )
+        max_tokens = windowing.max_tokens if windowing else tokenizer.max_tokens
         options = RunnerOptions(
             columns,
             examples,
-            tokenizer.max_tokens,
+            max_tokens,
             tokenizer.padding,
             cpu_threads,
             max_batch_tokens,
@@ -155,8 +179,9 @@ class SentimentModel:
             log.warning("%s", each)
         return cls(
             checkpoint_name=name_or_path,
-            revision=checkpoint.identity() + non_default + _non_default(normalize),
+            revision=checkpoint.identity() + non_default + _non_default(normalize, long_text, max_windows),
             tokenizer=tokenizer,
+            windowing=windowing,
             runner=loaded.prepare_runner(options),
             device=where,
             columns=columns,
@@ -166,8 +191,15 @@ class SentimentModel:
         )
 
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
-        """Token ids of N texts, each at most ``max_tokens``. Only as much of a long text is tokenized as fills them."""
+        """Token ids of N texts, each at most ``max_tokens``, or as many as its windows hold.
+
+        Only as much of a long text is tokenized as fills them.
+        """
         return self._tokenizer(texts)
+
+    def count_tokens(self, ids: Sequence[TokenIds]) -> tuple[int, int]:
+        """Of N tokenized texts: their tokens without the special ones around each, and the unknown ones among these."""
+        return self._tokenizer.count(ids)
 
     def logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """Logits (N, L), columns as ``labels``, of the token ids of N texts, in one pass of the model.
@@ -215,40 +247,57 @@ class SentimentModel:
             answers = to_scores(probabilities, weights or ()).tolist()
         return answers[0] if isinstance(text, str) else answers
 
-    def score(self, texts: Sequence[str]) -> list[tuple[Sentiment | None, bool]]:
-        """For each of N texts its sentiment, and whether the text was cut.
-
-        The sentiment is None where a logit is not finite, and for a text with a lone surrogate.
-        """
-        _, logits, truncated = self._all_logits(texts)
-        return list(zip(to_sentiments(logits, self.labels), truncated.tolist(), strict=True))
+    def score(self, texts: Sequence[str]) -> list[ScoredText]:
+        """Each of N texts scored."""
+        places, ids, cut = self._tokenized(texts)
+        probabilities = self._probabilities_of(ids)
+        finite = ~np.isnan(probabilities[:, 0])
+        sentiments = iter(sentiments_of(probabilities[finite], self.labels))
+        scored = [ScoredText(None, False, None)] * len(texts)
+        for place, tokens, is_finite, is_cut in zip(places, ids, finite.tolist(), cut, strict=True):
+            windows = self.windowing.count(tokens) if self.windowing else None
+            scored[place] = ScoredText(next(sentiments) if is_finite else None, is_cut, windows)
+        return scored
 
     def _probabilities(self, texts: Sequence[str]) -> Floats:
-        places, logits, _ = self._all_logits(texts)
-        if not np.isfinite(logits[places]).all():
+        """Probabilities (N, L) of N texts; NaN for a text that cannot be tokenized."""
+        places, ids, _ = self._tokenized(texts)
+        probabilities = np.full((len(texts), len(self._columns)), np.nan)
+        probabilities[places] = self._probabilities_of(ids)
+        if not np.isfinite(probabilities[places]).all():
             raise FloatingPointError("the model answered with a logit that is not finite")
-        return to_probabilities(logits, self.labels.activation)
+        return probabilities
 
-    def _all_logits(self, texts: Sequence[str]) -> tuple[list[int], NDArray[np.float32], NDArray[np.bool_]]:
-        """Places of texts that can be tokenized; logits (N, L), NaN for other texts; whether each text was cut."""
+    def _tokenized(self, texts: Sequence[str]) -> tuple[list[int], list[Ids], list[bool]]:
+        """Places of the texts that can be tokenized, with the token ids of each, and whether it was cut."""
         places = [place for place, text in enumerate(texts) if not SURROGATES.search(text)]
-        ids, cut = self.tokenize([texts[place] for place in places])
-        logits = np.full((len(texts), len(self._columns)), np.nan, dtype=np.float32)
-        truncated = np.zeros(len(texts), dtype=np.bool_)
-        truncated[places] = cut
+        return places, *self.tokenize([texts[place] for place in places])
+
+    def _probabilities_of(self, ids: Sequence[TokenIds]) -> Floats:
+        """Probabilities (N, L) of the token ids of N texts; all NaN for a text with a logit that is not finite."""
+        windowed = self.windowing.split(ids) if self.windowing else None
+        logits = self._all_logits(windowed.ids if windowed else ids)
+        logits[~np.isfinite(logits).all(axis=-1)] = np.nan  # an activation would make a number of infinity
+        probabilities = to_probabilities(logits, self.labels.activation)
+        return windowed.combined(probabilities) if windowed else probabilities
+
+    def _all_logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        """Logits (N, L) of the token ids of N texts, or windows, in as many passes as they need."""
+        logits = np.empty((len(ids), len(self._columns)), dtype=np.float32)
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
         answers = parallel_map(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
         for batch, answer in zip(batches, answers, strict=True):
-            logits[[places[index] for index in batch]] = answer
-        return places, logits, truncated
+            logits[batch] = answer
+        return logits
 
 
 def _prepare_tokenizer(
-    checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, normalize: Normalize
-) -> tuple[TruncatingTokenizer, list[Ids], str | None]:
-    """The tokenizer, the token ids of the shipped reviews, and a warning if it hardly knows their words, else None.
+    checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, normalize: Normalize, max_windows: int | None
+) -> tuple[TruncatingTokenizer, Windowing | None, list[Ids], str | None]:
+    """The tokenizer, what splits its texts into windows, the token ids of the shipped reviews, and a warning or None.
 
-    Raises ModelError where the tokenizer cannot be used.
+    The warning is about a tokenizer that hardly knows the words of these reviews. Raises ModelError where the tokenizer
+    cannot be used. ``max_windows``: None where long texts are truncated.
     """
     name = checkpoint.name
     with as_model_error(name, "used"):
@@ -258,17 +307,29 @@ def _prepare_tokenizer(
         warning = unknown_words_warning(name, tokenizer, examples)
     if normalize == "nfc":
         encode = with_normalization(encode)
-    padding = tokenizer.padding or 0
-    return (
-        TruncatingTokenizer(encode, max_tokens=max_tokens, padding=padding, closing=tokenizer.closing),
-        examples,
-        warning,
+    windowing, closing = None, tokenizer.closing
+    if max_windows is not None:
+        opening = tokenizer.shortest - closing
+        windowing = Windowing(max_tokens=max_tokens, opening=opening, closing=closing, max_windows=max_windows)
+        max_tokens = windowing.max_text_tokens
+    truncating = TruncatingTokenizer(
+        encode,
+        max_tokens=max_tokens,
+        padding=tokenizer.padding or 0,
+        closing=closing,
+        special=tokenizer.shortest,
+        unknown=tokenizer.unknown,
     )
+    return truncating, windowing, examples, warning
 
 
-def _non_default(normalize: Normalize) -> str:
+def _non_default(normalize: Normalize, long_text: LongText, max_windows: int) -> str:
     """The settings of texts that change results and are not at their default, as they stand in the model's name."""
-    given = {"normalize": (normalize, "nfc")}
+    given = {
+        "normalize": (normalize, "nfc"),
+        "long_text": (long_text, "truncate"),
+        "max_windows": (max_windows if long_text == "windows" else MAX_WINDOWS, MAX_WINDOWS),
+    }
     return "".join(f"+{name}={value}" for name, (value, default) in given.items() if value != default)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from worker.core.batching import TokenIds
 from worker.model.checkpoint import ModelError
 from worker.model.tokenizer import NO_MAXIMUM, CheckpointTokenizer, Encode, Ids
 
@@ -30,15 +31,20 @@ class TokenizedTexts(NamedTuple):
 class TruncatingTokenizer:
     """Texts → token ids, special tokens among them. Blocks; several threads may call at once.
 
-    ``max_tokens``: of a text, special tokens among them. ``padding``: the id that stands for an empty text.
-    ``closing``: the number of special tokens behind each text, such as [SEP].
+    ``max_tokens``: of a text, special tokens among them. ``padding``: the id that stands for an empty text. ``closing``:
+    the number of special tokens behind each text, such as [SEP]; ``special``: of those around it. ``unknown``: the id that
+    stands for words that the tokenizer does not know; None if there is none.
     """
 
-    def __init__(self, encode: Encode, *, max_tokens: int, padding: int, closing: int) -> None:
+    def __init__(
+        self, encode: Encode, *, max_tokens: int, padding: int, closing: int, special: int, unknown: int | None
+    ) -> None:
         self.max_tokens = max_tokens
         self.padding = padding
         self.encode = encode
         self._closing = closing
+        self._special = special
+        self._unknown = unknown
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Tokenizes N texts. Raises TokenizerPanicked; a text with a lone surrogate raises what the tokenizer raises."""
@@ -53,6 +59,13 @@ class TruncatingTokenizer:
             elif not len(ids[index]):
                 ids[index] = np.array([self.padding], dtype=np.int32)
         return TokenizedTexts(ids, truncated)
+
+    def count(self, ids: Sequence[TokenIds]) -> tuple[int, int]:
+        """Of N tokenized texts: their tokens without the special ones around each, and the unknown ones among these."""
+        tokens = max(0, sum(map(len, ids)) - len(ids) * self._special)
+        if self._unknown is None or not tokens:
+            return tokens, 0
+        return tokens, int(np.count_nonzero(np.concatenate(ids) == self._unknown))
 
     def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
         """The ids of one text, given those of its first ``prefix`` characters, and whether it was cut."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from worker.core.batching import TokenIds, TokenLimit
+from worker.kafka.reader import FetchedRecord
 from worker.pipeline.inference_job import Job, begin_job
 from worker.pipeline.model_runner import FatalInferenceError, Model, ModelRunner
 from worker.pipeline.result_cache import ResultCache
@@ -23,10 +25,13 @@ class Inference:
     """Scores texts with one model. Use it from one event loop; nothing here blocks that loop.
 
     A call to the tokenizer, or a pass of the model over one device batch, that takes longer than ``timeout_s`` hangs.
-    ``turn_budget`` is for the other stages to share.
+    ``micro_batch_s``: how long a micro-batch may take, where texts are scored in windows. ``turn_budget`` is for the other
+    stages to share.
     """
 
-    def __init__(self, metrics: Metrics, *, timeout_s: float = 60, cache_size: int = 0) -> None:
+    def __init__(
+        self, metrics: Metrics, *, timeout_s: float = 60, cache_size: int = 0, micro_batch_s: float = 2
+    ) -> None:
         self.turn_budget = TurnBudget()
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -36,6 +41,8 @@ class Inference:
         self._loader_thread = SerialExecutor("loader")
         self._runner: ModelRunner | None = None  # of the model in use
         self._cache = ResultCache(0)
+        self._micro_batch_s = micro_batch_s
+        self._token_s: dict[str, float] = {}  # by stage, the seconds of one token; empty where texts are truncated
         self._why_dead: str | None = None  # once a fault is known that only another process can repair
         self._awaited: set[asyncio.Future[Any]] = set()
 
@@ -47,6 +54,15 @@ class Inference:
     @property
     def is_loaded(self) -> bool:
         return self._runner is not None
+
+    def token_limit(self) -> TokenLimit[FetchedRecord] | None:
+        """Bounds micro-batches to what is scored within ``micro_batch_s``; None where long texts are truncated.
+
+        A record may have as many tokens as its value has bytes. The speed is that of the newest micro-batches.
+        """
+        if self.model.windowing is None:
+            return None
+        return TokenLimit(self._most_tokens, lambda: self._micro_batch_s / sum(self._token_s.values()))
 
     async def load(self, loader: Callable[[], Model]) -> Model:
         """Loads a model on the thread that will own it and warms it up. Raises what the loader raises.
@@ -100,8 +116,10 @@ class Inference:
             self._metrics.cache_hits.inc(len(texts) - len(job.texts))
         started = time.monotonic()
         tokens = await self._call(self._tokenizer_thread, job.runner.tokenize, job.texts)
-        self._metrics.stage_seconds["tokenize"].observe(time.monotonic() - started)
+        took_s = time.monotonic() - started
+        self._metrics.stage_seconds["tokenize"].observe(took_s)
         job.token_ids, job.are_truncated, job.failures = tokens
+        self._measured("tokenize", took_s, job.token_ids)
         return job
 
     async def forward(self, job: Job) -> Job:
@@ -110,10 +128,23 @@ class Inference:
         started = time.monotonic()
         answers = await self._call(self._model_thread, job.runner.score, to_score)
         if to_score:
-            self._metrics.stage_seconds["forward"].observe(time.monotonic() - started)
+            took_s = time.monotonic() - started
+            self._metrics.stage_seconds["forward"].observe(took_s)
             self._metrics.inference_succeeded(time.time(), job.model.memory_bytes())
+            self._measured("forward", took_s, to_score)
         job.finish(answers)
+        self._metrics.texts_truncated.inc(sum(job.truncated))
         return job
+
+    def _measured(self, stage: str, seconds: float, ids: Sequence[TokenIds]) -> None:
+        """Notes how long a stage took for N texts. The newest measurement counts as much as all before it."""
+        tokens = sum(map(len, ids)) if self._token_s else 0
+        if tokens:
+            self._token_s[stage] = (self._token_s[stage] + seconds / tokens) / 2
+
+    def _most_tokens(self, record: FetchedRecord) -> int:
+        windowing = self.model.windowing
+        return windowing.most_tokens(len(record.value or b"")) if windowing else 0
 
     def _loaded(self) -> ModelRunner:
         if self._runner is None:
@@ -130,6 +161,10 @@ class Inference:
 
     def _use(self, runner: ModelRunner) -> None:
         self._runner, self._cache = runner, ResultCache(self._cache_size, runner.model.labels)
+        model = runner.model
+        if model.windowing:  # until it is measured, a micro-batch has one pass for each thread
+            token_s = self._micro_batch_s / (model.passes * model.max_batch_tokens)
+            self._token_s = dict.fromkeys(("tokenize", "forward"), token_s / 2)
 
     async def _call(self, thread: SerialExecutor, function: Callable[..., Answer], *arguments: Any) -> Answer:
         """What a function returns on a thread. Raises FatalInferenceError as soon as inference is dead, even if it hangs."""

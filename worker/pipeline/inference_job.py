@@ -15,8 +15,9 @@ class Job:
     """N texts: those that the cache has need nothing, each other distinct text is tokenized once and scored once.
 
     The per-text lists ``texts`` to ``failures`` cover only the distinct texts that the cache missed. Once the job has ended,
-    ``answers`` has for each of the N texts, in order, its sentiment, or why it could not be scored, and ``truncated``
-    whether the text was truncated. A job keeps the model and the cache that it began with, whatever is reloaded meanwhile.
+    ``answers`` has for each of the N texts, in order, its sentiment, or why it could not be scored, ``truncated`` whether a
+    part of the text was left out, and ``windows`` how many it has; that list is None where long texts are truncated. A job
+    keeps the model and the cache that it began with, whatever is reloaded meanwhile.
     """
 
     runner: ModelRunner
@@ -26,11 +27,12 @@ class Job:
     token_ids: list[TokenIds] = field(default_factory=list)
     are_truncated: list[bool] = field(default_factory=list)
     failures: list[str | None] = field(default_factory=list)  # why a text could not be tokenized
-    hits: list[tuple[Sentiment, bool]] = field(default_factory=list)
+    hits: list[tuple[Sentiment, bool, int]] = field(default_factory=list)
     # of each of the N: its index in [*texts, *hits], negative for a hit
     places: list[int] = field(default_factory=list)
     answers: list[Sentiment | str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    windows: list[int] | None = None
 
     @property
     def model(self) -> Model:
@@ -47,14 +49,21 @@ class Job:
         if len(scored) < len(self.failures):
             rest = iter(scored)
             scored = [next(rest) if failure is None else failure for failure in self.failures]
+        windowing = self.model.windowing
+        counts = list(map(windowing.count, self.token_ids)) if windowing else [1] * len(scored)
         if self.digests:
-            for digest, answer, is_truncated in zip(self.digests, scored, self.are_truncated, strict=True):
+            for digest, answer, is_truncated, count in zip(
+                self.digests, scored, self.are_truncated, counts, strict=True
+            ):
                 if isinstance(answer, Sentiment):
-                    self.cache.put(digest, answer, is_truncated)
-        answers = [*scored, *(sentiment for sentiment, _ in self.hits)]
-        truncated = [*self.are_truncated, *(is_truncated for _, is_truncated in self.hits)]
+                    self.cache.put(digest, answer, is_truncated, count)
+        answers = [*scored, *(sentiment for sentiment, _, _ in self.hits)]
+        truncated = [*self.are_truncated, *(is_truncated for _, is_truncated, _ in self.hits)]
         self.answers = [answers[place] for place in self.places]
         self.truncated = [truncated[place] for place in self.places]
+        if windowing:
+            counts += [count for _, _, count in self.hits]
+            self.windows = [counts[place] for place in self.places]
 
 
 async def begin_job(texts: Sequence[str], runner: ModelRunner, cache: ResultCache, turn_budget: TurnBudget) -> Job:

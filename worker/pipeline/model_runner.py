@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from worker.core.batching import TokenIds, cut_by_length
 from worker.core.sentiment import LabelSet, Sentiment, to_sentiments
+from worker.core.windows import Windowing
 from worker.runtime.memory import free_device_memory, is_out_of_memory
 from worker.runtime.threads import parallel_map
 from worker.telemetry.metrics import Metrics
@@ -31,7 +32,9 @@ Answer = TypeVar("Answer")
 class Model(Protocol):
     """What inference needs of a loaded model; SentimentModel has it. The methods block.
 
-    ``tokenize`` returns for N texts the token ids of each, and whether each was truncated.
+    ``tokenize`` returns for N texts the token ids of each, and whether each was truncated. ``windowing`` splits the ids of
+    long texts; None where these are truncated. ``count_tokens`` returns how many tokens N texts have, special ones left
+    out, and how many of these are unknown.
     """
 
     name: str
@@ -41,8 +44,10 @@ class Model(Protocol):
     passes: int
     widths: Sequence[int]
     pass_tokens: int
+    windowing: Windowing | None
 
     def tokenize(self, texts: Sequence[str], /) -> tuple[Sequence[TokenIds], Sequence[bool]]: ...
+    def count_tokens(self, ids: Sequence[TokenIds], /) -> tuple[int, int]: ...
     def logits(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
     def memory_bytes(self) -> int: ...
 
@@ -94,6 +99,7 @@ class ModelRunner:
         """For N texts their token ids, whether each was truncated, and why one could not be tokenized."""
         try:
             ids, are_truncated = self.model.tokenize(texts)
+            self._metrics.tokenized(*self.model.count_tokens(ids))
             return list(ids), list(are_truncated), [None] * len(texts)
         except Exception as error:  # noqa: BLE001 - one text's fault must not be the others'
             self._tokenizer_progressed()
@@ -109,14 +115,24 @@ class ModelRunner:
 
     def score(self, ids: Sequence[TokenIds]) -> list[Sentiment | str]:
         """For N token lists a sentiment, or why there is none. Raises FatalInferenceError."""
+        windowing = self.model.windowing
+        if windowing is None:
+            answers = self._score_pieces(ids)
+        else:
+            windowed = windowing.split(ids)
+            answers = windowed.answers(self._score_pieces(windowed.ids), self.model.labels)
+        if len(ids) >= TOO_MANY and not any(isinstance(answer, Sentiment) for answer in answers):
+            raise FatalInferenceError(f"all {len(ids)} texts of a micro-batch fail, together and one by one")
+        return answers
+
+    def _score_pieces(self, ids: Sequence[TokenIds]) -> list[Sentiment | str]:
+        """As ``score``, of texts or windows that each fit into a pass."""
         answers: list[Sentiment | str] = [""] * len(ids)
         batches = cut_by_length(list(map(len, ids)), self._budget, self.model.pass_tokens, self.model.widths)
         scored = parallel_map(self.model.passes, lambda batch: self._score_batch([ids[i] for i in batch]), batches)
         for batch, of_batch in zip(batches, scored, strict=True):
             for index, answer in zip(batch, of_batch, strict=True):
                 answers[index] = answer
-        if len(ids) >= TOO_MANY and not any(isinstance(answer, Sentiment) for answer in answers):
-            raise FatalInferenceError(f"all {len(ids)} texts of a micro-batch fail, together and one by one")
         return answers
 
     def _warm_up(self, run: Callable[[list[TokenIds]], object]) -> None:

@@ -95,20 +95,17 @@ class Outcomes:
     ) -> list[Outcome]:
         end = first_text + len(events)
         answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
+        windows = job.windows and job.windows[first_text:end]
         if set(map(type, answers)) == {Sentiment}:
             sentiments = cast("list[Sentiment]", answers)
             model = job.model
             results = self._encoder.encode(
-                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels
+                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels, windows=windows
             )
             if set(map(type, results)) == {Outgoing}:
-                producer_records = named_tuples(
-                    ProducerRecord,
-                    repeat(self._output_topic),
-                    results,
-                    repeat(records[0].partition),
-                    [record.offset for record in records],
-                )
+                topic, partition = repeat(self._output_topic), repeat(records[0].partition)
+                offsets = [record.offset for record in records]
+                producer_records = named_tuples(ProducerRecord, topic, results, partition, offsets)
                 return list(map(Outcome, records, producer_records, repeat(None), sentiments))
         else:
             are_scored = [type(answer) is Sentiment for answer in answers]
@@ -121,6 +118,7 @@ class Outcomes:
                     job.model.name,
                     processed_at,
                     labels=job.model.labels,
+                    windows=windows and list(compress(windows, are_scored)),
                 )
             )
             results = [

@@ -27,29 +27,32 @@ class ResultCache:
         self.is_off = size == 0
         self._names = labels.names
         self._has_scores = labels.weights is not None
-        # The label's index, whether the text was truncated, the score and the probabilities.
-        self._entry = Struct(f"<{'B' if len(labels.names) <= 256 else 'H'}?{1 + len(labels.names)}d")
+        # The label's index, whether the text was truncated, its windows, the score and the probabilities.
+        self._entry = Struct(f"<{'B' if len(labels.names) <= 256 else 'H'}?B{1 + len(labels.names)}d")
         self._half = max(1, size // 2)
         self._young: dict[bytes, bytes] = {}
         self._old: dict[bytes, bytes] = {}
         self._to_free: dict[bytes, bytes] = {}
 
-    def get(self, digest: bytes) -> tuple[Sentiment, bool] | None:
-        """The text's sentiment and whether the text was truncated; None where the cache does not have it."""
+    def get(self, digest: bytes) -> tuple[Sentiment, bool, int] | None:
+        """The text's sentiment, whether it was truncated, and its windows; None where the cache does not have it."""
         entry = self._young.get(digest)
         if entry is None:
             entry = self._old.pop(digest, None)
             if entry is None:
                 return None
             self._keep(digest, entry)
-        label, truncated, score, *probabilities = self._entry.unpack(entry)
-        return Sentiment(self._names[label], score if self._has_scores else None, tuple(probabilities)), truncated
+        label, truncated, windows, score, *probabilities = self._entry.unpack(entry)
+        sentiment = Sentiment(self._names[label], score if self._has_scores else None, tuple(probabilities))
+        return sentiment, truncated, windows
 
-    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool) -> None:
+    def put(self, digest: bytes, sentiment: Sentiment, truncated: bool, windows: int = 1) -> None:
         if not self.is_off:
             self._old.pop(digest, None)
             label, score, probabilities = sentiment
-            self._keep(digest, self._entry.pack(self._names.index(label), truncated, score or 0.0, *probabilities))
+            self._keep(
+                digest, self._entry.pack(self._names.index(label), truncated, windows, score or 0.0, *probabilities)
+            )
 
     def _keep(self, digest: bytes, entry: bytes) -> None:
         if len(self._young) >= self._half and digest not in self._young:

@@ -11,6 +11,7 @@ from worker.settings.types import INT32, Device, FieldPath, LabelScores, LogLeve
 from worker.settings.values import revision_fault
 
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
+MAX_WINDOWS = 8
 
 
 class LogSettings(Settings):
@@ -45,6 +46,17 @@ class CheckpointSettings(LogSettings):
         "nfc",
         description="nfc: before a text is tokenized, stress marks are dropped and letters composed (й, ё of two "
         "characters); none: it is left as it is, as on the default model's card",
+    )
+    long_text: Literal["truncate", "windows"] = Field(
+        "truncate",
+        description="what becomes of a text longer than the model's maximum (512 tokens); truncate: its beginning is "
+        "scored; windows: all of it, in windows that overlap by 64 tokens and whose probabilities are averaged",
+    )
+    max_windows: int = Field(
+        MAX_WINDOWS,
+        ge=1,
+        le=64,
+        description="with long_text=windows, windows of a text; what is behind them is left out",
     )
     device: Device = Field("auto", description="auto (cuda where torch finds a GPU, else cpu), cpu, cuda, cuda:N")
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(

@@ -111,7 +111,7 @@ class Metrics:
             ["reason"],
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
-        self.batch_texts = histogram("batch_texts", "Texts in one pass of the model", _COUNTS)
+        self.batch_texts = histogram("batch_texts", "Texts, or windows of texts, in one pass of the model", _COUNTS)
         self.batch_tokens = histogram("batch_tokens", "Tokens in one pass of the model, padding included", _TOKENS)
         self.batch_padding_ratio = histogram(
             "batch_padding_ratio", "Share of padding in one pass of the model", [step / 20 for step in range(20)]
@@ -145,6 +145,11 @@ class Metrics:
         self.kafka_errors = counter("kafka_errors_total", "Failed operations on Kafka", ["operation"])
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the model last answered")
         self.device_memory = gauge("inference_device_memory_bytes", "Device memory in use; 0 on CPU")
+        self.texts_truncated = counter(
+            "texts_truncated_total", "Texts longer than the model takes: a part of them was not scored"
+        )
+        self.tokens = counter("tokens_total", "Tokens of the texts that were tokenized, without special tokens")
+        self.unknown_tokens = counter("unknown_tokens_total", "Those of tokens_total that the tokenizer does not know")
         self.cache_hits = counter(
             "cache_hits_total", "Texts answered without the model: scored before, or in the same micro-batch"
         )
@@ -188,6 +193,11 @@ class Metrics:
         self.batch_texts.observe(len(lengths))
         self.batch_tokens.observe(padded)
         self.batch_padding_ratio.observe(1 - sum(lengths) / padded)
+
+    def tokenized(self, tokens: int, unknown: int) -> None:
+        """Texts of so many tokens have been tokenized; ``unknown`` of these are not in the vocabulary."""
+        self.tokens.inc(tokens)
+        self.unknown_tokens.inc(unknown)
 
     def inference_succeeded(self, now: float, memory_bytes: int) -> None:
         """The model has answered at ``now``, in seconds since 1970."""
