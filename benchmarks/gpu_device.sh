@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
 # Measures a GPU on a machine without a network.
 #
-#   benchmarks/gpu_device.sh pack texts.csv    where there is a network: writes .gpu/bundle.tar.xz (SIZE)
-#   benchmarks/gpu_device.sh run [OPTION …]    where the GPU is, in a copy of the repository with .gpu: no network, no root
+#   benchmarks/gpu_device.sh pack texts.csv    where there is a network: writes .gpu/bundle.tar.xz, 52 MB, in some minutes
+#   benchmarks/gpu_device.sh run [OPTION …]    where the GPU is, in a copy of the repository with that file: neither network
+#                                              nor root is needed
 #
-# `run` passes its options on to benchmarks.gpu, and the figures are in benchmarks/results/gpu-all.{json,md}. Here it can be
-# tried without a GPU: `PYTHON=.venv/bin/python benchmarks/gpu_device.sh run --device cpu`.
+# `run` passes its options on to benchmarks.gpu, and the figures are in benchmarks/results/gpu-all.{json,md}. Without a GPU it
+# can be rehearsed: `PYTHON=.venv/bin/python benchmarks/gpu_device.sh run --device cpu`.
 #
-# The bundle has, compressed: TABLE
-# The GPU machine needs a Python of the version TARGET with torch (2.10 or later for the unpadded pass), transformers and ONNX Runtime; `run` looks for it,
-# and says what it has found. These are not in the bundle: torch for CUDA alone takes gigabytes. Where that Python lacks them,
-# fetch them where there is a network, bring the folder, and install from it:
+# In the bundle, which git ignores:
+#   wheels, 20 MB     what the worker and the benchmark need beside torch, transformers and ONNX Runtime, and what these bring;
+#                     from the package index, for TARGET's Python and glibc 2.34 on x86-64. `run` installs those that the GPU
+#                     machine's Python lacks or has in an older version, into a folder of its own
+#   java, 76 MB       the modules of this machine's Java that Kafka uses; jlink makes it
+#   cache, 76 MB      Kafka's jars, from Maven Central, stored and with the native libraries of this platform alone
+#   texts.csv, commit
 #
-#   python -m pip download --dest torch-wheels --only-binary=:all: --python-version 3.12 --implementation cp \
-#     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 torch transformers onnxruntime
-#   python -m pip install --no-index --find-links torch-wheels torch transformers onnxruntime
+# The GPU machine needs Python 3.12 (or what TARGET said) with torch for CUDA (2.10 for the unpadded pass), transformers and
+# ONNX Runtime. `run` looks for it and says what it has found. They are not in the bundle, for torch with CUDA's libraries
+# takes gigabytes. Where that Python lacks them, bring a second folder:
 #
-# `pack` needs this repository's .venv (`make test` makes it), Java's jlink, and Maven, unless Kafka's jars are in the cache.
+#   python3 -m pip download --dest torch-wheels --only-binary=:all: --implementation cp --python-version 3.12 \
+#     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
+#     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 torch transformers onnxruntime
+#   python3 -m pip install --no-index --find-links torch-wheels torch transformers onnxruntime
+#
+# `pack` needs this repository's .venv (`make test` makes it) with pip, Java's jlink, and Maven unless Kafka's jars are in the
+# cache already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TARGET=${TARGET:-3.12}
@@ -50,7 +60,7 @@ pack() {
   PYTHONPATH=. "$python" benchmarks/gpu_jars.py "$folder/cache/sentiment-worker"
   cp "$1" "$folder/texts.csv"
   git describe --always --dirty >"$folder/commit"
-  tar --create --file - --directory "$folder" . | xz -9 --extreme --threads=1 >"$BUNDLE"
+  tar --create --file - --directory "$folder" . | xz -7 >"$BUNDLE"
   du -sm "$folder"/*
   ls -l "$BUNDLE"
 }
@@ -75,7 +85,7 @@ PYTHON
 
 run() {
   [ -f "$BUNDLE" ] || fail "there is no $BUNDLE; make it with 'pack' where there is a network"
-  local python work
+  local python
   python=$(find_python 2> >(grep -v '^ \|^Traceback\|Error' >&2)) || exit 2
   work=$(mktemp -d "${TMPDIR:-/tmp}/gpu-bundle.XXXXXX")
   trap 'rm -rf "$work"' EXIT

@@ -13,7 +13,7 @@ from tests.support.broker import kafka_jars
 
 NATIVE = re.compile(r"\.(so|dll|dylib|jnilib)$")
 NEEDED = re.compile(r"linux/(amd64|x86_64)/|Linux/x86_64/")
-UNUSED = re.compile(r"^(scala-reflect|commons-|jspecify|HdrHistogram)")
+UNUSED = re.compile(r"^(scala-reflect|jspecify)-")
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """What benchmarks/gpu.py makes of what it has measured."""
 
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ from benchmarks.gpu_load import numbered
 from benchmarks.gpu_table import asked_figures, table
 from benchmarks.test_broker_log import FakeBatch, results
 
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_device.sh"
 MACHINE = {"cpu": "a CPU", "cores": 16, "device": "a GPU", "torch": "2", "python": "3"}
 EMPTY: dict[str, Any] = {
     "note": "A note.", "machine": MACHINE, "commit": "c", "day": "d", "is_rehearsal": False, "failed": {},
@@ -73,3 +78,16 @@ def test_speed_is_by_the_batches_that_the_broker_got_within_a_span() -> None:
 @pytest.mark.parametrize("count", [3, 10])
 def test_no_text_comes_twice(count: int) -> None:
     assert len({numbered(["а", "б", "в"], number) for number in range(count)}) == count
+
+
+def test_each_package_of_the_bundle_is_locked() -> None:
+    (names,) = re.findall(r'^PACKAGES="([^"]*)"', SCRIPT.read_text(), re.MULTILINE)
+    locked = re.findall(r"^([\w-]+)==", (ROOT / "requirements" / "dev.txt").read_text(), re.MULTILINE)
+    assert set(names.split()) <= set(locked)
+
+
+@pytest.mark.parametrize(("words", "told"), [([], "say pack or run"), (["pack"], "a CSV file with a column text")])
+def test_the_script_of_the_bundle_says_what_it_wants(words: list[str], told: str) -> None:
+    done = subprocess.run([SCRIPT, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr

@@ -65,7 +65,9 @@ def tuned_model(load_model: LoadModel, settings: RunSettings) -> "SentimentModel
     """What ``load_model`` loads, with the size of its micro-batches set. Blocks for seconds; raises what that raises."""
     model = load_model(settings)
     wanted = settings.max_batch_texts
-    model.max_batch_texts = tune_batch_texts(model.device, lambda: model.batch_seconds()) if wanted == "auto" else wanted
+    model.max_batch_texts = (
+        tune_batch_texts(model.device, lambda: model.batch_seconds()) if wanted == "auto" else wanted
+    )
     return model
 
 
