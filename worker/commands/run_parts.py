@@ -64,10 +64,10 @@ def load_model(settings: RunSettings) -> "SentimentModel":
 def tuned_model(load_model: LoadModel, settings: RunSettings) -> "SentimentModel":
     """What ``load_model`` loads, with the size of its micro-batches set. Blocks for seconds; raises what that raises."""
     model = load_model(settings)
-    wanted = settings.max_batch_texts
-    model.max_batch_texts = (
-        tune_batch_texts(model.device, lambda: model.batch_seconds()) if wanted == "auto" else wanted
-    )
+    if settings.max_batch_texts == "auto":
+        model.max_batch_texts = tune_batch_texts(model.device, lambda: model.batch_seconds())  # noqa: PLW0108 - GPU alone
+    else:
+        model.max_batch_texts = settings.max_batch_texts
     return model
 
 
