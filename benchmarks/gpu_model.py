@@ -19,6 +19,8 @@ from worker.model.autotune import best_batch_texts, shortest_run_s
 from worker.model.checkpoint import BUILTIN
 from worker.model.runner import padded_ids
 from worker.model.sentiment_model import SentimentModel
+from worker.model.torch.unpadded import UnpaddedBert, attend_by_text
+from worker.model.torch.unpadded_passes import HostStream, UnpaddedPasses
 from worker.settings.run import RunSettings
 
 WAYS = ("padded", "unpadded") if "cuda_pass" in RunSettings.model_fields else ("padded",)
@@ -47,6 +49,8 @@ def right(device: str, texts: Sequence[str]) -> dict[str, Any]:
     ids = model.tokenize(texts).ids
     wanted = transformers_logits(device, ids)[:, model._columns]
     found = {"padded, float32": model.batch_logits(ids)}
+    if device == "cpu":
+        found["unpadded, float32"] = unpadded_on_cpu(ids)[:, model._columns]
     half = "float16" if device != "cpu" else "bfloat16"
     for way in WAYS:
         model = load("builtin", device, half, way, max_batch_tokens=RIGHT_TOKENS)
@@ -72,6 +76,14 @@ def transformers_logits(device: str, ids: Sequence[Any]) -> NDArray[np.float32]:
             tensors = {name: torch.from_numpy(array).to(device) for name, array in given.items()}
             logits[batch] = model(**tensors).logits.float().cpu().numpy()
     return logits
+
+
+def unpadded_on_cpu(ids: Sequence[Any]) -> NDArray[np.float32]:
+    """Logits (N, labels) of the unpadded pass, with attention text by text in place of the device's: for a rehearsal."""
+    model = AutoModelForSequenceClassification.from_pretrained(BUILTIN, dtype=torch.float32).eval()
+    forward = UnpaddedBert(model, attend_by_text)
+    run = UnpaddedPasses(forward, HostStream, labels=model.config.num_labels, padding=0)
+    return run(ids)
 
 
 def compared(wanted: NDArray[np.float32], logits: NDArray[np.float32]) -> dict[str, float]:
