@@ -1,4 +1,4 @@
-"""Text from files, brokers or records, made safe to print: without escape sequences and line breaks."""
+"""Text made fit to print: without escape sequences and line breaks, and numbers with their nouns."""
 
 import json
 
@@ -11,3 +11,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which takes an s where it is not one: ``1 partition``, ``2,000 partitions``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -59,6 +59,14 @@ def test_few_open_files_are_warned_of(kafka: Kafka, topics: Topics) -> None:
     assert done.returncode == 0
 
 
+def test_an_output_that_takes_nothing_fails(kafka: Kafka, topics: Topics) -> None:
+    kafka.create_all(topics)
+    kafka.set_config(topics.output, "min.insync.replicas", 2)
+    done = forked("check", *flags(kafka, topics))
+    assert (done.returncode, lines_of(done.stdout)["replicas"]) == (1, "fail")
+    assert f"{topics.output} has 1 replica in sync, and min.insync.replicas 2: brokers accept nothing" in done.stdout
+
+
 def test_a_missing_topic_fails_and_is_not_created(kafka: Kafka, topics: Topics) -> None:
     done = forked("check", *flags(kafka, topics))
     assert done.returncode == 1

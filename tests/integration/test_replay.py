@@ -97,7 +97,7 @@ def test_what_the_worker_could_not_score_is_scored_after_its_settings_are_mended
     rest = replay(kafka, topics)
     assert rest.returncode == 0
     assert counted(rest) == {"missing_text": [30, 0, 0, 0], "text_not_string": [30, 0, 0, 0], "all": [60, 0, 0, 0]}
-    assert "30 more have been replayed before" in rest.stdout
+    assert "30 dead letters had been replayed before" in rest.stdout
     assert counted(replay(kafka, topics)) == {"all": [0, 0, 0, 0]}
 
     by_value = {record.value: record for record in sent}
@@ -285,3 +285,11 @@ def test_more_strangers_than_can_be_remembered_are_said_before_anything_is_sent(
         assert done.returncode == 1
         assert "cannot remember so many gaps" in done.stderr
     assert not repeated(map(trace, kafka.read(topics.input)))
+
+
+def test_a_topic_of_dead_letters_that_does_not_come_ends_the_replay(kafka: Kafka, topics: Topics) -> None:
+    done = replay(kafka, topics, "--request-timeout-ms", "1000")
+    missing = f"dead_letter_topic: topic {topics.dead_letters} does not exist"
+    assert (done.returncode, done.stderr.count(missing)) == (1, 2), done.stderr
+    assert f"{missing}, and did not come in 2 s; create it, or look for its ACL" in done.stderr
+    assert "Traceback" not in done.stderr

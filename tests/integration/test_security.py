@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
-from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, workers_in
+from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, forked, workers_in
 from tests.support.scenario import wait_until_committed
 from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -318,7 +318,7 @@ MISSING = {  # a role without its permission, and what is said of it
     "input": "input_topics: topic {} may not be read about (ACL)",
     "output": "output_topic: topic {} may not be read about (ACL)",
     "dead_letters": "dead_letter_topic: topic {} may not be read about (ACL)",
-    "group": "no permission to read as group {} (ACL)",
+    "group": "cannot read: missing READ on group {}; add the ACL",
 }
 
 
@@ -345,10 +345,10 @@ def test_a_missing_permission_is_told_once_and_waited_for(
 
 
 WITHDRAWN = {
-    "input": "no permission to read {} (ACL)",
-    "output": "cannot publish to topic {}: no permission (ACL)",
-    "dead_letters": "cannot publish to topic {}: no permission (ACL)",
-    "group": "group {} (ACL)",
+    "input": "cannot read: missing READ on topic {}; add the ACL",
+    "output": "cannot publish to topic {0}: missing WRITE on topic {0}; add the ACL",
+    "dead_letters": "cannot publish to topic {0}: missing WRITE on topic {0}; add the ACL",
+    "group": "cannot read: missing READ on group {}; add the ACL",
 }
 
 
@@ -388,7 +388,7 @@ def test_exactly_once_needs_its_transactional_ids(
     allow(secure, USER, topics, *NEEDED)
     settings = {**entrance.settings, "delivery": "exactly-once", "group_instance_id": "member"}
     worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings)
-    words = f"no permission (ACL) to use the transactional ids that begin with {topics.group}/"
+    words = f"missing WRITE and DESCRIBE on transactional ids with the prefix {topics.group}/; add the ACL"
     wait_for(lambda: worker.warnings(words), f"a line: {words}", 120)
     holds_for(lambda: (worker.status("/livez"), worker.status("/readyz")) == (200, 503), "it lives and is not ready", 5)
     assert len(worker.warnings(words)) == 1
@@ -400,6 +400,56 @@ def test_exactly_once_needs_its_transactional_ids(
     wait_until_committed(kafka, topics)
     assert worker.terminate() == 0
     assert (len(kafka.read(topics.output)), len(kafka.read(topics.dead_letters))) == (9, 1)
+
+
+def test_exactly_once_tells_which_topic_it_may_commit_no_offsets_of(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, secure_workers: Workers, tmp_path: Path
+) -> None:
+    """The permission goes while a transaction is open. What is in it is sent again once the permission is back."""
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    allow(secure, USER, topics, *NEEDED)
+    prefix = f"{topics.group}/member"
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, prefix, WRITE, DESCRIBE)
+    settings = {**entrance.settings, "delivery": "exactly-once", "group_instance_id": "member", "transaction_ms": 3_333}
+    worker = secure_workers.start(topics, entrance.variables(tmp_path), **settings).wait_until_assigned(1)
+    kafka.send(topics.input, map(numbered, range(9)))
+    wait_until_committed(kafka, topics)
+    kafka.send(topics.input, map(numbered, range(9, 18)))
+    wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
+    secure.forbid_all(USER)
+    allow(secure, USER, topics, *(set(NEEDED) - {"input"}))
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    secure.allow(USER, ResourceType.TRANSACTIONAL_ID, prefix, WRITE, DESCRIBE)
+    words = f"cannot commit a transaction: missing READ on topic {topics.input}; add the ACL"
+    wait_for(lambda: worker.warnings(words), f"a line: {words}", 60)
+    assert len(worker.warnings(words)) == 1
+    assert "Traceback" not in worker.output
+    assert "KafkaError" not in worker.output
+    allow(secure, USER, topics, "input")
+    wait_until_committed(kafka, topics)
+    worker.wait_until_ready()
+    assert worker.terminate() == 0
+    assert len(kafka.read(topics.output)) == 18
+
+
+@pytest.mark.parametrize("role", ["group", "input", "output"])
+def test_check_tells_which_permission_is_missing(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path, role: str
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    allow(secure, USER, topics, *(set(NEEDED) - {role}))
+    for name in (topics.input, topics.output):
+        secure.allow(USER, TOPIC, name, DESCRIBE)
+    names = {"input_topics": topics.input, "output_topic": topics.output, "dead_letter_topic": topics.dead_letters}
+    settings = {**entrance.settings, **names, "group_id": topics.group, "model": "builtin", "http_port": 0}
+    words = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
+    done = forked("check", *words, **entrance.variables(tmp_path))
+    lacking = f"{'WRITE' if role == 'output' else 'READ'} on {'group' if role == 'group' else 'topic'}"
+    assert f"fail  permissions  missing {lacking} {getattr(topics, role)}; add the ACL\n" in done.stdout
+    assert done.returncode == 1
+    assert done.stderr == ""
 
 
 # --- Secrets ---
@@ -460,7 +510,7 @@ def test_no_secret_is_ever_printed_or_served(
     if kind == "well":
         worker.wait_for_status("/livez", 200)
         served += everything_served(worker)
-        wait_for(lambda: worker.warnings("(ACL)"), "a missing permission", 120)
+        wait_for(lambda: worker.warnings("ACL"), "a missing permission", 120)
         allow(secure, USER, topics, "dead_letters")
         kafka.send(topics.input, map(numbered, range(9)))
         wait_until_committed(kafka, topics)

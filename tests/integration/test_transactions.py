@@ -5,11 +5,13 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import IllegalGenerationError, KafkaError, UnknownMemberIdError
+from aiokafka.errors import IllegalGenerationError, KafkaError, ProducerFenced, UnknownMemberIdError
 
 from tests.support.broker import Broker
 from tests.support.topics import Kafka, Topics
+from tests.support.waiting import wait_for
 from worker.core.events import Outgoing
+from worker.kafka import transactional_sink as module
 from worker.kafka.aiokafka_compat.group import FencedInstanceId
 from worker.kafka.aiokafka_compat.transactions import Membership, TransactionalProducer
 from worker.kafka.connection import Connection
@@ -198,3 +200,52 @@ def sink(broker: Broker, group: Group) -> TransactionalSink:
         metrics=Metrics("test"),
         health=Health(),
     )
+
+
+@pytest.mark.parametrize("step", ["publish", "commit"])
+async def test_a_transaction_that_brokers_have_aborted_for_its_age(
+    broker: Broker, group: Group, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Their error 47 (INVALID_PRODUCER_EPOCH) is the one by which another process fences this one."""
+    monkeypatch.setattr(module, "TRANSACTION_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(module, "DEADLINE_S", 60.0)
+    member = await group.join()
+    late = sink(broker, group)
+    await late.open()
+    record = ProducerRecord(group.topics.output, Outgoing(b"key", b"result", [], None), 0)
+    await late.publish([record])
+    await asyncio.to_thread(
+        wait_for, lambda: not group.kafka.has_open_transaction(group.topics.output), "the brokers to abort it", 40
+    )
+    going_on = (
+        late.publish([record]) if step == "publish" else late.commit({group.first: (1, METADATA)}, membership(member))
+    )
+    with pytest.raises(TransactionFenced, match="it was open for more than 1 s") as raised:
+        await going_on
+    assert isinstance(raised.value.__cause__, ProducerFenced)
+    assert (group.results(), group.committed()) == (0, {})
+    await late.open()
+    await late.publish([record])
+    await late.commit({group.first: (1, METADATA)}, membership(member))
+    assert (group.results(), group.committed()) == (1, {0: 1})
+    await late.close(5)
+
+
+async def test_a_stream_of_records_that_are_too_large_costs_few_requests_although_the_limit_is_not_known(
+    broker: Broker, group: Group
+) -> None:
+    """The first of them is found by halving its batch. Records of its size and more are not sent then, for a minute."""
+    await asyncio.to_thread(group.kafka.set_config, group.topics.output, "max.message.bytes", 20_000)
+    publishing = sink(broker, group)
+    await publishing.open()
+    values = [b"x" * (30_000 if number % 50 == 7 else 10) for number in range(500)]
+    records = [
+        ProducerRecord(group.topics.output, Outgoing(b"%d" % number, value, [], None), 0)
+        for number, value in enumerate(values)
+    ]
+    for _ in range(3):
+        answers = await publishing.publish(records)
+        assert [number for number, reason in enumerate(answers) if reason] == [*range(7, 500, 50)]
+    refusals = publishing._metrics.kafka_errors.labels("publish")._value.get()
+    assert refusals < 40, "30 records of 1,500, each found by halving, would be some 200"
+    await publishing.close(5)

@@ -33,7 +33,7 @@ from worker.kafka.backlog import Backlog, valid_offsets
         (
             Backlog("g", "earliest", 2, 7, 1, 0),
             "goes on from its committed offsets: 7 records in 2 partitions; it has no committed offset of 1 other "
-            "partitions: it begins at the earliest, 0 records",
+            "partition: it begins at the earliest, 0 records",
             False,
         ),
         (

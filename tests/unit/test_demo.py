@@ -143,7 +143,7 @@ def test_a_second_result_is_found(counts, worker_counts):
     counts.result("review-1", "neutral", 0.0, 2.0)
     counted = dataclasses.replace(worker_counts, consumed=worker_counts.consumed + 1, results=worker_counts.results + 1)
     counts.delivered += 1
-    assert discrepancies(counts, counted, counted.consumed, 0) == ["1 records came out twice or from nowhere."]
+    assert discrepancies(counts, counted, counted.consumed, 0) == ["1 record came out twice or from nowhere."]
 
 
 def test_an_event_that_never_came_out_is_found(counts, worker_counts):

@@ -62,6 +62,8 @@ class FakeSink:
     commit_errors: list[Exception] = field(default_factory=list)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
 
+    async def refuse_old_brokers(self) -> None: ...
+
     async def open(self) -> None:
         if self.open_errors:
             raise self.open_errors.pop(0)
@@ -469,11 +471,11 @@ async def test_order_is_kept_where_it_is_sent_again(world: World) -> None:
 
 async def test_trouble_is_told_until_a_transaction_is_committed(world: World) -> None:
     assignment = await owned(world)
-    world.sink.publish_errors.append(caused(TransactionFailed("x"), GroupAuthorizationFailedError("g")))
+    world.sink.publish_errors.append(caused(TransactionFailed("why"), GroupAuthorizationFailedError("g")))
     world.sink.open_errors.append(KafkaConnectionError())
     await world.put(assignment, 0)
     await until(world.health.why_not_ready)
-    assert world.health.why_not_ready() == "transactions: no permission to commit as group g (ACL)"
+    assert world.health.why_not_ready() == "transactions: cannot commit a transaction: why"
     await world.end_transaction()
     assert world.health.why_not_ready() is None
 
@@ -533,6 +535,18 @@ async def test_a_fence_drops_the_work(world: World, where: str, fence: Any) -> N
     assert (world.dropped, world.counted, world.sink.commits) == (3, [], [])
     await world.put(some, 2)
     assert world.dropped == 4, "what was still on its way under the old assignment is dropped too"
+
+
+@pytest.mark.parametrize(("fence", "is_lost"), [(fenced_by_the_group, True), (fenced_by_another, False)])
+async def test_a_drain_owes_nothing_of_what_the_group_has_refused(world: World, fence: Any, is_lost: bool) -> None:
+    """Others have those partitions. Who fences the transactional id alone takes no partition."""
+    some, other = await owned(world), await owned(world, OTHER)
+    world.sink.commit_errors.append(fence())
+    await world.put(some, 0)
+    await world.put(other, 0)
+    world.delivery.flush([some])
+    await until(lambda: len(world.restarted) == 2)
+    assert (some.is_lost, other.is_lost) == (is_lost, is_lost)
 
 
 async def test_what_another_process_has_fenced_is_taken_back(world: World) -> None:
@@ -616,11 +630,11 @@ async def test_opening_waits_for_a_permission_and_says_so(world: World, caplog: 
     starting = asyncio.create_task(world.delivery.start())
     await until(world.health.why_not_ready)
     reason = world.health.why_not_ready() or ""
-    assert "transactional ids that begin with g/" in reason
+    assert "transactional ids with the prefix g/" in reason
     assert "ACL" in reason
     await starting
     assert world.health.why_not_ready() is None
-    assert caplog.text.count("no permission") == 1, "said once"
+    assert caplog.text.count("add the ACL") == 1, "said once"
 
 
 async def test_a_stall_ends_with_the_partitions(world: World) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.support.metadata import READABLE_ID
 from worker.core.topic_ids import with_topic_id
-from worker.kafka.inspector import _unread_before
+from worker.errors import WrongSetting
+from worker.kafka.inspector import Inspector, _unread_before
 
 
 @pytest.mark.parametrize(("named", "unread"), [("", 2), ("the topic", 2), ("the one before it", 10)])
@@ -28,3 +30,30 @@ async def test_an_offset_of_another_topic_is_no_place_to_read_on_from(named: str
         offsets_for_times=lambda _: said({tp: SimpleNamespace(offset=10)}),
     )
     assert await _unread_before(consumer, [tp], 0, "earliest") == unread
+
+
+NEW, OLD = {28: 5, 9: 9}, {28: 2, 9: 7}  # the newest versions of TxnOffsetCommit and OffsetFetch; OLD as of Kafka 2.4
+
+
+class Cluster:
+    """Brokers of a client, by their numbers, with the versions that each knows; None for one that does not answer."""
+
+    def __init__(self, *brokers: dict[int, int] | None) -> None:
+        self._brokers = brokers
+        names = [SimpleNamespace(nodeId=number, host="b", port=number) for number in range(len(brokers))]
+        self.cluster = SimpleNamespace(brokers=lambda: names)
+
+    async def send(self, node: int, _: object) -> Any:
+        versions = self._brokers[node]
+        if versions is None:
+            raise KafkaConnectionError
+        return SimpleNamespace(api_versions=[(key, 0, newest) for key, newest in versions.items()])
+
+
+async def test_brokers_before_2_5_are_named() -> None:
+    await Inspector(Cluster(NEW, None)).refuse_old_brokers()  # type: ignore[arg-type]
+    for old in (OLD, {28: 3, 9: 6}, {9: 7}):
+        with pytest.raises(
+            WrongSetting, match=r"exactly-once needs brokers of Kafka 2\.5 or later; older than that: b:1$"
+        ):
+            await Inspector(Cluster(NEW, old, None)).refuse_old_brokers()  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import pytest
 from aiokafka.errors import MessageSizeTooLargeError
 
 from worker.core.events import Outgoing
+from worker.kafka.aiokafka_compat.producer import batch_bytes
 from worker.kafka.connection import Connection
 from worker.kafka.output_limits import CLOCK_TOLERANCE_MS, REFUSAL_VALID_S, OutputLimits, TimestampCheck
 from worker.kafka.producer_records import Columns, ProducerRecord
@@ -99,3 +100,43 @@ def test_where_nothing_is_compressed_the_size_is_known_before() -> None:
     )
     columns = Columns.of([ProducerRecord("out", Outgoing(None, b"x" * size, [], 0), 0) for size in (10, 30_000)])
     assert limits.refused(columns, [0, 1]) == {1: "result_too_large"}
+
+
+@pytest.mark.parametrize("codec", [None, "gzip"])
+def test_a_size_that_was_refused_is_remembered_where_the_limit_is_not_known(
+    codec: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each record beyond it is found by halving its batch. Smaller ones are sent: they may be taken."""
+    now = [1_000.0]
+    monkeypatch.setattr("worker.kafka.output_limits.time.monotonic", lambda: now[0])
+    limits = OutputLimits(Connection(("nowhere:1",)), {"out": TopicLimits()}, compression_type=codec)
+    sizes = (10, 29_000, 30_000, 31_000)
+    columns = Columns.of([ProducerRecord("out", Outgoing(None, os.urandom(size), [], 0), 0) for size in sizes])
+    all_of_them = [*range(len(sizes))]
+    limits.learn(columns, "out", [0, 2], MessageSizeTooLargeError())
+    assert limits.refused(columns, all_of_them) == {}, "which of the two is not known"
+    limits.learn(columns, "out", [3], MessageSizeTooLargeError())
+    assert limits.refused(columns, all_of_them) == {3: "result_too_large"}
+    limits.learn(columns, "out", [2], MessageSizeTooLargeError())
+    limits.learn(columns, "out", [3], MessageSizeTooLargeError())
+    assert limits.refused(columns, all_of_them) == {2: "result_too_large", 3: "result_too_large"}
+    assert limits.refused(Columns.of([ProducerRecord("other", Outgoing(None, b"x" * 40_000, [], 0), 0)]), [0]) == {}
+    now[0] += REFUSAL_VALID_S + 1
+    assert limits.refused(columns, all_of_them) == {}, "the limit may have been raised"
+    limits.learn(columns, "out", [3], MessageSizeTooLargeError())
+    assert limits.refused(columns, all_of_them) == {3: "result_too_large"}
+
+
+def test_a_record_that_just_fits_is_sent() -> None:
+    """How large it is by its fields' lengths is an upper bound."""
+    record = Outgoing(b"key", b"x" * 20_000, [("h", b"v")] * 5, 0)
+    size = batch_bytes(None, 0, *record[:3])
+    columns = Columns.of([ProducerRecord("out", record, 0)])
+    assert columns.record_bytes(0) > size
+    for limit, refused in ((size, {}), (size - 1, {0: "result_too_large"})):
+        limits = OutputLimits(
+            Connection(("nowhere:1",)),
+            {"out": TopicLimits(max_message_bytes=limit, is_known=True)},
+            compression_type=None,
+        )
+        assert limits.refused(columns, [0]) == refused

@@ -11,7 +11,7 @@ from worker.commands.check import Finding
 from worker.commands.replay import table
 from worker.errors import UserError
 from worker.kafka.replayer import ReplayCounts
-from worker.printable import printable
+from worker.printable import counted, printable
 from worker.training.evaluate import EvaluationReport, confusion
 
 HOSTILE = '\x1b]0;gone\x07\n{"level": "INFO"}\r\x9b31m\u202e\u2028\udcff'
@@ -57,3 +57,8 @@ def test_the_name_of_a_model_is_no_markup(capsys: pytest.CaptureFixture[str]) ->
     report = BenchReport("./[/]\x1b@1", "cpu", 1, [EngineSpeed(FLOAT32, {512: 1.0}, 1.0, 1)], {1: 1.0})
     _print(report)
     assert capsys.readouterr().out.startswith(r"./[/]\u001b@1 on cpu, 1 texts")
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 partitions"), (1, "1 partition"), (1_200, "1,200 partitions")])
+def test_a_number_and_its_noun(number: int, words: str) -> None:
+    assert counted(number, "partition") == words

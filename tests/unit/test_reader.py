@@ -180,6 +180,7 @@ def test_aiokafka_has_inside_what_is_relied_on() -> None:
     assert "self._records = collections.OrderedDict()" in getsource(Fetcher.__init__)
     assert "self._records[tp] = FetchResult(" in getsource(Fetcher._proc_fetch_request)
     assert "getall(max_records)" in getsource(Fetcher.fetched_records)
+    assert "for tp in list(self._records.keys()):" in getsource(Fetcher.fetched_records)
     builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, 0, 1_000)
     assert builder.append(0, None, b"k", b"v", []) is not None
 
@@ -216,6 +217,8 @@ class Partitions:
             self.store[tp] = FetchResult(tp, assignment=None, partition_records=records, backoff=0)
 
     async def getmany(self, tp: TopicPartition, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        if tp not in self.store:
+            return {}
         runs = list(islice(self.store[tp]._partition_records, max_records))
         if not runs:
             del self.store[tp]

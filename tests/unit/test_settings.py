@@ -316,6 +316,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("auto_offset_reset", "none", "'earliest' or 'latest'"),
     ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
     ("delivery", "at-most-once", "'at-least-once'"),
+    ("group_instance_id", "member/1", "no slash"),
     ("input_format", "avro", "'json' or 'text'"),
     ("tracing", "on", "'off' or 'otel'"),
     ("output_format", "avro", "'json' or 'cloudevents'"),

@@ -1,8 +1,14 @@
-"""What a topic's configuration says of its limits."""
+"""What a topic's configuration says of its limits, and how long a topic that is missing is waited for."""
+
+import asyncio
+from typing import Any
 
 import pytest
 
-from worker.kafka.topics import NO_LIMIT, _parsed_limits
+from worker.kafka import topics as module
+from worker.kafka.connection import Backoff, Connection
+from worker.kafka.topics import NO_LIMIT, TopicsMissing, _parsed_limits, wait_until_usable
+from worker.telemetry.health import Health
 
 
 @pytest.mark.parametrize(
@@ -23,3 +29,24 @@ def test_retention_is_that_of_topics_that_delete_by_the_producers_time(
     config: dict[str, str | None], retention_ms: int
 ) -> None:
     assert _parsed_limits(config).retention_ms == retention_ms
+
+
+class NoTopics:
+    """An admin client of brokers that have no topic."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def describe_topics(self, names: list[str]) -> list[Any]:
+        return []
+
+
+async def test_a_topic_that_is_missing_is_waited_for_as_long_as_patience_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "admin_client", lambda *_: NoTopics())
+    monkeypatch.setattr(Backoff, "wait", lambda _: asyncio.sleep(0))
+    health = Health()
+    sentence = "role: topic gone does not exist, and did not come in 0.05 s; create it, or look for its ACL"
+    with pytest.raises(TopicsMissing, match=f"^{sentence}$"):
+        await wait_until_usable(Connection(("x:1",)), {"role": ["gone"]}, health, patience_s=0.05)
+    assert health.why_not_ready() == "topics: role: topic gone does not exist; waiting for it"

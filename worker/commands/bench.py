@@ -36,7 +36,7 @@ from worker.model.device import has_torch
 from worker.model.reviews import read_reviews
 from worker.model.runner import AGREEMENT, BackendError
 from worker.model.sentiment_model import SentimentModel
-from worker.printable import printable
+from worker.printable import counted, printable
 from worker.runtime.memory import free_device_memory
 from worker.settings.commands import BenchSettings
 
@@ -209,7 +209,7 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Benc
     best = _load(settings, report.best.engine, report.best.budget)
     for size in BATCHES:
         some = texts[:size] if size <= len(texts) else texts
-        with steps.step(f"latency of {size} texts"):
+        with steps.step(f"latency of {counted(size, 'text')}"):
             report.latency_ms[size] = _latency_ms(best, some, settings.seconds)
     if report.device != "cpu":
         steps.tell("micro-batches")

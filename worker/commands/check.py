@@ -17,14 +17,14 @@ from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
 from worker.kafka.backlog import backlog
-from worker.kafka.connection import UNREACHABLE, Connection
+from worker.kafka.connection import UNREACHABLE, Connection, error_name
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.inspector import Inspector, TopicDescription, unread_older_than
-from worker.kafka.permissions import Permissions
+from worker.kafka.permissions import Permissions, add_the_acl
 from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, no_match
 from worker.kafka.transactional_sink import new_transactional_id
 from worker.model.labels import listed
-from worker.printable import printable
+from worker.printable import counted, printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
 from worker.settings.run import RunSettings
 from worker.settings.values import is_folder
@@ -171,7 +171,7 @@ async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator
     inspector = Inspector.of(connection, (*settings.topics, settings.output_topic, settings.dead_letter_topic))
     try:
         brokers = await inspector.start(connection.request_timeout_s)
-        yield Finding("brokers", "ok", f"{brokers} at {', '.join(connection.bootstrap_servers)}")
+        yield await _brokers(settings, connection, inspector, brokers)
         async with asyncio.timeout(4 * connection.request_timeout_s):
             async for finding in _topics(settings, connection, inspector):
                 yield finding
@@ -181,15 +181,22 @@ async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator
         await inspector.close()
 
 
+async def _brokers(settings: RunSettings, connection: Connection, inspector: Inspector, count: int) -> Finding:
+    try:
+        if settings.delivery == "exactly-once":
+            await inspector.refuse_old_brokers()
+    except WrongSetting as error:
+        return _wrong("brokers", error)
+    return Finding("brokers", "ok", f"{count} at {', '.join(connection.bootstrap_servers)}")
+
+
 async def _away(connection: Connection, error: BaseException) -> Finding:
     try:
         why = await why_unreachable(connection)
     except WrongSetting as refusal:
         return _wrong("brokers", refusal)
     where = ", ".join(connection.bootstrap_servers)
-    return Finding(
-        "brokers", "fail", why or f"{where} did not answer all questions ({type(error).__name__}); try again"
-    )
+    return Finding("brokers", "fail", why or f"{where} did not answer all questions ({error_name(error)}); try again")
 
 
 async def _topics(settings: RunSettings, connection: Connection, inspector: Inspector) -> AsyncIterator[Finding]:
@@ -237,6 +244,9 @@ def _replicas(topic: TopicDescription, *, is_output: bool) -> Finding:
     if topic.leaderless:
         leaderless = f"{topic.name} has partitions without a leader: {list(topic.leaderless)}"
         return Finding("partitions", "fail", f"{leaderless}; look at its brokers")
+    if is_output and topic.in_sync < topic.min_insync_replicas:
+        few = f"{counted(topic.in_sync, 'replica')} in sync, and min.insync.replicas {topic.min_insync_replicas}"
+        return Finding("replicas", "fail", f"{topic.name} has {few}: brokers accept nothing for it; look at both")
     if topic.replicas == 1:
         one = f"{topic.name} has one replica a partition, and is lost with its broker"
         return Finding("replicas", "warn", f"{one}; 3 are usual")
@@ -264,10 +274,14 @@ def _compacted(limits: Mapping[str, TopicLimits], settings: RunSettings) -> Iter
 
 async def _members(group: str, inspector: Inspector, partitions: int) -> Finding:
     members = await inspector.members(group)
+    if members is None:
+        lacking = add_the_acl(f"DESCRIBE on group {group}")
+        return Finding("workers", "warn", f"how many members the group has is not told: {lacking}")
     if members >= partitions:
-        idle = f"group {group} has {members} members for {partitions} partitions: one more would be idle"
+        have = f"{counted(members, 'member')} for {counted(partitions, 'partition')}"
+        idle = f"group {group} has {have}: one more would be idle"
         return Finding("workers", "warn", idle)
-    return Finding("workers", "ok", f"group {group} has {members} members, and work for up to {partitions}")
+    return Finding("workers", "ok", f"group {group} has {counted(members, 'member')}, and work for up to {partitions}")
 
 
 def _of_old_workers(transactional_ids: Sequence[str]) -> str:
@@ -287,7 +301,7 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
             isolation_level=settings.isolation_level,
         )
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
-        doubt = f"the brokers do not answer where group {settings.group_id} would begin ({type(error).__name__})"
+        doubt = f"the brokers do not answer where group {settings.group_id} would begin ({error_name(error)})"
         return Finding("offsets", "warn", f"{doubt}; look at the permissions, or try again")
     return Finding("offsets", "warn" if unread.is_all_over_again or unread.recreated else "ok", str(unread))
 
@@ -303,12 +317,12 @@ async def _retention(
             keeps_ms, connection, topics, group_id=settings.group_id, auto_offset_reset=settings.auto_offset_reset
         )
     except UNREACHABLE as error:
-        doubt = f"the brokers do not answer how old the input is ({type(error).__name__}); try again"
+        doubt = f"the brokers do not answer how old the input is ({error_name(error)}); try again"
         return Finding("retention", "warn", doubt)
     if not old:
         return None
     sentence = (
-        f"up to {old} records to be read are older than {settings.output_topic} keeps its own "
+        f"up to {counted(old, 'unread record')} may be older than {settings.output_topic} keeps its own "
         f"({keeps_ms / 3_600_000:.4g} h): Kafka may delete their results at once; set result_timestamp to now, or raise "
         "its retention.ms"
     )
@@ -332,5 +346,5 @@ async def _permissions(
         await permissions.close()
     lacking = [permission for permission, is_given in answers if not is_given]
     if lacking:
-        return Finding("permissions", "fail", f"missing {'; '.join(lacking)}; add the ACL")
+        return Finding("permissions", "fail", add_the_acl(*lacking))
     return Finding("permissions", "ok", "; ".join(permission for permission, _ in answers))

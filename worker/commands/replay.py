@@ -15,7 +15,7 @@ from worker.commands.kafka_connection import kafka_connection
 from worker.core.decoder import Decoder
 from worker.kafka.replayer import ReplayCounts, Replayer
 from worker.kafka.sink import Sink
-from worker.printable import printable
+from worker.printable import counted, printable
 from worker.settings.commands import ReplaySettings
 from worker.settings.values import moment_ms
 from worker.telemetry.health import Health
@@ -100,7 +100,7 @@ def table(counts: ReplayCounts, sent: str) -> Table:
 def _remarks(counts: ReplayCounts) -> list[str]:
     remarks = []
     if counts.done_before:
-        remarks.append(f"{counts.done_before} more have been replayed before.")
+        remarks.append(f"{counted(counts.done_before, 'dead letter')} had been replayed before.")
     if counts.not_kept:
         remarks.append("Where the value was not kept, for its size, only its producer can send it again.")
     if counts.refused:

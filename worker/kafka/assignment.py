@@ -36,6 +36,9 @@ class Assignment:
     bound: Bound | None = None  # where reading ends; None if it does not
     under_way: int = 0  # records taken by the pipeline, and neither acknowledged nor dropped
     uncommitted: int = 0  # records acknowledged since the last commit
+    is_lost: bool = (
+        False  # it ended before the drain, or the group refuses its commits: others read what is dropped of it
+    )
     is_out_of_range: bool = False  # the offset to read next is gone
     single_record_reads: int = 0  # how many more reads take one record, to find the unreadable one
     silent_since: float = field(default_factory=time.monotonic)  # since when it has records and sends none
@@ -120,7 +123,7 @@ class Assignments(dict[TopicPartition, Assignment]):
     def drop(self, assignment: Assignment, records: int) -> None:
         """As of ``Owner.drop``."""
         assignment.under_way -= records
-        if self.is_draining:
+        if self.is_draining and not assignment.is_lost:
             self._not_committed_in_drain += records
         self.settled.set()
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from worker.kafka.assignment import Assignment
-from worker.kafka.connection import UNREACHABLE
+from worker.kafka.connection import UNREACHABLE, error_name
 from worker.kafka.delivery import Count, Outcome, Owner, Publish
+from worker.kafka.permissions import missing_permission
 from worker.kafka.sink import RECORDS_PER_PUBLISH, Sink
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import within
@@ -66,7 +67,8 @@ class AtLeastOnce:
             return True  # the group is rebalancing: the revocation decides
         except UNREACHABLE as error:
             self._metrics.kafka_errors.labels("commit").inc()
-            self._health.failing("commit", f"cannot commit offsets ({type(error).__name__})")
+            why = missing_permission(error, "READ") or error_name(error)
+            self._health.failing("commit", f"cannot commit offsets: {why}")
             return False
         self._health.working("commit")
         self._metrics.stage_seconds["commit"].observe(time.monotonic() - started)

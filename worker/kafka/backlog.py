@@ -12,6 +12,7 @@ from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.consumer import Consumer
+from worker.printable import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,17 @@ class Backlog(NamedTuple):
             topics = ", ".join(self.recreated)
             parts.append(f"has offsets that count as none, for {topics} was deleted and created again since")
         if self.known:
-            parts.append(f"goes on from its committed offsets: {self.behind:,} records in {self.known} partitions")
+            parts.append(f"goes on from its committed offsets: {_records_in(self.behind, self.known)}")
         if self.new:
-            where = f" of {self.new} other partitions" if self.known else ""
-            records = f"{self.unread:,} records" + ("" if where else f" in {self.new} partitions")
+            where = f" of {counted(self.new, 'other partition')}" if self.known else ""
+            records = counted(self.unread, "record") if where else _records_in(self.unread, self.new)
             skips = " that are skipped" if self.auto_offset_reset == "latest" else ""
             parts.append(f"has no committed offset{where}: it begins at the {self.auto_offset_reset}, {records}{skips}")
         return f"group {self.group_id} {'; it '.join(parts)}"
+
+
+def _records_in(records: int, partitions: int) -> str:
+    return f"{counted(records, 'record')} in {counted(partitions, 'partition')}"
 
 
 async def backlog(

@@ -11,6 +11,7 @@ from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.group import RETRY_S
 from worker.kafka.assignment import partition_names
 from worker.kafka.group_consumer import GroupConsumer
+from worker.kafka.transactional_sink import NEEDS_2_5
 from worker.runtime.tasks import within
 from worker.telemetry.health import Health
 
@@ -78,8 +79,7 @@ class CommittedOffsets:
                 self._consumer.live.committed_offsets(asked, require_stable=self._require_stable),
             )
         except NotImplementedError:
-            too_old = "delivery exactly-once needs brokers of Kafka 2.5 or later; these are older"
-            return dict.fromkeys(asked, WrongSetting(too_old))
+            return dict.fromkeys(asked, WrongSetting(f"{NEEDS_2_5}; older than that: the group's coordinator"))
         except Exception as error:  # noqa: BLE001 - the callers decide
             return dict.fromkeys(asked, error)
 

@@ -91,8 +91,14 @@ def _refusing(name: str, file: Path | None, wanted: str) -> Iterator[None]:
         raise WrongSetting(f"{name} {file} {why}: {wanted}") from None
 
 
+def error_name(error: BaseException) -> str:
+    """The class of an error; that of its cause where aiokafka has made a KafkaError of it, which says nothing."""
+    known = error.__cause__ if type(error) is KafkaError else None
+    return type(known or error).__name__
+
+
 def unreachable(connection: Connection, error: BaseException, why: str = "") -> str:
     """A sentence for the log: no broker can be used at the moment. ``why`` is what ``why_unreachable`` has found."""
     if why:
         return f"waiting for Kafka: {why}"
-    return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({type(error).__name__})"
+    return f"waiting for Kafka at {','.join(connection.bootstrap_servers)} ({error_name(error)})"

@@ -16,11 +16,9 @@ from typing import Final
 
 from aiokafka import TopicPartition
 from aiokafka.errors import (
-    GroupAuthorizationFailedError,
     IllegalStateError,
     InvalidTransactionTimeout,
     ProducerFenced,
-    TopicAuthorizationFailedError,
     TransactionalIdAuthorizationFailed,
 )
 
@@ -28,6 +26,7 @@ from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.assignment import Assignment
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
 from worker.kafka.delivery import Count, Outcome, Owner, Publish
+from worker.kafka.permissions import add_the_acl
 from worker.kafka.sink import RECORDS_PER_PUBLISH
 from worker.kafka.transactional_sink import (
     TRANSACTION_TIMEOUT_S,
@@ -109,7 +108,9 @@ class ExactlyOnce:
         self._count = count
 
     async def start(self) -> None:
+        """As of ``Delivery``. Raises WrongSetting where brokers are too old."""
         await self._open()
+        await self._sink.refuse_old_brokers()
 
     # For the source.
 
@@ -286,7 +287,7 @@ class ExactlyOnce:
         log.warning("a transaction is given up", extra={"reason": str(lost)})
         if lost.__cause__ is not None:  # else nothing went wrong
             if not isinstance(lost, TransactionFenced):
-                self._health.failing("transactions", _why_it_was_lost(lost, self._group_id))
+                self._health.failing("transactions", f"cannot commit a transaction: {lost}")
             await backoff.wait()
         await self._open()
         if isinstance(lost, TransactionFenced):
@@ -345,6 +346,8 @@ class ExactlyOnce:
         if not isinstance(fenced.__cause__, ProducerFenced):  # by the group, which has to be joined again
             self._refused = next((put.assignment.membership for put in puts), None)
             self._health.failing("transactions", f"{fenced}: waiting for partitions")
+            for put in puts:
+                put.assignment.is_lost = True
         for put in puts:
             self._drop(put)
         self._end_transaction()
@@ -369,7 +372,7 @@ def _covers(last: TransactionEntry | None, offset: int) -> bool:
 def _why_it_waits(error: BaseException, connection: Connection, group_id: str) -> str:
     """Why no transactional producer can be had."""
     if isinstance(error, TransactionalIdAuthorizationFailed):
-        return f"no permission (ACL) to use the transactional ids that begin with {group_id}/; Write and Describe are needed"
+        return add_the_acl(f"WRITE and DESCRIBE on transactional ids with the prefix {group_id}/")
     if isinstance(error, InvalidTransactionTimeout):
         return (
             f"the broker's transaction.max.timeout.ms is below {TRANSACTION_TIMEOUT_S:g} s, which delivery exactly-once "
@@ -378,11 +381,3 @@ def _why_it_waits(error: BaseException, connection: Connection, group_id: str) -
     if isinstance(error, TimeoutError):
         return "brokers do not end this process's last transaction: a partition in it, or its coordinator, is away"
     return unreachable(connection, error)
-
-
-def _why_it_was_lost(lost: TransactionLost, group_id: str) -> str:
-    if isinstance(lost.__cause__, GroupAuthorizationFailedError):
-        return f"no permission to commit as group {group_id} (ACL)"
-    if isinstance(lost.__cause__, TopicAuthorizationFailedError):
-        return "no permission to publish (ACL)"
-    return f"cannot commit a transaction ({lost})"

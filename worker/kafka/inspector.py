@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import GroupCoordinatorNotAvailableError
+from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 
 from worker.kafka.aiokafka_compat.metadata import known_brokers
 from worker.kafka.aiokafka_compat.transactions import open_transactions
@@ -17,18 +17,20 @@ from worker.kafka.clients import admin_client, stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.topics import TopicLimits, matching_topics, missing_topics, topic_limits
+from worker.kafka.transactional_sink import refuse_old_brokers
 from worker.runtime.tasks import within
 
 CLOSE_S: Final = 5.0
 
 
 class TopicDescription(NamedTuple):
-    """A topic's partitions and who has them. ``replicas`` are those of the partition that has the fewest."""
+    """A topic's partitions and who has them. ``replicas`` and ``in_sync`` are those of the partition that has the fewest."""
 
     name: str
     partitions: tuple[int, ...]
     leaderless: tuple[int, ...]
     replicas: int
+    in_sync: int
     brokers: frozenset[int]
     min_insync_replicas: int
 
@@ -55,6 +57,10 @@ class Inspector:
     async def close(self) -> None:
         with contextlib.suppress(*UNREACHABLE):
             await within(CLOSE_S, self._client.close())
+
+    async def refuse_old_brokers(self) -> None:
+        """Raises WrongSetting where a broker cannot deliver exactly once."""
+        await refuse_old_brokers(self._client)
 
     async def matching(self, pattern: str) -> tuple[str, ...]:
         """The topics that match the setting ``input_pattern``, in order."""
@@ -87,6 +93,7 @@ class Inspector:
             tuple(each["partition"] for each in partitions),
             tuple(each["partition"] for each in partitions if each["leader"] < 0),
             min(len(each["replicas"]) for each in partitions),
+            min(len(each["isr"]) for each in partitions),
             frozenset(node for each in partitions for node in each["replicas"]),
             int(config.get("min.insync.replicas") or 1),
         )
@@ -96,14 +103,16 @@ class Inspector:
         answers = await self._client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
         return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
 
-    async def members(self, group: str) -> int:
-        """How many members a consumer group has."""
+    async def members(self, group: str) -> int | None:
+        """How many members a consumer group has; None where this user may not know."""
         backoff = Backoff()
         while True:
             try:
                 answers = await self._client.describe_consumer_groups([group])
             except GroupCoordinatorNotAvailableError:
                 await backoff.wait()  # Kafka creates the topic of offsets for the first one who asks
+            except GroupAuthorizationFailedError:
+                return None
             else:
                 return sum(len(description[5]) for answer in answers for description in answer.groups)
 

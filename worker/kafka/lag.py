@@ -24,6 +24,7 @@ from worker.kafka.group_consumer import ENDS_TIMEOUT_S, GroupConsumer, Rejoin
 from worker.kafka.read_ahead import ReadAhead
 from worker.kafka.read_errors import MEMBERSHIP, KnownOutages, ReadErrors
 from worker.kafka.subscription import Subscription
+from worker.printable import counted
 from worker.runtime.tasks import within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -148,7 +149,7 @@ class LagWatcher:
         if not lag or not assignment.is_idle() or not self._read_ahead.has_room() or unpacking_since is not None:
             assignment.silent_since = now
         elif now - assignment.silent_since > SILENCE_S:
-            raise Rejoin(f"{assignment.name} has {lag} records and has sent none for {SILENCE_S:g} s")
+            raise Rejoin(f"{assignment.name} has {counted(lag, 'record')} and has sent none for {SILENCE_S:g} s")
 
     def _note_unpacking(self, assignment: Assignment, now: float) -> float | None:
         """Since when the partition's reader waits for a batch to be unpacked; None if it does not."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from aiokafka.errors import InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError
 
-from worker.kafka.aiokafka_compat.producer import compressed_bytes
+from worker.kafka.aiokafka_compat.producer import batch_bytes
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.producer_records import Columns, Indexes, indexes_by_topic
 from worker.kafka.topics import TopicLimits, read_limits
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 LIMITS_AGE_S: Final = 30.0
 REFUSAL_VALID_S: Final = 60.0  # how long after a refusal records in doubt are not sent
+MOST_GROWTH: Final = 1.01  # of what cannot be compressed, when it is
 CLOCK_TOLERANCE_MS: Final = 60_000.0  # by which timestamps of the same clock may differ
 
 
@@ -56,8 +57,9 @@ class TimestampCheck:
 class OutputLimits:
     """The limits of the topics that are published to, and which records are beyond them.
 
-    ``by_topic`` are the limits as far as they are known. How large a record is when compressed is found out only where the
-    topic has refused a size within REFUSAL_VALID_S: it takes as long as to send it.
+    ``by_topic`` are the limits as far as they are known. A size that a topic has refused is remembered for REFUSAL_VALID_S:
+    where a topic's limit may not be read, each larger record would have to be found by halving its batch. How large a record
+    is when compressed is found out only meanwhile, too: it takes as long as to send it.
     """
 
     def __init__(
@@ -71,6 +73,9 @@ class OutputLimits:
         self._connection = connection
         self._compression_type = compression_type
         self._sizes_refused_at: defaultdict[str, float] = defaultdict(lambda: -math.inf)  # by topic
+        self._least_refused_bytes: defaultdict[str, float] = defaultdict(
+            lambda: math.inf
+        )  # by topic, of a record as sent
         self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
         self._read_at = time.monotonic()
 
@@ -85,6 +90,7 @@ class OutputLimits:
             limits = self.by_topic.get(topic, TopicLimits())
             if limits.is_known:
                 refused |= self._beyond(topic, limits, columns, some)
+            refused |= dict.fromkeys(self._too_large(topic, limits, columns, some), "result_too_large")
         return refused
 
     async def refused_by_fresh_limits(self, columns: Columns, indexes: Indexes) -> dict[int, Reason]:
@@ -115,9 +121,14 @@ class OutputLimits:
         return indexes
 
     def learn(self, columns: Columns, topic: str, sent: Indexes, error: BaseException | None) -> None:
-        """Learns from a batch's outcome how far this machine's clock is right about timestamps."""
+        """Learns from a batch's outcome how far this machine's clock is right about timestamps, and what is too large."""
         if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+            if not self._has_refused_a_size(topic):
+                self._least_refused_bytes[topic] = math.inf
             self._sizes_refused_at[topic] = time.monotonic()
+            if len(sent) == 1:
+                size = self._sent_bytes(columns, sent[0])
+                self._least_refused_bytes[topic] = min(size, self._least_refused_bytes[topic])
         is_refused = isinstance(error, InvalidTimestampError)
         if topic in self.by_topic and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
             excess_ms = max(self._excess_ms(topic, columns, index) for index in sent)
@@ -139,21 +150,28 @@ class OutputLimits:
                     columns.in_doubt.update(beyond)
         if limits.is_compacted and None in columns.keys:
             yield from ((index, "key_required") for index in indexes if columns.keys[index] is None)
-        if columns.most_bytes > limits.max_message_bytes:
-            for index in indexes:
-                if columns.record_bytes(index) > limits.max_message_bytes and self._is_too_large(
-                    topic, limits, columns, index
-                ):
-                    yield index, "result_too_large"
 
-    def _is_too_large(self, topic: str, limits: TopicLimits, columns: Columns, index: int) -> bool:
-        """Whether a record that is beyond the limit uncompressed is known to be beyond it as it is sent."""
-        if self._compression_type is None:
-            return True
-        if time.monotonic() - self._sizes_refused_at[topic] > REFUSAL_VALID_S:
-            return False
+    def _too_large(self, topic: str, limits: TopicLimits, columns: Columns, indexes: Indexes) -> Iterator[int]:
+        """Which of the records are known to be too large as they are sent."""
+        is_refusing = self._has_refused_a_size(topic)
+        if not is_refusing and (self._compression_type or not limits.is_known):
+            return
+        limit = limits.max_message_bytes if limits.is_known else self._least_refused_bytes[topic] - 1
+        if columns.most_bytes * MOST_GROWTH <= limit:
+            return
+        least = limit / MOST_GROWTH if self._compression_type else limit  # uncompressed
+        for index in indexes:
+            if columns.record_bytes(index) > least and self._sent_bytes(columns, index) > limit:
+                yield index
+
+    def _has_refused_a_size(self, topic: str) -> bool:
+        """Within REFUSAL_VALID_S."""
+        return time.monotonic() - self._sizes_refused_at[topic] <= REFUSAL_VALID_S
+
+    def _sent_bytes(self, columns: Columns, index: int) -> int:
+        """The size of a record as a batch of its own, as it is sent."""
         record = (columns.timestamps[index], columns.keys[index], columns.values[index], columns.headers[index])
-        return compressed_bytes(self._compression_type, *record) > limits.max_message_bytes
+        return batch_bytes(self._compression_type, *record)
 
     def _excess_ms(self, topic: str, columns: Columns, index: int) -> float:
         timestamp = columns.timestamps[index]

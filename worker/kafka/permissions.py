@@ -1,4 +1,4 @@
-"""What this user may do in Kafka, asked without doing it.
+"""What this user may do in Kafka, asked without doing it, and what to say where a permission is missing.
 
 A broker checks permissions before anything else in a request. So each question is a request that has no effect, and that
 is refused for another reason where the permission is there: a produce without records, a heartbeat of an unknown member, a
@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import GroupAuthorizationFailedError, TopicAuthorizationFailedError
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import HeartbeatRequest
@@ -26,6 +27,25 @@ GROUP_REFUSED: Final = 30
 TRANSACTIONAL_ID_REFUSED: Final = 53
 NOBODY: Final = "nobody"
 PARTITION: Final = 0
+
+
+def missing_permission(error: BaseException, operation: str) -> str | None:
+    """Which permission (ACL) an error of aiokafka's says is missing, and what to do; None for other errors.
+
+    ``operation`` is Kafka's name for what was tried with the topics, such as READ.
+    """
+    named = error.args[0] if error.args else ""
+    names = named if isinstance(named, str) else ", ".join(sorted(map(str, named)))
+    if isinstance(error, GroupAuthorizationFailedError):
+        return add_the_acl(f"READ on group {names}")
+    if isinstance(error, TopicAuthorizationFailedError):
+        return add_the_acl(f"{operation} on topic {names}")
+    return None
+
+
+def add_the_acl(*lacking: str) -> str:
+    """A sentence about permissions that are missing, such as ``READ on topic texts``."""
+    return f"missing {'; '.join(lacking)}; add the ACL"
 
 
 class Permissions:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -35,9 +36,10 @@ class ReadAhead:
         self._metrics = metrics
         self._clock = clock
         self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._turns = asyncio.Lock()
+        self._has_room = True
+        # Readers that wait for their turn: those whose last read brought nothing, who go first, and those that have read
+        self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
+        self._is_admitting = False
         self._has_ended = False
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class ReadAhead:
         self._batcher.add(assignment, records, now)
         self._metrics.queue_depth["gather"].set(len(self._batcher))
         if len(self._batcher) >= self._capacity:
-            self._room.clear()
+            self._has_room = False
         self._arrived.set()
 
     def discard(self, assignment: Assignment) -> None:
@@ -76,27 +78,42 @@ class ReadAhead:
 
     def admit(self) -> None:
         """Lets the readers go on, whether or not there is room."""
-        self._room.set()
+        self._has_room = True
+        self._admit_soon()
 
     def admit_if_room(self) -> None:
         """Lets the readers go on, if there is room."""
         if len(self._batcher) < self._capacity:
-            self._room.set()
+            self.admit()
 
     def has_room(self) -> bool:
-        return self._room.is_set()
+        return self._has_room
 
     async def until_room(self, *, has_read: bool) -> None:
-        """Waits for room. ``has_read``: the caller's last read brought records; it then comes after all others that have.
+        """Waits for room and a turn. ``has_read``: the caller's last read brought records; it then comes after all others.
 
         Yields even if there is room, for reading what is already fetched never waits.
         """
-        await asyncio.sleep(0)
-        if has_read:
-            async with self._turns:  # first come, first served: an event that is set would let newcomers pass
-                await self._room.wait()
-        while not self._room.is_set():
-            await self._room.wait()
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[has_read].append(turn)
+        self._admit_soon()
+        await turn
+
+    def _admit_soon(self) -> None:
+        if not self._is_admitting:
+            self._is_admitting = True
+            asyncio.get_running_loop().call_soon(self._admit)
+
+    def _admit(self) -> None:
+        """Admits one reader, and the next one once that has read what is fetched: a thousand would all wake for three."""
+        self._is_admitting = False
+        for turns in self._waiting if self._has_room else ():
+            while turns:
+                turn = turns.popleft()
+                if not turn.done():  # else its reader was cancelled
+                    turn.set_result(None)
+                    self._admit_soon()
+                    return
 
     def read_limit(self) -> int:
         """How many records one read takes: small reads cost more per record, large ones make other partitions wait."""

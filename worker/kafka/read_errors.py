@@ -7,19 +7,17 @@ from typing import Final
 
 from aiokafka import TopicPartition
 from aiokafka.errors import (
-    GroupAuthorizationFailedError,
     InconsistentGroupProtocolError,
     InvalidSessionTimeoutError,
     KafkaError,
     KafkaTimeoutError,
-    TopicAuthorizationFailedError,
 )
 
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.group import NOT_THE_COORDINATOR, InstanceIdTaken
 from worker.kafka.connection import Connection, unreachable
 from worker.kafka.group_consumer import Rejoin
-from worker.kafka.subscription import Subscription
+from worker.kafka.permissions import missing_permission
 from worker.telemetry.health import Health
 
 MEMBERSHIP: Final = "membership"  # stands for the membership in the group, where other failures name a partition
@@ -44,7 +42,6 @@ class ReadErrors:
     def __init__(
         self,
         connection: Connection,
-        subscription: Subscription,
         outages: KnownOutages,
         *,
         group_id: str,
@@ -53,7 +50,6 @@ class ReadErrors:
         health: Health,
     ) -> None:
         self._connection = connection
-        self._subscription = subscription
         self._outages = outages
         self._group_id = group_id
         self._group_instance_id = group_instance_id
@@ -70,10 +66,8 @@ class ReadErrors:
 
         Health shows the trouble for ``who``, a partition or MEMBERSHIP, until ``clear``, except what a watcher shows.
         """
-        if isinstance(error, GroupAuthorizationFailedError):
-            self._health.failing("read", f"no permission to read as group {self._group_id} (ACL)", who)
-        elif isinstance(error, TopicAuthorizationFailedError):
-            self._health.failing("read", f"no permission to read {', '.join(self._subscription.topics)} (ACL)", who)
+        if lacking := missing_permission(error, "READ"):
+            self._health.failing("read", f"cannot read: {lacking}", who)
         elif isinstance(error, InvalidSessionTimeoutError):
             raise WrongSetting(
                 f"session_timeout_ms = {self._session_timeout_ms} is outside of what the broker allows "

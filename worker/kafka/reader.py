@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 
 from worker.core.events import Headers
-from worker.kafka.aiokafka_compat.fetching import Batches, FetchedPartitions
+from worker.kafka.aiokafka_compat.fetching import Batches, FetchedPartitions, reading
 from worker.kafka.decompression import AT_ONCE, HEADERS, Budget, Reservation, TooManyHeaders, refuse_many_headers
 
 
@@ -51,9 +51,13 @@ class Reader:
             records: list[FetchedRecord] = taken.get(tp, [])
             return records
         self._fetched.limits[tp] = limit
+        reading.set(tp)
         while True:
-            fetched = await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=1)
+            is_there = await self._fetched.until_fetched(tp, timeout_ms / 1000)
+            fetched = await self._consumer.getmany(tp, timeout_ms=0, max_records=1)
             runs: list[list[FetchedRecord]] = fetched.get(tp)
+            if not runs and is_there:
+                continue  # the last record of what was fetched is taken
             if not runs or runs[0]:
                 return runs[0] if runs else []
             waits_for = self._fetched.runs(tp)

@@ -132,7 +132,7 @@ class RebalanceHandler:
         else:
             self._delivery.abandon(assignment)
             self._assignments.count_duplicates(assignment.uncommitted)
-        assignment.accepts = assignment.is_owned = False
+        self._end(assignment)
         self._discard(assignment)
         self._read_ahead.admit_if_room()
         self._assignments.pop(assignment.tp, None)
@@ -197,11 +197,16 @@ class RebalanceHandler:
         self._read_ahead.discard(assignment)
         self._consumer.release(assignment.tp)
 
+    def _end(self, assignment: Assignment) -> None:
+        """A drain owes nothing of an assignment that ended before it: what is dropped of it is read by others."""
+        assignment.accepts = assignment.is_owned = False
+        assignment.is_lost = assignment.is_lost or not self._assignments.is_draining
+
     def _release(self, assignment: Assignment) -> None:
         """Ends an assignment: nothing of it is published or committed from now on."""
         if not assignment.is_owned:
             return
-        assignment.accepts = assignment.is_owned = False
+        self._end(assignment)
         self._delivery.release(assignment)
         self._assignments.count_duplicates(assignment.uncommitted)
         self._metrics.forget_partition(assignment.tp.topic, assignment.tp.partition)

@@ -26,11 +26,12 @@ from worker.errors import UserError
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
 from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
 from worker.kafka.partition_reader import UNREADABLE
+from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
 from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
@@ -131,7 +132,10 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._publishing = asyncio.Lock()  # from when records are sent until they are committed
 
     async def run(self) -> ReplayCounts:
-        """Goes through all partitions, and ends early when ``stop`` is set. Raises ReplayFailed and WrongSetting."""
+        """Goes through all partitions, and ends early when ``stop`` is set.
+
+        Raises ReplayFailed, WrongSetting, BrokersAway and TopicsMissing.
+        """
         await self._wait_until_usable("dead_letter_topic", [self._topic])
         if self._stop.is_set():
             raise ReplayFailed("the replay was stopped before it had begun")
@@ -329,7 +333,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
                     f"{RECORDS_AT_ONCE} dead letters may be replayed twice"
                 ) from None
             except (KafkaError, OSError, TimeoutError) as error:
-                self._health.failing("commit", f"cannot commit what is replayed ({type(error).__name__})")
+                why = missing_permission(error, "READ") or error_name(error)
+                self._health.failing("commit", f"cannot commit what is replayed: {why}")
                 await backoff.wait()
             else:
                 self._health.working("commit")
@@ -350,7 +355,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assigned.set()
 
     async def _wait_until_usable(self, role: str, topics: list[str]) -> None:
-        """Waits for topics, or for ``stop``."""
+        """Waits for topics, or for ``stop``; as long as for brokers, for a name may be wrong."""
         await self._unless_stopped(
             wait_until_usable(self._connection, {role: topics}, self._health, patience_s=self._patience_s)
         )

@@ -8,7 +8,6 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
     KafkaTimeoutError,
-    TopicAuthorizationFailedError,
     UnknownError,
     UnknownTopicOrPartitionError,
 )
@@ -17,8 +16,9 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written, reuse_sequence_numbers
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
 from worker.kafka.output_limits import OutputLimits
+from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import (
     Columns,
     Indexes,
@@ -82,6 +82,10 @@ class Sink:
     async def close(self, timeout_s: float) -> None:
         """Disconnects, within ``timeout_s``."""
         await self._discard_producer(timeout_s)
+
+    async def known_refusals(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
+        """For each of N records, one or more, the reason why its topic is known to refuse it, else None. Sends nothing."""
+        return await self._refused_by_limits(Columns.of(producer_records))
 
     async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
         """Publishes N records, those of one output partition in their order.
@@ -263,8 +267,7 @@ class Sink:
     def _report(self, what: str, error: BaseException) -> None:
         """Counts an error, and tells health."""
         self._metrics.kafka_errors.labels("publish").inc()
-        why = "no permission (ACL)" if isinstance(error, TopicAuthorizationFailedError) else type(error).__name__
-        self._health.failing("publish", f"{what}: {why}")
+        self._health.failing("publish", f"{what}: {missing_permission(error, 'WRITE') or error_name(error)}")
 
     # Producers.
 

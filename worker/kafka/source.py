@@ -103,7 +103,6 @@ class Source:
         self._outages = KnownOutages()
         self._errors = ReadErrors(
             connection,
-            self._subscription,
             self._outages,
             group_id=group_id,
             group_instance_id=group_instance_id,

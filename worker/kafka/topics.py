@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 from worker.errors import UserError, WrongSetting
 from worker.kafka.aiokafka_compat.metadata import topic_names
 from worker.kafka.clients import admin_client, close_admin
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
 from worker.kafka.diagnosis import why_unreachable
 from worker.settings.values import whole_name
 from worker.telemetry.health import Health
@@ -32,6 +32,12 @@ _TOPIC_TROUBLES: Final = {
 
 class BrokersAway(UserError):
     """No broker can be used, for longer than a command waits; the message says why."""
+
+    exit_code = 1
+
+
+class TopicsMissing(UserError):
+    """A topic cannot be used, for longer than a command waits; the message says which, and what to do."""
 
     exit_code = 1
 
@@ -69,7 +75,7 @@ async def wait_until_usable(
     """Waits for the brokers and for every topic, by its role (``{"input_topics": [...], …}``), and creates none.
 
     Returns the limits of each topic. Health logs once what is missing. Raises WrongSetting where the brokers refuse login
-    or certificate, and BrokersAway where no broker could be used for ``patience_s``.
+    or certificate, and BrokersAway or TopicsMissing where no broker or not all topics could be used for ``patience_s``.
     """
     names = [name for group in topics.values() for name in group]
 
@@ -103,7 +109,7 @@ async def _until_nothing_is_missing(
     ``look`` returns what is missing as a sentence, empty if nothing is, and its answer.
     """
     backoff = Backoff()
-    deadline = time.monotonic() + patience_s
+    began = answered = time.monotonic()
     while True:
         client = admin_client(connection, names)
         try:
@@ -111,18 +117,18 @@ async def _until_nothing_is_missing(
                 await client.start()
                 missing, answer = await look(client)
                 health.working("kafka")
-                deadline = time.monotonic() + patience_s
+                answered = time.monotonic()
                 if not missing:
                     health.working("topics")
                     return answer
             health.failing("topics", f"{missing}; waiting for it")
+            if answered - began > patience_s:
+                raise TopicsMissing(f"{missing}, and did not come in {patience_s:g} s; create it, or look for its ACL")
         except UNREACHABLE as error:
             why = await why_unreachable(connection)
             health.failing("kafka", unreachable(connection, error, why))
-            if time.monotonic() > deadline:
-                raise BrokersAway(
-                    f"no broker could be used for {patience_s:g} s: {why or type(error).__name__}"
-                ) from None
+            if time.monotonic() - answered > patience_s:
+                raise BrokersAway(f"no broker could be used for {patience_s:g} s: {why or error_name(error)}") from None
         finally:
             await close_admin(client)
         await backoff.wait()

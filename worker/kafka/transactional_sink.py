@@ -9,10 +9,12 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import IllegalOperation, ProducerFenced
 
+from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.producer import forget_transaction_error
-from worker.kafka.aiokafka_compat.transactions import REFUSALS, Membership, TransactionalProducer
+from worker.kafka.aiokafka_compat.transactions import REFUSALS, Membership, TransactionalProducer, brokers_before_2_5
 from worker.kafka.assignment import partition_names
-from worker.kafka.connection import UNREACHABLE
+from worker.kafka.connection import UNREACHABLE, error_name
+from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED
 from worker.kafka.sink import Sink
@@ -24,6 +26,7 @@ DEADLINE_S: Final = 8.0  # of a transaction here, from its begin to its end
 STOP_S: Final = 1.0  # to stop a producer whose transaction is given up
 # What aiokafka raises: it asserts where a transaction has failed before.
 KAFKA_ERRORS: Final = (*UNREACHABLE, IllegalOperation, AssertionError)
+NEEDS_2_5: Final = "delivery exactly-once needs brokers of Kafka 2.5 or later"
 
 
 class TransactionLost(Exception):
@@ -50,6 +53,12 @@ class TransactionInDoubt(TransactionLost):
     """It may be committed: the committed offsets tell, once ``open`` has returned."""
 
 
+async def refuse_old_brokers(client: Any) -> None:
+    """Raises WrongSetting where a broker that answers a started client cannot deliver exactly once."""
+    if old := await brokers_before_2_5(client):
+        raise WrongSetting(f"{NEEDS_2_5}; older than that: {', '.join(old)}")
+
+
 def new_transactional_id(group_id: str, instance_id: str | None) -> str:
     """That of a static member is always the same, so that a restarted process ends what the one before has left open."""
     return f"{group_id}/{instance_id or uuid.uuid4().hex}"
@@ -66,6 +75,10 @@ class TransactionalSink(Sink):
         super().__init__(*arguments, **options)
         self.transactional_id = transactional_id
         self._began_at: float | None = None  # on the monotonic clock; None while no transaction is open
+
+    async def refuse_old_brokers(self) -> None:
+        """Raises WrongSetting where the brokers cannot deliver exactly once. ``open`` comes before."""
+        await refuse_old_brokers(self._producer)
 
     async def open(self) -> None:
         """Takes a new producer, which fences each other one of this id and has brokers abort the transaction it left open.
@@ -95,7 +108,7 @@ class TransactionalSink(Sink):
 
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]], member: Membership) -> None:
         """Commits what was published, and the group's offsets with their metadata, as this member of the group."""
-        with self._losses(TransactionFailed):
+        with self._losses(TransactionFailed, "READ"):
             producer = await self._begin()
             try:
                 await within(self._left_s(), producer.add_offsets(offsets, member))
@@ -131,21 +144,23 @@ class TransactionalSink(Sink):
         return self._began_at + DEADLINE_S - time.monotonic()
 
     @contextlib.contextmanager
-    def _losses(self, kind: type[TransactionLost]) -> Iterator[None]:
+    def _losses(self, kind: type[TransactionLost], operation: str = "WRITE") -> Iterator[None]:
         """Whatever aiokafka raises becomes ``kind``, unless it says that the transaction is fenced."""
         try:
             yield
         except KAFKA_ERRORS as error:
-            raise self._loss(error, kind) from error
+            raise self._loss(error, kind, operation) from error
 
-    def _loss(self, error: BaseException, kind: type[TransactionLost]) -> TransactionLost:
+    def _loss(self, error: BaseException, kind: type[TransactionLost], operation: str = "WRITE") -> TransactionLost:
         if isinstance(error, tuple(REFUSALS.values())):
             return TransactionFenced(f"the group has gone on without this member ({type(error).__name__})")
-        if not isinstance(error, ProducerFenced) or kind is TransactionInDoubt:
-            return kind(type(error).__name__)
-        if self._began_at is not None and time.monotonic() - self._began_at >= TRANSACTION_TIMEOUT_S:
-            return TransactionFenced(f"it was open for more than {TRANSACTION_TIMEOUT_S:g} s")
-        return TransactionFenced(f"another process uses the transactional id {self.transactional_id}")
+        age_s = time.monotonic() - self._began_at if self._began_at is not None else 0.0
+        overdue = f"it was open for more than {TRANSACTION_TIMEOUT_S:g} s" if age_s >= TRANSACTION_TIMEOUT_S else ""
+        if isinstance(error, ProducerFenced) and kind is not TransactionInDoubt:
+            return TransactionFenced(overdue or f"another process uses the transactional id {self.transactional_id}")
+        if isinstance(error, TimeoutError):
+            return kind(overdue or f"brokers have not answered within {DEADLINE_S:g} s of its begin")
+        return kind(missing_permission(error, operation) or error_name(error))
 
     async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
         """The same producer as before, for a new one would begin another transaction."""

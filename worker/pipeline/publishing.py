@@ -34,22 +34,21 @@ class Publishing:
         self._version = version
         self._turn_budget = turn_budget
         self._tracing = tracing
+        self._are_refused = False  # some of the outcomes that were published last
 
     async def publish(self, outcomes: Sequence[Outcome], sink: Sink) -> None:
         """Publishes N outcomes by ``sink``, and returns when every record is acknowledged; waits for brokers that are away.
 
         An outcome whose result the output topic refuses becomes a dead letter, in place. Raises DeadLetterRefused.
         """
-        refused = await self._send([outcome for outcome in outcomes if outcome.producer_record], sink)
+        outcomes = [outcome for outcome in outcomes if outcome.producer_record]
+        known = await self._known_refusals(outcomes, sink) if self._are_refused and outcomes else []
+        await self._make_letters(known)  # else each of them would cost a second round of requests
+        refused = await self._send(outcomes, sink)
+        self._are_refused = bool(known or refused)
         if not refused:
             return
-        async for some in self._turn_budget.slices(refused):
-            for outcome, reason in some:
-                if outcome.failure is None:
-                    outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
-                    outcome.sentiment = None
-                    letter = dead_letter(outcome.record, outcome.failure, self._version)
-                    outcome.producer_record = self._letter(outcome.record, letter)
+        await self._make_letters(refused)
         refused = await self._send([outcome for outcome, _ in refused], sink)
         for size in range(2):
             self._refuse_unless(refused, "result_too_large")
@@ -60,6 +59,21 @@ class Publishing:
                         outcome.producer_record = self._letter(outcome.record, smaller)
             refused = await self._send([outcome for outcome, _ in refused], sink)
         self._refuse_unless(refused, None)
+
+    async def _known_refusals(self, outcomes: Sequence[Outcome], sink: Sink) -> list[tuple[Outcome, Reason]]:
+        """Those that have not failed, and that the output topic is known to refuse."""
+        reasons = await sink.known_refusals([outcome.producer_record for outcome in outcomes])  # type: ignore[misc]
+        return [(outcome, reason) for outcome, reason in zip(outcomes, reasons, strict=True) if reason]
+
+    async def _make_letters(self, refused: Sequence[tuple[Outcome, Reason]]) -> None:
+        """Makes a dead letter of each outcome that is a result, or a tombstone."""
+        async for some in self._turn_budget.slices(refused):
+            for outcome, reason in some:
+                if outcome.failure is None:
+                    outcome.failure = Failure("publish", reason, f"the topic {self._output_topic} refuses the result")
+                    outcome.sentiment = None
+                    letter = dead_letter(outcome.record, outcome.failure, self._version)
+                    outcome.producer_record = self._letter(outcome.record, letter)
 
     def _letter(self, record: Record, outgoing: Outgoing) -> ProducerRecord:
         return ProducerRecord(self._dead_letter_topic, outgoing, record.partition, record.offset)

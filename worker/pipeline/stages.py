@@ -20,6 +20,7 @@ from worker.pipeline.inference import Inference
 from worker.pipeline.micro_batch import MicroBatch, Part
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
+from worker.printable import counted
 from worker.runtime import garbage_collection
 from worker.runtime.tasks import cancel_all
 from worker.telemetry.metrics import Metrics
@@ -103,7 +104,7 @@ class Pipeline:
             uncommitted = await self._source.close(max(1.0, deadline - time.monotonic()))
             if uncommitted and not broken:
                 broken = DrainTimeout(
-                    f"{uncommitted} records were taken and could not be committed; they are read again"
+                    f"{counted(uncommitted, 'record')} could not be committed, and will be read again"
                 )
             await self._delivery.close(max(1.0, deadline - time.monotonic()))
         finally:
@@ -144,8 +145,8 @@ class Pipeline:
         broken = _first_error(stages)
         if broken is None and not all(task.done() for task in stages):
             return DrainTimeout(
-                f"what was in flight ({self._source.records_held()} records) could not be finished within drain_timeout_s = "
-                f"{self._drain_timeout_s:g}; it was not committed, and is read again"
+                f"what was in flight ({counted(self._source.records_held(), 'record')}) could not be finished within "
+                f"drain_timeout_s = {self._drain_timeout_s:g}; it was not committed, and is read again"
             )
         return broken
 

@@ -3,6 +3,8 @@
 import contextlib
 from typing import Final
 
+from worker.printable import counted
+
 try:
     import resource
 except ImportError:  # Windows, which has no such limit
@@ -35,7 +37,7 @@ def check_limit(brokers: int) -> tuple[bool, str]:
     """Whether the limit is high enough beside so many brokers, and a sentence with the numbers."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
     needed = files_needed(brokers)
-    beside = "1 broker" if brokers == 1 else f"{brokers} brokers"
+    beside = counted(brokers, "broker")
     if limit < 0:  # infinity
         return True, f"there is no limit of open files; a worker may need {needed} beside {beside}"
     if limit >= needed:

@@ -7,7 +7,19 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.shared import EventSettings, ModelSettings
-from worker.settings.types import INT32, End, Host, HostNames, HttpToken, Moment, Pattern, TextFields, Topic, Topics
+from worker.settings.types import (
+    INT32,
+    End,
+    Host,
+    HostNames,
+    HttpToken,
+    InstanceId,
+    Moment,
+    Pattern,
+    TextFields,
+    Topic,
+    Topics,
+)
 from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, moment_ms, split_names, text_fields, whole_name
 
 
@@ -25,7 +37,7 @@ class RunSettings(ModelSettings, EventSettings):
         description="in place of input_topics: all topics whose whole name matches this regular expression, also later ones",
     )
     output_topic: Topic = Field("sentiment", description="topic for results")
-    group_instance_id: str | None = Field(
+    group_instance_id: InstanceId | None = Field(
         None, description="static membership: a name of this process's own in the group"
     )
     auto_offset_reset: Literal["earliest", "latest"] = Field(

@@ -74,6 +74,7 @@ def _servers(value: str) -> str:
 
 _topic = _should("be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens", TOPIC.fullmatch)
 _path_in_object = _should("be a field's name, or a dotted path such as payload.text", lambda path: all(path.split(".")))
+_instance_id = _should("have no slash: with exactly-once it ends the transactional id", lambda name: "/" not in name)
 _http_token = _should(
     "be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints",
     lambda token: HTTP_TOKEN.fullmatch(token.get_secret_value()),
@@ -197,6 +198,7 @@ TextFields = Annotated[str, AfterValidator(_text_fields)]
 HostNames = Annotated[str, AfterValidator(_host_names)]
 Host = Annotated[str, AfterValidator(_host)]
 HttpToken = Annotated[SecretStr, AfterValidator(_http_token)]
+InstanceId = Annotated[str, AfterValidator(_instance_id)]
 FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 Width = Annotated[int, AfterValidator(_width)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]

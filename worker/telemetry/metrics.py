@@ -1,5 +1,6 @@
 """Every metric of the worker. Cheap, safe from any thread, and nothing here blocks."""
 
+import contextlib
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
@@ -264,7 +265,8 @@ class Metrics:
     def forget_partition(self, topic: str, partition: int) -> None:
         """Removes the series of a partition that is no longer this process's."""
         for gauge in (self.lag_records, self.lag_seconds):
-            gauge.remove_by_labels({"topic": topic, "partition": str(partition)})
+            with contextlib.suppress(KeyError):  # remove_by_labels would look through all series for each
+                gauge.remove(topic, partition)
 
 
 _STAGE_OF: dict[str, Stage] = {

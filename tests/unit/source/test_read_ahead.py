@@ -15,6 +15,9 @@ from tests.support.source import (
     staged,
     until,
 )
+from worker.kafka.assignment import Assignment
+from worker.kafka.read_ahead import ReadAhead
+from worker.telemetry.metrics import Metrics
 
 FETCHED = 5_000  # records of a partition that one fetch brings
 
@@ -68,3 +71,54 @@ async def test_nothing_gathered_is_left_after_a_revocation(consumer: FakeConsume
     await until(lambda: stage.metrics.queue_depth["gather"]._value.get() > 0)
     await stage.revoke(TP)
     assert stage.metrics.queue_depth["gather"]._value.get() == 0
+
+
+class Readers:
+    """Readers of a buffer for 1,024 records, each of which reads once, 256 records where there is room."""
+
+    def __init__(self) -> None:
+        self.read_ahead = ReadAhead(max_batch_texts=512, linger_s=0, metrics=Metrics("test"))
+        self.admitted: list[int] = []
+        self.reading: list[asyncio.Task[None]] = []
+
+    async def wait(self, numbers: range, *, has_read: bool = False) -> None:
+        self.reading += [asyncio.create_task(self._read(number, has_read)) for number in numbers]
+        await asyncio.sleep(0.01)
+
+    async def _read(self, number: int, has_read: bool) -> None:
+        await self.read_ahead.until_room(has_read=has_read)
+        self.admitted.append(number)
+        records: list[Any] = [SimpleNamespace()] * self.read_ahead.read_limit()
+        self.read_ahead.add(Assignment(TopicPartition("t", number)), records, 0.0)
+
+    async def take(self) -> None:
+        await self.read_ahead.next_batch()
+        await asyncio.sleep(0.01)
+
+
+async def test_only_as_many_readers_go_on_as_there_is_room_for() -> None:
+    """A thousand that all woke, to find that the first two have filled it again, would cost more than what is read."""
+    readers = Readers()
+    await readers.wait(range(1_000))
+    assert readers.admitted == [0, 1, 2, 3]
+    await readers.take()
+    assert readers.admitted == [0, 1, 2, 3, 4, 5]
+
+
+async def test_who_has_read_comes_after_all_others_and_none_is_held_up_by_one_that_has_gone() -> None:
+    readers = Readers()
+    await readers.wait(range(4))
+    await readers.wait(range(10, 12), has_read=True)
+    await readers.wait(range(20, 23))
+    readers.reading[6].cancel()
+    await readers.take()
+    assert readers.admitted[4:] == [21, 22]
+    await readers.take()
+    assert readers.admitted[4:] == [21, 22, 10, 11]
+
+
+async def test_where_nothing_is_read_all_go_on() -> None:
+    readers = Readers()
+    readers.read_ahead.add = lambda *_: None  # type: ignore[method-assign]
+    await readers.wait(range(100))
+    assert readers.admitted == [*range(100)]

@@ -142,6 +142,34 @@ async def test_what_was_left_uncommitted_before_the_drain_is_no_failure_of_it(co
     assert await stage.source.close(1) == 0
 
 
+@pytest.mark.parametrize("how", ["revoked", "begun again"])
+async def test_what_is_dropped_of_an_assignment_that_ended_before_the_drain_is_no_failure_of_it(
+    consumer: FakeConsumer, how: str
+) -> None:
+    """A zombie has such records in its pipeline: others read them."""
+    stage = await staged(consumer)
+    stage.source._rebalances._revoke_timeout_s = 0
+    await stage.assign(TP)
+    ((assignment, records),) = await stage.take()
+    if how == "revoked":
+        await stage.revoke(TP)
+    else:
+        stage.source.restart(assignment)
+    stage.source.stop_taking()
+    stage.source.drop(assignment, len(records))
+    assert await stage.source.close(1) == 0
+
+
+async def test_what_the_group_refuses_in_a_drain_is_no_failure_of_it(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer)
+    await stage.assign(TP)
+    ((assignment, records),) = await stage.take()
+    stage.source.stop_taking()
+    assignment.is_lost = True
+    stage.source.drop(assignment, len(records))
+    assert await stage.source.close(1) == 0
+
+
 async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> None:
     """Not even one that misses being cancelled, as asyncio's waiting can."""
     stage = await staged(consumer)

@@ -42,7 +42,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_joining_again_and_again_ends_where_no_position_moves(consumer: FakeConsumer) -> None:
     consumer = Rejoined(records_per_read=0)
     stage = await staged(consumer)
-    with pytest.raises(Standstill, match=r"nothing of t-0 is read any more, .* joined again 3 times: t-0 has 1000000"):
+    with pytest.raises(
+        Standstill, match=r"nothing of t-0 is read any more, .* joined again 3 times: t-0 has 1,000,000"
+    ):
         await asyncio.wait_for(stage.run, 10)
     assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
 

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from worker.commands.demo.messages import Message, Review
 from worker.core.sentiment import LABELS
+from worker.printable import counted
 
 METRIC_PREFIX = "sentiment_worker_"
 RECENT = 12
@@ -153,7 +154,7 @@ def discrepancies(counts: DemoCounts, worker_counts: WorkerCounts, committed: in
     if counts.in_flight:
         sentences.append(f"{counts.in_flight} of the events never came out.")
     if counts.unmatched:
-        sentences.append(f"{counts.unmatched} records came out twice or from nowhere.")
+        sentences.append(f"{counted(counts.unmatched, 'record')} came out twice or from nowhere.")
     sentences += [f"{count} of the events: {what}." for what, count in counts.unplanned.items()]
     if exit_code:
         sentences.append(f"The worker did not drain: it ended with exit code {exit_code}.")
@@ -174,18 +175,15 @@ def summary(counts: DemoCounts, worker_counts: WorkerCounts, committed: int) -> 
     lines = [f"  {name:<22}{worker!s:>18}{demo!s:>18}" for name, worker, demo in rows]
     lines += [
         "",
-        f"{_count(worker_counts.consumed, 'event')} in = {_count(worker_counts.results, 'result')}"
-        f" + {_count(worker_counts.dead_letters, 'dead letter')} + {_count(worker_counts.tombstones, 'tombstone')} forwarded"
-        f" + {_count(worker_counts.skipped, 'record')} skipped",
+        f"{counted(worker_counts.consumed, 'event')} in = {counted(worker_counts.results, 'result')}"
+        f" + {counted(worker_counts.dead_letters, 'dead letter')}"
+        f" + {counted(worker_counts.tombstones, 'tombstone')} forwarded"
+        f" + {counted(worker_counts.skipped, 'record')} skipped",
         f"results: {label_counts(counts)}; {counts.agreement:.0%} agree with the reviews' own labels",
         f"dead letters: {reason_counts(counts)}",
         f"publish to result: {latencies(counts)}",
     ]
     return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def label_counts(counts: DemoCounts) -> str:

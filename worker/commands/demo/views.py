@@ -15,6 +15,7 @@ from rich.text import Text
 
 from worker.commands.demo.counts import RECENT, DemoCounts, Speed, label_counts, latencies, reason_counts
 from worker.core.sentiment import LABELS
+from worker.printable import counted
 
 COLOURS: Mapping[str, str] = {"negative": "red", "neutral": "yellow", "positive": "green"}
 
@@ -57,8 +58,10 @@ class LinesView(View):
         counts = self._counts
         speed = f"{self._speed.at(now, counts.came_out):.0f}/s"
         events = f"{now - self._started:4.0f} s  {_events_in(counts, self._total)}, {speed}"
-        outcomes = f"{counts.results} results: {label_counts(counts)} | {counts.dead_letters} dead letters"
-        say(self._console, f"{events} | {outcomes} | {latencies(counts)}")
+        results = f"{counted(counts.results, 'result')}: {label_counts(counts)}"
+        say(
+            self._console, f"{events} | {results} | {counted(counts.dead_letters, 'dead letter')} | {latencies(counts)}"
+        )
 
 
 class LiveView(View):
@@ -141,7 +144,7 @@ def bar(share: float, width: int) -> str:
 
 
 def _events_in(counts: DemoCounts, total: int | None) -> str:
-    return f"{counts.delivered} events in" if total is None else f"{counts.delivered} of {total} events in"
+    return f"{counted(counts.delivered, 'event')} in" if total is None else f"{counts.delivered} of {total} events in"
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:

@@ -4,8 +4,11 @@ aiokafka unpacks a batch on the event loop, as soon as a record of it is asked f
 have to bound what a batch unpacks to and the headers of a record, and to let a caller wait between two batches.
 """
 
+import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -18,6 +21,10 @@ from aiokafka.record._crecords import legacy_records as compiled_legacy_records
 from aiokafka.record.memory_records import MemoryRecords
 
 from worker.kafka.decompression import DECODERS, LEGACY_DECODERS
+from worker.runtime.tasks import within
+
+reading: ContextVar[TopicPartition | None] = ContextVar("reading", default=None)
+"""The one partition that a task reads by ``getmany``."""
 
 BATCH_HEAD: Final = 61  # bytes before the records of a batch
 AFTER_LENGTH: Final = 12  # its offset and its length
@@ -98,6 +105,10 @@ class Batches:
 class FetchedPartitions(OrderedDict[TopicPartition, Any]):
     """aiokafka's store of what was fetched and is not yet taken, by partition.
 
+    aiokafka wakes all that wait for records whenever some come, and each then looks through all partitions: with a thousand
+    that is more work than reading. Here ``until_fetched`` waits for one partition, and whoever reads one sees that alone.
+    Upstream would have to wait by partition.
+
     ``iterate`` makes of a partition's batches what ``getmany`` takes its items from: an iterator with an attribute
     ``next_fetch_offset``, the consumer's position after the last item.
     """
@@ -105,6 +116,7 @@ class FetchedPartitions(OrderedDict[TopicPartition, Any]):
     def __init__(self, iterate: Callable[[Batches], Iterator[Any]]) -> None:
         super().__init__()
         self._iterate = iterate
+        self._waiters: dict[TopicPartition, asyncio.Future[None]] = {}
 
     def install(self, consumer: AIOKafkaConsumer) -> bool:
         """Becomes the store of a consumer that is started and has no partition yet; False if that is not aiokafka's."""
@@ -118,6 +130,22 @@ class FetchedPartitions(OrderedDict[TopicPartition, Any]):
         if type(result) is FetchResult:
             result._partition_records = self._iterate(Batches(result._partition_records))
         super().__setitem__(tp, result)
+        waiter = self._waiters.pop(tp, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def until_fetched(self, tp: TopicPartition, timeout_s: float) -> bool:
+        """Waits until something of a partition is there, records or an error; False after so long."""
+        if tp not in self:
+            waiter = self._waiters[tp] = asyncio.get_running_loop().create_future()
+            with contextlib.suppress(TimeoutError):
+                await within(timeout_s, waiter)
+        return tp in self
+
+    def keys(self) -> Any:
+        """aiokafka looks through these for the partitions that are read: for one it is enough to see that."""
+        tp = reading.get()
+        return super().keys() if tp is None else [tp] if tp in self else []
 
     def items_of(self, tp: TopicPartition) -> Any:
         """What ``iterate`` has made of a partition's batches; None where nothing is there, or it is taken."""

@@ -84,15 +84,15 @@ def reuse_sequence_numbers(producer: AIOKafkaProducer, tp: TopicPartition, recor
     producer._txn_manager.increment_sequence_number(tp, -records)
 
 
-def compressed_bytes(
-    compression_type: str,
+def batch_bytes(
+    compression_type: str | None,
     timestamp: int | None,
     key: bytes | None,
     value: bytes | None,
     headers: list[tuple[str, bytes | None]],
 ) -> int:
-    """The size of a batch of this record alone, compressed as a producer does it."""
-    _, attributes = AIOKafkaProducer._COMPRESSORS[compression_type]
+    """The size of a batch of this record alone, compressed as a producer does it; as it is with None."""
+    attributes = AIOKafkaProducer._COMPRESSORS[compression_type][1] if compression_type else 0
     batch = BatchBuilder(LARGEST_BATCH_BYTES, attributes)
     append_records(batch, [timestamp], [key], [value], [headers])
     return len(batch._build())

@@ -4,6 +4,7 @@ aiokafka's newest TxnOffsetCommit is version 0, which names no member, so that a
 have to speak version 3 (Kafka 2.5), and to take a refusal as a reason to abort.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,16 +15,19 @@ from aiokafka.errors import (
     IllegalGenerationError,
     KafkaError,
     NoError,
+    TopicAuthorizationFailedError,
     UnknownMemberIdError,
     UnknownTopicOrPartitionError,
     for_code,
 )
+from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.transaction import TxnOffsetCommitRequest, TxnOffsetCommitRequest_v0, TxnOffsetCommitResponse_v0
 from aiokafka.protocol.types import CompactArray, CompactString, Int16, Int32, Int64, Schema, TaggedFields
 
 from worker.kafka.aiokafka_compat.group import FencedInstanceId
 from worker.kafka.aiokafka_compat.metadata import inner_client
+from worker.runtime.tasks import within
 
 REFUSALS: Final[Mapping[int, type[KafkaError]]] = {
     error.errno: error for error in (IllegalGenerationError, UnknownMemberIdError, FencedInstanceId)
@@ -122,13 +126,15 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
     """aiokafka's producer, which adds offsets to a transaction as a member of the group.
 
     Its client sends MemberTxnOffsetCommitRequest in place of aiokafka's request, and answers with the response that aiokafka
-    knows. Refusals of the member do not reach aiokafka, which would end its sender: ``add_offsets`` raises them.
+    knows. Refusals of the member, or of a topic's offsets, do not reach aiokafka, which would end its sender with an error
+    that names neither: ``add_offsets`` raises them.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._member: Membership | None = None
         self._refusal: int | None = None
+        self._unauthorized: set[str] = set()  # topics of which this user may commit no offsets
         self.unknown_partitions: set[TopicPartition] = (
             set()
         )  # to the group's coordinator, which takes no offset of them
@@ -136,14 +142,18 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
         self.client.send = self._send
 
     async def add_offsets(self, offsets: Mapping[TopicPartition, tuple[int, str]], member: Membership) -> None:
-        """Adds offsets with their metadata to the open transaction. Raises what is in REFUSALS: then it must be aborted.
+        """Adds offsets with their metadata to the open transaction. What it raises has to be followed by an abort.
+
+        Raises what is in REFUSALS, and TopicAuthorizationFailedError with the topics that this user may not read.
 
         Waits without end for brokers to know all these partitions; ``unknown_partitions`` tells of which they last did not.
         """
-        self._member, self._refusal, self.unknown_partitions = member, None, set()
+        self._member, self._refusal, self._unauthorized, self.unknown_partitions = member, None, set(), set()
         await self.send_offsets_to_transaction(offsets, member.group_id)
         if self._refusal is not None:
             raise REFUSALS[self._refusal]
+        if self._unauthorized:
+            raise TopicAuthorizationFailedError(self._unauthorized)
 
     async def _send(self, node: Any, request: Any, *, group: Any = ConnectionGroup.DEFAULT) -> Any:
         if not isinstance(request, TxnOffsetCommitRequest):
@@ -152,7 +162,7 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
         with_member = MemberTxnOffsetCommitRequest(request.build(TxnOffsetCommitRequest_v0), self._member)
         response = await self._send_plain(node, with_member, group=group)
         errors = [
-            (topic, [(partition, self._without_refusal(code)) for partition, code, _ in partitions])
+            (topic, [(partition, self._without_refusal(code, topic)) for partition, code, _ in partitions])
             for topic, partitions, _ in response.topics
         ]
         self.unknown_partitions = {
@@ -163,11 +173,47 @@ class TransactionalProducer(AIOKafkaProducer):  # type: ignore[misc]
         }
         return TxnOffsetCommitResponse_v0(response.throttle_time_ms, errors)
 
-    def _without_refusal(self, code: int) -> int:
-        if code not in REFUSALS:
+    def _without_refusal(self, code: int, topic: str) -> int:
+        if code in REFUSALS:
+            self._refusal = code
+        elif code == TopicAuthorizationFailedError.errno:
+            self._unauthorized.add(topic)
+        else:
             return code
-        self._refusal = code
         return 0
+
+
+# Which brokers know of members in transactions. Upstream would have to offer the versions that it learns from each broker.
+
+NEWEST_NEEDED: Final = {
+    TxnOffsetCommitRequest_v3.API_KEY: TxnOffsetCommitRequest_v3.API_VERSION,
+    9: 7,
+}  # 9: OffsetFetch
+VERSIONS_S: Final = 3.0  # for a broker to answer
+
+
+async def brokers_before_2_5(client: Any) -> list[str]:
+    """The addresses of the brokers before Kafka 2.5, which take offsets in a transaction from anyone; of those that answer.
+
+    Takes at most VERSIONS_S. Raises nothing of Kafka's.
+    """
+    inner = inner_client(client)
+    brokers = list(inner.cluster.brokers())
+    answers = await asyncio.gather(*(_newest_versions(inner, broker.nodeId) for broker in brokers))
+    return [
+        f"{broker.host}:{broker.port}"
+        for broker, newest in zip(brokers, answers, strict=True)
+        if newest is not None and any(newest.get(key, -1) < version for key, version in NEWEST_NEEDED.items())
+    ]
+
+
+async def _newest_versions(client: Any, node: int) -> dict[int, int] | None:
+    """By the key of a request its newest version that the broker takes; None where it does not answer."""
+    try:
+        answer = await within(VERSIONS_S, client.send(node, ApiVersionRequest()))
+    except (KafkaError, OSError, TimeoutError):
+        return None
+    return {key: newest for key, _, newest in answer.api_versions}
 
 
 # Which transactions are open. Upstream would have to have ListTransactions (Kafka 3.0).
