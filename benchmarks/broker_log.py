@@ -7,7 +7,7 @@ whose files can be read: one that the benchmark itself has started.
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,6 +91,17 @@ def read_partition(entries: Iterator[Any], partition: int, log: TopicLog) -> Non
         stable = min(began.values(), default=batch.next_offset)
         while waiting and waiting[0][0] < stable:
             log.readable += [Readable(number, partition, batch.max_timestamp) for number in waiting.popleft()[2]]
+
+
+def per_second(batches_of_partitions: Iterable[Iterable[Any]], begin_ms: float, end_ms: float) -> float:
+    """Records per second that a topic's batches, by partition, got between two moments, ms since 1970."""
+    count = sum(
+        batch.next_offset - batch.base_offset
+        for entries in batches_of_partitions
+        for batch in entries
+        if not batch.is_control_batch and begin_ms <= batch.max_timestamp < end_ms
+    )
+    return count / (end_ms - begin_ms) * 1000
 
 
 def waits(events: TopicLog, results: Mapping[int, Readable]) -> list[Wait]:

@@ -25,7 +25,7 @@ class OpenLoop(threading.Thread):
     """Publishes events at a rate while its `with` block runs; `record` makes one of its number.
 
     Open loop: an event is published when it is due, whatever became of those before. Gaps are exponential, so that the
-    events arrive independently of each other.
+    events arrive independently of each other; loads beside each other need seeds of their own.
     """
 
     def __init__(
@@ -34,20 +34,21 @@ class OpenLoop(threading.Thread):
         topic: str,
         rate: float,
         record: Callable[[int], Record],
+        seed: int = 1,
     ) -> None:
         super().__init__(daemon=True)
         self._producer = new_producer(bootstrap, **{"linger.ms": 0})
         self._topic = topic
         self._rate = rate
         self._record = record
+        self._gaps = random.Random(seed)
         self._ended = threading.Event()
         self.published = 0
 
     def run(self) -> None:
-        gaps = random.Random(1)
         due = time.perf_counter()
         while not self._ended.is_set():
-            due += gaps.expovariate(self._rate)
+            due += self._gaps.expovariate(self._rate)
             wait = due - time.perf_counter()
             if wait > 0:
                 time.sleep(wait)

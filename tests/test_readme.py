@@ -31,7 +31,7 @@ def measured() -> dict[str, list[str]]:
         "2 CPU cores, shared with the broker": [model["worker"], model["faststream + hf"], model["quix + hf"]],
         "the same": [model["worker"], model["faststream + ours"], model["quix + ours"]],
         "the same, and a model that costs nothing": [plumbing["worker"], plumbing["faststream"], plumbing["quix"]],
-        "one H100, one process, default settings": [f"{gpu['one worker, default settings']:,}"],
+        "one H100, one process, 512 texts in a micro-batch": [f"{gpu['one worker, default settings']:,}"],
         "one H100, one process, [tuned](benchmarks/results/gpu-kafka.md)": [f"{gpu['one worker, tuned']:,}"],
         "one H100, four processes, tuned": [f"{gpu['four workers, tuned']:,}"],
     }

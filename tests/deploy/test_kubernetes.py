@@ -126,7 +126,8 @@ def test_static_members_are_named_by_their_pods_and_back_within_the_session() ->
 def test_a_gpu_is_asked_for_and_used() -> None:
     assert container("nvidia")["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container("nvidia")["image"].endswith(":cuda")
-    assert settings("nvidia").device == "cuda"
+    assert settings("nvidia").device == "cuda", "a container sees its device as cuda:0, whatever its number on the node"
+    assert settings("nvidia").max_batch_texts == "auto"
     assert settings("cpu").device == "cpu"
 
 

@@ -86,6 +86,7 @@ def test_what_is_in_force_is_told_when_it_is_ready(kafka: Kafka, topics: Topics,
     worker = workers.start(topics).wait_until_assigned(2)
     in_force = {
         "device": "cpu", "dtype": "float32", "backend": "torch", "cpu_threads": "1", "max_batch_tokens": "1000000",
+        "max_batch_texts": "512",
     }  # fmt: skip
     (line,) = [line for line in worker.logs if line["message"] == "ready"]
     said = {"model": "costless@0", **in_force, "max_batch_texts": 512, "partitions": 2}

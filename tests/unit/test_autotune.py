@@ -1,18 +1,24 @@
-"""Threads and token budget follow what is measured, within a bound of time."""
+"""Threads, token budget and micro-batch follow what is measured, within a bound of time."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from worker.model import autotune as tuning
 from worker.model.autotune import (
     CpuTuning,
     available_cores,
+    best_batch_texts,
     fastest,
+    measure_batches,
     measure_pass,
+    tune_batch_texts,
     tune_budget,
     tune_cpu,
     tune_threads,
@@ -136,3 +142,95 @@ def test_no_text_is_measured_that_the_model_does_not_take(max_tokens: int) -> No
         return np.zeros(1, np.float32)
 
     tune_cpu(model, max_tokens, "auto", "auto", 0.05)
+
+
+# Micro-batches.
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, text_s: float, call_s: float = 0.0) -> Callable[[int], None]:
+    """A model on a device that takes so long for a text and for a call, by a clock of its own."""
+    now = [100.0]
+
+    def run(texts: int) -> None:
+        now[0] += call_s + text_s * texts
+
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(tuning.time, clock, lambda: now[0])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("seconds", "texts"),
+    [
+        ({512: 1.0, 1_024: 1.0, 2_048: 1.0}, 2_048),
+        ({512: 1.0, 1_024: 2.0, 2_048: 4.0}, 512),
+        ({512: 1.0, 1_024: 1.95, 2_048: 3.9}, 512),
+        ({512: 1.0, 1_024: 1.5, 2_048: 2.95}, 1_024),
+        ({512: 1.0, 1_024: 1.5, 2_048: 3.5}, 1_024),
+        ({512: 3.0}, 512),
+    ],
+)
+def test_the_smallest_micro_batch_that_is_about_as_fast_as_any(seconds: dict[int, float], texts: int) -> None:
+    assert best_batch_texts(seconds) == texts
+
+
+@given(st.dictionaries(st.integers(1, 100_000), st.floats(1e-6, 1e3), min_size=1))
+def test_no_micro_batch_is_much_faster_than_the_recommended_one(seconds: dict[int, float]) -> None:
+    best = best_batch_texts(seconds)
+    fastest_text_s = min(took_s / texts for texts, took_s in seconds.items())
+    assert seconds[best] / best <= tuning.MIN_GAIN * fastest_text_s * (1 + 1e-9)
+    assert all(
+        seconds[texts] / texts > tuning.MIN_GAIN * fastest_text_s * (1 - 1e-9) for texts in seconds if texts < best
+    )
+
+
+def test_where_a_call_costs_much_a_micro_batch_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = measure_batches(timed(monkeypatch, 1e-6, call_s=0.01))
+    assert tuple(seconds) == tuning.CUDA_BATCH_TEXTS
+    assert seconds[512] == pytest.approx(0.01 + 512e-6)
+    assert tune_batch_texts("cuda", lambda: seconds) == 8_192
+
+
+def test_a_cpu_is_not_measured() -> None:
+    assert tune_batch_texts("cpu", never) == 512
+
+
+@pytest.mark.parametrize("text_s", [1e-7, 1e-5, 1e-4, 1e-3])
+def test_micro_batches_are_measured_within_their_time(text_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = timed(monkeypatch, text_s)
+    run(0)
+    began = tuning.time.monotonic()
+    assert measure_batches(run, 1.0)
+    first_s = 512 * text_s
+    assert tuning.time.monotonic() - began <= 1.05 + 3 * first_s
+
+
+def test_what_does_not_fit_into_memory_is_left_out() -> None:
+    def run(texts: int) -> None:
+        if texts > 2_048:
+            raise MemoryError
+
+    assert set(measure_batches(run)) == {512, 1_024, 2_048}
+    assert measure_batches(never_enough) == {}
+    assert tune_batch_texts("cuda", dict) == 512
+    with pytest.raises(ValueError, match="broken"):
+        measure_batches(broken_beyond_512)
+
+
+def never_enough(_: int) -> NDArray[np.float32]:
+    raise MemoryError
+
+
+def broken_beyond_512(texts: int) -> None:
+    if texts > 512:
+        raise ValueError("broken")
+
+
+def test_a_budget_that_does_not_fit_into_memory_is_not_taken() -> None:
+    def forward(ids: NDArray[np.int64], _: object) -> NDArray[np.float32]:
+        if ids.size > 20_000:
+            raise MemoryError
+        return np.zeros(1, np.float32)
+
+    assert tune_budget(forward, "cuda", 512, 5) <= 16_384
+    assert tune_budget(lambda *_: never_enough(0), "cuda", 512) == tuning.CUDA_BUDGETS[0]

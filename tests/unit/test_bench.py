@@ -1,14 +1,17 @@
 """What `bench` measures and recommends, with a model that answers at once."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from worker.commands import bench
 from worker.commands.bench import FLOAT32, BenchReport, Engine, EngineSpeed, Steps, measure
-from worker.model.autotune import CPU_BUDGETS, CUDA_BUDGETS
+from worker.commands.capacity import TextTimes
+from worker.model.autotune import CPU_BUDGETS, CUDA_BATCH_TEXTS, CUDA_BUDGETS
 from worker.model.runner import BackendError
 from worker.model.torch import backends
+from worker.model.truncation import TokenizedTexts
 from worker.settings.commands import BenchSettings
 
 
@@ -43,6 +46,15 @@ class FakeModel:
 
     def score(self, texts: list[str]) -> None:
         self.scored.add(self.max_batch_tokens)
+
+    def tokenize(self, texts: list[str]) -> TokenizedTexts:
+        return TokenizedTexts([[1]] * len(texts), [False] * len(texts))
+
+    def batch_logits(self, ids: list[list[int]]) -> None: ...
+
+    def batch_seconds(self, texts: list[str], measuring_s: float) -> dict[int, float]:
+        assert len(texts) >= CUDA_BATCH_TEXTS[-1]
+        return {512: 0.001, 1_024: 0.0015, 2_048: 0.003}
 
 
 class Loads:
@@ -94,6 +106,10 @@ def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(
     scored = [(model.dtype, *model.scored) for model in others if model.scored]
     assert scored == [(each.engine.dtype, budget) for each in report.engines for budget in CUDA_BUDGETS]
     assert (last.dtype, last.scored) == (report.best.engine.dtype, {report.best.budget})
+    assert report.max_batch_texts == 1_024
+    assert report.times is not None
+    assert report.times.device_s == pytest.approx(0.0015 / 1_024)
+    assert json.loads(report.as_json())["processes"] >= 1
 
 
 AUTO = Engine("torch", "auto", True)
@@ -110,7 +126,8 @@ def test_what_is_recommended_is_the_fastest_exact_one_with_its_own_threads() -> 
     onnx, int8 = Engine("onnx", "float32", True), Engine("onnx", "int8", False)
     report = speeds("cpu", (FLOAT32, 100.0, 1, 1.0), (onnx, 200.0, 2, 1.0), (int8, 300.0, 4, 0.998))
     assert report.settings().splitlines() == [
-        'device = "cpu"', 'backend = "onnx"', 'dtype = "float32"', "max_batch_tokens = 512", "cpu_threads = 2",
+        'device = "cpu"', 'backend = "onnx"', 'dtype = "float32"', "max_batch_tokens = 512",
+        "max_batch_texts = 512", "cpu_threads = 2",
     ]  # fmt: skip
 
 
@@ -126,6 +143,7 @@ def test_on_a_gpu_that_is_the_default_where_it_is_faster() -> None:
     report = speeds("cuda:0", (FLOAT32, 100.0, None, 1.0), (AUTO, 200.0, None, 0.9995))
     assert report.settings().splitlines() == [
         'device = "cuda"', 'backend = "torch"', 'dtype = "auto"', "max_batch_tokens = 512",
+        "max_batch_texts = 512",
     ]  # fmt: skip
 
 
@@ -140,3 +158,11 @@ def test_a_file_of_texts_is_read_as_its_byte_order_mark_says(encoding: str, tmp_
     assert bench._texts(file)[:3] == ["хорошо", "плохо", "хорошо"]
     file.write_bytes(b"\xff\n\xd0\xb4\xd0\xb0\n")
     assert set(bench._texts(file)) == {"да"}, "what is no UTF-8 is left out"
+
+
+def test_how_many_processes_keep_a_gpu_busy_is_said_in_a_sentence() -> None:
+    times = TextTimes(tokenize_s=2e-6, plumbing_s=17e-6, device_s=3e-6)
+    sentence = bench._processes(times, cores=16)
+    assert "2.0 µs to tokenize, 17.0 µs of Python" in sentence
+    assert "6 of them keep this GPU busy: about 333,333 texts per second." in sentence
+    assert "2 of them are what 3 cores can run; the GPU could serve more" in bench._processes(times, cores=3)

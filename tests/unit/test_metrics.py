@@ -42,7 +42,7 @@ NAMES = {  # name without prefix: type, labels
     "model_reloads_total": ("counter", {"outcome"}),
     "http_refusals_total": ("counter", {"reason"}),
     "http_changes_total": ("counter", set()),
-    "model_info": ("gauge", {"model", "revision", "device", "dtype", "backend", "cpu_threads", "max_batch_tokens"}),
+    "model_info": ("gauge", {"model", "revision", *IN_FORCE}),
     "build_info": ("gauge", {"version"}),
 }
 

@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.support.broker import free_port
-from worker.commands.run import runbook
+from worker.commands.run import _reloader, runbook
+from worker.commands.run_parts import tuned_model
+from worker.settings.run import RunSettings
 
 STUBBORN = """
 import asyncio
@@ -145,3 +149,49 @@ def test_the_runbook_is_where_the_package_says() -> None:
     urls = ["Source, https://code.example/worker", "Runbook, https://code.example/worker/docs/operating.md"]
     assert runbook(urls) == "https://code.example/worker/docs/operating.md#sentimentworkernotready"
     assert runbook(urls[:1]) is None
+
+
+# How many texts a micro-batch has.
+
+
+class GpuModel:
+    """What loading gives on a GPU, as far as micro-batches are concerned."""
+
+    device = "cuda:0"
+    passes = 2
+    max_batch_tokens = 65_536
+    max_batch_texts = 0
+    cuda_pass = "padded"
+    measured = 0
+
+    def batch_seconds(self) -> dict[int, float]:
+        self.measured += 1
+        return {512: 1.0, 1_024: 1.2, 2_048: 2.4}
+
+
+def test_auto_measures_the_micro_batch_on_a_gpu_and_not_on_a_cpu() -> None:
+    model = GpuModel()
+    assert tuned_model(lambda _: cast("Any", model), RunSettings()).max_batch_texts == 1_024
+    model.device = "cpu"
+    assert tuned_model(lambda _: cast("Any", model), RunSettings()).max_batch_texts == 512
+    assert model.measured == 1
+
+
+def test_a_number_is_taken_as_it_is() -> None:
+    model = GpuModel()
+    assert tuned_model(lambda _: cast("Any", model), RunSettings(max_batch_texts=64)).max_batch_texts == 64
+    assert model.measured == 0
+
+
+def test_a_reload_keeps_the_micro_batch_that_was_measured_at_the_start() -> None:
+    old, new, asked = GpuModel(), GpuModel(), []
+
+    def load_model(settings: RunSettings) -> Any:
+        asked.append((settings.max_batch_texts, settings.max_batch_tokens, settings.cpu_threads))
+        return new
+
+    shared = SimpleNamespace(load_model=load_model, settings=RunSettings(), inference=None, metrics=None)
+    old.max_batch_texts = 2_048
+    assert _reloader(cast("Any", shared))._load(cast("Any", old)) is cast("Any", new)
+    assert asked == [(2_048, 65_536, 2)]
+    assert (new.max_batch_texts, new.measured) == (2_048, 0)

@@ -16,10 +16,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from worker.commands.capacity import TextTimes, plumbing_seconds, processes_for_device
 from worker.commands.classify import file_lines
 from worker.commands.load_model import checkpoint_options, prepare_process
 from worker.errors import WrongSetting
-from worker.model.autotune import MIN_GAIN, TUNING_S, candidate_budgets, fastest, smallest_at_full_speed
+from worker.model.autotune import (
+    BATCH_TEXTS,
+    CUDA_BATCH_TEXTS,
+    MIN_GAIN,
+    TUNING_S,
+    available_cores,
+    best_batch_texts,
+    candidate_budgets,
+    fastest,
+    shortest_run_s,
+    smallest_at_full_speed,
+)
 from worker.model.device import has_torch
 from worker.model.reviews import read_reviews
 from worker.model.runner import AGREEMENT, BackendError
@@ -28,7 +40,6 @@ from worker.printable import counted, printable
 from worker.runtime.memory import free_device_memory
 from worker.settings.commands import BenchSettings
 
-WINDOW: Final = 512  # texts of a micro-batch; the default of max_batch_texts
 BATCHES: Final = (1, 8, 32, 128, 512)
 SAMPLE: Final = 2_048  # texts on which labels are compared
 
@@ -71,11 +82,17 @@ class EngineSpeed:
 
 @dataclass
 class BenchReport:
+    """What was measured. On a GPU, ``batch_seconds`` has the model's seconds for a micro-batch by its texts, and ``times``
+    what one process spends on a text.
+    """
+
     model: str
     device: str
     texts: int
     engines: list[EngineSpeed] = field(default_factory=list)
     latency_ms: dict[int, float] = field(default_factory=dict)
+    batch_seconds: dict[int, float] = field(default_factory=dict)
+    times: TextTimes | None = None
 
     @property
     def best(self) -> EngineSpeed:
@@ -84,12 +101,18 @@ class BenchReport:
         took = {place: (each.one_text_s, 1 / each.speed) for place, each in enumerate(exact)}
         return exact[fastest(took)]
 
+    @property
+    def max_batch_texts(self) -> int:
+        """What ``auto`` would take by these figures."""
+        return best_batch_texts(self.batch_seconds) if self.batch_seconds else BATCH_TEXTS
+
     def settings(self) -> str:
         """Lines for the file of ``--config``."""
         best = self.best
         lines = [
             f'device = "{self.device.partition(":")[0]}"', f'backend = "{best.engine.backend}"',
             f'dtype = "{best.engine.dtype}"', f"max_batch_tokens = {best.budget}",
+            f"max_batch_texts = {self.max_batch_texts}",
         ]  # fmt: skip
         if best.threads is not None:
             lines.append(f"cpu_threads = {best.threads}")
@@ -106,6 +129,9 @@ class BenchReport:
         answer = asdict(self) | {
             "engines": engines,
             "latency_ms": {str(size): round(ms, 3) for size, ms in self.latency_ms.items()},
+            "batch_seconds": {str(texts): round(took_s, 6) for texts, took_s in self.batch_seconds.items()},
+            "times": self.times and self.times._asdict(),
+            "processes": self.times and processes_for_device(self.times, available_cores()).processes,
             "settings": self.settings(),
             "hours_per_million": round(self.hours_per_million(), 4),
         }
@@ -171,6 +197,7 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Benc
     wanted = first.get_sentiment(list(texts[:SAMPLE]))
     engines, budgets = list(_engines(report.device)), _budgets(first)
     del first  # one model at a time: a device may have no room for two
+    texts = list(islice(cycle(texts), max(_window(report.device), len(texts))))
     steps.expect(len(engines) * len(budgets) + len(BATCHES))
     for engine in engines:
         steps.tell(f"loading {engine}")
@@ -184,7 +211,27 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Benc
         some = texts[:size] if size <= len(texts) else texts
         with steps.step(f"latency of {counted(size, 'text')}"):
             report.latency_ms[size] = _latency_ms(best, some, settings.seconds)
+    if report.device != "cpu":
+        steps.tell("micro-batches")
+        report.batch_seconds = best.batch_seconds(texts, measuring_s=len(CUDA_BATCH_TEXTS) * settings.seconds)
+        if report.batch_seconds:
+            size = report.max_batch_texts
+            report.times = _text_times(best, texts, report.batch_seconds[size] / size)
     return report
+
+
+def _text_times(model: SentimentModel, texts: Sequence[str], device_s: float) -> TextTimes:
+    """What one process with a model on a GPU spends on each of these texts. ``device_s``: what is known already.
+
+    The CPU time of the passes is Python's and the driver's, because a thread that waits for the device sleeps.
+    """
+    some = texts[: CUDA_BATCH_TEXTS[-1]]
+    tokenize_s = shortest_run_s(lambda: model.tokenize(some)) / len(some)
+    ids = model.tokenize(some).ids
+    began_s = time.process_time()
+    model.batch_logits(ids)
+    sending_s = (time.process_time() - began_s) / len(some)
+    return TextTimes(tokenize_s, plumbing_seconds(some) + sending_s, device_s)
 
 
 def _measure_engine(
@@ -245,8 +292,14 @@ def _budgets(model: SentimentModel) -> list[int]:
     return candidate_budgets(model.device.partition(":")[0], model.max_tokens)
 
 
+def _window(device: str) -> int:
+    """Texts of the micro-batches that engines are measured with."""
+    return BATCH_TEXTS if device == "cpu" else CUDA_BATCH_TEXTS[-1]
+
+
 def _texts_per_s(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:
-    windows = cycle([texts[begin : begin + WINDOW] for begin in range(0, len(texts), WINDOW)])
+    size = _window(model.device)
+    windows = cycle([texts[begin : begin + size] for begin in range(0, len(texts), size)])
     model.score(next(windows))
     done, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or not done:
@@ -274,7 +327,7 @@ def _texts(file: Path | None) -> list[str]:
         texts = [line for batch in file_lines(file) for line in batch if line and line.strip()]
         if not texts:
             raise WrongSetting(f"file = {file} has no line with a text; it should have one text a line")
-    return list(islice(cycle(texts), max(WINDOW, len(texts))))
+    return list(islice(cycle(texts), max(BATCH_TEXTS, len(texts))))
 
 
 def _print(report: BenchReport) -> None:
@@ -290,8 +343,23 @@ def _print(report: BenchReport) -> None:
             f'dtype = "{quick.engine.dtype}" is {quick.speed / report.best.speed:.1f} times as fast; '
             f"{quick.agreement:.2%} of its labels are the same."
         )
+    if report.times:
+        console.print(_processes(report.times, available_cores()))
     hours = report.hours_per_million()
     console.print(f"A million texts take {3600 * hours:,.0f} s of this machine.")
+
+
+def _processes(times: TextTimes, cores: int) -> str:
+    tokenize, plumbing, device = (f"{1e6 * seconds:.1f}" for seconds in times)
+    sharing = processes_for_device(times, cores)
+    what = (
+        "keep this GPU busy" if sharing.is_device_full else f"are what {cores} cores can run; the GPU could serve more"
+    )
+    return (
+        f"For a text, one worker process needs {tokenize} µs to tokenize, {plumbing} µs of Python (estimated, without a "
+        f"broker) and {device} µs of the GPU, side by side. {sharing.processes} of them {what}: about "
+        f"{sharing.texts_per_s:,.0f} texts per second."
+    )
 
 
 def _speeds(report: BenchReport) -> Table:

@@ -18,6 +18,7 @@ from worker.commands.run_parts import (
     tell_of_model,
     tell_that_it_is_ready,
     tracing,
+    tuned_model,
 )
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
@@ -81,7 +82,7 @@ async def _left() -> set[asyncio.Future[Any]]:
 async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     metrics = Metrics(__version__)
     inference = _inference(settings, metrics)
-    health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(settings, inference, metrics))
+    health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(inference, metrics))
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
     recent = RecentOutcomes(decoder(settings), texts=settings.console_texts)
@@ -127,8 +128,9 @@ def _reloader(shared: Shared) -> Reloader:
     """Loads the setting's model as it is then. What was measured at the start stays: beside scoring it would be wrong."""
 
     def reloaded(old: Any) -> Any:
-        measured = {"cpu_threads": old.passes, "max_batch_tokens": old.max_batch_tokens, "cuda_pass": old.cuda_pass}
-        return shared.load_model(shared.settings.model_copy(update=measured))
+        names = ("max_batch_tokens", "max_batch_texts", "cuda_pass")
+        measured = {"cpu_threads": old.passes, **{name: getattr(old, name) for name in names}}
+        return tuned_model(shared.load_model, shared.settings.model_copy(update=measured))
 
     return Reloader(
         shared.inference,

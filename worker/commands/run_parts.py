@@ -34,6 +34,7 @@ from worker.kafka.topics import (
     watch_topics,
 )
 from worker.kafka.transactional_sink import TransactionalSink, new_transactional_id
+from worker.model.autotune import tune_batch_texts
 from worker.model.labels import listed
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
@@ -63,6 +64,16 @@ def load_model(settings: RunSettings) -> "SentimentModel":
     from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - /livez answers meanwhile
 
     return load_from_settings(settings)
+
+
+def tuned_model(load_model: LoadModel, settings: RunSettings) -> "SentimentModel":
+    """What ``load_model`` loads, with the size of its micro-batches set. Blocks for seconds; raises what that raises."""
+    model = load_model(settings)
+    if settings.max_batch_texts == "auto":
+        model.max_batch_texts = tune_batch_texts(model.device, lambda: model.batch_seconds())  # noqa: PLW0108 - GPU alone
+    else:
+        model.max_batch_texts = settings.max_batch_texts
+    return model
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ async def started_pipeline(shared: Shared) -> Pipeline:
 
 
 async def _load(shared: Shared) -> None:
-    model = cast("SentimentModel", await shared.inference.load(lambda: shared.load_model(shared.settings)))
+    model = cast("SentimentModel", await shared.inference.load(lambda: tuned_model(shared.load_model, shared.settings)))
     gc.collect()
     gc.freeze()  # there are 80,000 objects, with torch 400,000: looking through those stops the event loop for 0.2 s
     tell_of_model(model, shared.metrics)
@@ -132,6 +143,10 @@ async def _found_topics(
     return topics, found
 
 
+def _loaded_model(shared: Shared) -> "SentimentModel":
+    return cast("SentimentModel", shared.inference.model)
+
+
 def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: Sequence[str]) -> Source:
     settings = shared.settings
     return Source(
@@ -147,7 +162,7 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
         isolation_level=settings.isolation_level,
         session_timeout_ms=settings.session_timeout_ms,
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
-        max_batch_texts=settings.max_batch_texts,
+        max_batch_texts=_loaded_model(shared).max_batch_texts,
         linger_s=settings.linger_ms / 1000,
         token_limit=shared.inference.token_limit(),
         max_unpacked_bytes=settings.max_unpacked_bytes,
@@ -178,7 +193,7 @@ def _delivery(shared: Shared, connection: Connection, limits: dict[str, TopicLim
         )
     return AtLeastOnce(
         Sink(connection, **sink_options),
-        capacity=WAITING_BATCHES * settings.max_batch_texts,
+        capacity=WAITING_BATCHES * _loaded_model(shared).max_batch_texts,
         turn_budget=shared.inference.turn_budget,
         metrics=shared.metrics,
         health=shared.health,
@@ -282,10 +297,11 @@ def in_force(model: "SentimentModel") -> dict[str, str]:
         "dtype": model.dtype,
         "cpu_threads": str(model.passes),
         "max_batch_tokens": str(model.max_batch_tokens),
+        "max_batch_texts": str(model.max_batch_texts),
     }
 
 
-def tell_that_it_is_ready(settings: RunSettings, inference: Inference, metrics: Metrics) -> None:
+def tell_that_it_is_ready(inference: Inference, metrics: Metrics) -> None:
     model = cast("SentimentModel", inference.model)
-    extra = {"model": model.name, **in_force(model), "max_batch_texts": settings.max_batch_texts}
+    extra = {"model": model.name, **in_force(model), "max_batch_texts": model.max_batch_texts}
     log.info("ready", extra={**extra, "partitions": metrics.partitions()})

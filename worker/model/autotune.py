@@ -1,4 +1,4 @@
-"""Measures this machine: the token budget and threads that ``auto`` takes, and what ``bench`` recommends.
+"""Measures this machine: token budget, threads and micro-batch that ``auto`` takes, and what ``bench`` recommends.
 
 The commands that score and ``bench`` choose by the same functions. Those that measure block, for about as long as their
 argument ``tuning_s`` says.
@@ -10,11 +10,14 @@ import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from worker.runtime.memory import free_device_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)
@@ -26,6 +29,9 @@ EXAMPLE_LENGTH: Final = 48  # tokens; the mean of reviews and of posts
 EXAMPLE_TOKENS: Final = 1_024
 CPU_BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
 CUDA_BUDGETS: Final = (4_096, 8_192, 16_384, 32_768, 65_536)
+BATCH_TEXTS: Final = 512  # of a micro-batch on a CPU, where larger ones are no faster
+CUDA_BATCH_TEXTS: Final = (512, 1_024, 2_048, 4_096, 8_192)
+BATCH_TUNING_S: Final = 1.0  # of micro-batches on a GPU
 TUNING_S: Final = 0.3
 MEASURING_S: Final = 0.05  # of one pass that is repeated, at most
 MIN_PASS_TOKENS: Final = 8  # the bounds hold whatever a noisy machine shows
@@ -71,6 +77,52 @@ def candidate_budgets(device: str, max_tokens: int) -> list[int]:
     """Token budgets to measure on ``cpu`` or ``cuda``; none is below ``max_tokens``, the model's longest text."""
     budgets = CUDA_BUDGETS if device == "cuda" else CPU_BUDGETS
     return [budget for budget in budgets if budget >= max_tokens] or [max_tokens]
+
+
+def best_batch_texts(seconds: Mapping[int, float]) -> int:
+    """How many texts a micro-batch should have, by the seconds that the model takes for each number of texts measured.
+
+    The smallest number that is about as fast a text as any larger one. A larger one costs no latency, because a micro-batch
+    is closed by the linger where events are few. A worker's start and ``bench`` both ask this function.
+    """
+    return smallest_at_full_speed({texts: texts / took_s for texts, took_s in seconds.items()})
+
+
+def tune_batch_texts(device: str, measure: Callable[[], Mapping[int, float]]) -> int:
+    """How many texts a worker's micro-batch has: BATCH_TEXTS on a CPU, on a GPU what ``measure`` shows to be best.
+
+    ``measure`` answers with what ``measure_batches`` does; it is called on a GPU alone, and blocks for a second or two.
+    """
+    if device == "cpu":
+        return BATCH_TEXTS
+    seconds = measure()
+    best = best_batch_texts(seconds) if seconds else BATCH_TEXTS
+    speeds = {texts: round(texts / took_s) for texts, took_s in seconds.items()}
+    log.info("measured the micro-batch", extra={"max_batch_texts": best, "texts_per_s": speeds})
+    return best
+
+
+def measure_batches(run: Callable[[int], object], measuring_s: float = BATCH_TUNING_S) -> dict[int, float]:
+    """Seconds of a micro-batch by its number of texts, for those of CUDA_BATCH_TEXTS that fit into memory and time.
+
+    ``run`` has the model compute a micro-batch of so many texts. The first call is not measured, because a device loads
+    what it computes with when it first needs it. Blocks for about ``measuring_s`` after that call.
+    """
+    seconds: dict[int, float] = {}
+    try:
+        run(CUDA_BATCH_TEXTS[0])
+        deadline, text_s = time.monotonic() + measuring_s, 0.0
+        for texts in CUDA_BATCH_TEXTS:
+            left_s = deadline - time.monotonic()
+            if left_s < 2 * texts * text_s:
+                break
+            seconds[texts] = shortest_run_s(partial(run, texts), left_s / 2)
+            text_s = seconds[texts] / texts
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        free_device_memory()
+    return seconds
 
 
 def tune_cpu(
@@ -119,7 +171,7 @@ def tune_budget(
 ) -> int:
     """Measures tokens a second by token budget; the smallest budget at full speed, at least ``max_tokens``.
 
-    ``token_s``: as for tune_threads.
+    A budget for which memory does not suffice is left out, and so are larger ones. ``token_s``: as for tune_threads.
     """
     speeds: dict[int, float] = {}
     deadline = time.monotonic() + tuning_s
@@ -129,7 +181,13 @@ def tune_budget(
         if left_s < 2 * budget * token_s:
             break
         ids = example(budget, example_length(max_tokens))
-        took_s = _pass_s(forward, ids, left_s / 2)
+        try:
+            took_s = _pass_s(forward, ids, left_s / 2)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_device_memory()
+            break
         speeds[budget], token_s = ids.size / took_s, took_s / ids.size
     best = smallest_at_full_speed(speeds) if speeds else budgets[0]
     log.info("measured the token budget", extra={"max_batch_tokens": best, "budgets": list(speeds)})

@@ -23,7 +23,7 @@ from worker.core.sentiment import (
     to_scores,
 )
 from worker.core.windows import Windowing
-from worker.model.autotune import TUNING_S
+from worker.model.autotune import BATCH_TEXTS, BATCH_TUNING_S, CUDA_BATCH_TEXTS, TUNING_S, measure_batches
 from worker.model.checkpoint import Checkpoint
 from worker.model.device import device_of, unused_device_warning
 from worker.model.labels import LabelOptions, checkpoint_labels
@@ -61,9 +61,9 @@ class SentimentModel:
     ``name``: as in results, ``name@revision``, and ``revision`` the second of these, with the settings that change results
     and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text in one
     pass. ``windowing``: splits longer texts; None where they are cut. ``max_batch_tokens``: of one pass, padding included.
-    ``passes``: how many threads should call ``logits`` at once to be fastest. ``widths`` and ``pass_tokens``: as for
-    PassRunner. ``cuda_pass``: how a GPU computes a pass, ``padded`` or ``unpadded``. ``warning``: a warning about a
-    checkpoint that can be used; None if there is none.
+    ``max_batch_texts``: of a worker's micro-batch; the worker sets it. ``passes``: how many threads should call ``logits``
+    at once to be fastest. ``widths`` and ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass,
+    ``padded`` or ``unpadded``. ``warning``: a warning about a checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class SentimentModel:
         self.passes = runner.passes
         self.cuda_pass = runner.cuda_pass
         self.max_batch_tokens = runner.max_batch_tokens
+        self.max_batch_texts = BATCH_TEXTS
         self.widths = runner.run.widths
         self.pass_tokens = runner.run.pass_tokens
         self.max_tokens = windowing.max_tokens if windowing else tokenizer.max_tokens
@@ -208,6 +209,29 @@ class SentimentModel:
         """
         return self._run(ids)[:, self._columns]
 
+    def batch_logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
+        """Logits (N, L), columns as ``labels``, of the token ids of N texts, in as many passes as the token budget asks for.
+
+        Raises what ``logits`` raises.
+        """
+        logits = np.empty((len(ids), len(self._columns)), dtype=np.float32)
+        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
+        answers = parallel_map(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
+        for batch, answer in zip(batches, answers, strict=True):
+            logits[batch] = answer
+        return logits
+
+    def batch_seconds(
+        self, texts: Sequence[str] | None = None, measuring_s: float = BATCH_TUNING_S
+    ) -> dict[int, float]:
+        """Seconds that the model takes for a micro-batch, tokenizing left out, by its number of texts.
+
+        Measures with these texts, repeated as needed, or with the shipped reviews. For ``best_batch_texts``.
+        """
+        ids = self.tokenize(texts or read_reviews()).ids
+        ids = ids * -(-max(CUDA_BATCH_TEXTS) // len(ids))
+        return measure_batches(lambda count: self.batch_logits(ids[:count]), measuring_s)
+
     def memory_bytes(self) -> int:
         """Device memory in use, bytes; 0 on a CPU, where it is the process's own."""
         return self._memory_bytes()
@@ -276,19 +300,10 @@ class SentimentModel:
     def _probabilities_of(self, ids: Sequence[TokenIds]) -> Floats:
         """Probabilities (N, L) of the token ids of N texts; all NaN for a text with a logit that is not finite."""
         windowed = self.windowing.split(ids) if self.windowing else None
-        logits = self._all_logits(windowed.ids if windowed else ids)
+        logits = self.batch_logits(windowed.ids if windowed else ids)
         logits[~np.isfinite(logits).all(axis=-1)] = np.nan  # an activation would make a number of infinity
         probabilities = to_probabilities(logits, self.labels.activation)
         return windowed.combined(probabilities) if windowed else probabilities
-
-    def _all_logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
-        """Logits (N, L) of the token ids of N texts, or windows, in as many passes as they need."""
-        logits = np.empty((len(ids), len(self._columns)), dtype=np.float32)
-        batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
-        answers = parallel_map(self.passes, lambda batch: self.logits([ids[index] for index in batch]), batches)
-        for batch, answer in zip(batches, answers, strict=True):
-            logits[batch] = answer
-        return logits
 
 
 def _prepare_tokenizer(

@@ -1,7 +1,7 @@
 """The options of ``run`` and ``check``."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
@@ -102,7 +102,10 @@ class RunSettings(ModelSettings, EventSettings):
     compression_type: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
         "none", description="compression of what is published"
     )
-    max_batch_texts: int = Field(512, ge=1, le=100_000, description="a micro-batch closes when it has so many records")
+    max_batch_texts: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        "auto",
+        description="a micro-batch closes when it has so many records; auto: 512 on a CPU, on a GPU measured at the start",
+    )
     linger_ms: float = Field(
         10,
         ge=0,

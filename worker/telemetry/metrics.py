@@ -33,7 +33,8 @@ STAGES = ("wait", "tokenize", "forward", "publish", "commit")
 QUEUES = ("gather", "tokenized", "scored")
 Refusal = Literal["no_token", "wrong_token", "host", "cross_site"]
 OPERATIONS = ("connect", "consume", "read", "publish", "commit", "transaction", "lag")
-IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens")  # settings whose values are labels
+# Settings whose values are labels of model_info.
+IN_FORCE = ("device", "dtype", "backend", "cpu_threads", "max_batch_tokens", "max_batch_texts")
 MAX_LABELS = 64  # of a model that have a series each; results with another label are counted under OTHER
 OTHER = "other"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
