@@ -1,7 +1,7 @@
 """``sentiment-worker evaluate``: macro-F1 of a model on labelled CSV files."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import orjson
@@ -9,28 +9,66 @@ import rich
 
 from worker.errors import WrongSetting
 from worker.settings.commands import CorpusSettings, EvaluateSettings
-from worker.training.dataset import LabelledFile, parse_sources, read_source
+from worker.training.dataset import CLASSES, Example, LabelledFile, parse_sources
+from worker.training.evaluate import evaluate, in_order, read_rows
+from worker.training.evaluation_report import Comparison, EvaluationReport
+from worker.training.predictions_file import check_predictions_path, write_predictions
+
+Rows = dict[str, list[Example]]
 
 
 def run(settings: EvaluateSettings) -> int:
     """Reads the files, loads the model, and prints the figures. Blocks; returns the exit code. Raises UserError."""
     sources = labelled_sources(settings)
-    with faults_as_wrong_settings():
-        for source in sources:
-            read_source(source)  # what is wrong with a file is said before a model is loaded
+    with faults_as_wrong_settings():  # what is wrong with a file is said before a model is loaded
+        rows = read_rows(sources, held_out_by=settings.held_out_rules() if settings.held_out_only else ())
+        if settings.predictions:
+            check_predictions_path(settings.predictions)
+    name, report = _measure(settings, rows, CLASSES)
+    comparison = None
+    if settings.against:
+        other = settings.model_copy(update={"model": settings.against, "revision": settings.against_revision})
+        against, other_report = _measure(other, rows, CLASSES)
+        comparison = Comparison(report, other_report, (name, against))
+    _print(settings, name, report, comparison)
+    if settings.predictions:
+        _write_predictions(settings, report, comparison)
+    return 0
+
+
+def _measure(settings: EvaluateSettings, rows: Rows, classes: Sequence[str]) -> tuple[str, EvaluationReport]:
+    """The name of the settings' model, and its report on the rows. Raises UserError."""
     from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
-    from worker.training.evaluate import evaluate  # noqa: PLC0415
 
     model = load_from_settings(settings)
-    by = settings.rows_held_out_by(settings.model)
+    try:
+        predict = in_order(lambda texts: model.get_sentiment(texts, "proba"), CLASSES, classes)
+    except ValueError as error:
+        raise WrongSetting(f"model {settings.model}: {error}") from None
     with faults_as_wrong_settings():
-        report = evaluate(model.get_sentiment, sources, held_out_only=settings.held_out_only, hold_out_by=by)
+        return model.name, evaluate(predict, rows, classes)
+
+
+def _print(settings: EvaluateSettings, name: str, report: EvaluationReport, comparison: Comparison | None) -> None:
     if settings.format == "json":
-        report_json = orjson.dumps({"model": model.name, **report.as_json()}, option=orjson.OPT_INDENT_2)
-        sys.stdout.buffer.write(report_json + b"\n")  # UTF-8, whatever the terminal's locale
-    else:
-        rich.print(report.table())
-    return 0
+        figures = {"model": name, **report.as_json()}
+        if comparison:
+            figures["against"] = comparison.as_json()
+        # UTF-8, whatever the terminal's locale
+        sys.stdout.buffer.write(orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b"\n")
+        sys.stdout.buffer.flush()
+        return
+    rich.print(report.table())
+    if comparison:
+        rich.print(comparison.table())
+
+
+def _write_predictions(settings: EvaluateSettings, report: EvaluationReport, comparison: Comparison | None) -> None:
+    assert settings.predictions
+    try:
+        write_predictions(settings.predictions, report, comparison.against if comparison else None)
+    except OSError as error:
+        raise WrongSetting(f"--predictions {settings.predictions} cannot be written: {error.strerror}") from None
 
 
 def labelled_sources(settings: CorpusSettings) -> list[LabelledFile]:
