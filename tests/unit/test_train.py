@@ -21,6 +21,8 @@ import worker
 from worker.errors import WrongSetting
 from worker.settings.commands import EvaluateSettings, TrainSettings
 from worker.settings.sources import load
+from worker.training.best_epoch import BestEpoch
+from worker.training.classification_metrics import Floats
 from worker.training.dataset import (
     CLASSES,
     Example,
@@ -34,8 +36,6 @@ from worker.training.dataset import (
     read_source,
     repetitions,
 )
-from worker.training.best_epoch import BestEpoch
-from worker.training.classification_metrics import Floats
 from worker.training.evaluate import evaluate, read_rows
 from worker.training.model_card import command
 from worker.training.optimisation import WeightMean, shuffled_batches
@@ -547,7 +547,9 @@ def test_an_average_repeats_itself(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     for name in ("one", "two"):
         train(*tiny(tmp_path / name, source, epochs=2, average=2, patience=1), quiet)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_ctrl_c_in_a_later_fine_tuning_keeps_those_before_it(tmp_path: Path, base: Path) -> None:
@@ -560,7 +562,21 @@ def test_ctrl_c_in_a_later_fine_tuning_keeps_those_before_it(tmp_path: Path, bas
     assert torch.equal(head_of(options.output), head_of(alone.output))
     card = (options.output / "README.md").read_text()
     assert "Fine-tuning 2 of 3 was interrupted after 3 of " in card
-    assert "the mean of those before it (1) is kept" in card
+    assert "the mean of the finished ones (1) is kept" in card
+
+
+def test_ctrl_c_at_the_last_step_of_a_fine_tuning_ends_an_average_and_not_a_training_of_one(
+    tmp_path: Path, base: Path
+) -> None:
+    def at_the_last_step(progress: Progress) -> None:
+        if progress.stage.startswith("fine-tuning") and progress.done == progress.total:
+            signal.raise_signal(signal.SIGINT)
+
+    changes = QUICK | {"epochs": 1, "base": str(base)}
+    source = base.parent / "obvious.csv"
+    assert not train(*tiny(tmp_path / "one", source, **changes), at_the_last_step).interrupted
+    assert train(*tiny(tmp_path / "two", source, average=2, **changes), at_the_last_step).interrupted
+    assert torch.equal(head_of(tmp_path / "one"), head_of(tmp_path / "two"))
 
 
 def test_patience_needs_development_rows(tmp_path: Path) -> None:

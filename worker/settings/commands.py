@@ -103,8 +103,8 @@ class EvaluateSettings(ModelSettings, CorpusSettings):
     )
     against: str | None = Field(
         None,
-        description="another checkpoint, named as model is: measure it on the same rows, and print the difference of macro-F1 "
-        "with its 95 % interval",
+        description="another checkpoint, named as model is: measure it on the same rows, and print the difference of "
+        "macro-F1 with its 95 % interval",
     )
     against_revision: str | None = Field(None, description="as revision, of the checkpoint that against names")
 
@@ -146,7 +146,9 @@ class TrainSettings(CorpusSettings):
     )
     averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")
     average: int = Field(
-        1, ge=1, description="fine-tunings, each from the same start with other random numbers; their weights' mean is kept"
+        1,
+        ge=1,
+        description="fine-tunings, each from the same start with other random numbers; their weights' mean is kept",
     )
     pretrain_epochs: int = Field(12, ge=0, description="new model: passes with masked tokens first")
     pretrain_learning_rate: float = Field(1e-3, gt=0, description="new model: peak of those passes")

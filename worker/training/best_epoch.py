@@ -18,9 +18,10 @@ class BestEpoch:
         measure: Callable[[], float] | None = None,
         patience: int | None = None,
     ) -> None:
-        """`steps`: of all `epochs` together, as many in each. `measure`: macro-F1 with the weights that the model has now; None to measure nothing.
+        """Chooses among `epochs` epochs, which have `steps` steps in all, and each as many as another.
 
-        `patience`: how many epochs in a row may be no better than the best one; None to keep the last epoch and never stop.
+        `measure`: macro-F1 with the weights that the model has now; None for nothing. `patience`: how many epochs in a
+        row may be no better than the best one; None to keep the last epoch and never stop.
         """
         self.mean = mean
         self.steps = steps

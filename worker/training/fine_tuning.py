@@ -64,25 +64,34 @@ class FineTuning:
         """
         times = self._run.options.average
         start, results = copies(self._parameters), list[list[Tensor]]()
-        interrupted = False
-        while len(results) < times and not interrupted:
+        for number in range(1, times + 1):
             assign(self._parameters, start)
-            stage = f"fine-tuning {len(results) + 1} of {times}" if times > 1 else "fine-tuning"
-            best, interrupted = self._train_once(stage)
-            if interrupted and not (results or best.mean.steps):
-                raise KeyboardInterrupt
-            if interrupted:
-                kept = f"the mean of those before it ({len(results)}) is kept" if results else "the weights so far are kept"
-                self._run.note(f"{stage.capitalize()} was interrupted after {best.mean.steps} of {best.steps} steps; {kept}.")
-            if not (interrupted and results):
+            stage = f"fine-tuning {number} of {times}" if times > 1 else "fine-tuning"
+            best, stopped = self._train_once(stage)
+            unfinished = stopped and best.mean.steps < best.steps
+            if not unfinished or (best.mean.steps and not results):
                 results.append(best.weights())
+            if stopped:
+                break
+        if not results:
+            raise KeyboardInterrupt
+        interrupted = unfinished or len(results) < times
+        if interrupted:
+            kept = (
+                f"the mean of the finished ones ({len(results)}) is kept"
+                if number > 1
+                else "the weights so far are kept"
+            )
+            self._run.note(
+                f"{stage.capitalize()} was interrupted after {best.mean.steps} of {best.steps} steps; {kept}."
+            )
         assign(self._parameters, _mean(results))
         if self._development and len(results) > 1:
             self._note(f"Mean of {len(results)} fine-tunings: development macro F1 {self._development_f1():.4f}.")
         return interrupted
 
     def _train_once(self, stage: str) -> tuple[BestEpoch, bool]:
-        """The weights that one fine-tuning ends with, and whether KeyboardInterrupt ended it before its last step."""
+        """The weights that one fine-tuning ends with, and whether there was a KeyboardInterrupt."""
         options = self._run.options
         rate = options.learning_rate or (5e-4 if options.base is None else 3e-5)
         batches = [batch for _ in range(options.epochs) for batch in self._drawn_batches()]
@@ -93,18 +102,16 @@ class FineTuning:
             self._note(f"{stage.capitalize()}, epoch {len(best.scores) + 1}: development macro F1 {score:.4f}.")
             return score
 
-        best = BestEpoch(
-            mean, len(batches), options.epochs, measure if self._development else None, options.patience
-        )
+        best = BestEpoch(mean, len(batches), options.epochs, measure if self._development else None, options.patience)
         self._model.train()
-        interrupted = False
+        stopped = False
         try:
             optimise(self._run, self._parameters, batches, self._loss, rate, stage, best.stepped)
         except KeyboardInterrupt:
-            interrupted = mean.steps < len(batches)
+            stopped = True
         if options.patience and best.scores:
             self._note(f"{stage.capitalize()}: the weights after epoch {best.best_epoch} are kept.")
-        return best, interrupted
+        return best, stopped
 
     def _drawn_batches(self) -> list[Batch]:
         """One epoch's batches, of rows that are drawn anew and balanced by the counts."""
@@ -132,7 +139,9 @@ class FineTuning:
         try:
             answers = probabilities(self._run, self._tokenizer, self._model, "development rows", texts)
         except FloatingPointError:
-            raise Diverged("the training diverged: a logit of the model is no finite number; nothing was written") from None
+            raise Diverged(
+                "the training diverged: a logit of the model is no finite number; nothing was written"
+            ) from None
         return macro_f1(Predictions(self._development, answers).matrix)
 
     def _note(self, sentence: str) -> None:

@@ -47,7 +47,8 @@ A row is held out where the SHA-256 of its {text} ends in a byte below
 {result.report.markdown()}
 
 The other rows were drawn anew for each epoch, up- and downsampled towards as many of each class, and of each source in a
-class, as there are, and no row more than {options.max_repeats} times.{_development(options)} What there is → what an epoch has:
+class, as there are, and no row more than {options.max_repeats} times.{_development(options)} What there is → what
+an epoch has:
 
 {_data_table(sources, training, counts)}
 

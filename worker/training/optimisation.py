@@ -62,7 +62,8 @@ def optimise(
 ) -> None:
     """Trains `parameters` by AdamW, a step for each batch, and calls `stepped` with the number of each step, from 1.
 
-    If that answers true, the training ends there. The learning rate rises linearly to `rate` over the first tenth of the steps, and falls linearly to 0. Raises Diverged.
+    If that answers true, the training ends there. The learning rate rises linearly to `rate` over the first tenth of the
+    steps, and falls linearly to 0. Raises Diverged.
     """
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},

@@ -190,4 +190,3 @@ def _read_back(run: TrainingRun) -> tuple[Any, Any]:
     folder = run.options.output
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return AutoTokenizer.from_pretrained(folder), model.to(run.device)
-
