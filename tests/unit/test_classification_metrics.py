@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -18,6 +18,8 @@ from worker.training.classification_metrics import (
 
 HAND_COUNTED = np.array([[3, 1, 0], [1, 2, 1], [0, 0, 2]])
 CLASSES = st.integers(0, 3)
+
+patient = settings(deadline=None)  # a busy machine breaks no promise
 
 
 def test_f1_is_what_the_hand_computes() -> None:
@@ -47,6 +49,7 @@ def f1_by_definition(truth: Sequence[int], predicted: Sequence[int], name: int) 
     return 2 / (1 / precision + 1 / recall)
 
 
+@patient
 @given(st.lists(st.tuples(CLASSES, CLASSES), min_size=1))
 def test_macro_f1_is_the_mean_of_harmonic_means_over_the_classes_that_are_there(rows: list[tuple[int, int]]) -> None:
     truth, predicted = zip(*rows, strict=True)
@@ -65,6 +68,7 @@ def test_calibration_error_is_what_the_hand_computes() -> None:
     assert math.isnan(calibration_error(np.array([]), np.array([], np.bool_)))
 
 
+@patient
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1), st.integers(1, 30))
 def test_calibration_error_is_its_definition_in_each_bin(rows: list[tuple[float, bool]], bins: int) -> None:
     expected = 0.0
@@ -78,6 +82,7 @@ def test_calibration_error_is_its_definition_in_each_bin(rows: list[tuple[float,
     assert 0 <= calibration_error(confidence, correct, bins) <= 1
 
 
+@patient
 @given(arrays.arrays(np.float64, st.integers(1, 50), elements=st.sampled_from([0.0, 1.0])))
 def test_one_that_is_always_sure_and_right_is_calibrated(confidence: np.ndarray) -> None:
     assert calibration_error(confidence, confidence == 1.0) == 0
@@ -91,6 +96,7 @@ def answers(rows: int, share_right: float, seed: int) -> np.ndarray:
     return np.array([place % 3 if rng.random() < share_right else (place + 1) % 3 for place in range(rows)])
 
 
+@patient
 @given(st.lists(st.tuples(CLASSES, CLASSES, CLASSES), min_size=1, max_size=60))
 def test_the_difference_is_that_of_the_macro_f1s_and_changes_sides_with_the_models(
     rows: list[tuple[int, int, int]],

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
+import worker
+from worker.commands.evaluate import run
 from worker.errors import WrongSetting
 from worker.settings.commands import EvaluateSettings
 from worker.settings.sources import load
@@ -230,3 +233,37 @@ def test_a_revision_needs_a_model_of_the_hub(flags: list[str], message: str) -> 
 def test_the_classes_of_a_report_are_those_of_training() -> None:
     assert EvaluationReport({}).classes == CLASSES
     assert np.isnan(EvaluationReport({}).macro_f1)
+
+
+# --- the command ---
+
+BUILTIN = Path(worker.__file__).parent / "model" / "builtin"
+QUICK = {"model": "builtin", "cpu_threads": 1, "max_batch_tokens": 1024}
+
+
+def test_the_command_compares_two_checkpoints_and_writes_what_the_first_says(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    other = shutil.copytree(BUILTIN, tmp_path / "other")
+    with (BUILTIN / "demo.csv").open(encoding="utf-8", newline="") as file:
+        source = write(tmp_path / "rows.csv", [(row["text"], row["label"]) for row in csv.DictReader(file)][:60])
+    asked = {"source": [f"demo={source}"], "against": str(other), "predictions": tmp_path / "said.jsonl"}
+    assert run(EvaluateSettings(format="json", **QUICK, **asked)) == 0  # type: ignore[arg-type]
+    figures = json.loads(capfdbinary.readouterr().out)
+    assert figures["model"].startswith("builtin@")
+    assert figures["against"]["model"].startswith(f"{other}@")
+    assert figures["overall"]["macro_f1"] == figures["against"]["overall"]["macro_f1"]
+    assert figures["against"]["overall"]["interval"] == [0.0, 0.0]
+    lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == figures["overall"]["texts"] == 60
+    wrong = [line["label"] != line["predicted"] for line in lines]
+    assert wrong == sorted(wrong, reverse=True)
+    assert {line["against"] == line["predicted"] for line in lines} == {True}
+    assert run(EvaluateSettings(**QUICK, **asked)) == 0  # type: ignore[arg-type]
+    assert b"is better: the interval holds 0." in b" ".join(capfdbinary.readouterr().out.split())
+
+
+def test_the_command_refuses_a_place_for_predictions_before_it_loads_a_model(tmp_path: Path) -> None:
+    asked = {"source": [f"demo={BUILTIN / 'demo.csv'}"], "predictions": tmp_path / "said.txt"}
+    with pytest.raises(WrongSetting, match=r"said.txt should end in .csv or .jsonl"):
+        run(EvaluateSettings(model="./nowhere", **asked))  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import orjson
 import rich
@@ -14,6 +15,9 @@ from worker.training.evaluate import evaluate, in_order, read_rows
 from worker.training.evaluation_report import Comparison, EvaluationReport
 from worker.training.predictions_file import check_predictions_path, write_predictions
 
+if TYPE_CHECKING:
+    from worker.model.sentiment_model import SentimentModel
+
 Rows = dict[str, list[Example]]
 
 
@@ -24,29 +28,28 @@ def run(settings: EvaluateSettings) -> int:
         rows = read_rows(sources, held_out_by=settings.held_out_rules() if settings.held_out_only else ())
         if settings.predictions:
             check_predictions_path(settings.predictions)
-    name, report = _measure(settings, rows, CLASSES)
-    comparison = None
-    if settings.against:
-        other = settings.model_copy(update={"model": settings.against, "revision": settings.against_revision})
-        against, other_report = _measure(other, rows, CLASSES)
-        comparison = Comparison(report, other_report, (name, against))
-    _print(settings, name, report, comparison)
+    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
+
+    model, against = load_from_settings(settings), None
+    if settings.against:  # loaded before anything is measured, which may take long
+        revision = settings.against_revision
+        against = load_from_settings(settings.model_copy(update={"model": settings.against, "revision": revision}))
+    report = _measure(model, rows, CLASSES)
+    comparison = Comparison(report, _measure(against, rows, CLASSES), (model.name, against.name)) if against else None
+    _print(settings, model.name, report, comparison)
     if settings.predictions:
         _write_predictions(settings, report, comparison)
     return 0
 
 
-def _measure(settings: EvaluateSettings, rows: Rows, classes: Sequence[str]) -> tuple[str, EvaluationReport]:
-    """The name of the settings' model, and its report on the rows. Raises UserError."""
-    from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
-
-    model = load_from_settings(settings)
+def _measure(model: "SentimentModel", rows: Rows, classes: Sequence[str]) -> EvaluationReport:
+    """The model's report on the rows. Raises WrongSetting."""
     try:
         predict = in_order(lambda texts: model.get_sentiment(texts, "proba"), CLASSES, classes)
     except ValueError as error:
-        raise WrongSetting(f"model {settings.model}: {error}") from None
+        raise WrongSetting(f"model {model.name}: {error}") from None
     with faults_as_wrong_settings():
-        return model.name, evaluate(predict, rows, classes)
+        return evaluate(predict, rows, classes)
 
 
 def _print(settings: EvaluateSettings, name: str, report: EvaluationReport, comparison: Comparison | None) -> None:
