@@ -23,11 +23,12 @@ Rows = dict[str, list[Example]]
 
 def run(settings: EvaluateSettings) -> int:
     """Reads the files, loads the model, and prints the figures. Blocks; returns the exit code. Raises UserError."""
+    if settings.predictions:
+        with faults_as_wrong_settings():
+            check_predictions_path(settings.predictions)
     sources = labelled_sources(settings)
     with faults_as_wrong_settings():  # what is wrong with a file is said before a model is loaded
         rows = read_rows(sources, held_out_by=settings.held_out_rules() if settings.held_out_only else ())
-        if settings.predictions:
-            check_predictions_path(settings.predictions)
     from worker.commands.load_model import load_from_settings  # noqa: PLC0415 - wrong files are told of before it
 
     model, against = load_from_settings(settings), None
