@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -12,7 +13,8 @@ from worker.commands.replay import table
 from worker.errors import UserError
 from worker.kafka.replayer import ReplayCounts
 from worker.printable import counted, printable
-from worker.training.evaluate import EvaluationReport, confusion
+from worker.training.dataset import Example
+from worker.training.evaluation_report import EvaluationReport, Predictions
 
 HOSTILE = '\x1b]0;gone\x07\n{"level": "INFO"}\r\x9b31m\u202e\u2028\udcff'
 
@@ -49,7 +51,8 @@ def test_names_in_tables_are_no_markup() -> None:
     name = "[/] [red]\x1b[31m"
     counts = ReplayCounts()
     counts.kept_back[name] += 1
-    for text in (shown(EvaluationReport({name: confusion([0], [0])}).table()), shown(table(counts, "replayed"))):
+    report = EvaluationReport({name: Predictions([Example(name, "", 0)], np.eye(3)[:1])}, [name, "b", "c"])
+    for text in (shown(report.table()), shown(table(counts, "replayed"))):
         assert r"[/] [red]\u001b[31m" in text
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -22,6 +23,8 @@ from worker.errors import WrongSetting
 from worker.model.sentiment_model import SentimentModel
 from worker.settings.commands import EvaluateSettings, TrainSettings
 from worker.settings.sources import load
+from worker.training.best_epoch import BestEpoch
+from worker.training.classification_metrics import Floats
 from worker.training.dataset import (
     CLASSES,
     Example,
@@ -35,9 +38,9 @@ from worker.training.dataset import (
     read_source,
     repetitions,
 )
-from worker.training.evaluate import evaluate
+from worker.training.evaluate import evaluate, read_rows
 from worker.training.model_card import command
-from worker.training.optimisation import shuffled_batches
+from worker.training.optimisation import WeightMean, shuffled_batches
 from worker.training.progress import Progress, ProgressView
 from worker.training.train import train
 from worker.training.training_run import Diverged, Interrupted
@@ -444,6 +447,151 @@ def test_ctrl_c_keeps_and_measures_the_weights_so_far(tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(options.output)
 
 
+# --- epochs and averages ---
+
+
+def test_the_mean_after_the_best_epoch_is_kept_and_training_stops_after_so_many_worse_ones() -> None:
+    parameter = torch.zeros(3)
+    scores, measured = [0.5, 0.7, 0.7, 0.6, 0.9], list[float]()
+    mean = WeightMean([parameter], 0.0)
+
+    def measure() -> float:
+        measured.append(float(parameter[0]))
+        return scores[len(measured) - 1]
+
+    best = BestEpoch(mean, steps=20, epochs=5, measure=measure, patience=2)
+    ended = next(step for step in range(1, 21) if parameter.fill_(step) is not None and best.stepped(step))
+    assert ended == 16  # the fourth epoch: the third is no better than the second, only as good
+    assert measured == [4, 8, 12, 16]
+    assert best.best_epoch == 2
+    assert best.weights()[0].tolist() == [8, 8, 8]
+    assert parameter.tolist() == [16, 16, 16]
+
+
+def test_without_patience_the_last_epoch_is_kept() -> None:
+    parameter = torch.zeros(1)
+    scores = iter([0.9, 0.1, 0.1])
+    best = BestEpoch(WeightMean([parameter], 0.0), 6, 3, lambda: next(scores))
+    assert not any(best.stepped(step) for step in range(1, 7) if parameter.fill_(step) is not None)
+    assert best.scores == [0.9, 0.1, 0.1]
+    assert best.weights()[0].item() == 6
+
+
+def test_measuring_sees_the_mean_and_leaves_the_weights_as_they_were() -> None:
+    parameter = torch.tensor([1.0])
+    mean = WeightMean([parameter], 0.9)
+    for step, value in enumerate((3.0, 5.0), 1):
+        parameter.fill_(value)
+        mean.add(step)
+    (expected,) = mean.values()
+    with mean.in_place():
+        assert parameter.item() == expected.item() != 5.0
+    assert parameter.item() == 5.0
+
+
+def test_patience_trains_without_development_rows_and_says_what_it_chose(tmp_path: Path) -> None:
+    source = obvious(tmp_path / "obvious.csv")
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(LabelledFile("o", source))]
+    marked = [(text + " ъъ" * (part_of(text + " ъъ", "normalized") == "development"), label) for text, label in rows]
+    assert sum("ъъ" in text for text, _ in marked) > 10
+    write(source, marked)
+    seen: list[Progress] = []
+    options, sources = tiny(tmp_path / "out", source, **QUICK | {"epochs": 8, "patience": 2})
+    result = train(options, sources, seen.append)
+    assert result.report.macro_f1 > 0.9
+    assert not result.interrupted
+    lines = [progress.line for progress in seen if progress.line]
+    epochs = [line for line in lines if "epoch" in line and "development macro F1" in line]
+    assert 3 <= len(epochs) < 8
+    assert epochs[0].startswith("Fine-tuning, epoch 1: development macro F1 0.")
+    best = max(range(len(epochs)), key=lambda place: float(epochs[place].split()[-1][:-1])) + 1
+    assert f"Fine-tuning: the weights after epoch {best} are kept." in lines
+    card = (options.output / "README.md").read_text()
+    assert all(line in card for line in lines)
+    assert "were put aside, and the epoch was chosen by them." in card
+    assert "--patience 2" in card
+    assert "ъ" not in "".join(AutoTokenizer.from_pretrained(options.output).get_vocab())
+
+
+def test_an_average_is_the_mean_of_fine_tunings_from_one_start(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: list[list[Tensor]] = []
+    weights_of = BestEpoch.weights
+
+    def recorded(self: BestEpoch) -> list[Tensor]:
+        results.append(weights_of(self))
+        return results[-1]
+
+    monkeypatch.setattr(BestEpoch, "weights", recorded)
+    source = base.parent / "obvious.csv"
+    changes = QUICK | {"epochs": 1, "development": True}
+    seen: list[Progress] = []
+    options, sources = tiny(tmp_path / "one", source, base=str(base), **changes)
+    train(options, sources, quiet)
+    options, sources = tiny(tmp_path / "three", source, base=str(base), average=3, **changes)
+    assert train(options, sources, seen.append).report.macro_f1 > 0.9
+    alone, first, second, third = results
+    assert all(torch.equal(one, other) for one, other in zip(alone, first, strict=True))
+    assert not torch.equal(second[0], first[0])
+    head = (first[-2] + second[-2] + third[-2]) / 3
+    assert torch.allclose(head_of(options.output), head, atol=1e-6)
+    # All begin at the base, so that none is much further from it than the first.
+    start = [weights.data for weights in AutoModelForSequenceClassification.from_pretrained(base).parameters()]
+    moved = [float((result[0] - start[0]).norm()) for result in (first, second, third)]
+    assert max(moved) < 1.5 * min(moved)
+    stages = list(dict.fromkeys(p.stage for p in seen if p.stage.startswith("fine-tuning")))
+    assert stages == ["fine-tuning 1 of 3", "fine-tuning 2 of 3", "fine-tuning 3 of 3"]
+    assert any(progress.line.startswith("Mean of 3 fine-tunings: development macro F1") for progress in seen)
+    card = (options.output / "README.md").read_text()
+    assert "the mean of 3 fine-tunings from the same start" in card
+    assert "--average 3" in card
+
+
+def test_an_average_repeats_itself(tmp_path: Path) -> None:
+    source = obvious(tmp_path / "obvious.csv")
+    for name in ("one", "two"):
+        train(*tiny(tmp_path / name, source, epochs=2, average=2, patience=1), quiet)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_ctrl_c_in_a_later_fine_tuning_keeps_those_before_it(tmp_path: Path, base: Path) -> None:
+    changes = QUICK | {"epochs": 1, "base": str(base)}
+    source = base.parent / "obvious.csv"
+    alone, sources = tiny(tmp_path / "one", source, **changes)
+    train(alone, sources, quiet)
+    options, sources = tiny(tmp_path / "three", source, average=3, **changes)
+    assert train(options, sources, interrupt_at("fine-tuning 2 of 3", 3)).interrupted
+    assert torch.equal(head_of(options.output), head_of(alone.output))
+    card = (options.output / "README.md").read_text()
+    assert "Fine-tuning 2 of 3 was interrupted after 3 of " in card
+    assert "the mean of the finished ones (1) is kept" in card
+
+
+def test_ctrl_c_at_the_last_step_of_a_fine_tuning_ends_an_average_and_not_a_training_of_one(
+    tmp_path: Path, base: Path
+) -> None:
+    def at_the_last_step(progress: Progress) -> None:
+        if progress.stage.startswith("fine-tuning") and progress.done == progress.total:
+            signal.raise_signal(signal.SIGINT)
+
+    changes = QUICK | {"epochs": 1, "base": str(base)}
+    source = base.parent / "obvious.csv"
+    assert not train(*tiny(tmp_path / "one", source, **changes), at_the_last_step).interrupted
+    assert train(*tiny(tmp_path / "two", source, average=2, **changes), at_the_last_step).interrupted
+    assert torch.equal(head_of(tmp_path / "one"), head_of(tmp_path / "two"))
+
+
+def test_patience_needs_development_rows(tmp_path: Path) -> None:
+    source = obvious(tmp_path / "obvious.csv")
+    rows = [(example.text, CLASSES[example.label]) for example in read_source(LabelledFile("o", source))]
+    write(source, [row for row in rows if part_of(row[0], "normalized") != "development"])
+    with pytest.raises(ValueError, match="no row is a development row, which --patience measures on"):
+        train(*tiny(tmp_path / "out", source, patience=1), quiet)
+
+
 def test_ctrl_c_where_nothing_can_be_kept_or_measured_says_so(tmp_path: Path) -> None:
     options, sources = tiny(tmp_path / "out", obvious(tmp_path / "obvious.csv"), epochs=1)
     with pytest.raises(Interrupted, match="nothing to keep yet") as end:
@@ -570,6 +718,14 @@ def test_progress_is_a_line_at_each_tenth_without_a_terminal() -> None:
     assert "100/100" in terminal.getvalue()
 
 
+def test_a_sentence_of_progress_is_a_line_of_its_own() -> None:
+    out = StringIO()
+    with ProgressView(Console(file=out, width=120)) as view:
+        for epoch in range(12):
+            view(Progress("fine-tuning", 1, 1, line=f"epoch {epoch}"))
+    assert out.getvalue().splitlines() == [f"epoch {epoch}" for epoch in range(12)]
+
+
 # --- the built-in checkpoint ---
 
 
@@ -578,20 +734,19 @@ def test_the_builtin_checkpoint_is_small_complete_and_as_good_as_it_says() -> No
     network = AutoModelForSequenceClassification.from_pretrained(BUILTIN, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
 
-    def predict(texts: list[str]) -> list[str]:
-        labels = [""] * len(texts)
+    def predict(texts: list[str]) -> Floats:
+        probabilities = np.zeros((len(texts), len(CLASSES)))
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         for start in range(0, len(order), 32):
             places = order[start : start + 32]
             inputs = tokenizer([texts[place] for place in places], truncation=True, padding=True, return_tensors="pt")
             with torch.inference_mode():
-                best = network(**inputs).logits.argmax(-1).tolist()
-            for place, label in zip(places, best, strict=True):
-                labels[place] = network.config.id2label[label]
-        return labels
+                probabilities[places] = network(**inputs).logits.sigmoid()
+        return probabilities
 
+    assert network.config.id2label == dict(enumerate(CLASSES))
     demo = LabelledFile("demo", BUILTIN / "demo.csv")
     examples = read_source(demo)
     assert len(examples) >= 700
     assert all(is_held_out(example.text) for example in examples)
-    assert evaluate(predict, [demo]).macro_f1 >= 0.70
+    assert evaluate(predict, read_rows([demo])).macro_f1 >= 0.70

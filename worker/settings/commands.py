@@ -9,7 +9,7 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from worker.settings.base import Settings
 from worker.settings.shared import CheckpointSettings, EventSettings, ModelSettings
 from worker.settings.types import Columns, Device, LabelMap, LogLevel, Moment, Reasons, Width, Words
-from worker.settings.values import moment_ms
+from worker.settings.values import moment_ms, revision_fault
 
 
 class ReplaySettings(EventSettings):
@@ -91,11 +91,34 @@ class CorpusSettings(Settings):
 
 
 class EvaluateSettings(ModelSettings, CorpusSettings):
-    """Macro-F1 per source and overall, with the confusion matrix, on labelled CSV files."""
+    """Macro-F1 per source and overall, F1 per class and calibration error, on labelled CSV files."""
 
     log_level: LogLevel = Field("warning", description="least severe level logged")
     held_out_only: bool = Field(False, description="only the rows that train leaves out")
     format: Literal["table", "json"] = Field("table", description="what is printed")
+    predictions: Path | None = Field(
+        None,
+        description="write what the model says of each row to this file, worst first: CSV or JSON lines, by its ending "
+        "(.csv or .jsonl)",
+    )
+    against: str | None = Field(
+        None,
+        description="another checkpoint, named as model is: measure it on the same rows, and print the difference of "
+        "macro-F1 with its 95 % interval",
+    )
+    against_revision: str | None = Field(None, description="as revision, of the checkpoint that against names")
+
+    @model_validator(mode="after")
+    def _has_a_revision_of_its_own(self) -> Self:
+        if self.against_revision and not self.against:
+            raise ValueError("against_revision goes with against, which names the checkpoint")
+        if fault := revision_fault(self.against or "", self.against_revision):
+            raise ValueError(f"against_{fault}")
+        return self
+
+    def held_out_rules(self) -> set[Literal["normalized", "exact"]]:
+        """By which rules rows are held out of what is measured: a row counts if all of them hold it out."""
+        return {self.rows_held_out_by(name) for name in (self.model, self.against) if name}
 
 
 class TrainSettings(CorpusSettings):
@@ -115,7 +138,18 @@ class TrainSettings(CorpusSettings):
     max_repeats: int = Field(5, ge=1, description="times that a row may stand in one epoch, where balancing repeats it")
     token_masking: float = Field(0.1, ge=0, lt=1, description="share of tokens hidden in fine-tuning")
     consistency: float = Field(1.0, ge=0, description="weight of keeping two dropout passes close (R-Drop)")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="put development rows aside, keep the epoch that is best on them, and end after so many epochs that are "
+        "no better; default: train on these rows, too, and keep the last epoch",
+    )
     averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")
+    average: int = Field(
+        1,
+        ge=1,
+        description="fine-tunings, each from the same start with other random numbers; their weights' mean is kept",
+    )
     pretrain_epochs: int = Field(12, ge=0, description="new model: passes with masked tokens first")
     pretrain_learning_rate: float = Field(1e-3, gt=0, description="new model: peak of those passes")
     pretrain_masking: float = Field(0.2, gt=0, lt=1, description="new model: share of tokens to guess")

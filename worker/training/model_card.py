@@ -47,7 +47,8 @@ A row is held out where the SHA-256 of its {text} ends in a byte below
 {result.report.markdown()}
 
 The other rows were drawn anew for each epoch, up- and downsampled towards as many of each class, and of each source in a
-class, as there are, and no row more than {options.max_repeats} times. What there is → what an epoch has:
+class, as there are, and no row more than {options.max_repeats} times.{_development(options)} What there is → what
+an epoch has:
 
 {_data_table(sources, training, counts)}
 
@@ -62,6 +63,14 @@ Seed {options.seed}, {result.seconds / 60:.0f} minutes on {options.threads or "a
 Only texts like those it was trained on are judged as well as the table says. Texts longer than {options.max_tokens}
 tokens were cut in training. Nothing was done about bias in the data.
 """
+
+
+def _development(options: TrainSettings) -> str:
+    """How development rows were used, as a sentence with a space in front; empty if they were trained on."""
+    if not options.patience:
+        return ""
+    chosen = " Development rows (byte 26 to 51) were put aside, and the epoch was chosen by them"
+    return chosen + (", so that the figures above flatter it a little." if options.development else ".")
 
 
 def _data_table(sources: Sequence[LabelledFile], training: Sequence[Example], counts: Counts) -> str:
@@ -97,6 +106,8 @@ def _recipe(options: TrainSettings) -> str:
         steps.append("two dropout passes kept close (R-Drop)")
     if options.averaging:
         steps.append("the running mean of the weights kept")
+    if options.average > 1:
+        steps.append(f"the mean of {options.average} fine-tunings from the same start")
     return "Recipe: " + ", ".join(steps) + "."
 
 

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,11 +58,12 @@ def optimise(
     loss_of: Callable[[Batch], Tensor],
     rate: float,
     stage: str,
-    stepped: Callable[[int], None] = lambda done: None,
+    stepped: Callable[[int], bool] = lambda done: False,
 ) -> None:
-    """Trains `parameters` by AdamW, a step for each batch, and calls `stepped` with the number of each step.
+    """Trains `parameters` by AdamW, a step for each batch, and calls `stepped` with the number of each step, from 1.
 
-    The learning rate rises linearly to `rate` over the first tenth of the steps, and falls linearly to 0. Raises Diverged.
+    If that answers true, the training ends there. The learning rate rises linearly to `rate` over the first tenth of the
+    steps, and falls linearly to 0. Raises Diverged.
     """
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
@@ -84,8 +86,10 @@ def optimise(
                 f"the training diverged: at step {number + 1} of {len(batches)} ({stage}) the loss is no finite number; "
                 f"take a lower learning rate (its peak was {rate:g}); nothing was written"
             )
-        stepped(number + 1)
+        ended = stepped(number + 1)
         run.report(Progress(stage, number + 1, len(batches), f"loss {value:.3f}"))
+        if ended:
+            return
 
 
 class WeightMean:
@@ -95,7 +99,7 @@ class WeightMean:
         self.parameters = parameters
         self.steps = 0
         self._decay = decay
-        self._values = [parameter.detach().clone() for parameter in parameters]
+        self._values = copies(parameters)
 
     def add(self, step: int) -> None:
         """Adds the parameters as they are after a step, counted from 1."""
@@ -104,8 +108,28 @@ class WeightMean:
             torch._foreach_lerp_(self._values, self.parameters, 1 - min(self._decay, step / (step + 10)))
         self.steps = step
 
-    def take_over(self) -> None:
-        """Sets the parameters to their mean."""
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self._values, strict=True):
-                parameter.copy_(value)
+    def values(self) -> list[Tensor]:
+        """The mean as it is now, in tensors of its own."""
+        return copies(self._values)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters are set to their mean; afterwards they are what they were."""
+        before = copies(self.parameters)
+        assign(self.parameters, self._values)
+        try:
+            yield
+        finally:
+            assign(self.parameters, before)
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of their own with the same values, without gradients."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Sets the parameters to these values, in place."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

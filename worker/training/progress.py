@@ -14,12 +14,16 @@ ReportProgress = Callable[["Progress"], None]
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` steps of a stage, and a short note such as the loss."""
+    """`done` of `total` steps of a stage, and a short note such as the loss.
+
+    With `line` that sentence is shown, on a line of its own, and nothing else.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
+    line: str = ""
 
 
 class ProgressView:
@@ -52,7 +56,10 @@ class ProgressView:
             self._bars.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Shows how far a stage has come."""
+        """Shows how far a stage has come, or a line of its own."""
+        if progress.line:
+            self._console.print(progress.line)
+            return
         stage, done, total = progress.stage, progress.done, progress.total
         tenth = 10 * done // max(1, total)
         if self._bars:

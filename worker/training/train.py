@@ -7,8 +7,10 @@ balance sources and classes, fine-tune, write the checkpoint, read it back and m
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from worker.training.dataset import (
     read_source,
     repetitions,
 )
-from worker.training.evaluate import evaluate_examples
-from worker.training.fine_tuning import fine_tune
+from worker.training.evaluate import evaluate
+from worker.training.fine_tuning import FineTuning
 from worker.training.model_card import model_card
 from worker.training.new_model import new_model
-from worker.training.optimisation import most_tokens, padded, token_ids
-from worker.training.progress import Progress, ReportProgress
+from worker.training.prediction import probabilities
+from worker.training.progress import ReportProgress
 from worker.training.training_run import Diverged, Interrupted, TrainingResult, TrainingRun
 
 
@@ -50,55 +52,69 @@ def train(options: TrainSettings, sources: Sequence[LabelledFile], report: Repor
     disable_progress_bar()  # type: ignore[no-untyped-call]
     set_verbosity_error()  # type: ignore[no-untyped-call]
     run = TrainingRun(options, _device(options.device), random.Random(options.seed), report, [])
-    training, measured = _split(run, sources)
-    counts = _balanced(run, training)
+    rows = _split(run, sources)
+    counts = _balanced(run, rows.training)
     _make_folder(options.output)
     with _reproducible(options.seed, options.threads):
-        tokenizer, model, interrupted = _trained(run, training, counts)
+        tokenizer, model, interrupted = _trained(run, rows, counts)
         try:
             _save(model, tokenizer, options)
-            figures = evaluate_examples(_predictor(run), measured)
+            figures = evaluate(partial(probabilities, run, *_read_back(run), "measuring"), rows.measured)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: what is in {options.output} may be incomplete, and has no card") from None
     result = TrainingResult(options.output, figures, time.monotonic() - began, interrupted)
-    card = model_card(run, sources, result, training, counts, model)
+    card = model_card(run, sources, result, rows.training, counts, model)
     (options.output / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
-def _trained(run: TrainingRun, training: list[Example], counts: Counts) -> tuple[Any, Any, bool]:
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all sources, divided. `development`: to measure on after each epoch; none if they are trained on."""
+
+    training: list[Example]
+    development: list[Example]
+    measured: dict[str, list[Example]]
+    """To measure the checkpoint on, by source."""
+
+
+def _trained(run: TrainingRun, rows: Rows, counts: Counts) -> tuple[Any, Any, bool]:
     """The trained tokenizer and model, and whether fine-tuning was interrupted. Raises Interrupted if that was before it."""
     try:
         if run.options.base is None:
-            tokenizer, model = new_model(run, [example.text for example in training])
+            tokenizer, model = new_model(run, [example.text for example in rows.training])
         else:
             tokenizer, model = load_base(run, run.options.base)
-        return tokenizer, model, fine_tune(run, tokenizer, model, training, counts)
+        return tokenizer, model, FineTuning(run, tokenizer, model, rows.training, counts, rows.development).train()
     except KeyboardInterrupt:
         raise Interrupted("interrupted before the first step of fine-tuning: there is nothing to keep yet") from None
 
 
-def _split(run: TrainingRun, sources: Sequence[LabelledFile]) -> tuple[list[Example], dict[str, list[Example]]]:
-    """Reads the sources: the training examples, and those to measure on, by source. Raises ValueError."""
+def _split(run: TrainingRun, sources: Sequence[LabelledFile]) -> Rows:
+    """Reads the sources, and divides their rows. Raises ValueError."""
     options = run.options
     measured_part, by = "development" if options.development else "held-out", options.rows_held_out_by(options.base)
-    training: list[Example] = []
-    measured = {}
+    away = {"held-out", "development"} if options.development or options.patience else {"held-out"}
+    rows = Rows([], [], {})
     for source in sources:
-        examples = read_source(source)
-        parts = [part_of(example.text, by) for example in examples]
-        away = {"held-out", measured_part}
-        training += [e for e, part in zip(examples, parts, strict=True) if part not in away]
-        measured[source.name] = [e for e, part in zip(examples, parts, strict=True) if part == measured_part]
-        if not measured[source.name]:
+        parts: dict[str, list[Example]] = {"held-out": [], "development": [], "training": []}
+        for example in read_source(source):
+            part = part_of(example.text, by)
+            parts[part if part in away else "training"].append(example)
+        rows.training.extend(parts["training"])
+        rows.development.extend(parts["development"])
+        rows.measured[source.name] = parts[measured_part]
+        if not parts[measured_part]:
             raise ValueError(f"source {source.name!r}: no row is {measured_part}; it needs more rows (about 100)")
-    repeated, ambiguous = repetitions(training)
+    if options.patience and not rows.development:
+        raise ValueError("no row is a development row, which --patience measures on; it needs more rows (about 100)")
+    repeated, ambiguous = repetitions(rows.training)
     if repeated:
         run.note(
-            f"Of {len(training):,} training rows {repeated:,} repeat the text of another (case, ё and е, and spaces aside), "
-            f"and {ambiguous:,} texts have more than one label; all of them are trained on as they are."
+            f"Of {len(rows.training):,} training rows {repeated:,} repeat the text of another (case, ё and е, and spaces "
+            f"aside), and {ambiguous:,} texts have more than one label; all of them are trained on as they are."
         )
-    return training, measured
+    return rows
 
 
 def _balanced(run: TrainingRun, training: list[Example]) -> Counts:
@@ -169,27 +185,8 @@ def _save(model: Any, tokenizer: Any, options: TrainSettings) -> None:
         file.chmod(0o644)
 
 
-def _predictor(run: TrainingRun) -> Callable[[list[str]], list[str]]:
-    """A function texts → labels that uses the checkpoint as it was written, so that the figures are those of the files."""
-    folder, size = run.options.output, run.options.batch_texts
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(run.device).eval()
-    limit = most_tokens(tokenizer, model)
-
-    def predict(texts: list[str]) -> list[str]:
-        rows = token_ids(tokenizer, texts, limit)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
-        labels = [""] * len(rows)
-        with torch.inference_mode():
-            for start in range(0, len(order), size):
-                places = order[start : start + size]
-                ids = padded([rows[place] for place in places], tokenizer.pad_token_id, run.device)
-                logits = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
-                if not logits.isfinite().all():
-                    raise FloatingPointError
-                for place, best in zip(places, logits.argmax(-1).tolist(), strict=True):
-                    labels[place] = model.config.id2label[best]
-                run.report(Progress("measuring", min(start + size, len(order)), len(order)))
-        return labels
-
-    return predict
+def _read_back(run: TrainingRun) -> tuple[Any, Any]:
+    """Tokenizer and model of the checkpoint as it was written, so that the figures are those of the files."""
+    folder = run.options.output
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder), model.to(run.device)

@@ -9,7 +9,7 @@ import torch
 
 from worker.errors import UserError
 from worker.settings.commands import TrainSettings
-from worker.training.evaluate import EvaluationReport
+from worker.training.evaluation_report import EvaluationReport
 from worker.training.progress import ReportProgress
 
 log = logging.getLogger(__name__)
