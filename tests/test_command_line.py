@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.checkpoint import POISON, Oracle
 from tests.support.process import environment, forked
+from worker.settings.run import RunSettings
+from worker.settings.sources import load
 
 MODULE = (sys.executable, "-m", "worker")
 COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
@@ -507,7 +509,10 @@ def test_bench_measures_every_engine_and_prints_settings_that_the_worker_takes(
     assert list(report["latency_ms"]) == ["1", "8", "32", "128", "512"]
     assert report["hours_per_million"] > 0
     (tmp_path / "worker.toml").write_text(report["settings"])
-    with_settings = forked("classify", "--config", tmp_path / "worker.toml", "--model", checkpoint, "да")
+    load(RunSettings, ["--config", str(tmp_path / "worker.toml")], "sentiment-worker run")
+    of_the_model = [line for line in report["settings"].splitlines() if not line.startswith("max_batch_texts")]
+    (tmp_path / "model.toml").write_text("\n".join(of_the_model))
+    with_settings = forked("classify", "--config", tmp_path / "model.toml", "--model", checkpoint, "да")
     assert results(with_settings)[0]["id"] == "1"
 
 

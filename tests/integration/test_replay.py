@@ -14,7 +14,7 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as PartitionToCommit
-from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka import TopicPartition
 
 from tests.support.process import COSTLESS, Workers, environment, forked
 from tests.support.scenario import wait_until_committed
@@ -239,8 +239,7 @@ def test_what_was_replayed_of_a_topic_that_is_made_anew_is_not_taken_for_what_is
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(100)])
     assert counted(replay(kafka, topics))["all"] == [100, 0, 0, 0]
     group = f"{topics.group}.replay"
-    asked = ConsumerGroupTopicPartitions(group, kafka.partitions(topics.dead_letters))
-    [old] = kafka.of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+    [old] = kafka.committed_places(group, kafka.partitions(topics.dead_letters))
 
     kafka.delete(topics.dead_letters)
     kafka.create(topics.dead_letters)

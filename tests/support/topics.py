@@ -1,5 +1,6 @@
 """Topics on the test broker, made, filled and read with librdkafka: a client that the worker does not use."""
 
+import contextlib
 import threading
 import time
 import uuid
@@ -166,9 +167,29 @@ class Kafka:
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out."""
-        asked = ConsumerGroupTopicPartitions(group, self.partitions(topic))
-        places = self.of_the_group(lambda admin: admin.list_consumer_group_offsets([asked])[group]).topic_partitions
+        places = self.committed_places(group, self.partitions(topic))
         return {place.partition: place.offset for place in places if place.offset >= 0}
+
+    def committed_places(self, group: str, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The same with metadata.
+
+        A consumer asks, without joining: where the coordinator has not loaded yet, librdkafka's AdminClient would end the
+        process (https://github.com/confluentinc/librdkafka/issues/5315).
+        """
+        config = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
+        consumer = Consumer(self._config(**config))
+        found: list[TopicPartition] = []
+
+        def answered() -> bool:
+            with contextlib.suppress(KafkaException):
+                found.extend(consumer.committed(partitions, timeout=10))
+            return bool(found)
+
+        try:
+            wait_for(answered, "the group's coordinator", 60)
+        finally:
+            consumer.close()
+        return found
 
     def members(self, group: str) -> set[str]:
         described = self.of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])

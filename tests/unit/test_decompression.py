@@ -9,7 +9,6 @@ from typing import Any
 import cramjam
 import pytest
 from aiokafka import codec as codecs
-from aiokafka.record import default_records
 from aiokafka.record._crecords import default_records as compiled_default_records
 from aiokafka.record.default_records import (
     DefaultRecordBatch,
@@ -49,7 +48,7 @@ def python_varints(monkeypatch: pytest.MonkeyPatch) -> None:
     """aiokafka's reader in Python runs only where its extension is missing. With the extension's varints, which check no
     bounds, it would read past the end of a batch.
     """
-    monkeypatch.setattr(default_records, "decode_varint", decode_varint_py)
+    monkeypatch.setattr(_DefaultRecordBatchPy._read_msg, "__defaults__", (decode_varint_py,))
 
 
 KINDS = [(DefaultRecordBatch, DefaultRecordBatchBuilder), (_DefaultRecordBatchPy, _DefaultRecordBatchBuilderPy)]
