@@ -127,6 +127,30 @@ def test_a_size_that_was_refused_is_remembered_where_the_limit_is_not_known(
     assert limits.refused(columns, all_of_them) == {3: "result_too_large"}
 
 
+def test_a_refused_size_is_forgotten_although_batches_of_several_go_on_being_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch is larger than its records: that it is refused does not say that one of them still is."""
+    now = [1_000.0]
+    monkeypatch.setattr("worker.kafka.output_limits.time.monotonic", lambda: now[0])
+    limits = OutputLimits(Connection(("nowhere:1",)), {"out": TopicLimits()}, compression_type=None)
+    columns = Columns.of([ProducerRecord("out", Outgoing(None, b"x" * 30_000, [], 0), 0) for _ in range(9)])
+    limits.learn(columns, "out", [0], MessageSizeTooLargeError())
+    for _ in range(3):
+        now[0] += REFUSAL_VALID_S / 2
+        limits.learn(columns, "out", [*range(1, 9)], MessageSizeTooLargeError())
+    assert limits.refused(columns, [0, 1]) == {}, "the topic's limit may have been raised"
+
+
+def test_a_topic_that_stores_uncompressed_is_not_taken_to_refuse_what_was_sent_in_few_bytes() -> None:
+    """It refuses a long text for its uncompressed size, however few bytes were sent."""
+    limits = OutputLimits(Connection(("nowhere:1",)), {"out": TopicLimits()}, compression_type="gzip")
+    values = [b"x" * 30_000, os.urandom(1_000), b"x" * 40_000, os.urandom(40_000)]
+    columns = Columns.of([ProducerRecord("out", Outgoing(None, value, [], 0), 0) for value in values])
+    limits.learn(columns, "out", [0], MessageSizeTooLargeError())
+    assert limits.refused(columns, [0, 1, 2, 3]) == dict.fromkeys((0, 2, 3), "result_too_large")
+
+
 def test_a_record_that_just_fits_is_sent() -> None:
     """How large it is by its fields' lengths is an upper bound."""
     record = Outgoing(b"key", b"x" * 20_000, [("h", b"v")] * 5, 0)

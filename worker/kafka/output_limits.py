@@ -5,7 +5,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiokafka.errors import InvalidTimestampError, MessageSizeTooLargeError, RecordListTooLargeError
 
@@ -54,6 +54,17 @@ class TimestampCheck:
             self.accepted_ms = min(0.0, excess_ms - CLOCK_TOLERANCE_MS) if is_one_sided else 0.0
 
 
+class RefusedSize(NamedTuple):
+    """The size of a record that a topic has refused, and when. A topic may compress anew: then the first size decides."""
+
+    uncompressed_bytes: int
+    sent_bytes: int
+    at: float  # on the monotonic clock
+
+    def is_valid(self) -> bool:
+        return time.monotonic() - self.at <= REFUSAL_VALID_S
+
+
 class OutputLimits:
     """The limits of the topics that are published to, and which records are beyond them.
 
@@ -73,9 +84,7 @@ class OutputLimits:
         self._connection = connection
         self._compression_type = compression_type
         self._sizes_refused_at: defaultdict[str, float] = defaultdict(lambda: -math.inf)  # by topic
-        self._least_refused_bytes: defaultdict[str, float] = defaultdict(
-            lambda: math.inf
-        )  # by topic, of a record as sent
+        self._smallest_refused: dict[str, RefusedSize] = {}  # by topic
         self._checks: defaultdict[str, TimestampCheck] = defaultdict(TimestampCheck)  # by topic
         self._read_at = time.monotonic()
 
@@ -123,17 +132,20 @@ class OutputLimits:
     def learn(self, columns: Columns, topic: str, sent: Indexes, error: BaseException | None) -> None:
         """Learns from a batch's outcome how far this machine's clock is right about timestamps, and what is too large."""
         if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
-            if not self._has_refused_a_size(topic):
-                self._least_refused_bytes[topic] = math.inf
             self._sizes_refused_at[topic] = time.monotonic()
-            if len(sent) == 1:
-                size = self._sent_bytes(columns, sent[0])
-                self._least_refused_bytes[topic] = min(size, self._least_refused_bytes[topic])
+            if len(sent) == 1:  # a batch of several says nothing of each
+                self._learn_size(topic, columns, sent[0])
         is_refused = isinstance(error, InvalidTimestampError)
         if topic in self.by_topic and (is_refused or (error is None and not columns.in_doubt.isdisjoint(sent))):
             excess_ms = max(self._excess_ms(topic, columns, index) for index in sent)
             is_one_sided = self.by_topic[topic].is_one_sided
             self._checks[topic].learn(excess_ms, is_refused=is_refused, is_one_sided=is_one_sided)
+
+    def _learn_size(self, topic: str, columns: Columns, index: int) -> None:
+        refused = RefusedSize(columns.record_bytes(index), self._sent_bytes(columns, index), time.monotonic())
+        known = self._smallest_refused.get(topic)
+        if known is None or not known.is_valid() or refused.uncompressed_bytes <= known.uncompressed_bytes:
+            self._smallest_refused[topic] = refused
 
     def _beyond(
         self, topic: str, limits: TopicLimits, columns: Columns, indexes: Indexes
@@ -153,13 +165,18 @@ class OutputLimits:
 
     def _too_large(self, topic: str, limits: TopicLimits, columns: Columns, indexes: Indexes) -> Iterator[int]:
         """Which of the records are known to be too large as they are sent."""
-        is_refusing = self._has_refused_a_size(topic)
-        if not is_refusing and (self._compression_type or not limits.is_known):
+        if limits.is_known:
+            if self._compression_type and not self._has_refused_a_size(topic):
+                return
+            limit: float = limits.max_message_bytes
+            least = limit / MOST_GROWTH if self._compression_type else limit  # uncompressed
+        else:
+            smallest = self._smallest_refused.get(topic)
+            if smallest is None or not smallest.is_valid():
+                return
+            limit, least = smallest.sent_bytes - 1, smallest.uncompressed_bytes - 1
+        if columns.most_bytes <= least:
             return
-        limit = limits.max_message_bytes if limits.is_known else self._least_refused_bytes[topic] - 1
-        if columns.most_bytes * MOST_GROWTH <= limit:
-            return
-        least = limit / MOST_GROWTH if self._compression_type else limit  # uncompressed
         for index in indexes:
             if columns.record_bytes(index) > least and self._sent_bytes(columns, index) > limit:
                 yield index
