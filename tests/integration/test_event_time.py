@@ -56,7 +56,7 @@ def test_check_warns_of_results_that_would_be_older_than_their_topic_keeps_them(
     assert f"up to 1,000 unread records may be older than {topics.output} keeps its own (168 h)" in said
     assert retention("--result-timestamp", "now") == retention("--auto-offset-reset", "latest") == []
     kafka.seek(topics.group, topics.input, 0, 990)
-    assert "up to 10 records" in retention()[0].sentence
+    assert "up to 10 unread records" in retention()[0].sentence
     kafka.seek(topics.group, topics.input, 0, 1_000)
     assert retention() == []
     kafka.set_config(topics.output, "retention.ms", -1)

@@ -141,7 +141,7 @@ async def test_each_partition_has_a_limit_of_its_own() -> None:
             tp, assignment=None, partition_records=fetched(batch(0, plain(9))), backoff=0
         )
     consumer.before_answering = lambda: reader._fetched.limits.__setitem__(other, lambda: 5)  # type: ignore[union-attr]
-    assert len(await reader.read(TP, timeout_ms=1, limit=lambda: 1)) == 1
+    assert len(await reader.read(TP, limit=lambda: 1)) == 1
 
 
 @pytest.mark.parametrize("taken", [0, 1, None])
@@ -168,7 +168,7 @@ async def test_another_aiokafka_is_read_in_its_own_way() -> None:
         async def getmany(self, *_: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
             return {TP: ["a record"] * options["max_records"]}
 
-    assert len(await Reader(Other(), Budget(0)).read(TP, timeout_ms=1, limit=lambda: 3)) == 3  # type: ignore[arg-type]
+    assert len(await Reader(Other(), Budget(0)).read(TP, limit=lambda: 3)) == 3  # type: ignore[arg-type]
 
 
 def test_aiokafka_has_inside_what_is_relied_on() -> None:
@@ -225,7 +225,7 @@ class Partitions:
         return {tp: runs}
 
     async def run(self, partition: int, limit: int = 1_000) -> list[FetchedRecord]:
-        return await self.reader.read(TopicPartition("texts", partition), timeout_ms=1, limit=lambda: limit)
+        return await self.reader.read(TopicPartition("texts", partition), limit=lambda: limit)
 
 
 async def until(condition: Callable[[], bool]) -> None:

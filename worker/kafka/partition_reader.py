@@ -36,7 +36,7 @@ from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-READ_TIMEOUT_MS: Final = 1_000
+IDLE_S: Final = 1.0  # after so long without records errors of the group are looked for
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
 UNREADABLE: Final = (
     CorruptRecordException,
@@ -98,7 +98,7 @@ class PartitionReader:
 
         Raises Rejoin, UnreadableRecord, TopicRecreated and WrongSetting.
         """
-        backoff, has_read = Backoff(), False
+        backoff = Backoff()
         if after is not None and await cancel_all([after]):
             raise Rejoin("a reader does not end")  # two of one partition would each lose what the other takes
         while assignment.accepts and not self._assignments.is_draining:
@@ -106,9 +106,9 @@ class PartitionReader:
                 await self._ensure_offset(assignment)
                 if assignment.bound is not None and await self._has_ended(assignment, assignment.bound):
                     return
-                await self._read_ahead.until_room(has_read=has_read)
+                await self._until_turn(assignment.tp)
                 if assignment.accepts and not self._assignments.is_draining:
-                    has_read = await self._read(assignment)
+                    await self._read(assignment)
                 self._errors.clear(assignment.tp)
                 backoff = Backoff()
             except IllegalStateError:
@@ -230,30 +230,36 @@ class PartitionReader:
         offsets: dict[TopicPartition, int] = await within(self._request_timeout_s, find([tp]))
         return offsets[tp]
 
-    async def _read(self, assignment: Assignment) -> bool:
-        """Whether it brought records that are now read ahead."""
+    async def _until_turn(self, tp: TopicPartition) -> None:
+        """Waits for records, and then for room and a turn. Without records a partition takes no turn from others."""
+        reader = self._consumer.reader
+        has_backlog = reader.is_fetched(tp)
+        if has_backlog or await reader.until_fetched(tp, IDLE_S):
+            await self._read_ahead.until_room(has_backlog=has_backlog)
+
+    async def _read(self, assignment: Assignment) -> None:
+        """Reads what is fetched of one partition, as far as the limit goes, into the read-ahead buffer."""
         # One partition at a time: with several, aiokafka loses the records of the first if it raises for the next.
         # Nothing may be awaited between the read and what follows, for the position has moved.
         limit = (lambda: 1) if assignment.single_record_reads else self._read_ahead.read_limit
         try:
-            records = await self._consumer.reader.read(assignment.tp, timeout_ms=READ_TIMEOUT_MS, limit=limit)
+            records = await self._consumer.reader.read(assignment.tp, limit=limit)
         except UNREADABLE as error:
             self._retry_one_by_one(assignment, error)
-            return False
+            return
         self._turn_budget.after(len(records))
         if not records or not assignment.accepts or self._assignments.is_draining:
-            return False
+            return
         if assignment.bound is not None:
             records = self._within_bound(assignment, assignment.bound, records)
             if not records:
-                return False
+                return
         now = self._clock()
         assignment.single_record_reads = max(0, assignment.single_record_reads - 1)
         assignment.delivered = records[-1].offset + 1
         assignment.silent_since = now
         assignment.unacknowledged_reads.append((assignment.delivered, records[0].timestamp))
         self._read_ahead.add(assignment, records, now)
-        return True
 
     @staticmethod
     def _within_bound(assignment: Assignment, bound: Bound, records: list[FetchedRecord]) -> list[FetchedRecord]:

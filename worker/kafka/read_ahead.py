@@ -38,7 +38,7 @@ class ReadAhead:
         self._clock = clock
         self._arrived = asyncio.Event()
         self._has_room = True
-        # Readers that wait for their turn: those whose last read brought nothing, who go first, and those that have read
+        # Readers that wait for their turn: those that had nothing to read until now, who go first, and those with a backlog
         self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
         self._is_admitting = False
         self._has_ended = False
@@ -90,13 +90,14 @@ class ReadAhead:
     def has_room(self) -> bool:
         return self._has_room
 
-    async def until_room(self, *, has_read: bool) -> None:
-        """Waits for room and a turn. ``has_read``: the caller's last read brought records; it then comes after all others.
+    async def until_room(self, *, has_backlog: bool) -> None:
+        """Waits for room and a turn. ``has_backlog``: the caller's records waited already; it then comes after all others.
 
+        Whoever calls has something to read: a turn without would starve those with a backlog, where partitions are many.
         Yields even if there is room, for reading what is already fetched never waits.
         """
         turn = asyncio.get_running_loop().create_future()
-        self._waiting[has_read].append(turn)
+        self._waiting[has_backlog].append(turn)
         self._admit_soon()
         await turn
 

@@ -40,24 +40,29 @@ class Reader:
         fetched = FetchedRuns(budget)
         self._fetched = fetched if fetched.install(consumer) else None
 
-    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[FetchedRecord]:
-        """The next records of a partition; none after so many ms. Raises what ``getmany`` raises.
+    def is_fetched(self, tp: TopicPartition) -> bool:
+        """Whether something of a partition is there to be read: records, an error, or the end of what was fetched."""
+        return self._fetched is None or tp in self._fetched  # a consumer that is not aiokafka's does not tell
+
+    async def until_fetched(self, tp: TopicPartition, timeout_s: float) -> bool:
+        """Waits until ``is_fetched``; False after so many seconds."""
+        return self._fetched is None or await self._fetched.until_fetched(tp, timeout_s)
+
+    async def read(self, tp: TopicPartition, *, limit: Callable[[], int]) -> list[FetchedRecord]:
+        """The next fetched records of a partition; none where there are none. Raises what ``getmany`` raises.
 
         ``limit`` is asked once records are there, and says how many are taken at most. The consumer's position has moved
         past them, and after an error it may have moved too.
         """
         if self._fetched is None:  # a consumer that is not aiokafka's gives records of its own
-            taken = await self._consumer.getmany(tp, timeout_ms=timeout_ms, max_records=limit())
+            taken = await self._consumer.getmany(tp, timeout_ms=0, max_records=limit())
             records: list[FetchedRecord] = taken.get(tp, [])
             return records
         self._fetched.limits[tp] = limit
         reading.set(tp)
         while True:
-            is_there = await self._fetched.until_fetched(tp, timeout_ms / 1000)
             fetched = await self._consumer.getmany(tp, timeout_ms=0, max_records=1)
             runs: list[list[FetchedRecord]] = fetched.get(tp)
-            if not runs and is_there:
-                continue  # the last record of what was fetched is taken
             if not runs or runs[0]:
                 return runs[0] if runs else []
             waits_for = self._fetched.runs(tp)

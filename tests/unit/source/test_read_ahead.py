@@ -1,6 +1,7 @@
 """How far partitions are read ahead of the pipeline."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -33,10 +34,15 @@ class EndlessReader:
     def release(self, tp: TopicPartition) -> None:
         self.fetched[tp.partition] = 0
 
-    async def read(self, tp: TopicPartition, *, timeout_ms: int, limit: Callable[[], int]) -> list[Any]:
-        if not self.fetched[tp.partition]:
-            await asyncio.sleep(0)
-            self.fetched[tp.partition] = FETCHED
+    def is_fetched(self, tp: TopicPartition) -> bool:
+        return bool(self.fetched[tp.partition])
+
+    async def until_fetched(self, tp: TopicPartition, timeout_s: float) -> bool:
+        await asyncio.sleep(0)
+        self.fetched[tp.partition] = FETCHED
+        return True
+
+    async def read(self, tp: TopicPartition, *, limit: Callable[[], int]) -> list[Any]:
         count = min(self.fetched[tp.partition], limit())
         self.fetched[tp.partition] -= count
         self.taken[tp.partition] += count
@@ -65,6 +71,33 @@ async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest
     assert max(shares) <= min(shares) + 512  # one turn more at most, and what was read at the start
 
 
+async def test_a_backlog_is_read_however_many_partitions_have_nothing(
+    consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their looking for records takes no turn, and a turn of the event loop may take long."""
+
+    class FewRecords(EndlessReader):
+        async def until_fetched(self, tp: TopicPartition, timeout_s: float) -> bool:
+            if tp != TP:
+                await asyncio.sleep(0.05)  # which stands for timeout_s
+                return False
+            return await super().until_fetched(tp, timeout_s)
+
+    async def work() -> None:
+        while True:
+            time.sleep(0.001)  # noqa: ASYNC251 - the loop's other work
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("worker.kafka.group_consumer.Reader", FewRecords)
+    stage = await staged(consumer, max_batch_texts=512)
+    await stage.assign(TP, *(TopicPartition("t", number) for number in range(100, 300)))
+    working = asyncio.create_task(work())
+    async with asyncio.timeout(10):
+        while stage.source._consumer.reader.taken[TP.partition] < 2 * FETCHED:
+            await stage.source.next_batch()
+    working.cancel()
+
+
 async def test_nothing_gathered_is_left_after_a_revocation(consumer: FakeConsumer) -> None:
     stage = await staged(consumer)
     await stage.assign(TP)
@@ -81,12 +114,12 @@ class Readers:
         self.admitted: list[int] = []
         self.reading: list[asyncio.Task[None]] = []
 
-    async def wait(self, numbers: range, *, has_read: bool = False) -> None:
-        self.reading += [asyncio.create_task(self._read(number, has_read)) for number in numbers]
+    async def wait(self, numbers: range, *, has_backlog: bool = False) -> None:
+        self.reading += [asyncio.create_task(self._read(number, has_backlog)) for number in numbers]
         await asyncio.sleep(0.01)
 
-    async def _read(self, number: int, has_read: bool) -> None:
-        await self.read_ahead.until_room(has_read=has_read)
+    async def _read(self, number: int, has_backlog: bool) -> None:
+        await self.read_ahead.until_room(has_backlog=has_backlog)
         self.admitted.append(number)
         records: list[Any] = [SimpleNamespace()] * self.read_ahead.read_limit()
         self.read_ahead.add(Assignment(TopicPartition("t", number)), records, 0.0)
@@ -105,10 +138,10 @@ async def test_only_as_many_readers_go_on_as_there_is_room_for() -> None:
     assert readers.admitted == [0, 1, 2, 3, 4, 5]
 
 
-async def test_who_has_read_comes_after_all_others_and_none_is_held_up_by_one_that_has_gone() -> None:
+async def test_who_has_backlog_comes_after_all_others_and_none_is_held_up_by_one_that_has_gone() -> None:
     readers = Readers()
     await readers.wait(range(4))
-    await readers.wait(range(10, 12), has_read=True)
+    await readers.wait(range(10, 12), has_backlog=True)
     await readers.wait(range(20, 23))
     readers.reading[6].cancel()
     await readers.take()
