@@ -118,6 +118,24 @@ def test_it_fits_beside_a_running_worker(kafka: Kafka, topics: Topics, workers: 
     assert (lines_of(done.stdout)["http"], done.returncode) == ("warn", 0)
 
 
+def test_an_instance_id_that_a_member_holds_is_warned_of(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    kafka.create_all(topics)
+    workers.start(topics, group_instance_id="pod-0").wait_until_assigned(1)
+    for instance_id, is_taken in (("pod-0", True), ("pod-1", False)):
+        done = forked("check", *flags(kafka, topics), "--group-instance-id", instance_id)
+        assert (f"a member of the group has the group_instance_id {instance_id}" in done.stdout) == is_taken
+        assert done.returncode == 0
+
+
+def test_internal_topics_without_replicas_are_warned_of_where_transactions_need_them(
+    kafka: Kafka, topics: Topics
+) -> None:
+    kafka.create_all(topics)
+    for delivery, is_said in (("exactly-once", True), ("at-least-once", False)):
+        done = forked("check", *flags(kafka, topics), "--delivery", delivery)
+        assert ("__transaction_state has one replica a partition" in done.stdout) == is_said, done.stdout
+
+
 def test_a_port_that_another_program_has_fails(kafka: Kafka, topics: Topics) -> None:
     kafka.create_all(topics)
     with socket.create_server(("127.0.0.1", 0)) as other:

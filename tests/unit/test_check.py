@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 
-from worker.commands.check import _members, _replicas
+from worker.commands.check import _members, _replicas, _transactions
+from worker.kafka.connection import Connection
 from worker.kafka.inspector import Inspector, TopicDescription
+from worker.kafka.permissions import Permissions
 
 
 class NewCluster:
@@ -47,3 +49,71 @@ def test_an_output_that_brokers_accept_nothing_for_fails(replicas: int, in_sync:
     finding = _replicas(topic, is_output=True)
     assert finding.verdict == verdict
     assert ("accept nothing" in finding.sentence) == (verdict == "fail")
+
+
+class Transactions:
+    """The answers of an inspector about transactions."""
+
+    def __init__(self, longest_ms: int | None, replicas: dict[str, int]) -> None:
+        self.longest_ms, self.replicas = longest_ms, replicas
+
+    async def open_old_transactions(self, *_: object) -> list[str]:
+        return []
+
+    async def longest_transaction_ms(self) -> int | None:
+        return self.longest_ms
+
+    async def internal_replicas(self) -> dict[str, int]:
+        return self.replicas
+
+
+@pytest.mark.parametrize(
+    ("longest_ms", "replicas", "expected"),
+    [
+        (900_000, 3, []),
+        (10_000, 3, []),
+        (9_999, 3, [("transactions", "fail")]),
+        (None, 3, []),  # it may not be read
+        (900_000, 1, [("replicas", "warn")]),
+    ],
+)
+async def test_what_is_in_the_way_of_transactions(
+    longest_ms: int | None, replicas: int, expected: list[tuple[str, str]]
+) -> None:
+    inspector: Any = Transactions(longest_ms, {"__transaction_state": replicas})
+    findings = [finding async for finding in _transactions("group", inspector, ["in"])]
+    assert [(finding.subject, finding.verdict) for finding in findings] == expected
+
+
+async def test_a_broker_that_refuses_short_transactions_and_topics_that_are_not_there_are_read_right() -> None:
+    async def configs(_: object) -> list[Any]:
+        entries = [("transaction.max.timeout.ms", "5000")]
+        return [SimpleNamespace(resources=[(0, None, 4, "1", entries)])]
+
+    async def topics(names: list[str]) -> list[dict[str, Any]]:
+        partitions = [{"replicas": [1, 2]}, {"replicas": [1]}]
+        return [{"topic": names[0], "partitions": partitions}, {"topic": names[1], "partitions": []}]
+
+    brokers = SimpleNamespace(cluster=SimpleNamespace(brokers=lambda: [SimpleNamespace(nodeId=1)]))
+    client = SimpleNamespace(_client=brokers, describe_configs=configs, describe_topics=topics)
+    inspector = Inspector(client)  # type: ignore[arg-type]
+    assert await inspector.longest_transaction_ms() == 5_000
+    assert await inspector.internal_replicas() == {"__transaction_state": 1}
+
+
+async def test_permissions_are_told_of_a_partition_without_a_leader_too() -> None:
+    """Each broker checks them before it looks who leads; to send to no node would be an error."""
+    asked: list[int] = []
+
+    async def send(node: int, _: object) -> Any:
+        asked.append(node)
+        return SimpleNamespace(topics=[("out", [(0, 6)])])  # 6: NOT_LEADER_OR_FOLLOWER
+
+    permissions = Permissions(Connection(("nowhere:1",)))
+    for leader in (-1, None, 3):
+        cluster = SimpleNamespace(leader_for_partition=lambda _, leader=leader: leader)
+        client: Any = SimpleNamespace(cluster=cluster, get_random_node=lambda: 7, send=send)
+        permissions._client = client
+        assert await permissions.may_read("out")
+        assert await permissions.may_write("out")
+    assert asked == [7, 7, 7, 7, 3, 3]

@@ -1,6 +1,7 @@
 """When a transaction begins and ends, and what becomes of its outcomes where it fails, is fenced or is in doubt."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from worker.kafka.connection import Backoff, Connection
 from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.transactional_sink import (
+    TransactionalSink,
     TransactionFailed,
     TransactionFenced,
     TransactionInDoubt,
@@ -657,3 +659,20 @@ async def test_what_nobody_foresaw_ends_the_work(world: World) -> None:
     with pytest.raises(LookupError):
         await asyncio.wait_for(world.running, 5)
     assert world.restarted == []
+
+
+async def test_the_look_at_the_limits_is_part_of_a_transactions_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that does not answer would keep it open until the brokers abort it, and the work would be done twice."""
+    monkeypatch.setattr("worker.kafka.transactional_sink.DEADLINE_S", 0.05)
+    sink = TransactionalSink(
+        Connection(("nowhere:1",)), limits={}, metrics=Metrics("test"), health=Health(), transactional_id="g/1"
+    )
+
+    async def silent(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sink._limits, "refused_by_fresh_limits", silent)
+    for began_at in (None, time.monotonic()):
+        sink._began_at = began_at
+        with pytest.raises(TransactionFailed):
+            await asyncio.wait_for(sink.known_refusals([producer_record(0)]), 5)

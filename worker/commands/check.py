@@ -22,7 +22,7 @@ from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.inspector import Inspector, TopicDescription, unread_older_than
 from worker.kafka.permissions import Permissions, add_the_acl
 from worker.kafka.topics import NO_LIMIT, TopicLimits, compacted_dead_letters, no_match
-from worker.kafka.transactional_sink import new_transactional_id
+from worker.kafka.transactional_sink import TRANSACTION_TIMEOUT_S, new_transactional_id
 from worker.model.labels import listed
 from worker.printable import counted, printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
@@ -229,15 +229,32 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
     partitions = sum(len(topic.partitions) for topic in input_topics)
     yield _files(topics)
     yield await _members(settings.group_id, inspector, partitions)
-    if settings.delivery == "exactly-once" and (
-        old := await inspector.open_old_transactions(settings.group_id, inputs)
+    if settings.group_instance_id and await inspector.is_instance_id_taken(
+        settings.group_id, settings.group_instance_id
     ):
-        yield Finding("transactions", "fail", _of_old_workers(old))
+        yield Finding("workers", "warn", _taken(settings.group_instance_id))
     too_old = await _retention(settings, connection, input_topics, limits[settings.output_topic].retention_ms)
     if too_old:
         yield too_old
     yield await _backlog(settings, connection, inputs)
     yield await _permissions(settings, connection, inputs, outputs)
+    if settings.delivery == "exactly-once":  # afterwards, for Kafka creates its topics for the first who asks
+        async for finding in _transactions(settings.group_id, inspector, inputs):
+            yield finding
+
+
+async def _transactions(group: str, inspector: Inspector, inputs: Sequence[str]) -> AsyncIterator[Finding]:
+    """What is in the way of transactions."""
+    if old := await inspector.open_old_transactions(group, inputs):
+        yield Finding("transactions", "fail", _of_old_workers(old))
+    longest_ms = await inspector.longest_transaction_ms()
+    if longest_ms is not None and longest_ms < 1000 * TRANSACTION_TIMEOUT_S:
+        short = f"the brokers' transaction.max.timeout.ms is {longest_ms:,}"
+        yield Finding("transactions", "fail", f"{short}; set it to {1000 * TRANSACTION_TIMEOUT_S:,.0f} or more")
+    for topic, replicas in (await inspector.internal_replicas()).items():
+        if replicas == 1:
+            one = f"{topic} has one replica a partition, and without its broker nothing is committed"
+            yield Finding("replicas", "warn", f"{one}; 3 are usual")
 
 
 def _replicas(topic: TopicDescription, *, is_output: bool) -> Finding:
@@ -282,6 +299,13 @@ async def _members(group: str, inspector: Inspector, partitions: int) -> Finding
         idle = f"group {group} has {have}: one more would be idle"
         return Finding("workers", "warn", idle)
     return Finding("workers", "ok", f"group {group} has {counted(members, 'member')}, and work for up to {partitions}")
+
+
+def _taken(instance_id: str) -> str:
+    return (
+        f"a member of the group has the group_instance_id {instance_id}: if it is not the worker that this one replaces, it "
+        "ends when this one starts; give each worker an id of its own"
+    )
 
 
 def _of_old_workers(transactional_ids: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 
-from worker.kafka.aiokafka_compat.metadata import known_brokers
+from worker.kafka.aiokafka_compat.group import instance_ids
+from worker.kafka.aiokafka_compat.metadata import inner_client, known_brokers
 from worker.kafka.aiokafka_compat.transactions import open_transactions
 from worker.kafka.backlog import valid_offsets
 from worker.kafka.clients import admin_client, stop_client
@@ -21,6 +22,7 @@ from worker.kafka.transactional_sink import refuse_old_brokers
 from worker.runtime.tasks import within
 
 CLOSE_S: Final = 5.0
+INTERNAL_TOPICS: Final = ("__transaction_state", "__consumer_offsets")
 
 
 class TopicDescription(NamedTuple):
@@ -87,7 +89,7 @@ class Inspector:
 
     async def _description(self, topic: Mapping[str, Any]) -> TopicDescription:
         name, partitions = topic["topic"], topic["partitions"]
-        config = await self._config(name)
+        config = await self._config(ConfigResourceType.TOPIC, name)
         return TopicDescription(
             name,
             tuple(each["partition"] for each in partitions),
@@ -98,10 +100,29 @@ class Inspector:
             int(config.get("min.insync.replicas") or 1),
         )
 
-    async def _config(self, topic: str) -> dict[str, str | None]:
-        """A topic's settings; none where this user may not read them."""
-        answers = await self._client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    async def _config(self, kind: ConfigResourceType, name: str) -> dict[str, str | None]:
+        """The settings of a topic or a broker; none where this user may not read them."""
+        answers = await self._client.describe_configs([ConfigResource(kind, name)])
         return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
+
+    async def longest_transaction_ms(self) -> int | None:
+        """The least ``transaction.max.timeout.ms`` of the brokers; None where this user may not read it."""
+        nodes = [str(broker.nodeId) for broker in inner_client(self._client).cluster.brokers()]
+        configs = [await self._config(ConfigResourceType.BROKER, node) for node in nodes]
+        return min((int(limit) for each in configs if (limit := each.get("transaction.max.timeout.ms"))), default=None)
+
+    async def internal_replicas(self) -> dict[str, int]:
+        """The fewest replicas of a partition, by internal topic of transactions and offsets; of those that can be seen."""
+        described = await self._client.describe_topics(list(INTERNAL_TOPICS))
+        partitions = {topic["topic"]: topic["partitions"] for topic in described}
+        return {name: min(len(each["replicas"]) for each in some) for name, some in partitions.items() if some}
+
+    async def is_instance_id_taken(self, group: str, instance_id: str) -> bool:
+        """Whether a member of a group has this instance id, as far as this user may know."""
+        try:
+            return instance_id in await instance_ids(self._client, group)
+        except GroupAuthorizationFailedError:
+            return False
 
     async def members(self, group: str) -> int | None:
         """How many members a consumer group has; None where this user may not know."""

@@ -71,12 +71,13 @@ class Permissions:
         """READ on the topic."""
         beyond_the_end = 2**62
         request = FetchRequest(0, 0, 1, 0, [(topic, [(PARTITION, beyond_the_end, 1)])])
-        answer = await self._send(self._leader(topic), request)
+        answer = await self._send(self._leader_or_any(topic), request)
         return _codes(answer.topics) != {TOPIC_REFUSED}
 
     async def may_write(self, topic: str) -> bool:
         """WRITE on the topic."""
-        answer = await self._send(self._leader(topic), ProduceRequest(None, -1, 1_000, [(topic, [(PARTITION, b"")])]))
+        request = ProduceRequest(None, -1, 1_000, [(topic, [(PARTITION, b"")])])
+        answer = await self._send(self._leader_or_any(topic), request)
         return _codes(answer.topics) != {TOPIC_REFUSED}
 
     async def may_join(self, group: str) -> bool:
@@ -105,8 +106,10 @@ class Permissions:
                     return answer.error_code, answer.coordinator_id
                 await backoff.wait()
 
-    def _leader(self, topic: str) -> Any:
-        return self._client.cluster.leader_for_partition(TopicPartition(topic, PARTITION))
+    def _leader_or_any(self, topic: str) -> Any:
+        """Each broker checks permissions first; without a leader, one that is not asked for the partition answers too."""
+        leader = self._client.cluster.leader_for_partition(TopicPartition(topic, PARTITION))
+        return self._client.get_random_node() if leader is None or leader < 0 else leader
 
     async def _send(self, node: Any, request: Any) -> Any:
         return await within(self._timeout_s, self._client.send(node, request))

@@ -93,6 +93,11 @@ class TransactionalSink(Sink):
         )
         self._records_sent = 0
 
+    async def known_refusals(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
+        left_s = DEADLINE_S if self._began_at is None else self._left_s()
+        with self._losses(TransactionFailed):  # brokers that do not answer would let an open transaction grow too old
+            return await within(left_s, super().known_refusals(producer_records))
+
     async def publish(self, producer_records: Sequence[ProducerRecord]) -> list[Reason | None]:
         self._unacknowledged.clear()
         with self._losses(TransactionFailed):

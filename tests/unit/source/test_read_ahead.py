@@ -154,4 +154,5 @@ async def test_where_nothing_is_read_all_go_on() -> None:
     readers = Readers()
     readers.read_ahead.add = lambda *_: None  # type: ignore[method-assign]
     await readers.wait(range(100))
+    await until(lambda: len(readers.admitted) == 100)
     assert readers.admitted == [*range(100)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
@@ -210,7 +210,20 @@ class StaticMember:
             response = await coordinator._send_req(DescribeGroup(coordinator.group_id))
         except NotImplementedError:  # Kafka 2.3 has static members, and does not tell who they are
             return ""
-        ((code, _, _, _, _, members, _),) = response.groups
-        if (error := for_code(code)) is not NoError:
-            raise error
-        return next((member for member, instance, *_ in members if instance == self._instance_id), "")
+        return _holders(response).get(self._instance_id, "")
+
+
+async def instance_ids(client: Any, group: str) -> Collection[str]:
+    """The instance ids that members of a group hold, by an admin client; none before Kafka 2.4. Raises KafkaError."""
+    try:
+        return _holders(await client._send_request(DescribeGroup(group), await client.find_coordinator(group)))
+    except NotImplementedError:
+        return ()
+
+
+def _holders(response: Any) -> dict[str, str]:
+    """The member ids by instance id. Raises KafkaError."""
+    ((code, _, _, _, _, members, _),) = response.groups
+    if (error := for_code(code)) is not NoError:
+        raise error
+    return {instance: member for member, instance, *_ in members if instance}
