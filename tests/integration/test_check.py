@@ -120,7 +120,7 @@ def test_it_fits_beside_a_running_worker(kafka: Kafka, topics: Topics, workers: 
 
 def test_an_instance_id_that_a_member_holds_is_warned_of(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics)
-    workers.start(topics, group_instance_id="pod-0").wait_until_assigned(1)
+    workers.start(topics, group_instance_id="pod-0").wait_until_assigned(4)
     for instance_id, is_taken in (("pod-0", True), ("pod-1", False)):
         done = forked("check", *flags(kafka, topics), "--group-instance-id", instance_id)
         assert (f"a member of the group has the group_instance_id {instance_id}" in done.stdout) == is_taken

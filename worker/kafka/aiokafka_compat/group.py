@@ -21,6 +21,7 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.group import JoinGroupRequest, LeaveGroupRequest, SyncGroupRequest
 from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema, String
 
+from worker.kafka.aiokafka_compat.metadata import inner_client
 from worker.runtime.tasks import within
 
 RETRY_S: Final = 0.1
@@ -216,7 +217,7 @@ class StaticMember:
 async def instance_ids(client: Any, group: str) -> Collection[str]:
     """The instance ids that members of a group hold, by an admin client; none before Kafka 2.4. Raises KafkaError."""
     try:
-        return _holders(await client._send_request(DescribeGroup(group), await client.find_coordinator(group)))
+        return _holders(await inner_client(client).send(await client.find_coordinator(group), DescribeGroup(group)))
     except NotImplementedError:
         return ()
 
