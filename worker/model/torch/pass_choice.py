@@ -21,7 +21,7 @@ from worker.model.torch.bert import GPU_HEAD_MULTIPLE, BertClassifier
 from worker.model.torch.cuda import PASSES, expected_agreement
 from worker.model.torch.unpadded import Attend, UnpaddedBert, find_varlen_attention, widened
 from worker.model.torch.unpadded_passes import CudaStream, PassStream, UnpaddedPasses
-from worker.runtime.memory import is_out_of_memory
+from worker.runtime.memory import free_device_memory, is_out_of_memory
 from worker.runtime.threads import parallel_map
 
 log = logging.getLogger(__name__)
@@ -142,9 +142,11 @@ def choose_unpadded(
     fallback = padded(budget, ())
     speeds = {}
     if options.cuda_pass == "auto":
-        batches = _cut(fallback, options.examples, budget)
-        rivals = {"unpadded": unpadded, "padded": padded(budget, batches)}
+        graphed = padded(budget, _cut(fallback, options.examples, budget))
+        rivals: dict[str, PassRunner] = {"unpadded": unpadded, "padded": graphed}
         speeds = {name: _texts_per_s(run, options.examples, budget) for name, run in rivals.items()}
+        del graphed, rivals
+        free_device_memory()  # of the graphs, which torch would keep
         if speeds["unpadded"] <= speeds["padded"]:
             log.info("the GPU computes texts padded: that is faster here", extra={"texts_per_s": speeds})
             return None
