@@ -39,7 +39,7 @@ import torch
 
 from benchmarks import gpu_kafka
 from benchmarks.common import RESULTS, code, machine, make_checkpoint, read_texts, write
-from benchmarks.gpu_model import WAYS, engine, right
+from benchmarks.gpu_model import engine, right
 from benchmarks.gpu_peers import peers
 from benchmarks.gpu_table import DEFAULT, table
 from tests.support.broker import UnavailableError
@@ -48,9 +48,7 @@ from worker.runtime.memory import free_device_memory
 PARTS = ("right", "engine", "end to end", "latency", "peers")
 WORDS = {1: "one process", 2: "two processes", 3: "three processes", 4: "four processes", 8: "eight processes"}
 TUNED_ON_CPU: dict[str, Any] = {"cache_size": 0}
-TUNED: dict[str, Any] = {"cache_size": 0, "dtype": "float16", "max_batch_texts": 8_192}
-if len(WAYS) > 1:
-    TUNED["cuda_pass"] = "auto"
+TUNED: dict[str, Any] = {"cache_size": 0, "dtype": "float16", "max_batch_texts": 8_192, "cuda_pass": "auto"}
 NEEDS_S = {"engine": 10, "end to end": 25, "case": 20, "latency": 40, "peers": 15}
 
 

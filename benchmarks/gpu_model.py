@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,27 +17,20 @@ from worker.core.batching import cut_by_length
 from worker.core.sentiment import to_sentiments
 from worker.model.autotune import best_batch_texts, shortest_run_s
 from worker.model.checkpoint import BUILTIN
-from worker.model.runner import padded_ids
+from worker.model.runner import CudaPass, padded_ids
 from worker.model.sentiment_model import SentimentModel
 from worker.model.torch.unpadded import UnpaddedBert, attend_by_text
 from worker.model.torch.unpadded_passes import HostStream, UnpaddedPasses
-from worker.settings.run import RunSettings
 
-WAYS = ("padded", "unpadded") if "cuda_pass" in RunSettings.model_fields else ("padded",)
+WAYS: Final[tuple[CudaPass, ...]] = ("padded", "unpadded")
 RIGHT_TOKENS = 16_384  # in one pass, where only right and wrong count: few shapes have to be prepared
 PADDED_TOKENS = 65_536  # in one pass, padded: the best before
 KERNELS = 12  # that are named
 
 
-def load(checkpoint: str | Path, device: str, dtype: str, way: str = "padded", **more: Any) -> SentimentModel:
+def load(checkpoint: str | Path, device: str, dtype: str, way: CudaPass = "padded", **more: Any) -> SentimentModel:
     """A model whose passes go one of the WAYS; on a CPU there is but one."""
-    pass_kind = {"cuda_pass": way} if len(WAYS) > 1 else {}
-    return SentimentModel.load(str(checkpoint), device=device, dtype=dtype, backend="torch", **pass_kind, **more)
-
-
-def way_of(model: SentimentModel) -> str:
-    """Which way the passes of a model go, whatever was asked for."""
-    return "unpadded" if type(model._run).__name__ == "UnpaddedRunner" else "padded"
+    return SentimentModel.load(str(checkpoint), device=device, dtype=dtype, backend="torch", cuda_pass=way, **more)
 
 
 # Right.
@@ -54,7 +47,7 @@ def right(device: str, texts: Sequence[str]) -> dict[str, Any]:
     half = "float16" if device != "cpu" else "bfloat16"
     for way in WAYS:
         model = load("builtin", device, half, way, max_batch_tokens=RIGHT_TOKENS)
-        if way_of(model) == way:
+        if model.cuda_pass == way:
             found[f"{way}, {half}"] = model.batch_logits(ids)
     return {
         "texts": len(texts),
@@ -114,7 +107,7 @@ def engine(checkpoint: Path, device: str, dtype: str, texts: Sequence[str], wind
         budget = PADDED_TOKENS if way == "padded" and device != "cpu" else "auto"
         model = load(checkpoint, device, dtype, way, max_batch_tokens=budget)
         loading_s = round(time.perf_counter() - began, 2)
-        if way_of(model) == way:
+        if model.cuda_pass == way:
             figures["ways"][way] = {"load_s": loading_s, **speeds(model, texts, window, rounds)}
     return figures
 

@@ -191,7 +191,7 @@ READING: Final[dict[str, dict[str, str]]] = {
         "batch_tokens": "On a GPU near `max_batch_tokens` at full load; far below it when there is little to do, and on a CPU. "
         "The padding to which a GPU's passes are rounded up is not counted.",
         "batch_padding_ratio": "Arithmetic that is lost to padding. Texts are sorted by length, so it is small where there is "
-        "enough to sort.",
+        "enough to sort; 0 for a GPU's passes without padding (`cuda_pass`).",
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no model.",
     },
     "Do the texts suit the model?": {

@@ -32,11 +32,12 @@ class FakeModel:
     name = "fake@1"
     max_tokens = 256
 
-    def __init__(self, device: str, dtype: str, max_batch_tokens: int, passes: int) -> None:
+    def __init__(self, device: str, dtype: str, max_batch_tokens: int, passes: int, cuda_pass: str) -> None:
         self.device = device
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens
         self.passes = passes
+        self.cuda_pass = "padded" if device == "cpu" or dtype == "float32" else cuda_pass
         self.scored: set[int] = set()  # with which budgets
 
     def get_sentiment(self, texts: list[str]) -> list[str]:
@@ -60,16 +61,20 @@ class FakeModel:
 class Loads:
     """Keeps what is loaded; the dtype ``refused`` cannot be."""
 
+    auto_budget = 4_096
+
     def __init__(self, device: str, refused: str = "") -> None:
         self.models: list[FakeModel] = []
         self._device = device
         self._refused = refused
 
-    def __call__(self, _: str, *, dtype: str, backend: str, max_batch_tokens: object, **__: object) -> FakeModel:
+    def __call__(
+        self, _: str, *, dtype: str, backend: str, max_batch_tokens: object, cuda_pass: str, **__: object
+    ) -> FakeModel:
         if dtype == self._refused:
             raise BackendError("not here")
-        budget = max_batch_tokens if isinstance(max_batch_tokens, int) else 4_096
-        self.models.append(FakeModel(self._device, dtype, budget, passes=1 if backend == "torch" else 2))
+        budget = max_batch_tokens if isinstance(max_batch_tokens, int) else self.auto_budget
+        self.models.append(FakeModel(self._device, dtype, budget, 1 if backend == "torch" else 2, cuda_pass))
         return self.models[-1]
 
 
@@ -110,6 +115,22 @@ def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(
     assert report.times is not None
     assert report.times.device_s == pytest.approx(0.0015 / 1_024)
     assert json.loads(report.as_json())["processes"] >= 1
+
+
+def test_without_padding_the_budget_that_auto_takes_is_measured_too(
+    monkeypatch: pytest.MonkeyPatch, settings: BenchSettings
+) -> None:
+    loads, steps = Loads("cuda"), Steps()
+    loads.auto_budget = 262_144
+    with_loads(monkeypatch, loads)
+    report = measure(settings.model_copy(update={"cuda_pass": "unpadded"}), ["да"] * 600, steps)
+    budgets = {each.engine.dtype: [*each.texts_per_s] for each in report.engines}
+    assert budgets["float32"] == [*CUDA_BUDGETS]
+    assert budgets["auto"] == [*CUDA_BUDGETS, 262_144]
+    done, total = steps.done
+    assert done == total
+    assert report.cuda_pass == loads.models[-1].cuda_pass
+    assert ('cuda_pass = "unpadded"' in report.settings()) == (report.cuda_pass == "unpadded")
 
 
 AUTO = Engine("torch", "auto", True)

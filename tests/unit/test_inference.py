@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.waiting import wait_for
+from worker.core.batching import ANY_PADDING
 from worker.core.sentiment import CARD, LabelSet, Sentiment
 from worker.core.windows import Windowing
 from worker.kafka.reader import FetchedRecord
@@ -293,6 +294,16 @@ async def test_a_device_batch_ends_where_padding_costs_more_than_a_pass(model: M
     model.seen.clear()
     await answers(inference, ["a" * 10, "b" * 7, "c" * 6, "d" * 2])
     assert model.seen == [[10, 7], [6], [2]]
+
+
+@pytest.mark.parametrize(("pass_tokens", "tokens"), [(ANY_PADDING, 12), (100, 20)])
+async def test_padding_counts_where_texts_are_padded(model: Model, pass_tokens: int, tokens: int) -> None:
+    model.pass_tokens = pass_tokens
+    metrics = Metrics("test")
+    runner = model_runner.ModelRunner(model, metrics, tokenizer_progressed=lambda: None, model_progressed=lambda: None)
+    runner.warm_up()
+    runner.score([[7] * 10, [7] * 2])
+    assert f"sentiment_worker_batch_tokens_sum {tokens}.0" in metrics.text().decode()
 
 
 async def test_a_model_that_hangs_is_noticed_and_nobody_waits_for_it(model: Model) -> None:

@@ -50,10 +50,15 @@ def test_this_glibc_agrees() -> None:
         (RuntimeError("AllocateRawInternal() Failed to allocate memory for requested buffer of size 805306368"), True),
         (RuntimeError("Non-zero status code returned while running MatMulIntegerToFloat node. std::bad_alloc"), True),
         (RuntimeError("Non-zero status code returned while running Gather node. Index out of bounds"), False),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
-def test_the_words_of_onnx_runtime_for_want_of_memory_are_known(error: Exception, is_it: bool) -> None:
-    """Those of ONNX Runtime 1.20 and later: its arena's, and those of a kernel that allocates by itself."""
+def test_the_words_of_libraries_for_want_of_memory_are_known(error: Exception, is_it: bool) -> None:
+    """Those of ONNX Runtime 1.20 and later, its arena's and those of a kernel that allocates by itself; those of CUDA for
+    pinned memory and of cuBLAS, for which torch has no class of their own.
+    """
     assert memory.is_out_of_memory(error) == is_it
 
 

@@ -149,10 +149,16 @@ def test_stages_and_queues_have_their_series_from_the_start(metrics: Metrics) ->
 
 
 def test_a_device_batch_is_measured_with_its_padding(metrics: Metrics) -> None:
-    metrics.device_batch([10, 6, 4])
+    metrics.device_batch([10, 6, 4], is_padded=True)
     assert own(metrics, "batch_texts_sum") == 3
     assert own(metrics, "batch_tokens_sum") == 30
     assert own(metrics, "batch_padding_ratio_sum") == pytest.approx(1 / 3)
+
+
+def test_a_device_batch_without_padding_has_none(metrics: Metrics) -> None:
+    metrics.device_batch([10, 6, 4], is_padded=False)
+    assert own(metrics, "batch_tokens_sum") == 20
+    assert own(metrics, "batch_padding_ratio_sum") == 0
 
 
 def test_results_are_counted_by_label_with_score_and_time(metrics: Metrics) -> None:

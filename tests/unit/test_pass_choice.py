@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import AlbertConfig, AlbertForSequenceClassification, AutoModelForSequenceClassification
 
 from tests.support.classifiers import SIZES
-from worker.core.batching import TokenIds
+from worker.core.batching import ANY_PADDING, TokenIds
 from worker.model.checkpoint import BUILTIN
 from worker.model.reviews import read_reviews
 from worker.model.runner import PaddedPasses, RunnerOptions
@@ -201,7 +201,7 @@ def test_only_padded_passes_that_stay_have_all_their_graphs(
     assert isinstance(prepared.run, UnpaddedRunner) == (cuda_pass == "unpadded")
     assert made == [(2_048, None if cuda_pass == "padded" else ())]
     assert prepared[1:5] == (2, "torch", "float16", 2_048)
-    assert prepared.cuda_pass == cuda_pass
+    assert (prepared.run.pass_tokens == ANY_PADDING) == (cuda_pass == "unpadded")
 
 
 # A failure later.
@@ -242,6 +242,7 @@ def test_a_failure_is_computed_again_padded_and_once_said(caplog: pytest.LogCapt
     assert run.has_fallen_back
     assert unpadded.calls == [[3], [3, 20, 21]]
     assert padded.calls == [[21], [20], [3], [5, 4]]  # cut anew, as padded passes are
+    assert (run.widths, run.pass_tokens) == (padded.widths, padded.pass_tokens)  # by which later batches are cut
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "a pass without padding failed: it is computed again padded, and so is all that follows" in caplog.text
 
@@ -276,10 +277,23 @@ def test_want_of_memory_is_raised_and_the_way_stays() -> None:
     assert not run.has_fallen_back
 
 
-def test_what_padded_passes_raise_is_raised() -> None:
-    run = UnpaddedRunner(Failing(fails_from=1), Failing(fails_from=1, error="the device is lost"), 30)
-    with pytest.raises(RuntimeError, match="the device is lost"):
+def test_what_padded_passes_raise_is_raised_and_the_way_stays(caplog: pytest.LogCaptureFixture) -> None:
+    run = UnpaddedRunner(Failing(fails_from=1), Failing(fails_from=1, error="an index is out of range"), 30)
+    with pytest.raises(RuntimeError, match="an index is out of range"):
         run([[1]])
+    assert not run.has_fallen_back
+    assert run.pass_tokens == ANY_PADDING
+    assert not caplog.records
+
+
+def test_a_text_without_finite_logits_either_way_does_not_change_the_way() -> None:
+    unpadded, padded = Failing(fails_from=1), Failing()
+    padded.nan_for = (4,)
+    run = UnpaddedRunner(unpadded, padded, 30)
+    np.testing.assert_array_equal(lengths(run([[1] * 3, [1] * 4])), [3, np.nan])
+    assert not run.has_fallen_back
+    assert lengths(run([[1] * 3])) == [3]
+    assert run.has_fallen_back
 
 
 def test_what_has_no_finite_logits_is_computed_padded() -> None:

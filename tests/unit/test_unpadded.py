@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification
 
@@ -26,8 +27,9 @@ from worker.model.torch.unpadded import (
     UnpaddedBert,
     attend_by_text,
     find_varlen_attention,
+    flash_attention,
 )
-from worker.model.torch.unpadded_passes import HostStream, UnpaddedPasses, pack_row, size_of_row
+from worker.model.torch.unpadded_passes import MOST_TEXTS, HostStream, UnpaddedPasses, pack_row, size_of_row
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     "three layers": bert,
@@ -203,7 +205,7 @@ class CountingStream(HostStream):
 
 
 class TorchCalls(TorchFunctionMode):
-    """Counts calls from Python into torch. What attention does inside counts as one call."""
+    """Counts calls from Python into torch. Attention counts as one call, as ``flash_attention`` is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ class TorchCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def attend(self, *call: Any) -> Tensor:
-        self.names.append("varlen_attn")
+        self.names.append("attention")
         with torch._C.DisableTorchFunction():
             return attend_by_text(*call)
 
@@ -232,9 +234,19 @@ def test_calls_into_torch_are_few_however_many_texts_there_are(texts: int) -> No
         passes(ids)
     entered_inference_mode = 2
     assert len(calls.names) + CountingStream.calls + entered_inference_mode <= MOST_CALLS, calls.names
-    assert calls.names.count("varlen_attn") == 3
+    assert calls.names.count("attention") == 3
     copies = [name for name in calls.names if name in ("to", "copy_", "item", "tolist", "cpu", "cuda", "numpy")]
     assert copies == ["to", "copy_"]  # one in, one out, and nothing that waits
+
+
+def test_attention_is_one_call_into_torch() -> None:
+    part = torch.zeros(20, 12, 32, dtype=torch.float16, device="meta")
+    bounds = torch.zeros(4, dtype=torch.int32, device="meta")
+    with TorchCalls() as calls, torch.inference_mode():
+        calls.names.clear()
+        attended = flash_attention(part, part, part, bounds, bounds, 9, 9)
+    assert [name for name in calls.names if not name.startswith("__")] == ["_flash_attention_forward"]
+    assert (attended.shape, attended.dtype) == (part.shape, part.dtype)
 
 
 # Passes at once.
@@ -312,6 +324,20 @@ def test_after_a_failed_pass_the_stream_is_settled_and_the_next_one_has_its_own_
     assert passes([[1]]).shape == (1, 3)
 
 
+def test_more_texts_than_the_kernel_takes_go_in_several_passes() -> None:
+    seen: list[int] = []
+
+    def forward(row: RowOfTexts) -> Tensor:
+        seen.append(row.texts)
+        *_, ids = torch.split_with_sizes(row.numbers, (row.texts + 1, row.texts + 1, row.texts, row.texts, row.tokens))
+        return ids[:, None].float().expand(-1, 3)
+
+    passes = UnpaddedPasses(forward, HostStream, labels=3, padding=0)
+    texts = np.arange(MOST_TEXTS + 2, dtype=np.int32)[:, None]
+    np.testing.assert_array_equal(passes(list(texts))[:, 0], texts[:, 0])
+    assert seen == [MOST_TEXTS, 2]
+
+
 def test_answers_do_not_share_memory() -> None:
     passes = passes_of(bert())
     first = passes([[7, 8]])
@@ -367,12 +393,10 @@ def test_attention_is_given_what_the_flash_kernel_takes() -> None:
         assert (most_queries, most_keys) == ((1, 3) if layer == 2 else (3, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_splits": 1}])
-def test_the_installed_varlen_attn_takes_it(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("attend", [flash_attention, varlen_attn, partial(varlen_attn, num_splits=1)])
+def test_the_installed_torch_takes_it(attend: Any) -> None:
     """On torch's device meta, where shapes are computed and nothing else."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    forward = UnpaddedBert(of_the_card().half().to("meta"), partial(varlen_attn, **options))
+    forward = UnpaddedBert(of_the_card().half().to("meta"), attend)
     numbers = torch.zeros(size_of_row(3, 20), dtype=torch.int32, device="meta")
     with torch.inference_mode():
         assert forward(RowOfTexts(numbers, 3, 20, 9)).shape == (3, 3)
@@ -382,10 +406,13 @@ def test_the_installed_varlen_attn_takes_it(options: dict[str, Any]) -> None:
 
 
 def find(monkeypatch: pytest.MonkeyPatch, varlen_attn: Callable[..., Tensor]) -> Any:
-    import torch.nn.attention.varlen as module
-
-    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     return find_varlen_attention(torch.device("cpu"), torch.float32, 2, 16)
+
+
+def test_the_flash_kernel_itself_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.model.torch.unpadded.flash_attention", attend_by_text)
+    assert find(monkeypatch, lambda *_, **__: 1 / 0) is attend_by_text
 
 
 def test_varlen_attn_is_called_without_splits_where_it_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:

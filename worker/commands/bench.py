@@ -34,7 +34,7 @@ from worker.model.autotune import (
 )
 from worker.model.device import has_torch
 from worker.model.reviews import read_reviews
-from worker.model.runner import AGREEMENT, BackendError
+from worker.model.runner import AGREEMENT, BackendError, CudaPass
 from worker.model.sentiment_model import SentimentModel
 from worker.printable import counted, printable
 from worker.runtime.memory import free_device_memory
@@ -90,6 +90,7 @@ class BenchReport:
     device: str
     texts: int
     engines: list[EngineSpeed] = field(default_factory=list)
+    cuda_pass: CudaPass = "padded"  # of the best engine
     latency_ms: dict[int, float] = field(default_factory=dict)
     batch_seconds: dict[int, float] = field(default_factory=dict)
     times: TextTimes | None = None
@@ -116,6 +117,8 @@ class BenchReport:
         ]  # fmt: skip
         if best.threads is not None:
             lines.append(f"cpu_threads = {best.threads}")
+        if self.cuda_pass != "padded":
+            lines.append(f'cuda_pass = "{self.cuda_pass}"')
         return "\n".join(lines)
 
     def hours_per_million(self) -> float:
@@ -174,6 +177,10 @@ class Steps:
         """There are so many in all."""
         self._progress.update(self._task, total=count)
 
+    def expect_more(self, count: int) -> None:
+        _, total = self.done
+        self.expect(count + int(total or 0))
+
     def tell(self, what: str) -> None:
         """Shows what is being done."""
         self._progress.update(self._task, description=what)
@@ -207,6 +214,7 @@ def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> Benc
             log.info("%s is left out: %s", engine, error)
             steps.skip(len(budgets))
     best = _load(settings, report.best.engine, report.best.budget)
+    report.cuda_pass = best.cuda_pass
     for size in BATCHES:
         some = texts[:size] if size <= len(texts) else texts
         with steps.step(f"latency of {counted(size, 'text')}"):
@@ -246,6 +254,9 @@ def _measure_engine(
     is_on_cpu = model.device == "cpu"
     agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
     measured = EngineSpeed(engine, {}, agreement, model.passes if is_on_cpu else None)
+    if model.cuda_pass == "unpadded":  # which has more room than the budgets of padded passes
+        steps.expect_more(len({*budgets, model.max_batch_tokens}) - len(budgets))
+        budgets = sorted({*budgets, model.max_batch_tokens})
     for budget in budgets:
         with steps.step(f"{engine}, {budget} tokens"):
             if is_on_cpu:

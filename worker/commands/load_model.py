@@ -20,7 +20,6 @@ def load_from_settings(settings: ModelSettings) -> SentimentModel:
         dtype=settings.dtype,
         backend=settings.backend,
         max_batch_tokens=settings.max_batch_tokens,
-        cuda_pass=settings.cuda_pass,
         **checkpoint_options(settings),
     )
 
@@ -46,6 +45,7 @@ def checkpoint_options(settings: CheckpointSettings) -> dict[str, Any]:
         "max_windows": settings.max_windows,
         "device": settings.device,
         "cpu_threads": settings.cpu_threads,
+        "cuda_pass": settings.cuda_pass,
     }
 
 

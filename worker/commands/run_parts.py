@@ -291,7 +291,7 @@ def tell_of_model(model: "SentimentModel", metrics: Metrics) -> None:
 
 def in_force(model: "SentimentModel") -> dict[str, str]:
     """The values that a loaded model runs with, by the names of the settings: where one is ``auto``, what was chosen."""
-    return {
+    values = {
         "device": str(model.device),
         "backend": model.backend,
         "dtype": model.dtype,
@@ -299,6 +299,7 @@ def in_force(model: "SentimentModel") -> dict[str, str]:
         "max_batch_tokens": str(model.max_batch_tokens),
         "max_batch_texts": str(model.max_batch_texts),
     }
+    return values if model.device == "cpu" else {**values, "cuda_pass": model.cuda_pass}
 
 
 def tell_that_it_is_ready(inference: Inference, metrics: Metrics) -> None:

@@ -4,13 +4,16 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, takewhile
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 """The token ids of one text."""
+
+ANY_PADDING: Final = 2**31 - 1
+"""The ``pass_tokens`` of a device that pads nothing: texts of all lengths may share a pass."""
 
 SourceT = TypeVar("SourceT", bound=Hashable)
 ItemT = TypeVar("ItemT")

@@ -27,7 +27,8 @@ class PassRunner(Protocol):
     """Token ids of N texts → logits (N, labels) in one pass. A call blocks; several threads may call at once.
 
     ``widths``: the lengths, ascending, that texts are padded to; empty if any. ``pass_tokens``: the tokens that are
-    computed in the time that one more pass costs. ``cut_by_length`` takes both.
+    computed in the time that one more pass costs, ANY_PADDING if texts are not padded. ``cut_by_length`` takes both; both
+    change if a GPU goes back to padded passes.
     """
 
     widths: Sequence[int]
@@ -39,7 +40,7 @@ class PassRunner(Protocol):
 class PreparedRunner(NamedTuple):
     """A runner and what was chosen for it: how many threads should call it at once, and the values of the settings.
 
-    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own. ``cuda_pass``: padded or unpadded.
+    ``memory_bytes``: the device memory in use; 0 on a CPU, where it is the process's own.
     """
 
     run: PassRunner
@@ -48,7 +49,6 @@ class PreparedRunner(NamedTuple):
     dtype: str
     max_batch_tokens: int
     memory_bytes: Callable[[], int] = lambda: 0
-    cuda_pass: CudaPass = "padded"
 
 
 class RunnerOptions(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.core.batching import TokenIds, cut_by_length
+from worker.core.batching import ANY_PADDING, TokenIds, cut_by_length
 from worker.core.sentiment import (
     Activation,
     Floats,
@@ -62,8 +62,8 @@ class SentimentModel:
     and are not at their default. ``labels``: their names, and how logits become results. ``max_tokens``: of a text in one
     pass. ``windowing``: splits longer texts; None where they are cut. ``max_batch_tokens``: of one pass, padding included.
     ``max_batch_texts``: of a worker's micro-batch; the worker sets it. ``passes``: how many threads should call ``logits``
-    at once to be fastest. ``widths`` and ``pass_tokens``: as for PassRunner. ``cuda_pass``: how a GPU computes a pass,
-    ``padded`` or ``unpadded``. ``warning``: a warning about a checkpoint that can be used; None if there is none.
+    at once to be fastest. ``widths`` and ``pass_tokens``: as for PassRunner. ``cuda_pass``: how passes are computed as
+    of now, ``padded`` or ``unpadded``. ``warning``: a warning about a checkpoint that can be used; None if there is none.
     """
 
     def __init__(
@@ -88,11 +88,8 @@ class SentimentModel:
         self.backend = runner.backend
         self.dtype = runner.dtype
         self.passes = runner.passes
-        self.cuda_pass = runner.cuda_pass
         self.max_batch_tokens = runner.max_batch_tokens
         self.max_batch_texts = BATCH_TEXTS
-        self.widths = runner.run.widths
-        self.pass_tokens = runner.run.pass_tokens
         self.max_tokens = windowing.max_tokens if windowing else tokenizer.max_tokens
         self.windowing = windowing
         self._tokenizer = tokenizer
@@ -104,6 +101,18 @@ class SentimentModel:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the arguments of ``load``, and the commit if the model is the hub's: unpickling loads it again."""
         return partial(SentimentModel.load, **self._load_arguments), ()
+
+    @property
+    def widths(self) -> Sequence[int]:
+        return self._run.widths
+
+    @property
+    def pass_tokens(self) -> int:
+        return self._run.pass_tokens
+
+    @property
+    def cuda_pass(self) -> CudaPass:
+        return "unpadded" if self.pass_tokens == ANY_PADDING else "padded"
 
     @classmethod
     def load(

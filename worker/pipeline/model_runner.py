@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.core.batching import TokenIds, cut_by_length
+from worker.core.batching import ANY_PADDING, TokenIds, cut_by_length
 from worker.core.sentiment import LabelSet, Sentiment, to_sentiments
 from worker.core.windows import Windowing
 from worker.runtime.memory import free_device_memory, is_out_of_memory
@@ -42,10 +42,12 @@ class Model(Protocol):
     max_batch_tokens: int
     max_tokens: int
     passes: int
-    widths: Sequence[int]
-    pass_tokens: int
     windowing: Windowing | None
 
+    @property
+    def widths(self) -> Sequence[int]: ...
+    @property
+    def pass_tokens(self) -> int: ...
     def tokenize(self, texts: Sequence[str], /) -> tuple[Sequence[TokenIds], Sequence[bool]]: ...
     def count_tokens(self, ids: Sequence[TokenIds], /) -> tuple[int, int]: ...
     def logits(self, ids: Sequence[TokenIds], /) -> NDArray[np.float32]: ...
@@ -152,7 +154,7 @@ class ModelRunner:
                 return self._score_with_less_memory(ids)
             return self._isolate_poison(ids, f"the model failed: {_kind(error)}")
         if self._is_warm:
-            self._metrics.device_batch(list(map(len, ids)))
+            self._metrics.device_batch(list(map(len, ids)), is_padded=self.model.pass_tokens != ANY_PADDING)
         if None not in sentiments:
             return cast("list[Sentiment | str]", sentiments)
         answers: list[Sentiment | str] = []

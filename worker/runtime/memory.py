@@ -7,7 +7,9 @@ from typing import Final
 
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3
-ALLOCATION_FAILED: Final = ("allocate memory", "std::bad_alloc")  # in messages of torch and of ONNX Runtime
+ALLOCATION_FAILED: Final = (  # in messages of torch, of ONNX Runtime and of CUDA
+    "allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED",
+)  # fmt: skip
 LARGEST_BLOCK: Final = 1 << 25  # bytes; glibc before 2.35 takes no more
 
 

@@ -62,6 +62,12 @@ class CheckpointSettings(LogSettings):
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
         "auto", description="threads of the model on a CPU; auto: measured at the start"
     )
+    cuda_pass: Literal["padded", "unpadded", "auto"] = Field(
+        "padded",
+        description="how a GPU computes the texts of a pass; padded: each as long as the longest; unpadded: one behind "
+        "another, where torch (2.10), the device (compute capability 8.0) and dtype (half precision) can and the logits "
+        "agree on the shipped reviews; auto: unpadded where that is faster, too",
+    )
 
     @model_validator(mode="after")
     def _has_a_revision(self) -> Self:
@@ -85,12 +91,6 @@ class ModelSettings(CheckpointSettings):
     )
     max_batch_tokens: Annotated[int, Field(ge=1, le=INT32)] | Literal["auto"] = Field(
         "auto", description="tokens in one pass of the model, padding included; auto: measured at the start"
-    )
-    cuda_pass: Literal["padded", "unpadded", "auto"] = Field(
-        "padded",
-        description="how a GPU computes the texts of a pass; padded: each as long as the longest; unpadded: one behind "
-        "another, where torch (2.10), the device (compute capability 8.0) and dtype (half precision) can and the logits "
-        "agree on the shipped reviews; auto: unpadded where that is faster, too",
     )
 
 

@@ -188,12 +188,12 @@ class Metrics:
         """All metrics in the format that ``CONTENT_TYPE`` names; takes a few milliseconds."""
         return generate_latest(self._registry)
 
-    def device_batch(self, lengths: Sequence[int]) -> None:
-        """One pass of the model over texts of these lengths, in tokens."""
-        padded = len(lengths) * max(lengths)
+    def device_batch(self, lengths: Sequence[int], *, is_padded: bool) -> None:
+        """One pass of the model over texts of these lengths, in tokens; if it is padded, to the longest of them."""
+        tokens = len(lengths) * max(lengths) if is_padded else sum(lengths)
         self.batch_texts.observe(len(lengths))
-        self.batch_tokens.observe(padded)
-        self.batch_padding_ratio.observe(1 - sum(lengths) / padded)
+        self.batch_tokens.observe(tokens)
+        self.batch_padding_ratio.observe(1 - sum(lengths) / tokens)
 
     def tokenized(self, tokens: int, unknown: int) -> None:
         """Texts of so many tokens have been tokenized; ``unknown`` of these are not in the vocabulary."""

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.core.batching import TokenIds, cut_by_length
+from worker.core.batching import ANY_PADDING, TokenIds, cut_by_length
 from worker.model.autotune import shortest_run_s
 from worker.model.runner import AGREEMENT, PassRunner, RunnerOptions
 from worker.model.torch.backends import Choice, logits_of
 from worker.model.torch.bert import GPU_HEAD_MULTIPLE, BertClassifier
 from worker.model.torch.cuda import PASSES, expected_agreement
 from worker.model.torch.unpadded import Attend, UnpaddedBert, find_varlen_attention, widened
-from worker.model.torch.unpadded_passes import ANY_PADDING, CudaStream, PassStream, UnpaddedPasses
-from worker.runtime.memory import is_out_of_memory
+from worker.model.torch.unpadded_passes import CudaStream, PassStream, UnpaddedPasses
+from worker.runtime.memory import free_device_memory, is_out_of_memory
 from worker.runtime.threads import parallel_map
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ def gpu_of(device: torch.device) -> Gpu:
         return int(torch.cuda.max_memory_allocated(device)) - before
 
     def new_stream() -> CudaStream:
-        torch.cuda.synchronize(
-            device
-        )  # of what the default stream does to the weights, which this one does not wait for
+        # For what the default stream does to the weights. All streams would include one on which a model that is being
+        # loaded captures graphs, and that may not be waited for.
+        torch.cuda.default_stream(device).synchronize()
         return CudaStream(device)
 
     return Gpu(
@@ -75,10 +75,11 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 class UnpaddedRunner:
-    """A PassRunner that computes without padding. Once such a pass fails, it is computed padded, and so are all later ones.
+    """A PassRunner that computes without padding. If such a pass fails, it is computed padded, and so are all later ones.
 
-    ``max_batch_tokens``: the tokens of a pass. For want of memory it does not go back: it raises that, and whoever calls
-    makes passes smaller. Logits that are not finite are computed again by padded passes.
+    It goes back only if padded passes have finite logits for the same texts: else these or the device are at fault. For
+    want of memory it does not: it raises that, and whoever calls makes passes smaller. Logits that are not finite are
+    computed again by padded passes. ``max_batch_tokens``: the tokens of a pass.
     """
 
     widths: Sequence[int] = ()
@@ -99,8 +100,10 @@ class UnpaddedRunner:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._fall_back(error)
-            return self._padded_logits(ids)
+            logits = self._padded_logits(ids)
+            if np.isfinite(logits).all():
+                self._fall_back(error)
+            return logits
         broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(broken):
             logits[broken] = self._padded_logits([ids[row] for row in broken.tolist()])
@@ -114,6 +117,7 @@ class UnpaddedRunner:
             if self.has_fallen_back:
                 return
             self.has_fallen_back = True
+            self.widths, self.pass_tokens = self._padded.widths, self._padded.pass_tokens
         log.warning(
             "a pass without padding failed: it is computed again padded, and so is all that follows",
             extra={"error": f"{type(error).__name__}: {error}"[:200]},
@@ -138,9 +142,11 @@ def choose_unpadded(
     fallback = padded(budget, ())
     speeds = {}
     if options.cuda_pass == "auto":
-        batches = _cut(fallback, options.examples, budget)
-        rivals = {"unpadded": unpadded, "padded": padded(budget, batches)}
+        graphed = padded(budget, _cut(fallback, options.examples, budget))
+        rivals: dict[str, PassRunner] = {"unpadded": unpadded, "padded": graphed}
         speeds = {name: _texts_per_s(run, options.examples, budget) for name, run in rivals.items()}
+        del graphed, rivals
+        free_device_memory()  # of the graphs, which torch would keep
         if speeds["unpadded"] <= speeds["padded"]:
             log.info("the GPU computes texts padded: that is faster here", extra={"texts_per_s": speeds})
             return None

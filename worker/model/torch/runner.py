@@ -47,8 +47,7 @@ def prepare_cuda_runner(model: Any, options: RunnerOptions, gpu: Gpu, *, dtype: 
     if options.cuda_pass != "padded":
         unpadded = choose_unpadded(choice, options, padded, gpu, labels=labels)
         if unpadded:
-            tokens = unpadded.max_batch_tokens
-            return PreparedRunner(unpadded, PASSES, "torch", choice.dtype, tokens, memory_bytes, "unpadded")
+            return PreparedRunner(unpadded, PASSES, "torch", choice.dtype, unpadded.max_batch_tokens, memory_bytes)
     if tokens == "auto":
         measured = NumpyForward(choice.forward, model.device)
         tokens = tune_budget(measured, model.device.type, options.max_tokens, options.tuning_s)

@@ -202,18 +202,28 @@ def attend_by_text(
     )
 
 
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor, queries: int, keys: int
+) -> Tensor:
+    """The Flash kernel as ``varlen_attn`` calls it: without dropout, causal mask and debugging."""
+    bounds = (query_bounds, key_bounds, queries, keys)
+    attended: Tensor = torch.ops.aten._flash_attention_forward(query, key, value, *bounds, 0.0, False, False)[0]
+    return attended
+
+
 def find_varlen_attention(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> Attend | None:
     """``varlen_attn`` of this version of torch, if it is right for such heads on this device, else None. Blocks.
 
-    Each way of calling it is tried, for its signature has changed from version to version. With ``num_splits=1`` (torch 2.12
-    and later) it takes the Flash kernel; else later versions prefer cuDNN's, which makes a plan of its own for each
-    combination of sizes, and these change with each pass.
+    Each way of calling it is tried, for its signature has changed from version to version. The first is what it calls
+    itself: that is one call into torch where ``varlen_attn`` makes four. With ``num_splits=1`` (torch 2.12 and later) that,
+    too, takes the Flash kernel; else later versions prefer cuDNN's, which makes a plan of its own for each combination of
+    sizes, and these change with each pass.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - came with torch 2.10
     except ImportError:
         return None
-    ways: list[Any] = [partial(varlen_attn, num_splits=1), varlen_attn]
+    ways: list[Any] = [flash_attention, partial(varlen_attn, num_splits=1), varlen_attn]
     return next((way for way in ways if _is_right(way, device, dtype, heads, size)), None)
 
 
@@ -232,10 +242,13 @@ def _is_right(attend: Attend, device: torch.device, dtype: torch.dtype, heads: i
         try:
             given = [attend(*call).float() for call in calls]
         except Exception as error:  # noqa: BLE001 - an unknown argument, or a device that cannot
-            log.debug("a way to call varlen_attn does not work here: %s", error)
+            log.info("a way to call varlen_attn does not work here: %s", str(error).partition("\n")[0][:200])
             return False
         wanted = [attend_by_text(c[0].float(), c[1].float(), c[2].float(), *c[3:]) for c in calls]
-    return all(
+    is_right = all(
         mine.shape == right.shape and torch.allclose(mine, right, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
         for mine, right in zip(given, wanted, strict=True)
     )
+    if not is_right:
+        log.info("a way to call varlen_attn gives wrong values here")
+    return is_right

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.core.batching import TokenIds
+from worker.core.batching import ANY_PADDING, TokenIds
 from worker.model.torch.unpadded import RowOfTexts
 
 Logits = NDArray[np.float32]
 
-ANY_PADDING: Final = 2**31 - 1  # tokens; texts of all lengths may share a pass, for none is padded
+MOST_TEXTS: Final = 65_535  # of a pass: the Flash kernel has a row of blocks for each, and CUDA has no more rows
 
 
 class PassStream(Protocol):
@@ -120,7 +120,9 @@ class PassBuffers:
 
 
 class UnpaddedPasses:
-    """Token ids of N texts → logits (N, labels), in one pass. Blocks until they are there; for any number of threads.
+    """Token ids of N texts → logits (N, labels), in one pass, or one for each MOST_TEXTS.
+
+    A call blocks until they are there; several threads may call at once.
 
     ``widths`` and ``pass_tokens``: as for PassRunner; a micro-batch goes in as few passes as its token budget allows.
     Raises what torch raises; after that the next pass has buffers of its own.
@@ -149,6 +151,8 @@ class UnpaddedPasses:
         if not lengths.all():
             return self([each if len(each) else [self._padding] for each in ids])
         texts, tokens = len(ids), int(lengths.sum())
+        if texts > MOST_TEXTS:
+            return np.concatenate([self(ids[:MOST_TEXTS]), self(ids[MOST_TEXTS:])])
         end = size_of_row(texts, tokens)
         buffers = self._free_buffers(end, texts)
         try:
