@@ -13,7 +13,7 @@ from worker.settings.commands import CorpusSettings, EvaluateSettings
 from worker.training.dataset import CLASSES, Example, LabelledFile, parse_sources
 from worker.training.evaluate import evaluate, in_order, read_rows
 from worker.training.evaluation_report import Comparison, EvaluationReport
-from worker.training.predictions_file import check_predictions_path, write_predictions
+from worker.training.predictions_file import check_no_source, check_predictions_path, write_predictions
 
 if TYPE_CHECKING:
     from worker.model.sentiment_model import SentimentModel
@@ -31,6 +31,8 @@ def run(settings: EvaluateSettings) -> int:
     classes = labels_from_settings(settings).names if settings.source else CLASSES
     sources = labelled_sources(settings, classes)
     with faults_as_wrong_settings():  # what is wrong with a file is said before a model is loaded
+        if settings.predictions:
+            check_no_source(settings.predictions, [source.path for source in sources])
         rows = read_rows(sources, held_out_by=settings.held_out_rules() if settings.held_out_only else ())
 
     model, against = load_from_settings(settings), None
