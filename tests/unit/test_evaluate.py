@@ -280,3 +280,20 @@ def test_the_command_does_not_overwrite_its_rows_with_predictions(tmp_path: Path
         with pytest.raises(WrongSetting, match=r"--predictions .* is a source, whose rows would be overwritten"):
             run(EvaluateSettings(**QUICK, **asked))  # type: ignore[arg-type]
     assert source.read_bytes() == before
+
+
+def test_a_checkpoint_whose_labels_are_renamed_is_compared_with_one_that_has_these_names(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    other = shutil.copytree(BUILTIN, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    (other / "config.json").write_text(json.dumps(config))
+    rows = write(tmp_path / "rows.csv", [("хорошо", "positive"), ("плохо", "negative")])
+    names = "LABEL_0=negative,LABEL_1=neutral,LABEL_2=positive"
+    asked = {**QUICK, "model": str(other), "model_labels": names, "against": "builtin", "source": [str(rows)]}
+    assert run(EvaluateSettings(format="json", **asked)) == 0  # type: ignore[arg-type]
+    figures = json.loads(capfdbinary.readouterr().out)
+    assert figures["model"].endswith(f"+model_labels={names}")
+    assert "+" not in figures["against"]["model"]
+    assert figures["against"]["overall"]["difference"] == 0

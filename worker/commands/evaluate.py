@@ -26,7 +26,11 @@ def run(settings: EvaluateSettings) -> int:
     if settings.predictions:
         with faults_as_wrong_settings():
             check_predictions_path(settings.predictions)
-    from worker.commands.load_model import labels_from_settings, load_from_settings  # noqa: PLC0415 - `train` does without
+    from worker.commands.load_model import (  # noqa: PLC0415 - `train` does without
+        labels_from_settings,
+        load_from_settings,
+        settings_for_another,
+    )
 
     classes = labels_from_settings(settings).names if settings.source else CLASSES
     sources = labelled_sources(settings, classes)
@@ -37,8 +41,7 @@ def run(settings: EvaluateSettings) -> int:
 
     model, against = load_from_settings(settings), None
     if settings.against:  # loaded before anything is measured, which may take long
-        revision = settings.against_revision
-        against = load_from_settings(settings.model_copy(update={"model": settings.against, "revision": revision}))
+        against = load_from_settings(settings_for_another(settings, settings.against, settings.against_revision))
     report = _measure(model, rows, classes)
     comparison = Comparison(report, _measure(against, rows, classes), (model.name, against.name)) if against else None
     _print(settings, model.name, report, comparison)

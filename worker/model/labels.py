@@ -145,7 +145,8 @@ def _weights(name: str, names: Sequence[str], scores: Mapping[str, float] | None
     for label, weight in scores.items():
         if not abs(weight) <= MAX_WEIGHT:  # true for NaN, too
             raise ModelError(
-                f"label_scores gives {_shown(label)} the weight {weight:g}; it should be from -{MAX_WEIGHT:,} to {MAX_WEIGHT:,}"
+                f"label_scores gives {_shown(label)} the weight {weight:g}; it should be from -{MAX_WEIGHT:,} to "
+                f"{MAX_WEIGHT:,}"
             )
         if label not in names:
             raise ModelError(
