@@ -212,6 +212,9 @@ def test_a_wrong_setting_ends_with_one_sentence(tmp_path: Path, settings: dict[s
     done = forked("classify", "--model", tmp_path, *flags(Shape([], [], settings)), "да")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert [part for part in parts if part not in done.stderr] == [], done.stderr
+    done = forked("check", "--model", tmp_path, *flags(Shape([], [], settings)), "--bootstrap-servers", "127.0.0.1:1")
+    assert done.returncode == 2, done.stdout
+    assert [part for part in parts if part not in done.stdout] == [], done.stdout
 
 
 def test_after_a_reload_to_other_labels_the_metrics_and_the_console_follow(
