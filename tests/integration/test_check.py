@@ -155,7 +155,7 @@ def test_a_checkpoint_that_is_none_fails_and_the_brokers_are_looked_at_all_the_s
 ) -> None:
     kafka.create_all(topics)
     done = forked("check", *flags(kafka, topics), "--model", "/nowhere/at/all")
-    assert done.returncode == 1
+    assert done.returncode == 2, "as that of run"
     assert lines_of(done.stdout)["model"] == "fail"
     assert "there is no such folder" in done.stdout
     assert lines_of(done.stdout)["permissions"] == "ok"

@@ -212,6 +212,9 @@ def test_a_wrong_setting_ends_with_one_sentence(tmp_path: Path, settings: dict[s
     done = forked("classify", "--model", tmp_path, *flags(Shape([], [], settings)), "да")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert [part for part in parts if part not in done.stderr] == [], done.stderr
+    done = forked("check", "--model", tmp_path, *flags(Shape([], [], settings)), "--bootstrap-servers", "127.0.0.1:1")
+    assert done.returncode == 2, done.stdout
+    assert [part for part in parts if part not in done.stdout] == [], done.stdout
 
 
 def test_after_a_reload_to_other_labels_the_metrics_and_the_console_follow(
@@ -248,7 +251,7 @@ def test_the_page_shows_any_labels_and_a_score_that_is_not_there(
     kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, browser: Browser
 ) -> None:
     many = [f"label {number}" for number in range(70)]
-    many[3] = "<b>hidden</b>"
+    many[3:6] = "<b>hidden</b>", "constructor", "__proto__"  # the last two are properties of every object in JavaScript
     (tmp_path / "model").mkdir()
     model = make_checkpoint(tmp_path / "model", labels=many, **MULTI)
     kafka.create_all(topics, 1)
@@ -257,7 +260,9 @@ def test_the_page_shows_any_labels_and_a_score_that_is_not_there(
     kafka.send(topics.input, [event(number, f"{number} {text}") for number, text in enumerate(TEXTS * 5)])
     wait_for(lambda: len(browser.texts("#results tbody tr")) == 35, "the results to be shown", 120)
     wait_for(lambda: "other labels" in browser.text("[data-chart=mix] .key"), "the mix to be shown", 60)
-    assert len(browser.texts("[data-chart=mix] .key b")) == 9
+    shares = [each.removesuffix(" %") for each in browser.texts("[data-chart=mix] .key b")]
+    assert len(shares) == 9
+    assert sum(map(float, shares)) == pytest.approx(100, abs=9 * 0.5)
     assert "label_scores" in browser.text("[data-chart=score]")
     assert browser.texts("#results tbody td:nth-child(3)")[0].startswith("–")
     titles = browser.run("return [...document.querySelectorAll('#results tbody td:nth-child(3)')].map(n => n.title)")

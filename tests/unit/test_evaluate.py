@@ -213,6 +213,8 @@ def test_a_place_for_predictions_is_checked_before_anything_is_measured(tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             check_predictions_path(path)
+    check_predictions_path(tmp_path / "x.csv")
+    assert not (tmp_path / "x.csv").exists(), "what fails later leaves no empty file"
     (tmp_path / "x.csv").write_text("before")
     check_predictions_path(tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_text() == "before"
@@ -267,3 +269,31 @@ def test_the_command_refuses_a_place_for_predictions_before_it_loads_a_model(tmp
     asked = {"source": [f"demo={BUILTIN / 'demo.csv'}"], "predictions": tmp_path / "said.txt"}
     with pytest.raises(WrongSetting, match=r"said.txt should end in .csv or .jsonl"):
         run(EvaluateSettings(model="./nowhere", **asked))  # type: ignore[arg-type]
+
+
+def test_the_command_does_not_overwrite_its_rows_with_predictions(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.csv", [("хорошо", "positive")])
+    (tmp_path / "link.csv").symlink_to(source)
+    before = source.read_bytes()
+    for path in (source, tmp_path / "link.csv"):
+        asked = {"source": [str(source)], "predictions": path}
+        with pytest.raises(WrongSetting, match=r"--predictions .* is a source, whose rows would be overwritten"):
+            run(EvaluateSettings(**QUICK, **asked))  # type: ignore[arg-type]
+    assert source.read_bytes() == before
+
+
+def test_a_checkpoint_whose_labels_are_renamed_is_compared_with_one_that_has_these_names(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    other = shutil.copytree(BUILTIN, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    (other / "config.json").write_text(json.dumps(config))
+    rows = write(tmp_path / "rows.csv", [("хорошо", "positive"), ("плохо", "negative")])
+    names = "LABEL_0=negative,LABEL_1=neutral,LABEL_2=positive"
+    asked = {**QUICK, "model": str(other), "model_labels": names, "against": "builtin", "source": [str(rows)]}
+    assert run(EvaluateSettings(format="json", **asked)) == 0  # type: ignore[arg-type]
+    figures = json.loads(capfdbinary.readouterr().out)
+    assert figures["model"].endswith(f"+model_labels={names}")
+    assert "+" not in figures["against"]["model"]
+    assert figures["against"]["overall"]["difference"] == 0

@@ -218,3 +218,5 @@ def test_at_most_64_labels_have_a_series_of_their_own(metrics: Metrics) -> None:
     metrics.published(labels, [None] * 100, [])
     assert by_label(metrics) == {**dict.fromkeys(labels[:64], 1), "other": 36}
     assert metrics.shown_labels == [*labels[:64], "other"]
+    metrics.set_labels(["other", *labels])
+    assert metrics.shown_labels == ["other", *labels[:63]], "a label of this name shares its series, and is there once"

@@ -152,7 +152,7 @@ def _model(settings: RunSettings) -> Finding:
     try:
         model = load_from_settings(settings)
     except UserError as error:  # brokers and topics are worth a look all the same
-        return Finding("model", "fail", str(error))
+        return Finding("model", "fail", str(error), error.exit_code)
     sentiment = model.score(["Хорошо, спасибо."])[0].sentiment
     if sentiment is None:
         return Finding(

@@ -13,7 +13,7 @@ from worker.settings.commands import CorpusSettings, EvaluateSettings
 from worker.training.dataset import CLASSES, Example, LabelledFile, parse_sources
 from worker.training.evaluate import evaluate, in_order, read_rows
 from worker.training.evaluation_report import Comparison, EvaluationReport
-from worker.training.predictions_file import check_predictions_path, write_predictions
+from worker.training.predictions_file import check_no_source, check_predictions_path, write_predictions
 
 if TYPE_CHECKING:
     from worker.model.sentiment_model import SentimentModel
@@ -26,17 +26,22 @@ def run(settings: EvaluateSettings) -> int:
     if settings.predictions:
         with faults_as_wrong_settings():
             check_predictions_path(settings.predictions)
-    from worker.commands.load_model import labels_from_settings, load_from_settings  # noqa: PLC0415 - `train` does without
+    from worker.commands.load_model import (  # noqa: PLC0415 - `train` does without
+        labels_from_settings,
+        load_from_settings,
+        settings_for_another,
+    )
 
     classes = labels_from_settings(settings).names if settings.source else CLASSES
     sources = labelled_sources(settings, classes)
     with faults_as_wrong_settings():  # what is wrong with a file is said before a model is loaded
+        if settings.predictions:
+            check_no_source(settings.predictions, [source.path for source in sources])
         rows = read_rows(sources, held_out_by=settings.held_out_rules() if settings.held_out_only else ())
 
     model, against = load_from_settings(settings), None
     if settings.against:  # loaded before anything is measured, which may take long
-        revision = settings.against_revision
-        against = load_from_settings(settings.model_copy(update={"model": settings.against, "revision": revision}))
+        against = load_from_settings(settings_for_another(settings, settings.against, settings.against_revision))
     report = _measure(model, rows, classes)
     comparison = Comparison(report, _measure(against, rows, classes), (model.name, against.name)) if against else None
     _print(settings, model.name, report, comparison)

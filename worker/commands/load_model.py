@@ -9,7 +9,7 @@ from worker.model.loading import open_checkpoint
 from worker.model.sentiment_model import SentimentModel
 from worker.runtime.memory import keep_freed_blocks
 from worker.settings.shared import CheckpointSettings, ModelSettings
-from worker.settings.values import pairs
+from worker.settings.values import pairs, pairs_text
 
 
 def load_from_settings(settings: ModelSettings) -> SentimentModel:
@@ -29,6 +29,18 @@ def labels_from_settings(settings: CheckpointSettings) -> LabelSet:
     options = checkpoint_options(settings)
     given = LabelOptions(**{name: options[name] for name in LabelOptions._fields})
     return checkpoint_labels(settings.model, open_checkpoint(settings.model, settings.revision).config, given).labels
+
+
+def settings_for_another(settings: ModelSettings, model: str, revision: str | None) -> ModelSettings:
+    """The same settings for another model to compare with: of ``model_labels`` those of labels that it has.
+
+    Scores and thresholds are left out, for what is compared is labels. Blocks. Raises ModelError.
+    """
+    others = {"model": model, "revision": revision, "model_labels": None, "label_scores": None, "threshold": None}
+    another = settings.model_copy(update=others)
+    own = labels_from_settings(another).names
+    renames = [pair for pair in pairs(settings.model_labels or "") if pair[0] in own]
+    return another.model_copy(update={"model_labels": pairs_text(renames) or None})
 
 
 def checkpoint_options(settings: CheckpointSettings) -> dict[str, Any]:

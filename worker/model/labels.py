@@ -1,6 +1,5 @@
 """A checkpoint's labels: their names in results, how logits become probabilities, and the weights of the score."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ MAX_LISTED: Final = 5  # of a checkpoint's labels, in a message
 MAX_LABELS: Final = 1_000  # each is in every result
 DEFAULT_COUNT: Final = 2  # of labels, in transformers, where config.json states none
 UNFIT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # in a name: control characters, half pairs
+NAME_RULE: Final = f"give it 1 to {MAX_CHARS} characters, no control characters"
+MAX_WEIGHT: Final = 1_000_000  # so that every score is finite, and has its six decimals
 CARD_WEIGHTS: Final = dict(zip(LABELS, CARD.weights or (), strict=True))
 
 
@@ -82,20 +83,27 @@ def _names(name: str, config: Mapping[str, Any]) -> list[str]:
     for label, count in Counter(in_order).items():
         if count > 1:
             raise _unusable(name, f"{_shown(label)} is there twice; give each a name of its own")
-        if not label or len(label) > MAX_CHARS or UNFIT.search(label):
-            raise _unusable(
-                name, f"{_shown(label)} is no name; give it 1 to {MAX_CHARS} characters, no control characters"
-            )
+        if not _is_name(label):
+            raise _unusable(name, f"{_shown(label)} is no name; {NAME_RULE}")
     return in_order
+
+
+def _is_name(label: str) -> bool:
+    return 0 < len(label) <= MAX_CHARS and not UNFIT.search(label)
 
 
 def _renamed(name: str, own: Sequence[str], given: Sequence[str], renames: Mapping[str, str]) -> list[str]:
     """The names by the setting ``model_labels``; ``given`` are those in config.json, in the order of ``own``."""
-    for label in renames:
+    for label, new in renames.items():
         if label not in own and label not in given:
             raise ModelError(
                 f"model_labels renames {_shown(label)}, which model {name} does not have; it has: {listed(given)}"
             )
+        if not _is_name(new):
+            raise ModelError(f"model_labels gives {_shown(label)} the name {_shown(new)}, which is none; {NAME_RULE}")
+    for label, raw in zip(own, given, strict=True):
+        if label != raw and label in renames and raw in renames:
+            raise ModelError(f"model_labels renames {_shown(raw)} and {label}, which are one label of model {name}")
     names = [renames.get(label, renames.get(raw, label)) for label, raw in zip(own, given, strict=True)]
     twice = next((label for label, count in Counter(names).items() if count > 1), None)
     if twice is not None:
@@ -135,8 +143,11 @@ def _weights(name: str, names: Sequence[str], scores: Mapping[str, float] | None
     if scores is None:
         return _usual_weights(names)
     for label, weight in scores.items():
-        if not math.isfinite(weight):
-            raise ModelError(f"label_scores gives {_shown(label)} the weight {weight}; it should be a finite number")
+        if not abs(weight) <= MAX_WEIGHT:  # true for NaN, too
+            raise ModelError(
+                f"label_scores gives {_shown(label)} the weight {weight:g}; it should be from -{MAX_WEIGHT:,} to "
+                f"{MAX_WEIGHT:,}"
+            )
         if label not in names:
             raise ModelError(
                 f"label_scores weighs {_shown(label)}, which model {name} does not have; it has: {listed(names)}"

@@ -96,12 +96,11 @@ class Outcomes:
         end = first_text + len(events)
         answers, truncated = job.answers[first_text:end], job.truncated[first_text:end]
         windows = job.windows and job.windows[first_text:end]
+        model = job.model
+        encode = partial(self._encoder.encode, model=model.name, processed_at=processed_at, labels=model.labels)
         if set(map(type, answers)) == {Sentiment}:
             sentiments = cast("list[Sentiment]", answers)
-            model = job.model
-            results = self._encoder.encode(
-                records, events, sentiments, truncated, model.name, processed_at, labels=model.labels, windows=windows
-            )
+            results = encode(records, events, sentiments, truncated, windows=windows)
             if set(map(type, results)) == {Outgoing}:
                 topic, partition = repeat(self._output_topic), repeat(records[0].partition)
                 offsets = [record.offset for record in records]
@@ -110,14 +109,11 @@ class Outcomes:
         else:
             are_scored = [type(answer) is Sentiment for answer in answers]
             encoded = iter(
-                self._encoder.encode(
+                encode(
                     list(compress(records, are_scored)),
                     list(compress(events, are_scored)),
                     list(compress(answers, are_scored)),  # type: ignore[arg-type]
                     list(compress(truncated, are_scored)),
-                    job.model.name,
-                    processed_at,
-                    labels=job.model.labels,
                     windows=windows and list(compress(windows, are_scored)),
                 )
             )

@@ -216,7 +216,8 @@ class Metrics:
         The series of a label that only the model before has stays where it has counted results: it rises no more, and the
         sum over all labels stays the number of results.
         """
-        shown = [*labels[:MAX_LABELS], *([OTHER] if len(labels) > MAX_LABELS else [])]
+        beyond = [OTHER] if len(labels) > MAX_LABELS else []
+        shown = list(dict.fromkeys([*labels[:MAX_LABELS], *beyond]))  # a label may itself be named so
         for family in self.results_published.collect():
             for sample in family.samples:
                 if not sample.value and sample.labels["label"] not in shown:

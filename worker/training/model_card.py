@@ -25,6 +25,7 @@ def model_card(
     is_exact = options.rows_held_out_by(options.base) == "exact"
     text = "text" if is_exact else "text (lower case, е for ё, no stress marks, single spaces)"
     size = sum(parameter.numel() for parameter in model.parameters())
+    chosen = _development(options)
     return f"""---
 language: ["ru"]
 tags:
@@ -47,8 +48,7 @@ A row is held out where the SHA-256 of its {text} ends in a byte below
 {result.report.markdown()}
 
 The other rows were drawn anew for each epoch, up- and downsampled towards as many of each class, and of each source in a
-class, as there are, and no row more than {options.max_repeats} times.{_development(options)} What there is → what
-an epoch has:
+class, as there are, and no row more than {options.max_repeats} times.{chosen} What there is → what an epoch has:
 
 {_data_table(sources, training, counts)}
 
@@ -69,8 +69,8 @@ def _development(options: TrainSettings) -> str:
     """How development rows were used, as a sentence with a space in front; empty if they were trained on."""
     if not options.patience:
         return ""
-    chosen = " Development rows (byte 26 to 51) were put aside, and the epoch was chosen by them"
-    return chosen + (", so that the figures above flatter it a little." if options.development else ".")
+    said = " Development rows (byte 26 to 51) were put aside, and the epoch was chosen by them"
+    return said + (", so that the figures above flatter it a little." if options.development else ".")
 
 
 def _data_table(sources: Sequence[LabelledFile], training: Sequence[Example], counts: Counts) -> str:

@@ -1,7 +1,8 @@
 """Writes what a model answered to each row of an evaluation, worst first: CSV or JSON lines. Pure but for the file."""
 
 import csv
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,26 @@ from worker.training.evaluation_report import EvaluationReport
 
 
 def check_predictions_path(path: Path) -> None:
-    """Raises ValueError with one sentence where no file of predictions can be written there. Writes nothing."""
+    """Raises ValueError with one sentence where no file of predictions can be written there.
+
+    Writes nothing, and leaves no file where there was none.
+    """
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"--predictions {path} should end in {' or '.join(WRITERS)}, which says what is written")
+    is_new = not os.path.lexists(path)
     try:
         with path.open("ab"):
             pass
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise ValueError(f"--predictions {path} cannot be written: {error.strerror or error}") from None
+
+
+def check_no_source(path: Path, sources: Iterable[Path]) -> None:
+    """Raises ValueError with one sentence where a file of predictions would overwrite a source."""
+    if any(path.exists() and source.exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"--predictions {path} is a source, whose rows would be overwritten; name another file")
 
 
 def write_predictions(path: Path, report: EvaluationReport, against: EvaluationReport | None = None) -> None:
