@@ -161,6 +161,38 @@ def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Worker
 
 
 @DELIVERIES
+@pytest.mark.parametrize("is_topic", [False, True])
+def test_partitions_and_topics_that_come_during_the_run(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, is_topic: bool
+) -> None:
+    """The worker's metadata are minutes old; what it did not know of is read before it ends."""
+    kafka.create_all(topics, 1)
+    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.produce(topics.input, numbered(0).value, timestamp=END_MS - 1)
+    producer.flush()
+    settings: dict[str, object] = {"until": END, "delivery": delivery}
+    if is_topic:
+        settings |= {"input_topics": None, "input_pattern": f"{topics.input}.*"}
+    often = {"INTERVALS": '{"TOPICS_INTERVAL_S": 2}'}
+    workers_ = [workers.start(topics, often, **settings) for _ in range(2)]
+    for worker in workers_:
+        worker.wait_until_ready()
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 0}, "the bound to be committed")
+    if is_topic:
+        kafka.create(added := f"{topics.input}-added", 1)
+        kafka.send(added, [dated(1, END_MS - 1, 0), dated(2, END_MS, 0)])
+    else:
+        kafka.admin.create_partitions([NewPartitions(topics.input, 2)])[topics.input].result(30)
+        wait_for(lambda: len(kafka.partitions(topics.input)) == 2, "the partition")
+        kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
+    producer.commit_transaction()
+    assert sum(finished(worker)["results"] for worker in workers_) == 2
+    assert len(kafka.read(topics.output)) == 2
+
+
+@DELIVERIES
 def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
@@ -208,6 +240,17 @@ def test_a_group_of_others_is_refused(kafka: Kafka, topics: Topics, workers: Wor
     assert refused.wait() == 2
     assert refused.warnings("has offsets of a run until 2026-01-01T00:00:00.000Z")
     finished(workers.start(other, until="now"))  # it is resolved already
+
+
+@pytest.mark.parametrize(("span", "results"), [({"since": "99999d"}, 10), ({"until": "1900-01-01"}, 0)])
+def test_times_before_1970_are_its_begin(
+    kafka: Kafka, topics: Topics, workers: Workers, span: dict[str, str], results: int
+) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, [dated(number, END_MS - 1) for number in range(10)])
+    worker = workers.start(topics, **{"until": END} | span)
+    assert finished(worker)["results"] == results
+    assert finished(workers.start(topics, **{"until": END} | span))["consumed"] == 0
 
 
 @DELIVERIES
