@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections import Counter
+from datetime import UTC, datetime
 
 import orjson
 import pytest
@@ -264,3 +265,25 @@ def test_since(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) ->
     results = kafka.read(topics.output)
     assert set(places(results)) == {record.place for record in sent[70:]}
     assert {orjson.loads(record.value or b"")["event_time"] for record in results} >= {"2025-12-31T23:30:00.000Z"}
+
+
+@DELIVERIES
+def test_times_that_brokers_give_and_dead_letters_at_the_end(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    """With LogAppendTime the end is a time of the brokers', whatever producers have said."""
+    kafka.create_all(topics, 1)
+    kafka.set_config(topics.input, "message.timestamp.type", "LogAppendTime")
+    before = kafka.send(topics.input, [dated(number, END_MS) for number in range(20)])
+    bad = kafka.send(topics.input, [Record(b"no JSON", b"key"), Record(None, b"tombstone"), Record(None, None)])
+    wait_for(lambda: time.time() * 1000 > kafka.read(topics.input)[-1].timestamp + 10, "a time after the last one")
+    end = f"{datetime.fromtimestamp(time.time(), UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    after = kafka.send(topics.input, [dated(number, END_MS - 1) for number in range(5)])
+    assert finished(workers.start(topics, until=end, delivery=delivery)) == {
+        "consumed": 23, "results": 20, "dead_letters": 1, "tombstones": 1, "skipped": 1
+    }  # fmt: skip
+    results = [record for record in kafka.read(topics.output) if record.value]
+    assert places(results) == Counter(record.place for record in before)
+    assert len(kafka.read(topics.dead_letters)) == 1
+    assert kafka.committed(topics.group, topics.input) == {0: len(before) + len(bad)}
+    assert after

@@ -54,6 +54,7 @@ class FakeConsumer:
     partitions: set[int] = field(default_factory=lambda: {0})
     partitions_after_refresh: set[int] | None = None
     names: list[str] = field(default_factory=list)  # of all topics
+    written: int = 0  # the offset behind all records, also those in open transactions
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
     _client: Any = None
@@ -74,6 +75,9 @@ class FakeConsumer:
     async def _refresh(self) -> bool:
         self.partitions = self.partitions_after_refresh or self.partitions
         return True
+
+    def written_to(self, tp: TopicPartition) -> int:
+        return self.written
 
     async def topic_names(self) -> list[str]:
         return self.names
