@@ -19,7 +19,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     membership = transactions.membership
 
     def written_to(self, partition: TopicPartition) -> int:
-        """The offset behind all records, also those in open transactions, as the last fetch told; 0 where it is not known."""
+        """The offset behind all records, also those in open transactions, as the last fetch told; 0 if not known."""
         if partition not in self.assignment():
             return 0
         return self.highwater(partition) or 0
