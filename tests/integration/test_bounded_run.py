@@ -12,6 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka import Producer
 from confluent_kafka.admin import NewPartitions
 
+from tests.support.broker import Broker
 from tests.support.process import COSTLESS, WorkerProcess, Workers
 from tests.support.scenario import places
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -287,3 +288,54 @@ def test_times_that_brokers_give_and_dead_letters_at_the_end(
     assert len(kafka.read(topics.dead_letters)) == 1
     assert kafka.committed(topics.group, topics.input) == {0: len(before) + len(bad)}
     assert after
+
+
+@DELIVERIES
+def test_a_broker_that_is_killed_in_the_midst(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers, delivery: str
+) -> None:
+    kafka = Kafka(fragile_broker.bootstrap)
+    kafka.create_all(topics, 2)
+    before, _ = send_around_the_end(kafka, topics.input, 4_000, 500)
+    settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
+    worker = fragile_workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(2)
+    wait_for(lambda: kafka.count(topics.output) > 100, "some results")
+    fragile_broker.kill()
+    fragile_broker.start()
+    assert finished(worker)["consumed"] >= len(before)
+    found = places(kafka.read(topics.output))
+    assert set(found) == {record.place for record in before}
+    if delivery == "exactly-once":
+        assert set(found.values()) == {1}
+
+
+@DELIVERIES
+def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_begin(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 1)
+    before, _ = send_around_the_end(kafka, topics.input, 4_000, 500)
+    settings = {
+        "until": "now", "since": "2025-12-31", "delivery": delivery, "max_batch_texts": 50, "cache_size": 0,
+        "group_instance_id": "member", "session_timeout_ms": 45_000,
+    }  # fmt: skip
+    first = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    wait_for(lambda: kafka.count(topics.output) > 100, "some results")
+    first.kill()
+    (metadata,) = commits(kafka, topics).values()
+    late = kafka.send(topics.input, [dated(number, END_MS) for number in range(100)])
+    second = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    wait_for(lambda: kafka.count(topics.output) > 600, "more results")
+    assert second.terminate() == 1
+    (committed,) = kafka.committed(topics.group, topics.input).values()
+    kafka.delete_before(topics.input, 0, committed + 300)
+    third = workers.start(topics, **settings)
+    finished(third)
+    assert third.lines("the offset to resume from is gone")
+    expected = {place[2] for place in places(kafka.read(topics.output)) if place}
+    gone = set(range(committed, committed + 300))
+    assert expected | gone == set(range(4_500)), "nothing but what retention has taken"
+    assert late[0].offset == 4_500
+    assert list(commits(kafka, topics).values()) == [metadata], "the end is the one that was committed first"
+    if delivery == "exactly-once":
+        assert set(places(kafka.read(topics.output)).values()) == {1}
