@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections import Counter
+from datetime import UTC, datetime
 
 import orjson
 import pytest
@@ -11,6 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka import Producer
 from confluent_kafka.admin import NewPartitions
 
+from tests.support.broker import Broker
 from tests.support.process import COSTLESS, WorkerProcess, Workers
 from tests.support.scenario import places
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -161,6 +163,38 @@ def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Worker
 
 
 @DELIVERIES
+@pytest.mark.parametrize("is_topic", [False, True])
+def test_partitions_and_topics_that_come_during_the_run(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, is_topic: bool
+) -> None:
+    """The worker's metadata are minutes old; what it did not know of is read before it ends."""
+    kafka.create_all(topics, 1)
+    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.produce(topics.input, numbered(0).value, timestamp=END_MS - 1)
+    producer.flush()
+    settings: dict[str, object] = {"until": END, "delivery": delivery}
+    if is_topic:
+        settings |= {"input_topics": None, "input_pattern": f"{topics.input}.*"}
+    often = {"INTERVALS": '{"TOPICS_INTERVAL_S": 2}'}
+    workers_ = [workers.start(topics, often, **settings) for _ in range(2)]
+    for worker in workers_:
+        worker.wait_until_ready()
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 0}, "the bound to be committed")
+    if is_topic:
+        kafka.create(added := f"{topics.input}-added", 1)
+        kafka.send(added, [dated(1, END_MS - 1, 0), dated(2, END_MS, 0)])
+    else:
+        kafka.admin.create_partitions([NewPartitions(topics.input, 2)])[topics.input].result(30)
+        wait_for(lambda: len(kafka.partitions(topics.input)) == 2, "the partition")
+        kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
+    producer.commit_transaction()
+    assert sum(finished(worker)["results"] for worker in workers_) == 2
+    assert len(kafka.read(topics.output)) == 2
+
+
+@DELIVERIES
 def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
@@ -210,6 +244,17 @@ def test_a_group_of_others_is_refused(kafka: Kafka, topics: Topics, workers: Wor
     finished(workers.start(other, until="now"))  # it is resolved already
 
 
+@pytest.mark.parametrize(("span", "results"), [({"since": "99999d"}, 10), ({"until": "1900-01-01"}, 0)])
+def test_times_before_1970_are_its_begin(
+    kafka: Kafka, topics: Topics, workers: Workers, span: dict[str, str], results: int
+) -> None:
+    kafka.create_all(topics, 1)
+    kafka.send(topics.input, [dated(number, END_MS - 1) for number in range(10)])
+    worker = workers.start(topics, **{"until": END} | span)
+    assert finished(worker)["results"] == results
+    assert finished(workers.start(topics, **{"until": END} | span))["consumed"] == 0
+
+
 @DELIVERIES
 def test_since(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) -> None:
     kafka.create_all(topics, 2)
@@ -221,3 +266,76 @@ def test_since(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) ->
     results = kafka.read(topics.output)
     assert set(places(results)) == {record.place for record in sent[70:]}
     assert {orjson.loads(record.value or b"")["event_time"] for record in results} >= {"2025-12-31T23:30:00.000Z"}
+
+
+@DELIVERIES
+def test_times_that_brokers_give_and_dead_letters_at_the_end(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    """With LogAppendTime the end is a time of the brokers', whatever producers have said."""
+    kafka.create_all(topics, 1)
+    kafka.set_config(topics.input, "message.timestamp.type", "LogAppendTime")
+    before = kafka.send(topics.input, [dated(number, END_MS) for number in range(20)])
+    bad = kafka.send(topics.input, [Record(b"no JSON", b"key"), Record(None, b"tombstone"), Record(None, None)])
+    wait_for(lambda: time.time() * 1000 > kafka.read(topics.input)[-1].timestamp + 10, "a time after the last one")
+    end = f"{datetime.fromtimestamp(time.time(), UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    after = kafka.send(topics.input, [dated(number, END_MS - 1) for number in range(5)])
+    assert finished(workers.start(topics, until=end, delivery=delivery)) == {
+        "consumed": 23, "results": 20, "dead_letters": 1, "tombstones": 1, "skipped": 1
+    }  # fmt: skip
+    results = [record for record in kafka.read(topics.output) if record.value]
+    assert places(results) == Counter(record.place for record in before)
+    assert len(kafka.read(topics.dead_letters)) == 1
+    assert kafka.committed(topics.group, topics.input) == {0: len(before) + len(bad)}
+    assert after
+
+
+@DELIVERIES
+def test_a_broker_that_is_killed_in_the_midst(
+    fragile_broker: Broker, topics: Topics, fragile_workers: Workers, delivery: str
+) -> None:
+    kafka = Kafka(fragile_broker.bootstrap)
+    kafka.create_all(topics, 2)
+    before, _ = send_around_the_end(kafka, topics.input, 4_000, 500)
+    settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
+    worker = fragile_workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(2)
+    wait_for(lambda: kafka.count(topics.output) > 100, "some results")
+    fragile_broker.kill()
+    fragile_broker.start()
+    assert finished(worker)["consumed"] >= len(before)
+    found = places(kafka.read(topics.output))
+    assert set(found) == {record.place for record in before}
+    if delivery == "exactly-once":
+        assert set(found.values()) == {1}
+
+
+@DELIVERIES
+def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_begin(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 1)
+    before, _ = send_around_the_end(kafka, topics.input, 4_000, 500)
+    settings = {
+        "until": "now", "since": "2025-12-31", "delivery": delivery, "max_batch_texts": 50, "cache_size": 0,
+        "group_instance_id": "member", "session_timeout_ms": 45_000,
+    }  # fmt: skip
+    first = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    wait_for(lambda: kafka.count(topics.output) > 100, "some results")
+    first.kill()
+    (metadata,) = commits(kafka, topics).values()
+    late = kafka.send(topics.input, [dated(number, END_MS) for number in range(100)])
+    second = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    wait_for(lambda: kafka.count(topics.output) > 600, "more results")
+    assert second.terminate() == 1
+    (committed,) = kafka.committed(topics.group, topics.input).values()
+    kafka.delete_before(topics.input, 0, committed + 300)
+    third = workers.start(topics, **settings)
+    finished(third)
+    assert third.lines("the offset to resume from is gone")
+    expected = {place[2] for place in places(kafka.read(topics.output)) if place}
+    gone = set(range(committed, committed + 300))
+    assert expected | gone == set(range(4_500)), "nothing but what retention has taken"
+    assert late[0].offset == 4_500
+    assert list(commits(kafka, topics).values()) == [metadata], "the end is the one that was committed first"
+    if delivery == "exactly-once":
+        assert set(places(kafka.read(topics.output)).values()) == {1}

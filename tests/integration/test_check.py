@@ -9,7 +9,7 @@ from confluent_kafka import Producer
 from tests.support.broker import free_port
 from tests.support.process import COSTLESS, Workers, forked
 from tests.support.scenario import wait_until_committed
-from tests.support.topics import Kafka, Topics, numbered
+from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
@@ -98,6 +98,21 @@ def test_where_a_group_begins_is_said_with_the_records_that_are_before_it(
     assert f"ok    offsets      {known}\n" in done.stdout
     again = workers.start(topics)
     wait_for(lambda: again.lines(known), "the line")
+
+
+def test_a_run_with_an_end_is_looked_at(kafka: Kafka, topics: Topics, workers: Workers) -> None:
+    kafka.create_all(topics, 1)
+    end_ms = 1_767_225_600_000
+    kafka.send(topics.input, [Record(b'{"text": "x"}', timestamp=end_ms - (30 - n) * 60_000) for n in range(30)])
+    span = ("--since", "2025-12-31T23:50Z", "--until", "2026-01-01")
+    done = forked("check", *flags(kafka, topics), *span)
+    begin = "at the first record of 2025-12-31T23:50:00.000Z or later, 10 records in 1 partition"
+    assert f"ok    offsets      group {topics.group} has no committed offset: it begins {begin}\n" in done.stdout
+    assert done.returncode == 0, done.stdout
+    assert workers.start(topics, since=span[1], until=span[3]).wait() == 0
+    done = forked("check", *flags(kafka, topics), "--until", "2026-01-02")
+    assert (done.returncode, lines_of(done.stdout)["offsets"]) == (2, "fail"), done.stdout
+    assert "has offsets of a run until 2026-01-01T00:00:00.000Z" in done.stdout
 
 
 def test_a_topic_that_is_named_twice_counts_once(kafka: Kafka, topics: Topics) -> None:

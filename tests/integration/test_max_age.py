@@ -4,6 +4,7 @@ import time
 
 import orjson
 import pytest
+from confluent_kafka import Producer
 
 from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import places, wait_until_committed
@@ -74,3 +75,24 @@ def test_a_clock_that_is_wrong_ends_the_worker(kafka: Kafka, topics: Topics, wor
     wait_until_committed(kafka, topics)
     assert right.terminate() == 0
     assert {orjson.loads(record.value or b"")["label"] for record in kafka.read(topics.output)}
+
+
+@DELIVERIES
+def test_a_transaction_that_was_open_for_longer_ends_nobody(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    """Its records were fresh when they were written, and are too old once they can be read."""
+    kafka.create_all(topics, 1)
+    worker = workers.start(topics, delivery=delivery, max_age_s=2, dead_letter_window=100).wait_until_assigned(1)
+    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
+    producer.init_transactions()
+    producer.begin_transaction()
+    for number in range(300):
+        producer.produce(topics.input, numbered(number).value)
+    producer.flush()
+    time.sleep(4)
+    producer.commit_transaction()
+    wait_for(lambda: not worker.is_running or worker.metrics.outcomes == 300, "every record to be counted")
+    assert worker.is_running, worker.output[-2000:]
+    assert worker.metrics.counts_by("reason", "records_skipped_total") == {"too_old": 300}
+    assert worker.terminate() == 0

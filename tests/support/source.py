@@ -52,6 +52,9 @@ class FakeConsumer:
     first_of_time: int | None = None  # the offset that a search for a time finds
     paused: set[TopicPartition] = field(default_factory=set)
     partitions: set[int] = field(default_factory=lambda: {0})
+    partitions_after_refresh: set[int] | None = None
+    names: list[str] = field(default_factory=list)  # of all topics
+    written: int = 0  # the offset behind all records, also those in open transactions
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
     _client: Any = None
@@ -63,10 +66,21 @@ class FakeConsumer:
             cluster=SimpleNamespace(partitions_for_topic=lambda _: {0}),
             _conns={},
             _wait_on_metadata=self._partitions_of,
+            force_metadata_update=self._refresh,
         )
 
     async def _partitions_of(self, topic: str) -> set[int]:
         return self.partitions
+
+    async def _refresh(self) -> bool:
+        self.partitions = self.partitions_after_refresh or self.partitions
+        return True
+
+    def written_to(self, tp: TopicPartition) -> int:
+        return self.written
+
+    async def topic_names(self) -> list[str]:
+        return self.names
 
     def background_tasks(self) -> dict[str, asyncio.Future[None]]:
         return {"fetch": self.fetching}

@@ -42,6 +42,12 @@ from worker.kafka.backlog import Backlog, valid_offsets
             "begins at the earliest, 50 records in 2 partitions",
             True,
         ),
+        (
+            Backlog("g", "latest", 0, 0, 2, 50, since_ms=1_767_225_600_000),
+            "has no committed offset: it begins at the first record of 2026-01-01T00:00:00.000Z or later, 50 records in 2 "
+            "partitions",
+            False,
+        ),
     ],
 )
 def test_where_it_begins_is_one_sentence(found: Backlog, said: str, is_all_over_again: bool) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.core.bounds import Bound, bound_in, end_in
+from worker.core.bounds import Bound, bound_in, ends_in
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 
 ID = "a" * 22
@@ -32,12 +32,11 @@ def test_metadata_say_the_bound_beside_the_topics_id(until_ms: int, offset: int,
 )
 def test_other_metadata_name_no_bound(metadata: str) -> None:
     assert bound_in(metadata) is None
-    assert end_in([metadata]) is None
+    assert ends_in([metadata]) == set()
 
 
-def test_the_groups_end_is_the_earliest() -> None:
-    assert end_in(["", "until=7;end=1", "until=5;end=2"]) == 5
-    assert end_in([]) is None
+def test_a_groups_commits_say_which_ends_it_has() -> None:
+    assert ends_in(["", "until=7;end=1", "until=5;end=2", "until=7;end=3"]) == {5, 7}
 
 
 def test_a_record_of_the_end_or_later_is_the_bound() -> None:

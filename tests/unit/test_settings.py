@@ -906,6 +906,7 @@ def test_moments_are_in_utc_or_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [moment_ms(ago) for ago in ("90s", "30m", "2h", "7d")] == [
         ten - seconds * 1000 for seconds in (90, 1_800, 7_200, 604_800)
     ]
+    assert [moment_ms(long_ago) for long_ago in ("99999d", "1900-01-01", "1969-12-31T23:59:59.999Z")] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -921,6 +922,10 @@ def test_moments_are_in_utc_or_ago(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (("--group-id", "g", "--until", "2025-01-01", "--since", "2025-01-01"), "since should be before until"),
         (("--since", "yesterday"), "2026-11-23T10:00Z, or how long ago"),
+        (
+            ("--group-id", "g", "--until", "2025-01-01", "--max-age-s", "300"),
+            "max_age_s would skip every record of before until",
+        ),
         (("--max-age-s", "0"), "max_age_s = '0' is wrong: it should be greater than 0"),
         (("--max-age-s", "old"), "max_age_s = 'old' is wrong: it should be a number"),
     ],

@@ -17,6 +17,7 @@ from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
 from worker.kafka.backlog import backlog
+from worker.kafka.bounded_run import Until, check_group
 from worker.kafka.connection import UNREACHABLE, Connection, error_name
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.inspector import Inspector, TopicDescription, unread_older_than
@@ -26,8 +27,10 @@ from worker.kafka.transactional_sink import TRANSACTION_TIMEOUT_S, new_transacti
 from worker.model.labels import listed
 from worker.printable import counted, printable
 from worker.runtime.file_descriptors import check_limit, raise_limit
+from worker.runtime.tasks import within
 from worker.settings.run import RunSettings
 from worker.settings.values import is_folder
+from worker.telemetry.health import Health
 from worker.telemetry.tracing import refuse_without_the_extra
 
 FREE_BYTES: Final = 1 << 30  # for a checkpoint of the hub
@@ -323,7 +326,13 @@ async def _backlog(settings: RunSettings, connection: Connection, topics: Sequen
             group_id=settings.group_id,
             auto_offset_reset=settings.auto_offset_reset,
             isolation_level=settings.isolation_level,
+            since_ms=settings.since_ms,
         )
+        if settings.until:
+            until = Until(settings.group_id, settings.until_ms)
+            await within(connection.request_timeout_s, check_group(connection, topics, until, Health()))
+    except WrongSetting as error:
+        return _wrong("offsets", error)
     except UNREACHABLE as error:  # such as a permission that is missing, which has a line of its own
         doubt = f"the brokers do not answer where group {settings.group_id} would begin ({error_name(error)})"
         return Finding("offsets", "warn", f"{doubt}; look at the permissions, or try again")
@@ -338,7 +347,12 @@ async def _retention(
         return None
     try:
         old = await unread_older_than(
-            keeps_ms, connection, topics, group_id=settings.group_id, auto_offset_reset=settings.auto_offset_reset
+            keeps_ms,
+            connection,
+            topics,
+            group_id=settings.group_id,
+            auto_offset_reset=settings.auto_offset_reset,
+            since_ms=settings.since_ms,
         )
     except UNREACHABLE as error:
         doubt = f"the brokers do not answer how old the input is ({error_name(error)}); try again"

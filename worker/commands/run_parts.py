@@ -44,7 +44,7 @@ from worker.pipeline.stages import Pipeline
 from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import moment_ms, text_fields
+from worker.settings.values import text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
@@ -132,14 +132,14 @@ async def _found_topics(
     }
     found = await wait_until_usable(connection, roles, health)
     refuse_compacted(found, settings.dead_letter_topic)
-    if settings.since is None:  # else it would count what is older, too
-        await log_backlog(
-            connection,
-            topics,
-            group_id=settings.group_id,
-            auto_offset_reset=settings.auto_offset_reset,
-            isolation_level=settings.isolation_level,
-        )
+    await log_backlog(
+        connection,
+        topics,
+        group_id=settings.group_id,
+        auto_offset_reset=settings.auto_offset_reset,
+        isolation_level=settings.isolation_level,
+        since_ms=settings.since_ms,
+    )
     return topics, found
 
 
@@ -157,7 +157,7 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
         group_id=settings.group_id,
         group_instance_id=settings.group_instance_id,
         auto_offset_reset=settings.auto_offset_reset,
-        since_ms=moment_ms(settings.since) if settings.since else None,
+        since_ms=settings.since_ms,
         until=shared.until,
         isolation_level=settings.isolation_level,
         session_timeout_ms=settings.session_timeout_ms,

@@ -53,6 +53,6 @@ def bound_in(metadata: str) -> Bound | None:
     return Bound(int(match[1]), int(match[2])) if match else None
 
 
-def end_in(metadata: Iterable[str]) -> int | None:
-    """The end of the run that made these commits, in ms since 1970; None where none of them names one."""
-    return min((bound.until_ms for each in metadata if (bound := bound_in(each))), default=None)
+def ends_in(metadata: Iterable[str]) -> set[int]:
+    """The ends of the runs that made these commits, in ms since 1970: one, unless several runs share a group."""
+    return {bound.until_ms for each in metadata if (bound := bound_in(each))}

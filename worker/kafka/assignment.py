@@ -43,7 +43,9 @@ class Assignment:
     single_record_reads: int = 0  # how many more reads take one record, to find the unreadable one
     silent_since: float = field(default_factory=time.monotonic)  # since when it has records and sends none
     end_known_at: float = field(default_factory=time.monotonic)  # when its end offset was last known
-    log_end: int | None = None  # the end offset that was known then
+    log_end: int | None = (
+        None  # the offset that was known then to be behind all records, also those in open transactions
+    )
     unpacking_since: float | None = None  # since when its reader waits for a batch to be unpacked
     # for each read that is not acknowledged: the offset after it, and its first record's timestamp
     unacknowledged_reads: deque[tuple[int, int | None]] = field(default_factory=deque)

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final, NamedTuple
 
 from aiokafka import TopicPartition
 
+from worker.core.timestamps import iso_time
 from worker.core.topic_ids import is_of
 from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
@@ -34,11 +35,13 @@ class Backlog(NamedTuple):
     unread: int
     recreated: tuple[str, ...] = ()
     """Topics that were deleted and created again since the group committed there."""
+    since_ms: int | None = None
+    """The time at which a group without an offset begins, in ms since 1970; None where ``auto_offset_reset`` says where."""
 
     @property
     def is_all_over_again(self) -> bool:
-        """Whether partitions without a committed offset hold records."""
-        return self.new > 0 and self.unread > 0
+        """Whether partitions without a committed offset hold records, and nobody has said that they are to be read."""
+        return self.new > 0 and self.unread > 0 and self.since_ms is None
 
     def __str__(self) -> str:
         parts = []
@@ -50,8 +53,12 @@ class Backlog(NamedTuple):
         if self.new:
             where = f" of {counted(self.new, 'other partition')}" if self.known else ""
             records = counted(self.unread, "record") if where else _records_in(self.unread, self.new)
-            skips = " that are skipped" if self.auto_offset_reset == "latest" else ""
-            parts.append(f"has no committed offset{where}: it begins at the {self.auto_offset_reset}, {records}{skips}")
+            begin, skips = f"at the {self.auto_offset_reset}", ""
+            if self.since_ms is not None:
+                begin = f"at the first record of {iso_time(self.since_ms)} or later"
+            elif self.auto_offset_reset == "latest":
+                skips = " that are skipped"
+            parts.append(f"has no committed offset{where}: it begins {begin}, {records}{skips}")
         return f"group {self.group_id} {'; it '.join(parts)}"
 
 
@@ -60,7 +67,13 @@ def _records_in(records: int, partitions: int) -> str:
 
 
 async def backlog(
-    connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
+    connection: Connection,
+    topics: Collection[str],
+    *,
+    group_id: str,
+    auto_offset_reset: str,
+    isolation_level: str,
+    since_ms: int | None = None,
 ) -> Backlog:
     """What the group has still to read. Joins no group and commits nothing.
 
@@ -80,12 +93,21 @@ async def backlog(
             ]
             committed, recreated = await valid_offsets(consumer, tps)
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+            since = begins if since_ms is None else await offsets_since(consumer, since_ms, ends)
     finally:
         await stop_client(consumer, "consumer", STOP_S)
     new = begins.keys() - committed.keys()
     behind = sum(max(0, ends[tp] - max(offset, begins[tp])) for tp, offset in committed.items())
-    unread = sum(ends[tp] - begins[tp] for tp in new)
-    return Backlog(group_id, auto_offset_reset, len(committed), behind, len(new), unread, recreated)
+    unread = sum(max(0, ends[tp] - since[tp]) for tp in new)
+    return Backlog(group_id, auto_offset_reset, len(committed), behind, len(new), unread, recreated, since_ms)
+
+
+async def offsets_since(
+    consumer: Consumer, since_ms: int, ends: Mapping[TopicPartition, int]
+) -> dict[TopicPartition, int]:
+    """Each partition's first offset that is dated ``since_ms`` or later, else its end. Raises what is in UNREACHABLE."""
+    found = await consumer.offsets_for_times(dict.fromkeys(ends, since_ms))
+    return {tp: int(found[tp].offset if found[tp] else end) for tp, end in ends.items()}
 
 
 async def valid_offsets(
@@ -102,7 +124,13 @@ async def valid_offsets(
 
 
 async def log_backlog(
-    connection: Connection, topics: Collection[str], *, group_id: str, auto_offset_reset: str, isolation_level: str
+    connection: Connection,
+    topics: Collection[str],
+    *,
+    group_id: str,
+    auto_offset_reset: str,
+    isolation_level: str,
+    since_ms: int | None,
 ) -> None:
     """Logs where the group will begin, so that a mistaken group id is noticed. Raises nothing.
 
@@ -116,6 +144,7 @@ async def log_backlog(
                 group_id=group_id,
                 auto_offset_reset=auto_offset_reset,
                 isolation_level=isolation_level,
+                since_ms=since_ms,
             )
     except UNREACHABLE as error:
         log.info("the brokers do not answer where the group will begin", extra={"error": type(error).__name__})

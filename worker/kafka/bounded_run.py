@@ -10,12 +10,12 @@ from aiokafka import TopicPartition
 from aiokafka.errors import GroupAuthorizationFailedError, IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
-from worker.core.bounds import Bound, bound_in, end_in
+from worker.core.bounds import Bound, bound_in, ends_in
 from worker.core.timestamps import iso_time
 from worker.core.topic_ids import is_of
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.group import RETRY_S
-from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
+from worker.kafka.aiokafka_compat.metadata import partitions_of, refresh_metadata, use_topics
 from worker.kafka.aiokafka_compat.offsets import READ_UNCOMMITTED
 from worker.kafka.assignment import Assignments
 from worker.kafka.clients import stop_client
@@ -39,6 +39,7 @@ class Until:
     def __init__(self, group_id: str, time_ms: int | None, clock: Callable[[], float] = time.time) -> None:
         self.group_id = group_id
         self.time_ms = time_ms
+        self._is_now = time_ms is None
         self.finished = asyncio.Event()
         self.clock = clock
 
@@ -50,13 +51,14 @@ class Until:
                 f"group_id {self.group_id} has offsets of workers without until; until needs a group_id of its own, which "
                 "no other worker uses"
             )
-        found = end_in(commit.metadata for commit in commits)
-        if found is not None and self.time_ms not in (None, found):
+        ends = ends_in(commit.metadata for commit in commits)
+        if self._is_now:
+            self.time_ms = self.time_ms or min(ends, default=None)
+        elif others := ends - {self.time_ms}:
             raise WrongSetting(
-                f"group_id {self.group_id} has offsets of a run until {iso_time(found)}, and until says another time; set "
-                "until to that time, or take a new group_id"
+                f"group_id {self.group_id} has offsets of a run until {iso_time(min(others))}, and until says another time; "
+                "set until to that time, or take a new group_id"
             )
-        self.time_ms = self.time_ms if found is None else found
 
 
 async def check_group(connection: Connection, topics: Collection[str], until: Until, health: Health) -> None:
@@ -110,9 +112,10 @@ class BoundedRun:
 
         Raises WrongSetting, IllegalStateError and what is in UNREACHABLE. Waits for the group to know what time now is.
         """
-        if commit is not None and (bound := bound_in(commit.metadata)):
+        if commit is not None:
             self._until.check([commit])
-            return bound
+            if bound := bound_in(commit.metadata):
+                return bound
         time_ms = await self._time_ms(tp)
         # With open transactions, because records in them may be of before the end, and committed after it.
         ends = await self._consumer.live.ends([tp], self._request_timeout_s, isolation_level=READ_UNCOMMITTED)
@@ -121,13 +124,16 @@ class BoundedRun:
         return Bound(time_ms, end)
 
     async def watch(self) -> None:
-        """Sets ``finished`` once every partition of the group is committed up to its bound. Runs until it is cancelled."""
+        """Sets ``finished`` once every partition of the group is committed up to its bound. Runs until it is cancelled.
+
+        Raises WrongSetting where others have committed in the group that are not of this run.
+        """
         while True:
             await asyncio.sleep(FINISHED_INTERVAL_S)
             if not all(assignment.is_finished() for assignment in self._assignments.values()):
                 continue
             with contextlib.suppress(*UNREACHABLE, IllegalStateError):  # the lag watcher reports it
-                if await within(self._request_timeout_s, self._has_finished()):
+                if await within(self._request_timeout_s, self._has_finished()) and not await self._has_more():
                     self._until.finished.set()
 
     async def _time_ms(self, tp: TopicPartition) -> int:
@@ -148,12 +154,21 @@ class BoundedRun:
         partitions = await self._all_partitions()
         ids = await self._consumer.live.topic_ids({tp.topic for tp in partitions})
         commits = await self._commits(partitions)
+        self._until.check(commits.values())
         return all(
             (bound := bound_in(commit.metadata)) is not None
             and bound.is_reached(commit.offset)
             and is_of(ids.get(tp.topic, ""), commit.metadata)
             for tp, commit in commits.items()
         )
+
+    async def _has_more(self) -> bool:
+        """Whether there are partitions or topics that this member does not know yet. It asks: else it knows in minutes."""
+        known = await self._all_partitions()
+        async with asyncio.timeout(self._request_timeout_s):
+            await refresh_metadata(self._consumer.live)
+            new_topics = await self._subscription.new_topics(self._consumer.live)
+        return bool(new_topics) or await self._all_partitions() != known
 
     async def _all_partitions(self) -> list[TopicPartition]:
         topics = self._subscription.topics

@@ -18,6 +18,12 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     background_tasks = group.background_tasks
     membership = transactions.membership
 
+    def written_to(self, partition: TopicPartition) -> int:
+        """The offset behind all records, also those in open transactions, as the last fetch told; 0 if not known."""
+        if partition not in self.assignment():
+            return 0
+        return self.highwater(partition) or 0
+
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""
         try:

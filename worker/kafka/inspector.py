@@ -13,7 +13,7 @@ from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAv
 from worker.kafka.aiokafka_compat.group import instance_ids
 from worker.kafka.aiokafka_compat.metadata import inner_client, known_brokers
 from worker.kafka.aiokafka_compat.transactions import open_transactions
-from worker.kafka.backlog import valid_offsets
+from worker.kafka.backlog import offsets_since, valid_offsets
 from worker.kafka.clients import admin_client, stop_client
 from worker.kafka.connection import UNREACHABLE, Backoff, Connection
 from worker.kafka.consumer import Consumer
@@ -145,6 +145,7 @@ async def unread_older_than(
     *,
     group_id: str,
     auto_offset_reset: str,
+    since_ms: int | None,
 ) -> int:
     """An upper bound of the records of this age or older that the group has yet to read.
 
@@ -156,19 +157,26 @@ async def unread_older_than(
         await within(connection.request_timeout_s, consumer.start())
         consumer.assign(tps)
         moment_ms = int(time.time() * 1000) - age_ms
-        return await within(connection.request_timeout_s, _unread_before(consumer, tps, moment_ms, auto_offset_reset))
+        looking = _unread_before(consumer, tps, moment_ms, auto_offset_reset, since_ms)
+        return await within(connection.request_timeout_s, looking)
     finally:
         await stop_client(consumer, "consumer", CLOSE_S)
 
 
 async def _unread_before(
-    consumer: Consumer, tps: Collection[TopicPartition], moment_ms: int, auto_offset_reset: str
+    consumer: Consumer,
+    tps: Collection[TopicPartition],
+    moment_ms: int,
+    auto_offset_reset: str,
+    since_ms: int | None = None,
 ) -> int:
     """How many records the group has not read that stand before the first one of that moment or later."""
     begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
     committed, _ = await valid_offsets(consumer, tps)
     newer = await consumer.offsets_for_times(dict.fromkeys(tps, moment_ms))
     resets = begins if auto_offset_reset == "earliest" else ends
+    if since_ms is not None:
+        resets = await offsets_since(consumer, since_ms, ends)
     unread = 0
     for tp in tps:
         begin = committed.get(tp, resets[tp])

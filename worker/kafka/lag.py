@@ -131,9 +131,12 @@ class LagWatcher:
 
     async def measure(self, assignment: Assignment, end: int) -> None:
         """Sets a partition's lag by its end offset. Raises Rejoin where it has had records and sent none for too long."""
-        assignment.end_known_at, assignment.log_end = self._clock(), end
+        if not self._consumer.is_live:
+            return
+        assignment.end_known_at = self._clock()
+        assignment.log_end = max(end, self._consumer.live.written_to(assignment.tp))
         end = assignment.within_bound(end)
-        if assignment.acknowledged is None or not self._consumer.is_live:
+        if assignment.acknowledged is None:
             return
         if assignment.is_idle():
             self._skip_transaction_markers(assignment, await self._consumer.position(assignment.tp))

@@ -20,6 +20,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.core.bounds import Bound, bound_in
 from worker.core.topic_ids import with_topic_id, without_topic_id
 from worker.kafka.assignment import Assignment, Assignments
+from worker.kafka.backlog import offsets_since
 from worker.kafka.bounded_run import BoundedRun
 from worker.kafka.committed_offsets import CommittedOffsets
 from worker.kafka.connection import UNREACHABLE, Backoff
@@ -221,8 +222,7 @@ class PartitionReader:
         consumer = self._consumer.live
         # The end first: a record that comes meanwhile is found by its time.
         ends = await within(self._request_timeout_s, consumer.end_offsets([tp]))
-        found = await within(self._request_timeout_s, consumer.offsets_for_times({tp: self._since_ms}))
-        return int(found[tp].offset if found[tp] else ends[tp])
+        return (await within(self._request_timeout_s, offsets_since(consumer, self._since_ms, ends)))[tp]
 
     async def _offset_by_reset_policy(self, tp: TopicPartition) -> int:
         consumer = self._consumer.live

@@ -266,8 +266,8 @@ class Source:
             self._group_health.watch(answers),
             self._topic_identity.watch(consumer),
         ]
-        if (pattern := self._subscription.pattern) is not None:
-            steps.append(self._subscription.watch(consumer, pattern, listener, self._rebalances.revoke_all))
+        if self._subscription.pattern is not None:
+            steps.append(self._subscription.watch(consumer, listener, self._rebalances.revoke_all))
         if self._bounded_run:
             steps.append(self._bounded_run.watch())
         tasks = [asyncio.create_task(step) for step in steps]

@@ -57,8 +57,15 @@ class Subscription:
     def subscribe(self, consumer: Consumer, listener: RebalanceListener) -> None:
         consumer.subscribe(topics=self.topics, listener=listener)
 
+    async def new_topics(self, consumer: Consumer) -> list[str]:
+        """Topics that match the pattern and are not subscribed to yet; none without one. Raises what is in UNREACHABLE."""
+        if self.pattern is None:
+            return []
+        names = await within(self._request_timeout_s, consumer.topic_names())
+        return [name for name in matching(self.pattern, names) if name not in self.topics]
+
     async def watch(
-        self, consumer: Consumer, pattern: str, listener: RebalanceListener, revoke_all: Callable[[], Awaitable[None]]
+        self, consumer: Consumer, listener: RebalanceListener, revoke_all: Callable[[], Awaitable[None]]
     ) -> None:
         """Subscribes to new topics that match the pattern. A deleted one stays subscribed, and may come back.
 
@@ -70,11 +77,10 @@ class Subscription:
             await asyncio.sleep(min(max(TOPICS_INTERVAL_S, TOPICS_SHARE * took_s), LONGEST_TOPICS_INTERVAL_S))
             started = time.monotonic()
             try:
-                names = await within(self._request_timeout_s, consumer.topic_names())
+                found = await self.new_topics(consumer)
             except UNREACHABLE:
                 continue  # the lag watcher reports it
             took_s = time.monotonic() - started
-            found = [name for name in matching(pattern, names) if name not in self.topics]
             if found:
                 log.info("new topics match input_pattern", extra={"topics": ",".join(found)})
                 await revoke_all()

@@ -1,5 +1,6 @@
 """The options of ``run`` and ``check``."""
 
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -148,6 +149,11 @@ class RunSettings(ModelSettings, EventSettings):
     )
 
     @property
+    def since_ms(self) -> int | None:
+        """The time that ``since`` names, in ms since 1970; None where it is not set."""
+        return moment_ms(self.since) if self.since else None
+
+    @property
     def until_ms(self) -> int | None:
         """The time that ``until`` names, in ms since 1970; None for now, or where it is not set."""
         return moment_ms(self.until) if self.until and self.until != "now" else None
@@ -204,6 +210,10 @@ class RunSettings(ModelSettings, EventSettings):
             )
         if self.since and self.until_ms is not None and moment_ms(self.since) >= self.until_ms:
             raise ValueError("since should be before until: nothing can be both")
+        if self.max_age_s and self.until_ms is not None and self.until_ms / 1000 < time.time() - self.max_age_s:
+            raise ValueError(
+                "max_age_s would skip every record of before until: all of them are older; leave it out, or raise it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -57,12 +57,15 @@ def whole_name(pattern: str) -> re.Pattern[str]:
 
 
 def moment_ms(value: str) -> int:
-    """``2026-11-23T10:00Z`` (without a zone: UTC), or how long ago (``30m``), in ms since 1970. Raises ValueError."""
+    """``2026-11-23T10:00Z`` (without a zone: UTC), or how long ago (``30m``), in ms since 1970. Raises ValueError.
+
+    What is before 1970 counts as its begin, for Kafka has no earlier times, and takes −1 and −2 for the ends of a log.
+    """
     ago = AGO.fullmatch(value)
     if ago:
-        return int((time.time() - int(ago[1]) * SECONDS[ago[2]]) * 1000)
+        return max(0, int((time.time() - int(ago[1]) * SECONDS[ago[2]]) * 1000))
     moment = datetime.fromisoformat(value)
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    return max(0, int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000))
 
 
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -141,6 +141,74 @@ async def test_it_is_done_once_all_partitions_of_the_group_are(consumer: FakeCon
     await until(run.finished.is_set)
 
 
+@pytest.mark.parametrize(
+    ("commit", "says"),
+    [
+        (OffsetAndMetadata(510, metadata(510, END + 1)), "a run until 1970-01-01T00:00:01.001Z"),
+        (OffsetAndMetadata(510, metadata(510, END - 1)), "a run until 1970-01-01T00:00:00.999Z"),
+        (OffsetAndMetadata(510, with_topic_id(ID)), "no other worker uses"),
+    ],
+)
+async def test_a_member_of_another_run_that_came_meanwhile_is_no_success(
+    consumer: FakeConsumer, commit: OffsetAndMetadata, says: str
+) -> None:
+    """Two that start at once find no commits of each other before they join."""
+    consumer.committed_at, consumer.committed_metadata = 510, metadata(510)
+    consumer.partitions = {0, 1}
+    answers = consumer.committed_offsets
+
+    async def committed(tps: Any, **options: Any) -> Any:
+        return await answers(tps, **options) | {tp: commit for tp in tps if tp == OTHER}
+
+    consumer.committed_offsets = committed  # type: ignore[method-assign]
+    run = Until("g", END)
+    stage = await staged(consumer, until=run)
+    await stage.assign(TP)
+    with pytest.raises(WrongSetting, match=says):
+        await asyncio.wait_for(stage.run, 5)
+    assert not run.finished.is_set()
+
+
+async def test_a_partition_that_another_worker_has_read_is_refused(consumer: FakeConsumer) -> None:
+    stage = await staged(consumer, until=Until("g", END))
+    await stage.assign(TP)
+    with pytest.raises(WrongSetting, match="no other worker uses"):
+        await asyncio.wait_for(stage.run, 5)
+    assert consumer.commits == []
+
+
+async def test_it_is_not_done_while_there_are_partitions_it_has_not_known(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.committed_metadata = 510, metadata(510)
+    others: dict[Any, OffsetAndMetadata] = {OTHER: OffsetAndMetadata(-1, "")}
+    answers = consumer.committed_offsets
+
+    async def committed(tps: Any, **options: Any) -> Any:
+        return await answers(tps, **options) | {tp: others[tp] for tp in tps if tp in others}
+
+    consumer.committed_offsets = committed  # type: ignore[method-assign]
+    consumer.partitions_after_refresh = {0, 1}
+    run = Until("g", END)
+    stage = await staged(consumer, until=run)
+    await stage.assign(TP)
+    await until(lambda: consumer.partitions == {0, 1})
+    await asyncio.sleep(0.05)
+    assert not run.finished.is_set()
+    others[OTHER] = OffsetAndMetadata(510, metadata(510))
+    await until(run.finished.is_set)
+
+
+async def test_it_is_not_done_while_a_new_topic_matches(consumer: FakeConsumer) -> None:
+    consumer.committed_at, consumer.committed_metadata = 510, metadata(510)
+    consumer.names = ["t", "t2", "other"]
+    run = Until("g", END)
+    stage = await staged(consumer, until=run, pattern="t.*")
+    await stage.assign(TP)
+    await asyncio.sleep(0.05)
+    assert not run.finished.is_set()
+    consumer.names = ["t", "other"]
+    await until(run.finished.is_set)
+
+
 async def test_now_is_what_the_reader_of_the_first_partition_says(new_group: FakeConsumer) -> None:
     new_group.partitions = {0, 1}
     run = Until("g", None, clock=lambda: END / 1000)
@@ -173,6 +241,8 @@ def test_a_group_of_others_is_refused(commit: OffsetAndMetadata, says: str) -> N
 def test_now_takes_the_time_that_the_group_has() -> None:
     run = Until("g", None)
     run.check([OffsetAndMetadata(-1, ""), OffsetAndMetadata(0, metadata(5, 2))])
+    assert run.time_ms == 2
+    run.check([OffsetAndMetadata(0, metadata(5, 3))])  # as where two members know different first topics of a pattern
     assert run.time_ms == 2
 
 

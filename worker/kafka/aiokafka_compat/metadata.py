@@ -127,6 +127,16 @@ async def partitions_of(client: Any, topic: str) -> set[int]:
     return partitions
 
 
+async def refresh_metadata(client: Any) -> None:
+    """Has a started client ask for its topics' metadata now, and not after minutes. A group's leader then assigns partitions
+    that are new. Raises NodeNotReadyError where no broker answers.
+
+    Upstream would have to let a consumer's caller ask for it.
+    """
+    if not await inner_client(client).force_metadata_update():
+        raise NodeNotReadyError
+
+
 async def topic_ids(client: Any, topics: Collection[str]) -> dict[str, str]:
     """The ids of these topics, as one broker knows them. Unknown topics are left out; ids are empty before Kafka 2.8.
 
