@@ -51,6 +51,9 @@ class FakeModel:
     def tokenize(self, texts: list[str]) -> TokenizedTexts:
         return TokenizedTexts([[1]] * len(texts), [False] * len(texts))
 
+    def pieces(self, ids: list[list[int]]) -> list[list[int]]:
+        return ids
+
     def batch_logits(self, ids: list[list[int]]) -> None: ...
 
     def batch_seconds(self, texts: list[str], measuring_s: float) -> dict[int, float]:

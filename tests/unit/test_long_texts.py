@@ -11,6 +11,8 @@ from numpy.testing import assert_allclose
 
 from tests.support.checkpoint import POISON, Oracle, logits_of
 from worker.model.sentiment_model import SentimentModel
+from worker.pipeline.model_runner import WARM_UP_LENGTHS, ModelRunner
+from worker.telemetry.metrics import Metrics
 
 WORDS = ("день", "очень", "дом", "не", "год", "она", "цвет", "другой", "и", "время", "человек")  # a token each
 SPECIAL = 2
@@ -134,3 +136,15 @@ def test_all_of_a_text_is_read(model: SentimentModel, truncating: SentimentModel
     texts = [text_of(1_500) + " " + text_of(100, first) for first in range(5)]
     assert len({each.sentiment for each in truncating.score(texts)}) == 1
     assert all(one.sentiment != other.sentiment for one, other in pairwise(model.score(texts)))
+
+
+def test_the_speed_of_micro_batches_is_measured_on_windows(model: SentimentModel) -> None:
+    assert model.batch_seconds([text_of(600)], 0.001)
+    assert [len(ids) for ids in model.pieces(model.tokenize([text_of(600), text_of(3)]).ids)] == [512, 156, 5]
+
+
+def test_a_model_that_takes_few_tokens_warms_up_beside_another() -> None:
+    model = SentimentModel.load("builtin", cpu_threads=1, max_batch_tokens=1_024, long_text="windows")
+    assert model.max_tokens < max(WARM_UP_LENGTHS)
+    runner = ModelRunner(model, Metrics("v"), tokenizer_progressed=lambda: None, model_progressed=lambda: None)
+    runner.warm_up_beside_another()

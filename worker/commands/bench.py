@@ -235,7 +235,7 @@ def _text_times(model: SentimentModel, texts: Sequence[str], device_s: float) ->
     """
     some = texts[: CUDA_BATCH_TEXTS[-1]]
     tokenize_s = shortest_run_s(lambda: model.tokenize(some)) / len(some)
-    ids = model.tokenize(some).ids
+    ids = model.pieces(model.tokenize(some).ids)
     began_s = time.process_time()
     model.batch_logits(ids)
     sending_s = (time.process_time() - began_s) / len(some)

@@ -207,6 +207,10 @@ class SentimentModel:
         """
         return self._tokenizer(texts)
 
+    def pieces(self, ids: Sequence[TokenIds]) -> Sequence[TokenIds]:
+        """What ``batch_logits`` takes of N tokenized texts: all their windows, or where texts are truncated the texts."""
+        return self.windowing.split(ids).ids if self.windowing else ids
+
     def count_tokens(self, ids: Sequence[TokenIds]) -> tuple[int, int]:
         """Of N tokenized texts: their tokens without the special ones around each, and the unknown ones among these."""
         return self._tokenizer.count(ids)
@@ -221,7 +225,7 @@ class SentimentModel:
     def batch_logits(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:
         """Logits (N, L), columns as ``labels``, of the token ids of N texts, in as many passes as the token budget asks for.
 
-        Raises what ``logits`` raises.
+        Each has at most ``max_tokens``. Raises what ``logits`` raises.
         """
         logits = np.empty((len(ids), len(self._columns)), dtype=np.float32)
         batches = cut_by_length([len(tokens) for tokens in ids], self.max_batch_tokens, self.pass_tokens, self.widths)
@@ -239,7 +243,7 @@ class SentimentModel:
         """
         ids = self.tokenize(texts or read_reviews()).ids
         ids = ids * -(-max(CUDA_BATCH_TEXTS) // len(ids))
-        return measure_batches(lambda count: self.batch_logits(ids[:count]), measuring_s)
+        return measure_batches(lambda count: self.batch_logits(self.pieces(ids[:count])), measuring_s)
 
     def memory_bytes(self) -> int:
         """Device memory in use, bytes; 0 on a CPU, where it is the process's own."""

@@ -139,7 +139,7 @@ class ModelRunner:
 
     def _warm_up(self, run: Callable[[list[TokenIds]], object]) -> None:
         (ids,), _ = self.model.tokenize([(KNOWN_GOOD + " ") * max(WARM_UP_LENGTHS)])
-        for length in WARM_UP_LENGTHS:
+        for length in (min(most, self.model.max_tokens) for most in WARM_UP_LENGTHS):  # the text may have more windows
             run([ids[:length]] * max(1, min(16, self._budget // length)))
 
     def _score_batch(self, ids: list[TokenIds]) -> list[Sentiment | str]:
