@@ -166,8 +166,8 @@ READING: Final[dict[str, dict[str, str]]] = {
         "the number of input partitions.",
         "records_consumed_total": "`rate()` of it is the throughput. It is the sum of results, dead letters, tombstones and "
         "skipped records.",
-        "results_published_total": "`rate()` by `label` is the mix of sentiments; summed it is the results per second. A series that no longer rises "
-        "may be of a label that only the model before the last reload has.",
+        "results_published_total": "`rate()` by `label` is the mix of labels; its sum is the results per second. A series that no "
+        "longer rises may be of a label that only the model before the last reload has.",
         "inference_last_success_timestamp_seconds": 'Old while `queue_depth{stage="tokenized"}` is above 0: inference is '
         "stuck. Old without waiting texts: there is nothing to do, or the cache answers all.",
     },
@@ -195,22 +195,23 @@ READING: Final[dict[str, dict[str, str]]] = {
         "cache_hits_total": "Divided by `records_consumed_total`: the share of texts that need no model.",
     },
     "Do the texts suit the model?": {
-        "texts_truncated_total": "Divided by the results: the share of texts that do not fit. With `long_text=truncate` they are "
-        "longer than the model's maximum, and `windows` would score all of them; with `windows`, longer than `max_windows`.",
-        "tokens_total": "Without texts that the cache answers, and without what was cut off.",
-        "unknown_tokens_total": "Divided by `tokens_total`: the share of unknown tokens. A few in a hundred are usual; far more "
-        "mean another language or script than the model's, or the wrong tokenizer. Always 0 for tokenizers that know every byte.",
+        "texts_truncated_total": "Divided by the number of results: the share of texts that are scored only in part. If it is high "
+        "with `long_text=truncate`, set `long_text=windows`; with `windows`, raise `max_windows`.",
+        "tokens_total": "Texts that the cache answers are not counted, nor is the part of a text that is cut off.",
+        "unknown_tokens_total": "Divided by `tokens_total`: the share of unknown tokens. If it rises, texts come in a language or "
+        "script that the model does not know; if it is high from the start, the tokenizer may be the wrong one. It is always 0 for "
+        "tokenizers that know every byte.",
     },
     "What do people say?": {
         "score": "Has no sum, for a sum that goes down would look like a restart. The dashboard takes the mean from "
-        "the buckets. Results without a score, of labels without weights, are not in it.",
+        "the buckets. Results whose score is null are not counted.",
     },
     "What goes wrong?": {
         "dead_letters_total": "Stage `decode`: the producer or `text_field` is wrong; `infer`: the model fails; `publish`: "
         "the output topic refuses the result.",
         "tombstones_total": "A null with a key deletes in a compacted topic, so it goes on as it is.",
-        "records_skipped_total": "`null`: somebody sends nulls without a key, which mean nothing, or `on_null_text` is "
-        "`skip`. `too_old`: the worker is behind by more than `max_age_s`, or a clock is wrong.",
+        "records_skipped_total": "`null`: somebody sends nulls without a key, which mean nothing, or null texts with "
+        "`on_null_text=skip`. `too_old`: the worker is behind by more than `max_age_s`, or a clock is wrong.",
         "rebalances_total": "Each stops the whole group for a moment. A rolling update makes two for each worker.",
         "offset_resets_total": "Above 0: events were deleted before they were read, or an input topic was deleted and created again. See the log.",
         "duplicates_possible_total": "That many results may be there twice, besides those of killed processes, which count nothing. With exactly-once always 0.",

@@ -185,7 +185,7 @@ def test_a_file_of_texts_is_read_as_its_byte_order_mark_says(encoding: str, tmp_
 
 
 def test_how_many_processes_keep_a_gpu_busy_is_said_in_a_sentence() -> None:
-    times = TextTimes(tokenize_s=2e-6, plumbing_s=17e-6, device_s=3e-6)
+    times = TextTimes(tokenize_s=2e-6, python_s=17e-6, device_s=3e-6)
     sentence = bench._processes(times, cores=16)
     assert "2.0 µs to tokenize, 17.0 µs of Python" in sentence
     assert "6 of them keep this GPU busy: about 333,333 texts per second." in sentence

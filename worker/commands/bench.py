@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from worker.commands.capacity import TextTimes, plumbing_seconds, processes_for_device
+from worker.commands.capacity import TextTimes, processes_for_device, python_seconds
 from worker.commands.classify import file_lines
 from worker.commands.load_model import checkpoint_options, prepare_process
 from worker.errors import WrongSetting
@@ -239,7 +239,7 @@ def _text_times(model: SentimentModel, texts: Sequence[str], device_s: float) ->
     began_s = time.process_time()
     model.batch_logits(ids)
     sending_s = (time.process_time() - began_s) / len(some)
-    return TextTimes(tokenize_s, plumbing_seconds(some) + sending_s, device_s)
+    return TextTimes(tokenize_s, python_seconds(some) + sending_s, device_s)
 
 
 def _measure_engine(
@@ -361,13 +361,13 @@ def _print(report: BenchReport) -> None:
 
 
 def _processes(times: TextTimes, cores: int) -> str:
-    tokenize, plumbing, device = (f"{1e6 * seconds:.1f}" for seconds in times)
+    tokenize, python, device = (f"{1e6 * seconds:.1f}" for seconds in times)
     sharing = processes_for_device(times, cores)
     what = (
         "keep this GPU busy" if sharing.is_device_full else f"are what {cores} cores can run; the GPU could serve more"
     )
     return (
-        f"For a text, one worker process needs {tokenize} µs to tokenize, {plumbing} µs of Python (estimated, without a "
+        f"For a text, one worker process needs {tokenize} µs to tokenize, {python} µs of Python (estimated, without a "
         f"broker) and {device} µs of the GPU, side by side. {sharing.processes} of them {what}: about "
         f"{sharing.texts_per_s:,.0f} texts per second."
     )

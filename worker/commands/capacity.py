@@ -1,4 +1,4 @@
-"""How many worker processes keep one GPU busy, by what one process spends on a text. ``bench`` prints it."""
+"""Computes how many worker processes keep one GPU busy, from the time that one process takes for a text. For ``bench``."""
 
 import math
 from collections.abc import Sequence
@@ -13,49 +13,50 @@ from worker.core.sentiment import Sentiment
 from worker.core.timestamps import iso_time
 from worker.model.autotune import shortest_run_s
 
-PLUMBING: Final = 4.5  # CPU time of a worker without a model, in times of decoding and encoding: 9 to 10 µs to 2.3
-MEASURED_TEXTS: Final = 1_024  # at once, for a worker too decodes and encodes some hundred records at once
+PYTHON_FACTOR: Final = 4.5  # a worker without its model takes 9 to 10 µs of CPU for a text, 2.3 to decode and encode it
+MEASURED_TEXTS: Final = 1_024  # in one call, because a worker decodes and encodes hundreds of records in one call, too
 NOW_MS: Final = 1_800_000_000_000.0
 
 
 class TextTimes(NamedTuple):
-    """What one process spends on one text of a backlog, in seconds. The three are spent side by side.
+    """The times, in seconds, that one process takes for one text of a backlog. The three run side by side.
 
-    ``tokenize_s``: on the thread of the tokenizer. ``plumbing_s``: under the interpreter's lock, for Kafka, decoding,
-    encoding and sending passes to the device. ``device_s``: on the device.
+    ``tokenize_s`` is time of the tokenizer's thread. ``python_s`` is time under the interpreter's lock: for Kafka, decoding,
+    encoding and sending passes to the device. ``device_s`` is time of the device.
     """
 
     tokenize_s: float
-    plumbing_s: float
+    python_s: float
     device_s: float
 
 
 class Sharing(NamedTuple):
-    """So many processes on one device, and the texts per second that they score together at most."""
+    """A number of processes on one device, and the texts per second that they score together at most."""
 
     processes: int
     texts_per_s: float
     is_device_full: bool
-    """False where the machine has too few cores for as many processes as the device could serve."""
+    """False if the machine has too few cores for the processes that would keep the device busy."""
 
 
 def processes_for_device(times: TextTimes, cores: int) -> Sharing:
-    """How many processes keep a device busy, of those that ``cores`` cores can run; at least one.
+    """How many processes keep a device busy, but no more than ``cores`` cores can run, and at least one.
 
     A process scores a text in the longest of the three times, because its stages work side by side. All processes together
-    score one in ``device_s``. Brokers on the same machine take cores besides.
+    score a text in ``device_s`` at best. Brokers on the same machine need cores besides.
     """
     text_s = max(times)
     wanted = math.ceil(round(text_s / times.device_s, 6))
-    runnable = math.floor(round(cores * text_s / (times.tokenize_s + times.plumbing_s), 6))
+    runnable = math.floor(round(cores * text_s / (times.tokenize_s + times.python_s), 6))
     processes = max(1, min(wanted, runnable))
     return Sharing(processes, min(processes / text_s, 1 / times.device_s), processes >= wanted)
 
 
-def plumbing_seconds(texts: Sequence[str]) -> float:
-    """Seconds that Kafka, decoding and encoding take a process for each of N texts, estimated. Blocks for some of them.
+def python_seconds(texts: Sequence[str]) -> float:
+    """An estimate of the seconds that a process takes for Kafka, decoding and encoding, for each of N texts.
 
-    Without a broker only decoding and encoding can be measured. They are between a fifth and a quarter of the whole.
+    It measures decoding and encoding, and multiplies by PYTHON_FACTOR, because Kafka cannot be measured without a
+    broker. Blocks while it measures.
     """
     texts = texts[:MEASURED_TEXTS]
     records = [_Record(number, orjson.dumps({"id": number, "text": text})) for number, text in enumerate(texts)]
@@ -68,7 +69,7 @@ def plumbing_seconds(texts: Sequence[str]) -> float:
         decoder.decode_all(records)
         encoder.encode(records, events, sentiments, truncated, "model@revision", iso_time(NOW_MS))
 
-    return PLUMBING * shortest_run_s(decode_and_encode) / len(texts)
+    return PYTHON_FACTOR * shortest_run_s(decode_and_encode) / len(texts)
 
 
 class _Record(NamedTuple):

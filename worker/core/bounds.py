@@ -1,6 +1,6 @@
-"""Where a run with the setting ``until`` stops in a partition. Pure.
+"""Says where a run with the setting ``until`` stops in a partition. Pure.
 
-A commit's metadata names it, so that whoever reads the partition next stops at the same offset.
+The metadata of each commit holds this bound, so that the next worker that reads the partition stops at the same offset.
 """
 
 import re
@@ -15,11 +15,11 @@ _METADATA: Final = re.compile(r"until=(\d{1,15});end=(\d{1,19})")
 
 
 class Bound(NamedTuple):
-    """The run's end in ms since 1970, and where a partition ends for it.
+    """The time at which a run ends, in ms since 1970, and the offset at which it stops in one partition.
 
-    ``offset`` is the partition's end when the run came to it first, until a record of that time or later is met before: then
-    it is that record's. So ``offset`` alone says whether the partition is read to its end, and a late record is not missed
-    because of a transaction marker that is dated after it, which Kafka's search for a time would find.
+    At first ``offset`` is the end that the partition had when the run first looked at it. If the worker meets an
+    earlier record with a timestamp of ``until_ms`` or later, ``offset`` becomes that record's. Kafka's search for a
+    time is not used: it would also find a transaction marker, and the run would miss late records behind that.
     """
 
     until_ms: int
@@ -27,17 +27,17 @@ class Bound(NamedTuple):
 
     @property
     def metadata(self) -> str:
-        """Of a commit, to which the topic's id may be appended."""
+        """The bound as text for a commit's metadata. The caller may append the topic's id."""
         return f"until={self.until_ms};end={self.offset}"
 
     def is_reached(self, offset: int | None) -> bool:
-        """Whether a partition of which ``offset`` comes next is read to its end."""
+        """Whether a partition is read to its end if ``offset`` is the next one to read."""
         return offset is not None and offset >= self.offset
 
     def within(self, records: Sequence[RecordT]) -> tuple[Sequence[RecordT], "Bound"]:
-        """The first of N records in the order of their offsets, as far as they are before the bound; and the bound then.
+        """The records before the bound, out of N records in the order of their offsets, and the bound that holds now.
 
-        A record without a timestamp is taken for one of before the end.
+        A record without a timestamp counts as earlier than ``until_ms``.
         """
         for place, record in enumerate(records):
             if record.offset >= self.offset:
@@ -48,7 +48,7 @@ class Bound(NamedTuple):
 
 
 def bound_in(metadata: str) -> Bound | None:
-    """The bound that a commit's metadata names; None where it names none."""
+    """The bound in a commit's metadata, or None if there is none."""
     match = _METADATA.fullmatch(without_topic_id(metadata)[1])
     return Bound(int(match[1]), int(match[2])) if match else None
 

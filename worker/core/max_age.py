@@ -1,4 +1,4 @@
-"""Records that are too old to be scored. Pure: the caller brings the clock and the decoder."""
+"""Keeps records that are too old from being scored. Pure: the caller passes the clock and the decoder."""
 
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -8,9 +8,10 @@ from worker.core.events import Decoded, Record, TooOld
 
 
 class MaxAge:
-    """Keeps a decoder from records whose own timestamp is more than ``seconds`` before what ``clock`` says, in s since 1970.
+    """Decodes records with ``decoder``, except those that are older than ``seconds``.
 
-    A record without a timestamp has no age, and a null has no text: both are decoded as usual.
+    The age of a record is what ``clock`` says (s since 1970) minus the record's timestamp. A record without a timestamp
+    has no age, and a null has no text: both are decoded as usual.
     """
 
     def __init__(self, decoder: Decoder, seconds: float, clock: Callable[[], float]) -> None:
@@ -19,9 +20,10 @@ class MaxAge:
         self._clock = clock
 
     def decode_all(self, records: Sequence[Record], new_from: int | None) -> list[Decoded]:
-        """What the decoder answers for each of N records of one partition, or TooOld.
+        """For each of N records of one partition: what the decoder answers, or TooOld.
 
-        ``new_from`` is an offset: the records from there on were written less than ``seconds`` ago. None: not known.
+        Records with the offset ``new_from`` or a later one were written less than ``seconds`` ago. None means that
+        nothing is known of when they were written.
         """
         oldest_ms = (self._clock() - self.seconds) * 1000
         is_fresh = [

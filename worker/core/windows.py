@@ -1,4 +1,4 @@
-"""Long texts in windows: how the tokens of a text are split, and what the answers to its windows come to. Pure."""
+"""Splits the tokens of a long text into windows, and combines the answers to the windows into one for the text. Pure."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,11 +9,11 @@ import numpy as np
 from worker.core.batching import TokenIds
 from worker.core.sentiment import Floats, LabelSet, Sentiment, sentiments_of
 
-OVERLAP: Final = 64  # tokens that a window shares with the one before, so that no sentence is seen only in halves
+OVERLAP: Final = 64  # tokens that a window shares with the one before, so that a short sentence is whole in one of them
 
 
 class Window(NamedTuple):
-    """A part of a text, as places among the text's tokens. ``new_tokens``: how many of them no earlier window has."""
+    """A part of a text: its tokens from ``start`` to before ``end``. No earlier window has ``new_tokens`` of them."""
 
     start: int
     end: int
@@ -21,10 +21,10 @@ class Window(NamedTuple):
 
 
 def windows_of(tokens: int, room: int, overlap: int) -> list[Window]:
-    """The windows of a text of so many tokens: each has ``room`` tokens, the last one what is left.
+    """The windows of a text that has ``tokens`` tokens. Each window has ``room`` tokens; the last one has what is left.
 
-    Each begins ``overlap`` tokens, which are fewer than ``room``, before the end of the one before. A text without tokens
-    has one empty window.
+    Each window begins ``overlap`` tokens before the end of the window before it; ``overlap`` is less than ``room``. A text
+    without tokens has one empty window.
     """
     starts = range(0, max(1, tokens - overlap), room - overlap)
     ends = [min(start + room, tokens) for start in starts]
@@ -34,18 +34,18 @@ def windows_of(tokens: int, room: int, overlap: int) -> list[Window]:
 
 
 def combine(probabilities: Floats, new_tokens: Sequence[int]) -> Floats:
-    """Probabilities (L) of a text from those of its windows (W, L): the mean, weighted by each window's new tokens (W).
+    """The probabilities (L) of a text, from those of its windows (W, L): the mean, weighted by the new tokens (W).
 
-    Those of a single window are returned as they are, to the last bit.
+    A text with a single window gets the probabilities of that window, unchanged to the last bit.
     """
     first: Floats = probabilities[0]
     return first if len(new_tokens) == 1 else np.average(probabilities, axis=0, weights=new_tokens)
 
 
 class WindowedTexts(NamedTuple):
-    """N texts in windows. ``ids`` and ``new_tokens``: of each window, text by text.
+    """N texts in windows. ``ids`` and ``new_tokens`` have one entry for each window, text by text.
 
-    ``bounds``: N + 1 places; the windows of text n are those from ``bounds[n]`` to ``bounds[n + 1]``.
+    ``bounds`` has N + 1 indexes into them: text n has the windows from ``bounds[n]`` up to, but without, ``bounds[n + 1]``.
     """
 
     ids: list[TokenIds]
@@ -53,14 +53,14 @@ class WindowedTexts(NamedTuple):
     bounds: list[int]
 
     def combined(self, probabilities: Floats) -> Floats:
-        """Probabilities (N, L) of the texts from those of the windows (W, L)."""
+        """The probabilities (N, L) of the texts, from those of all windows (W, L)."""
         texts = [combine(probabilities[begin:end], self.new_tokens[begin:end]) for begin, end in pairwise(self.bounds)]
         return np.array(texts).reshape(len(texts), probabilities.shape[1])
 
     def answers(self, of_windows: Sequence[Sentiment | str], labels: LabelSet) -> list[Sentiment | str]:
-        """Answers of the texts from those of the windows, by the model's labels.
+        """The answers to the N texts, from those to all windows. ``labels`` are the model's.
 
-        A text with a window that failed has that window's failure.
+        An answer is a sentiment, or the message of a failure. If a window of a text failed, the text has that failure.
         """
         answers: list[Sentiment | str] = []
         for begin, end in pairwise(self.bounds):
@@ -76,10 +76,11 @@ class WindowedTexts(NamedTuple):
 
 
 class Windowing:
-    """How the texts of one model are split into windows.
+    """Splits texts into windows for one model.
 
-    ``max_tokens``: of a window, special tokens among them. ``opening`` and ``closing``: the number of special tokens before
-    and behind a text, which each window has too. ``max_windows``: of a text at most.
+    A window has at most ``max_tokens`` tokens, special tokens included. ``opening`` and ``closing`` are the numbers of
+    special tokens before and behind a text; each window has these tokens, too. A text has at most ``max_windows``
+    windows.
     """
 
     def __init__(self, *, max_tokens: int, opening: int, closing: int, max_windows: int) -> None:
@@ -90,20 +91,20 @@ class Windowing:
         self._room = max_tokens - self._special
         self._overlap = min(OVERLAP, self._room // 2)
         self.max_text_tokens = max_tokens + (max_windows - 1) * (self._room - self._overlap)
-        """Tokens of a text that its windows hold at most, special ones among them."""
+        """The most tokens of a text that ``max_windows`` windows hold, special tokens included."""
 
     def count(self, ids: TokenIds) -> int:
-        """The number of windows of a text with these token ids."""
+        """How many windows a text with these token ids has."""
         return 1 + self._later_windows(len(ids) - self._special)
 
     def most_tokens(self, size: int) -> int:
-        """The most tokens, those of all windows together, that a text of so many bytes may have: a token has a byte."""
+        """The most tokens that all windows of a text of ``size`` bytes may have together: a token has at least one byte."""
         tokens = min(size, self.max_text_tokens - self._special)
         later = self._later_windows(tokens)
         return tokens + later * self._overlap + (1 + later) * self._special
 
     def split(self, ids: Sequence[TokenIds]) -> WindowedTexts:
-        """The windows of N texts with these token ids. A text that fits into one window is that window."""
+        """Splits N texts, given as token ids. A text that fits into one window stays as it is."""
         windowed = WindowedTexts([], [], [0])
         for text in ids:
             windows = self._windows(text)
@@ -113,7 +114,7 @@ class Windowing:
         return windowed
 
     def _later_windows(self, tokens: int) -> int:
-        """How many windows a text of so many tokens has behind its first."""
+        """How many windows a text of ``tokens`` tokens has behind its first one."""
         return max(0, -((self._room - tokens) // (self._room - self._overlap)))
 
     def _windows(self, ids: TokenIds) -> list[Window]:

@@ -1,4 +1,4 @@
-"""A run with the setting ``until``: where each partition ends, and when the group has read all partitions to their ends."""
+"""Serves a run with the setting ``until``: finds where each partition ends, and when the group has read all of them."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,15 @@ from worker.kafka.subscription import Subscription
 from worker.runtime.tasks import within
 from worker.telemetry.health import Health
 
-FINISHED_INTERVAL_S: Final = 1.0  # how often a member that is done asks whether the others are
+FINISHED_INTERVAL_S: Final = 1.0  # between two questions of a worker that is done whether the others are done, too
 STOP_S: Final = 1.0
 
 
 class Until:
-    """The setting ``until`` of one group: its time in ms since 1970, or None for now, which the group resolves once.
+    """The setting ``until`` of one group.
 
-    ``finished`` is set once all partitions of the group are read to their ends.
+    ``time_ms`` is its time in ms since 1970. For ``now`` it is None until the group has committed what time that is.
+    ``finished`` is set once the group has read all its partitions to their ends.
     """
 
     def __init__(self, group_id: str, time_ms: int | None, clock: Callable[[], float] = time.time) -> None:
@@ -44,7 +45,10 @@ class Until:
         self.clock = clock
 
     def check(self, commits: Collection[OffsetAndMetadata]) -> None:
-        """Raises WrongSetting where these commits of the group are not of this very run."""
+        """Raises WrongSetting if any of these commits of the group was made without ``until``, or with another time.
+
+        If ``time_ms`` is None, it becomes the time in these commits.
+        """
         commits = [commit for commit in commits if commit.offset >= 0]
         if any(bound_in(commit.metadata) is None for commit in commits):
             raise WrongSetting(
@@ -62,7 +66,7 @@ class Until:
 
 
 async def check_group(connection: Connection, topics: Collection[str], until: Until, health: Health) -> None:
-    """Raises WrongSetting where the group's offsets are not of this run; it does not join the group. Waits for brokers."""
+    """Raises WrongSetting if another run has committed offsets of the group. Waits for brokers; joins no group."""
     backoff = Backoff()
     while True:
         consumer = Consumer(**connection.options(), group_id=until.group_id, enable_auto_commit=False)
@@ -85,11 +89,11 @@ async def check_group(connection: Connection, topics: Collection[str], until: Un
 
 
 class BoundedRun:
-    """Tells where partitions end, and watches for the end of the run.
+    """Says where partitions end, and notices when the run is done. The source of records calls it.
 
-    The bound of a partition is found by whoever reads it first, and stands in the metadata of each of its commits from the
-    first on. Where ``until`` is now, the reader of the group's first partition says what time that is; all others wait for
-    its commit.
+    The worker that reads a partition first finds the partition's bound. Each commit of the partition has it in its
+    metadata. If ``until`` is now, the worker that reads the group's first partition commits what time that is, and all
+    others wait for that commit.
     """
 
     def __init__(
@@ -108,16 +112,17 @@ class BoundedRun:
         self._asking = asyncio.Lock()
 
     async def bound(self, tp: TopicPartition, commit: OffsetAndMetadata | None) -> Bound:
-        """A partition's bound: that of its committed offset, else a new one.
+        """The bound in a partition's committed offset, or else a new one.
 
-        Raises WrongSetting, IllegalStateError and what is in UNREACHABLE. Waits for the group to know what time now is.
+        If ``until`` is now, it waits until the group has committed what time that is. Raises WrongSetting, IllegalStateError
+        and the errors in UNREACHABLE.
         """
         if commit is not None:
             self._until.check([commit])
             if bound := bound_in(commit.metadata):
                 return bound
         time_ms = await self._time_ms(tp)
-        # With open transactions, because records in them may be of before the end, and committed after it.
+        # Records of open transactions count: their timestamps may be before ``until``, and their commit after it.
         ends = await self._consumer.live.ends([tp], self._request_timeout_s, isolation_level=READ_UNCOMMITTED)
         if isinstance(end := ends[tp], Exception):
             raise end
@@ -139,7 +144,7 @@ class BoundedRun:
     async def _time_ms(self, tp: TopicPartition) -> int:
         if self._until.time_ms is None and tp == min(partitions := await self._all_partitions()):
             await self._ask(partitions)
-            # It is the group's time once it is committed: until then the next reader of this partition may say another one.
+            # It becomes the group's time with the commit; until then, the next reader of this partition may set another one.
             return self._until.time_ms or int(self._until.clock() * 1000)
         async with self._asking:
             while self._until.time_ms is None:
@@ -175,10 +180,10 @@ class BoundedRun:
         return await within(self._request_timeout_s, _partitions(self._consumer.live, topics))
 
     async def _commits(self, partitions: list[TopicPartition]) -> Mapping[TopicPartition, OffsetAndMetadata]:
-        """What is committed for certain: offsets in an open transaction do not count yet."""
+        """The offsets that are committed for certain; those in an open transaction do not count yet."""
         return await within(self._request_timeout_s, self._consumer.live.committed_offsets(partitions))
 
 
 async def _partitions(consumer: Consumer, topics: Collection[str]) -> list[TopicPartition]:
-    """All partitions of these topics. Waits without end for one that does not exist, so the caller sets a deadline."""
+    """All partitions of these topics. Waits without end for a topic that does not exist, so the caller sets a deadline."""
     return [TopicPartition(topic, number) for topic in topics for number in await partitions_of(consumer, topic)]

@@ -98,15 +98,15 @@ class EvaluateSettings(ModelSettings, CorpusSettings):
     format: Literal["table", "json"] = Field("table", description="what is printed")
     predictions: Path | None = Field(
         None,
-        description="write what the model says of each row to this file, worst first: CSV or JSON lines, by its ending "
-        "(.csv or .jsonl)",
+        description="file to write the model's answer to each row into, with the most confident errors first: CSV if its "
+        "name ends in .csv, JSON lines if in .jsonl",
     )
     against: str | None = Field(
         None,
-        description="another checkpoint, named as model is: measure it on the same rows, and print the difference of "
-        "macro-F1 with its 95 % interval",
+        description="another checkpoint, named as in model: it is measured on the same rows, and the difference of macro-F1 "
+        "is printed with its 95 % interval",
     )
-    against_revision: str | None = Field(None, description="as revision, of the checkpoint that against names")
+    against_revision: str | None = Field(None, description="as revision, for the checkpoint in against")
 
     @model_validator(mode="after")
     def _has_a_revision_of_its_own(self) -> Self:
@@ -117,7 +117,7 @@ class EvaluateSettings(ModelSettings, CorpusSettings):
         return self
 
     def held_out_rules(self) -> set[Literal["normalized", "exact"]]:
-        """By which rules rows are held out of what is measured: a row counts if all of them hold it out."""
+        """The rules of the measured models for held-out rows. A row is measured if each of them holds it out."""
         return {self.rows_held_out_by(name) for name in (self.model, self.against) if name}
 
 
@@ -141,14 +141,18 @@ class TrainSettings(CorpusSettings):
     patience: int | None = Field(
         None,
         ge=1,
-        description="put development rows aside, keep the epoch that is best on them, and end after so many epochs that are "
-        "no better; default: train on these rows, too, and keep the last epoch",
+        description="development rows are not trained on, the weights of the epoch with the best macro-F1 on them are kept, "
+        "and training stops after this number of epochs without a better one; default: train on these rows, too, and keep "
+        "the last epoch",
     )
-    averaging: float = Field(0.99, ge=0, lt=1, description="decay a step of the running mean of the weights")
+    averaging: float = Field(
+        0.99, ge=0, lt=1, description="decay per step of the running mean of the weights within one fine-tuning"
+    )
     average: int = Field(
         1,
         ge=1,
-        description="fine-tunings, each from the same start with other random numbers; their weights' mean is kept",
+        description="number of fine-tunings, each from the same start with other random numbers; the mean of their weights "
+        "is kept",
     )
     pretrain_epochs: int = Field(12, ge=0, description="new model: passes with masked tokens first")
     pretrain_learning_rate: float = Field(1e-3, gt=0, description="new model: peak of those passes")

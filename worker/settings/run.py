@@ -46,13 +46,13 @@ class RunSettings(ModelSettings, EventSettings):
     )
     since: Moment | None = Field(
         None,
-        description="where to begin when the group has no offset: at the first record dated then or later: "
-        "2026-11-23T10:00Z, or how long ago: 30m, 2h, 7d",
+        description="where a group without an offset begins: at the first record with this timestamp or a later one; a time "
+        "such as 2026-11-23T10:00Z, or how long ago, such as 30m, 2h or 7d",
     )
     until: End | None = Field(
         None,
-        description="end once every partition is read up to this time: 2026-11-23T10:00Z, or now; needs a group_id of its "
-        "own",
+        description="the worker ends when its group has read every partition up to this time: a past time such as "
+        "2026-11-23T10:00Z, or now; it needs a group_id that no other worker uses",
     )
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed", description="whether to skip records of aborted transactions"
@@ -89,7 +89,7 @@ class RunSettings(ModelSettings, EventSettings):
     max_age_s: float | None = Field(
         None,
         gt=0,
-        description="records whose own timestamp is older than this when they are read are skipped and counted, s",
+        description="a record is skipped and counted if its timestamp is older than this when the worker reads it, s",
     )
     dead_letter_limit: float = Field(
         0.5,
@@ -105,7 +105,8 @@ class RunSettings(ModelSettings, EventSettings):
     )
     max_batch_texts: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         "auto",
-        description="a micro-batch closes when it has so many records; auto: 512 on a CPU, on a GPU measured at the start",
+        description="a micro-batch closes when it has this number of records; auto: 512 on a CPU; on a GPU the fastest "
+        "number, measured at the start",
     )
     linger_ms: float = Field(
         10,
@@ -206,10 +207,10 @@ class RunSettings(ModelSettings, EventSettings):
             raise ValueError("until needs a group_id of its own, which no other worker has used; set group_id, too")
         if self.until and self.auto_offset_reset == "latest":
             raise ValueError(
-                "until needs auto_offset_reset earliest: the latest record is where it ends; since moves the begin"
+                "until needs auto_offset_reset earliest, for latest begins where the run ends; set since to begin later"
             )
         if self.since and self.until_ms is not None and moment_ms(self.since) >= self.until_ms:
-            raise ValueError("since should be before until: nothing can be both")
+            raise ValueError("since should be before until, or no record lies between them")
         if self.max_age_s and self.until_ms is not None and self.until_ms / 1000 < time.time() - self.max_age_s:
             raise ValueError(
                 "max_age_s would skip every record of before until: all of them are older; leave it out, or raise it"

@@ -26,21 +26,26 @@ class CheckpointSettings(LogSettings):
     )
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: the newest")
     model_labels: ModelLabels | None = Field(
-        None, description="other names for the model's labels in results: LABEL_0=negative,LABEL_1=neutral,…"
+        None,
+        description="names that the model's labels have in results, such as LABEL_0=negative,LABEL_1=neutral; a label that "
+        "is not listed keeps its own",
     )
     label_scores: LabelScores | None = Field(
         None,
-        description="weights by which probabilities add up to the score: 1 star=-1,2 stars=-0.5,…; a label that is not "
-        "named weighs 0; default: -1, 0, 1 for negative, neutral, positive, and no score for other labels",
+        description="each label's weight in the score, which is the sum of probabilities times weights: "
+        "1 star=-1,2 stars=-0.5,…; a label that is not listed has the weight 0; default: -1, 0, 1 for negative, neutral, "
+        "positive, and no score for other labels",
     )
     activation: Literal["auto", "sigmoid", "softmax"] = Field(
         "auto",
         description="how logits become probabilities; auto: sigmoid for the labels negative, neutral, positive, as on the "
-        "default model's card, else by problem_type in config.json: sigmoid for multi-label models, softmax for others",
+        "default model's card; for other labels sigmoid if problem_type in config.json is multi_label_classification, else "
+        "softmax",
     )
     threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
-        description="results also list, as labels, all labels with this probability or more; goes with activation sigmoid",
+        description="results have one more field, labels, with all labels whose probability is at least this; it needs "
+        "activation sigmoid",
     )
     normalize: Literal["nfc", "none"] = Field(
         "nfc",
@@ -49,14 +54,15 @@ class CheckpointSettings(LogSettings):
     )
     long_text: Literal["truncate", "windows"] = Field(
         "truncate",
-        description="what becomes of a text longer than the model's maximum (512 tokens); truncate: its beginning is "
-        "scored; windows: all of it, in windows that overlap by 64 tokens and whose probabilities are averaged",
+        description="how a text longer than the model's maximum (512 tokens for the default model) is scored; truncate: by "
+        "its beginning alone; windows: it is split into windows that overlap by 64 tokens, and their probabilities are "
+        "averaged",
     )
     max_windows: int = Field(
         MAX_WINDOWS,
         ge=1,
         le=64,
-        description="with long_text=windows, windows of a text; what is behind them is left out",
+        description="with long_text=windows: the most windows of a text that are scored; the rest of the text is not",
     )
     device: Device = Field("auto", description="auto (cuda where torch finds a GPU, else cpu), cpu, cuda, cuda:N")
     cpu_threads: Annotated[int, Field(ge=1, le=1_024)] | Literal["auto"] = Field(
@@ -64,9 +70,10 @@ class CheckpointSettings(LogSettings):
     )
     cuda_pass: Literal["padded", "unpadded", "auto"] = Field(
         "padded",
-        description="how a GPU computes the texts of a pass; padded: each as long as the longest; unpadded: one behind "
-        "another, where torch (2.10), the device (compute capability 8.0) and dtype (half precision) can and the logits "
-        "agree on the shipped reviews; auto: unpadded where that is faster, too",
+        description="how a GPU computes the texts of a pass; padded: each is padded to the length of the longest; unpadded: "
+        "one behind another without padding, if torch is 2.10 or later, the device has compute capability 8.0 or later, "
+        "dtype is float16 or bfloat16, the model is of BERT's family and the logits agree on the shipped reviews, else "
+        "padded; auto: unpadded if that is faster, too",
     )
 
     @model_validator(mode="after")

@@ -74,7 +74,9 @@ def _servers(value: str) -> str:
 
 _topic = _should("be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens", TOPIC.fullmatch)
 _path_in_object = _should("be a field's name, or a dotted path such as payload.text", lambda path: all(path.split(".")))
-_instance_id = _should("have no slash: with exactly-once it ends the transactional id", lambda name: "/" not in name)
+_instance_id = _should(
+    "have no slash, which separates group_id and group_instance_id in a transactional id", lambda name: "/" not in name
+)
 _http_token = _should(
     "be 16 or more letters, digits and signs, such as `openssl rand -hex 32` prints",
     lambda token: HTTP_TOKEN.fullmatch(token.get_secret_value()),
@@ -120,7 +122,7 @@ def _reasons(words: list[str]) -> list[str]:
 
 
 def _pairs(value: str, right: str) -> tuple[Sequence[str], Sequence[str]]:
-    """The first and the second words of pairs. Raises ValueError where a word is no pair, or a first one is there twice."""
+    """The first and the second words of pairs. Raises ValueError if a word is no pair, or if a first word comes twice."""
     found, fault = [], ""
     try:
         found = pairs(value)

@@ -108,7 +108,7 @@ class Metrics:
         self.tombstones = counter("tombstones_total", "Nulls with a key, forwarded")
         self.records_skipped = counter(
             "records_skipped_total",
-            "Nulls without a key and null texts with on_null_text=skip (null), and records older than max_age_s (too_old)",
+            "Nulls without a key, null texts with on_null_text=skip (null), and records older than max_age_s (too_old)",
             ["reason"],
         )
         self.score = batch_histogram("score", "Scores of the results, -1 to 1", [step / 10 for step in range(-10, 11)])
@@ -147,10 +147,12 @@ class Metrics:
         self.last_success = gauge("inference_last_success_timestamp_seconds", "When the model last answered")
         self.device_memory = gauge("inference_device_memory_bytes", "Device memory in use; 0 on CPU")
         self.texts_truncated = counter(
-            "texts_truncated_total", "Texts longer than the model takes: a part of them was not scored"
+            "texts_truncated_total", "Texts of which a part was not scored, because they are too long"
         )
         self.tokens = counter("tokens_total", "Tokens of the texts that were tokenized, without special tokens")
-        self.unknown_tokens = counter("unknown_tokens_total", "Those of tokens_total that the tokenizer does not know")
+        self.unknown_tokens = counter(
+            "unknown_tokens_total", "Tokens counted in tokens_total that the tokenizer does not know"
+        )
         self.cache_hits = counter(
             "cache_hits_total", "Texts answered without the model: scored before, or in the same micro-batch"
         )

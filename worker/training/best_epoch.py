@@ -1,4 +1,4 @@
-"""Chooses the epoch of a fine-tuning whose weights are kept, by macro-F1 on development rows, and says when to stop."""
+"""Chooses the epoch of a fine-tuning whose weights are kept, by macro-F1 on development rows, and when to stop training."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from worker.training.optimisation import WeightMean
 
 
 class BestEpoch:
-    """The weights of one fine-tuning: `mean`, the running mean over its steps, or what that was after the best epoch."""
+    """Keeps the weights of one fine-tuning: the running mean over its steps, or what that was after the best epoch."""
 
     def __init__(
         self,
@@ -18,10 +18,11 @@ class BestEpoch:
         measure: Callable[[], float] | None = None,
         patience: int | None = None,
     ) -> None:
-        """Chooses among `epochs` epochs, which have `steps` steps in all, and each as many as another.
+        """The fine-tuning has `steps` steps in `epochs` epochs of equal length.
 
-        `measure`: macro-F1 with the weights that the model has now; None for nothing. `patience`: how many epochs in a
-        row may be no better than the best one; None to keep the last epoch and never stop.
+        `measure` returns the macro-F1 of the model's present weights; with None nothing is measured. Training stops
+        after `patience` epochs in a row without a better macro-F1; with None the last epoch is kept, and training never
+        stops early.
         """
         self.mean = mean
         self.steps = steps
@@ -33,9 +34,9 @@ class BestEpoch:
         self._best: list[Tensor] | None = None
 
     def stepped(self, step: int) -> bool:
-        """Adds the weights after a step, counted from 1, and measures their mean after the last of an epoch.
+        """Adds the weights after step `step`, counted from 1. After the last step of an epoch it measures their mean.
 
-        Answers whether training should stop. Blocks for as long as measuring takes.
+        Returns whether training should stop. Blocks while it measures.
         """
         self.mean.add(step)
         if self._measure is None or step % self._epoch_steps:
@@ -50,9 +51,9 @@ class BestEpoch:
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch with the best macro-F1, counted from 1. There is one after the first epoch."""
+        """The first epoch with the best macro-F1, counted from 1. At least one epoch has to be measured."""
         return self.scores.index(max(self.scores)) + 1
 
     def weights(self) -> list[Tensor]:
-        """The weights to keep: those after the best epoch, or without patience the mean as it is now."""
+        """The weights to keep: with patience those after the best epoch, else the mean as it is now."""
         return self._best or self.mean.values()

@@ -1,4 +1,4 @@
-"""Measures of a classifier's answers: confusion, F1, calibration, and how sure a difference is. Pure: numpy alone."""
+"""Figures of a classifier: confusion matrix, F1, calibration error, and the interval of a difference. Pure: only numpy."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ RESAMPLING_SEED = 1
 
 
 def confusion(truth: Sequence[int] | Ids, predicted: Sequence[int] | Ids, classes: int) -> Matrix:
-    """Counts of (true class, predicted class). Raises ValueError where the two are not equally long."""
+    """The confusion matrix of N rows. Raises ValueError if ``truth`` and ``predicted`` have different lengths."""
     matrix = np.zeros((classes, classes), np.int64)
     if len(truth) != len(predicted):
         raise ValueError(f"{len(truth)} true classes cannot be compared with {len(predicted)} predicted ones")
@@ -31,7 +31,7 @@ def confusion(truth: Sequence[int] | Ids, predicted: Sequence[int] | Ids, classe
 
 
 def class_f1(matrix: Matrix) -> Floats:
-    """F1 of each class, 2·TP / (2·TP + FP + FN), the harmonic mean of precision and recall; NaN without a true row.
+    """F1 of each class, 2·TP / (2·TP + FP + FN), the harmonic mean of precision and recall; NaN for a class without rows.
 
     van Rijsbergen, Information Retrieval, 2nd ed. 1979, chapter 7 (F = 1 − E with equal weights).
     """
@@ -39,7 +39,7 @@ def class_f1(matrix: Matrix) -> Floats:
 
 
 def macro_f1(matrix: Matrix) -> float:
-    """The mean F1 of the classes that have true rows (a source may lack one); NaN without any row.
+    """The mean F1 of the classes that have rows (a source may have none of a class); NaN without any row.
 
     The mean of F1s, not the F1 of mean precision and recall: Opitz and Burst, "Macro F1 and Macro F1", 2019.
     """
@@ -47,13 +47,14 @@ def macro_f1(matrix: Matrix) -> float:
 
 
 def calibration_error(confidence: Floats, correct: NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> float:
-    """The expected calibration error of N answers, from 0 to 1; NaN without any.
+    """The expected calibration error of N answers, from 0 to 1; NaN if N is 0.
 
-    Answers are sorted into bins of equal width by their confidence, bin b from b/bins (excluded, but for 0) to
-    (b + 1)/bins (included). The error is the sum over the bins of n/N · |share that is correct − mean confidence|, where n
-    is the number of answers in the bin. Naeini, Cooper and Hauskrecht, AAAI 2015; Guo et al., ICML 2017, equation 3.
+    Answers are put into bins of equal width by their confidence. Bin b reaches from b/bins to (b + 1)/bins; it includes
+    its upper end, and the first bin also includes 0. The error is the sum over the bins of n/N · |share that is correct
+    − mean confidence|, where n is the number of answers in the bin. Naeini, Cooper and Hauskrecht, AAAI 2015; Guo et
+    al., ICML 2017, equation 3.
 
-    confidence: the probability of the label that was given, 0 to 1. correct: whether it is the true one.
+    ``confidence`` is the probability of the predicted label, 0 to 1. ``correct`` says whether that is the true one.
     """
     if not len(confidence):
         return float("nan")
@@ -71,7 +72,7 @@ class Difference(NamedTuple):
 
 
 def macro_f1_difference(truth: Ids, ours: Ids, theirs: Ids, classes: int, *, resamples: int = RESAMPLES) -> Difference:
-    """Macro-F1 of `ours` minus that of `theirs`, two classifiers' answers to the same N ≥ 1 rows.
+    """Macro-F1 of `ours` minus that of `theirs`: two classifiers' answers to the same N ≥ 1 rows.
 
     The interval holds the middle 95 % of the differences on `resamples` samples of N rows, drawn with replacement; both
     classifiers are measured on the same sample (the paired bootstrap percentile interval: Efron and Tibshirani, An

@@ -1,4 +1,4 @@
-"""What a classifier answered to labelled texts, and the figures of it: tables, Markdown, JSON. Pure: no torch."""
+"""The answers of a classifier to labelled texts, and their figures as tables, Markdown and JSON. Pure: no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from worker.training.classification_metrics import (
 from worker.training.dataset import CLASSES, Example
 
 MOST_COLUMNS = 6
-"""Of classes in a table; with more of them a terminal is too narrow."""
+"""The most classes that a table has a column for; a terminal is too narrow for more."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier answered to the N ≥ 0 examples of a source.
+    """The answers of a classifier to the N ≥ 0 examples of a source.
 
-    `probabilities`: N × K, columns as the classes. The predicted class is that of the largest.
+    `probabilities` (N, K) has a column for each class. The predicted class is the one with the largest probability.
     """
 
     examples: Sequence[Example]
@@ -60,7 +60,7 @@ class Predictions:
         return calibration_error(self.probabilities.max(1), self.truth == self.predicted)
 
     def margins(self) -> Floats:
-        """The probability of the true class minus the largest of another one: negative where the prediction is wrong."""
+        """The true class's probability minus the largest other one, by example; negative if the prediction is wrong."""
         rows, others = np.arange(len(self.truth)), self.probabilities.copy()
         others[rows, self.truth] = -np.inf
         margins: Floats = self.probabilities[rows, self.truth] - others.max(1, initial=-np.inf)
@@ -69,7 +69,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The figures of a classifier: its predictions by source, in the order of the sources."""
+    """The figures of a classifier, computed from its predictions by source."""
 
     predictions: Mapping[str, Predictions]
     classes: Sequence[str] = CLASSES
@@ -93,7 +93,7 @@ class EvaluationReport:
         return macro_f1(self.overall)
 
     def remarks(self) -> list[str]:
-        """A sentence for each source that lacks a class, for its macro-F1 is the mean of fewer."""
+        """A sentence for each source that has no row of some class, because its macro-F1 is a mean over fewer classes."""
         said = []
         for name, each in self.predictions.items():
             missing = _missing(each.matrix, self.classes)

@@ -1,4 +1,4 @@
-"""Writes what a model answered to each row of an evaluation, worst first: CSV or JSON lines. Pure but for the file."""
+"""Writes a model's answer to each row of an evaluation as CSV or JSON lines, the most confident errors first."""
 
 import csv
 import os
@@ -13,9 +13,9 @@ from worker.training.evaluation_report import EvaluationReport
 
 
 def check_predictions_path(path: Path) -> None:
-    """Raises ValueError with one sentence where no file of predictions can be written there.
+    """Raises ValueError with one sentence if ``path`` cannot be written to.
 
-    Writes nothing, and leaves no file where there was none.
+    It writes nothing, and leaves no file where there was none.
     """
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"--predictions {path} should end in {' or '.join(WRITERS)}, which says what is written")
@@ -36,12 +36,11 @@ def check_no_source(path: Path, sources: Iterable[Path]) -> None:
 
 
 def write_predictions(path: Path, report: EvaluationReport, against: EvaluationReport | None = None) -> None:
-    """Writes a row for each example, `source`, `text`, `label` (the true one), `predicted`, and each class's probability.
+    """Writes a row for each example: `source`, `text`, `label` (the true one), `predicted`, and each class's probability.
 
-    With `against`, the report of another model on the same rows, `against` is what that one predicts. The worst comes
-    first: rows are sorted by the probability of the true label minus the largest of the others, so that those that are
-    wrong with the most confidence are at the top, and those that are right with the most at the end. Blocks on the disk;
-    raises OSError.
+    If `against` is given, the report of another model on the same rows, a row also has `against`: that model's
+    prediction. Rows are sorted by the probability of the true label minus the largest other one. So the most confident
+    errors come first, and the most confident right answers last. Blocks on the disk; raises OSError.
     """
     WRITERS[path.suffix.lower()](path, _rows(report, against))
 
@@ -80,4 +79,4 @@ def _write_json_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, Iterator[dict[str, Any]]], None]] = {".csv": _write_csv, ".jsonl": _write_json_lines}
-"""By the ending of the file's name."""
+"""The function that writes a file, by the ending of its name."""

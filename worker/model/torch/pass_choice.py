@@ -1,7 +1,7 @@
-"""Chooses whether a GPU computes texts without padding, and goes back to padded passes should one without padding fail.
+"""Chooses whether a GPU computes texts without padding, and returns to padded passes if one without padding fails.
 
-Three things have to hold, and are found out at the start: the device, the number type and the model allow it; its logits
-agree with those of the plain forward on the shipped reviews; and, where the setting is ``auto``, it is faster.
+At the start it checks three conditions. The device, the number type and the model allow passes without padding. Their logits
+agree with those of the plain forward on the shipped reviews. And if the setting ``cuda_pass`` is ``auto``, they are faster.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Logits = NDArray[np.float32]
 PaddedPasses = Callable[[int, Sequence[Sequence[TokenIds]]], PassRunner]
-"""Makes padded passes of so many tokens at most, with CUDA graphs for the shapes of these device batches alone."""
+"""Makes padded passes of at most that many tokens, with CUDA graphs for the shapes of these device batches only."""
 
 HALF_TYPES: Final = ("float16", "bfloat16")
 OLDEST_CAPABILITY: Final = (8, 0)  # compute capability, of the Flash kernel
@@ -41,7 +41,7 @@ TOLERANCE: Final = 5e-2  # of a logit
 
 
 class Gpu(NamedTuple):
-    """What the choice asks of a device. ``free_bytes`` of its memory; ``peak_bytes`` that a call takes, which it makes."""
+    """What the choice needs of a device. ``peak_bytes`` makes the call, and returns the most memory that it took."""
 
     capability: tuple[int, int]
     find_attention: Callable[[torch.device, torch.dtype, int, int], Attend | None]
@@ -51,7 +51,7 @@ class Gpu(NamedTuple):
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The device as it is."""
+    """The Gpu of a CUDA device."""
 
     def peak_bytes(call: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,11 +75,11 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 class UnpaddedRunner:
-    """A PassRunner that computes without padding. If such a pass fails, it is computed padded, and so are all later ones.
+    """A PassRunner that computes texts without padding. If a pass fails, it and all later ones are computed with padding.
 
-    It goes back only if padded passes have finite logits for the same texts: else these or the device are at fault. For
-    want of memory it does not: it raises that, and whoever calls makes passes smaller. Logits that are not finite are
-    computed again by padded passes. ``max_batch_tokens``: the tokens of a pass.
+    It does so only if padded passes give finite logits for the same texts; else the texts or the device are at fault. If
+    memory runs out, it raises the error and goes on without padding, because the caller then makes passes smaller. Texts
+    whose logits are not finite are computed again with padding. ``max_batch_tokens`` is the most tokens of a padded pass.
     """
 
     widths: Sequence[int] = ()
@@ -127,9 +127,9 @@ class UnpaddedRunner:
 def choose_unpadded(
     choice: Choice, options: RunnerOptions, padded: PaddedPasses, gpu: Gpu, *, labels: int
 ) -> UnpaddedRunner | None:
-    """A runner without padding, or None where padded passes are to be used. Logs which, and why. Blocks for a second or so.
+    """A runner that computes without padding, or None if the GPU should pad. Logs which, and why. Blocks for a second or so.
 
-    ``options.cuda_pass`` is unpadded, or auto, which wants it to be faster, too.
+    ``options.cuda_pass`` is ``unpadded`` or ``auto``; with ``auto``, the runner also has to be faster than padded passes.
     """
     unpadded = _unpadded_passes(choice, gpu, options.padding, labels)
     why = unpadded if isinstance(unpadded, str) else _disagreement(choice, options, unpadded)
@@ -155,7 +155,7 @@ def choose_unpadded(
 
 
 def _unpadded_passes(choice: Choice, gpu: Gpu, padding: int, labels: int) -> UnpaddedPasses | str:
-    """Passes without padding, or why there are none."""
+    """Passes without padding, or a sentence that says why they cannot be used."""
     model = choice.model
     if choice.dtype not in HALF_TYPES:
         return f"the other way needs half precision, and dtype is {choice.dtype}"
@@ -172,9 +172,9 @@ def _unpadded_passes(choice: Choice, gpu: Gpu, padding: int, labels: int) -> Unp
 
 
 def _disagreement(choice: Choice, options: RunnerOptions, unpadded: PassRunner) -> str | None:
-    """How logits without padding differ from the plain forward's on the examples, None if they agree.
+    """A sentence on how logits without padding differ from the plain forward's on the examples, or None if they agree.
 
-    Where the number type was chosen for the labels that it keeps, those without padding have to keep as many.
+    If the number type was chosen by the share of labels that it keeps, passes without padding have to keep that share, too.
     """
     plain = logits_of(choice.exact or choice.forward, options.examples, choice.model.device)
     try:
@@ -189,26 +189,26 @@ def _disagreement(choice: Choice, options: RunnerOptions, unpadded: PassRunner) 
 
 
 def _budget(unpadded: PassRunner, options: RunnerOptions, gpu: Gpu) -> int:
-    """As many tokens as half of the free memory has room for, in all passes under way, and BUDGET at most."""
+    """The token budget for which all passes at work together need half of the free memory, but BUDGET at most."""
     examples = options.examples[: max(1, CHECKED_TOKENS // options.max_tokens)]
     tokens = sum(map(len, examples))
     return affordable_budget(gpu.peak_bytes(lambda: unpadded(examples)) / tokens, gpu.free_bytes(), options.max_tokens)
 
 
 def affordable_budget(bytes_per_token: float, free_bytes: int, max_tokens: int) -> int:
-    """The tokens of one of PASSES passes that share MEMORY_SHARE of the free memory: ``max_tokens`` to BUDGET."""
+    """The tokens of each of PASSES passes that share MEMORY_SHARE of the free memory; from ``max_tokens`` to BUDGET."""
     affordable = int(free_bytes * MEMORY_SHARE / PASSES / max(1.0, bytes_per_token))
     return max(max_tokens, min(BUDGET, affordable))
 
 
 def _texts_per_s(run: PassRunner, ids: Sequence[TokenIds], max_batch_tokens: int) -> int:
-    """The speed of one micro-batch, cut and computed by as many threads as the worker's."""
+    """Texts per second of one micro-batch, cut into passes and computed by as many threads as in a worker."""
     batches = _cut(run, ids, max_batch_tokens)
     return round(len(ids) / shortest_run_s(lambda: list(parallel_map(PASSES, run, batches))))
 
 
 def all_logits(run: PassRunner, ids: Sequence[TokenIds], max_batch_tokens: int) -> Logits:
-    """Logits (N, labels) of N texts in order, one pass after another."""
+    """The logits (N, labels) of N texts, in their order; computes one pass after another."""
     batches = _indices(run, ids, max_batch_tokens)
     logits = np.concatenate([run([ids[index] for index in batch]) for batch in batches])
     return logits[np.argsort(np.concatenate(batches))]

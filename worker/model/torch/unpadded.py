@@ -1,15 +1,17 @@
-"""The forward pass of a BERT or RoBERTa classifier over texts that stand one behind another in one row, without padding.
+"""Computes a BERT or RoBERTa classifier for texts that stand one behind another in one row, without padding.
 
-It gives the logits of BertClassifier, but for rounding. Attention is told where each text begins and ends, everything else
-works on a token alone. As BertClassifier, it computes the last layer for first tokens only. What else it does:
+The logits are those of BertClassifier, except for rounding. Attention gets the place where each text begins and ends; all
+other operations work on each token alone. Like BertClassifier, it computes the last layer for the first tokens only. It also
+saves time in these ways:
 
-- Heads are widened with zeros to a multiple of eight, which fused attention needs. The kernel scales scores by the root of
-  the widened size, so the query's weights carry the factor that makes it the root of the original size. (``varlen_attn``
-  has an argument for the scale in some versions of torch only.)
-- The sum of a product and the rows before it is one call, ``addmm_``, with no call for the product's bias: that bias is
-  added to the bias of the layer norm that makes the rows, and subtracted again, by weights, where else the rows are read.
+- Fused attention needs heads whose size is a multiple of eight, so heads are widened with zeros. The kernel divides
+  scores by the square root of the widened size. A factor in the query's weights turns that into the root of the
+  original size, because only some versions of torch have an argument of ``varlen_attn`` for it.
+- One call, ``addmm_``, computes a product and adds it to the rows before it. The product's bias needs no call of its
+  own: the bias of the layer norm before it includes that bias. Where other products read the same rows, their own
+  biases subtract the effect of it.
 
-Knows torch, not transformers, and runs on every device for which there is an ``Attend``.
+This module imports torch and not transformers. It runs on every device for which there is an ``Attend``.
 """
 
 import logging
@@ -26,11 +28,12 @@ from worker.model.torch.bert import GPU_HEAD_MULTIPLE, classification_head, firs
 log = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-"""Attention within texts, as the first seven arguments of ``torch.nn.attention.varlen.varlen_attn`` in every version.
+"""Attention within each text. Its arguments are the first seven of ``torch.nn.attention.varlen.varlen_attn``.
 
-Query (Q, heads, size), key and value (K, heads, size), each a view whose last axis is contiguous; the bounds of each text's
-queries and of its keys, int32 (N + 1), contiguous, from 0 to Q and to K; the most queries and the most keys of a text →
-(Q, heads, size). Scores are divided by the root of the size; no text sees another; nothing is masked within a text.
+They are: query (Q, heads, size), key and value (K, heads, size), each a view whose last axis is contiguous; the bounds
+of each text's queries and of each text's keys, contiguous int32 (N + 1), from 0 to Q and from 0 to K; the most queries
+and the most keys of a text. The result is (Q, heads, size). Scores are divided by the square root of the size. A token
+attends to all tokens of its own text and to no other.
 """
 
 PROBE_LENGTHS: Final = (1, 3, 17, 64, 200)  # tokens of the texts by which an Attend is tried
@@ -38,11 +41,12 @@ PROBE_TOLERANCE: Final = 2e-2  # of values of about 1, in half precision
 
 
 class RowOfTexts(NamedTuple):
-    """N texts in one row of T tokens.
+    """N texts in one row of T tokens. Each text has at least one token.
 
-    ``numbers``: one int32 vector on the model's device: 0 to N, which are the bounds of first tokens alone (N + 1); bounds
-    (N + 1); begins (N); lengths (N); token ids (T). Each text has a token at least. ``longest``: tokens of the longest text.
-    The counts are Python's, so that the device is never waited for.
+    ``numbers`` is one int32 vector on the model's device. It holds one after another: the numbers 0 to N, which are the
+    bounds if each text has its first token alone (N + 1); the bounds of the texts (N + 1); their first places (N);
+    their lengths (N); the token ids (T). ``texts`` is N, ``tokens`` is T, and ``longest`` is the number of tokens of
+    the longest text. These three are Python's integers, so that nobody has to wait for the device to read them.
     """
 
     numbers: Tensor
@@ -52,12 +56,12 @@ class RowOfTexts(NamedTuple):
 
 
 class UnpaddedBert:
-    """Row of N texts → logits (N, labels), float32. A call queues the work on the current stream, and waits for nothing."""
+    """Computes the logits (N, labels), float32, of a row of N texts. A call only queues work on the current stream."""
 
     def __init__(self, source: Any, attend: Attend, *, head_multiple: int = GPU_HEAD_MULTIPLE) -> None:
-        """``source``: a transformers model that ``is_covered``; its number type and device are this one's.
+        """``source`` is a transformers model that ``is_covered``; this object has its number type and its device.
 
-        Weights that are used as they are, the embeddings of words among them, are shared with it.
+        It shares with ``source`` the weights that need no change, such as the embeddings of words.
         """
         body, layers = source.base_model, source.base_model.encoder.layer
         self._device = source.device
@@ -167,7 +171,7 @@ class _Layer:
 
 
 def widened(size: int, multiple: int) -> int:
-    """The size of a head that is a multiple of another number: this one or the next."""
+    """The least multiple of ``multiple`` that is not below ``size``."""
     return -(-size // multiple) * multiple
 
 
@@ -188,7 +192,7 @@ def _joined(*products: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def attend_by_text(
     query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor, _: int, __: int
 ) -> Tensor:
-    """An ``Attend`` for every device and number type, one text after another: slow, and what others are compared with."""
+    """An ``Attend`` that computes one text after another, on every device. It is slow, and serves to check other ones."""
     queries, keys = query_bounds.diff().tolist(), key_bounds.diff().tolist()
     parts = ((query, queries), (key, keys), (value, keys))
     of_texts = zip(*(torch.split(rows, lengths) for rows, lengths in parts), strict=True)
@@ -212,12 +216,12 @@ def flash_attention(
 
 
 def find_varlen_attention(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> Attend | None:
-    """``varlen_attn`` of this version of torch, if it is right for such heads on this device, else None. Blocks.
+    """``varlen_attn`` of this version of torch, or None if it is missing or wrong for such heads on this device. Blocks.
 
-    Each way of calling it is tried, for its signature has changed from version to version. The first is what it calls
-    itself: that is one call into torch where ``varlen_attn`` makes four. With ``num_splits=1`` (torch 2.12 and later) that,
-    too, takes the Flash kernel; else later versions prefer cuDNN's, which makes a plan of its own for each combination of
-    sizes, and these change with each pass.
+    It tries each way to call the kernel, because signatures have changed between versions. The first is the call that
+    ``varlen_attn`` makes itself: one call into torch, where ``varlen_attn`` makes four. With ``num_splits=1`` (torch 2.12
+    and later) ``varlen_attn`` takes the Flash kernel, too. Without it, later versions prefer cuDNN's kernel, which makes a
+    plan for each combination of sizes, and the sizes change with each pass.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - came with torch 2.10

@@ -1,11 +1,11 @@
-"""Passes of a model over texts without padding: token ids in host memory → logits.
+"""Runs passes of a model over texts without padding: token ids in host memory go in, logits come out.
 
-- All that a pass needs goes over in one copy of int32 numbers, out of pinned memory into which numpy has packed them; the
-  logits come back in one copy; between them lies one wait, for an event of the pass.
-- A pass has buffers and a stream of its own. They serve the next pass only after that wait, so no copy under way is ever
-  overwritten. Threads share nothing but the list of what is free, and take no lock: while one waits, another one packs.
+- numpy packs all that a pass needs into pinned memory, as int32 numbers. One copy takes them to the device, and one
+  copy brings the logits back. The thread waits once for each pass: for the event that marks its end.
+- A pass has buffers and a stream of its own. The next pass may use them only after that wait, so nothing overwrites a copy
+  that has not ended. Threads share only the list of free buffers, and take no lock: while one waits, another one packs.
 
-What is CUDA's own is in ``CudaStream``; all else runs on a CPU, too.
+Only ``CudaStream`` needs CUDA; all other code here runs on a CPU, too.
 """
 
 from collections import deque
@@ -27,24 +27,24 @@ MOST_TEXTS: Final = 65_535  # of a pass: the Flash kernel has a row of blocks fo
 
 
 class PassStream(Protocol):
-    """Work of one pass after another on a device. One thread at a time uses it."""
+    """A queue of work on a device, for one pass after another. One thread uses it at a time."""
 
     device: torch.device
 
     def host_memory(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Memory of the host that can be copied from and to without anyone waiting."""
+        """Zeros in host memory that the device can copy from and to while the thread goes on."""
 
     def queue(self) -> AbstractContextManager[object]:
-        """What this thread does on the device inside is queued on this stream."""
+        """A context in which all work of this thread on the device is queued on this stream."""
 
     def mark_end(self) -> None:
         """Marks the end of what has been queued so far."""
 
     def wait(self) -> None:
-        """Blocks until the device has come to the mark, and lets other threads run meanwhile."""
+        """Blocks until the device has reached the mark. Other threads run meanwhile."""
 
     def settle(self) -> None:
-        """Blocks until nothing is under way: after a failure, before buffers are given up."""
+        """Blocks until no work is left. It is called after a failure, before buffers are given up."""
 
 
 class CudaStream:
@@ -93,7 +93,7 @@ class HostStream:
 
 
 class PassBuffers:
-    """A stream, and the host memory of the pass on it: ``numbers`` to send, room for ``texts`` times ``labels`` logits."""
+    """A stream, and host memory for a pass on it: ``numbers`` int32 numbers, and ``texts`` × ``labels`` logits."""
 
     def __init__(self, stream: PassStream, numbers: int, texts: int, labels: int) -> None:
         self.stream = stream
@@ -106,7 +106,7 @@ class PassBuffers:
         return len(self.numbers) >= numbers and len(self._answer) >= texts
 
     def send(self, end: int) -> Tensor:
-        """The first ``end`` numbers, on the device. Their memory there belongs to the stream, and is freed by its order."""
+        """Copies the first ``end`` numbers to the device. The stream owns their memory there, and frees it in order."""
         return self._numbers[:end].to(self.stream.device, non_blocking=True)
 
     def fetch(self, logits: Tensor, texts: int) -> None:
@@ -114,18 +114,17 @@ class PassBuffers:
         self.stream.mark_end()
 
     def answer(self, texts: int) -> Logits:
-        """Waits for the pass. The answer does not share the buffers' memory."""
+        """Waits for the end of the pass. Returns the logits of ``texts`` texts, in memory of their own."""
         self.stream.wait()
         return self._answer[:texts].copy()
 
 
 class UnpaddedPasses:
-    """Token ids of N texts → logits (N, labels), in one pass, or one for each MOST_TEXTS.
+    """Computes the logits (N, labels) of N texts, given as token ids, in one pass for each MOST_TEXTS texts.
 
-    A call blocks until they are there; several threads may call at once.
-
-    ``widths`` and ``pass_tokens``: as for PassRunner; a micro-batch goes in as few passes as its token budget allows.
-    Raises what torch raises; after that the next pass has buffers of its own.
+    A call blocks until the logits are there, and raises what torch raises. Several threads may call at once. After an error
+    the next pass gets new buffers. ``widths`` and ``pass_tokens`` are those of PassRunner: a micro-batch is cut into as few passes as its
+    token budget allows.
     """
 
     widths: Sequence[int] = ()
@@ -139,7 +138,7 @@ class UnpaddedPasses:
         labels: int,
         padding: int,
     ) -> None:
-        """``forward``: UnpaddedBert, or what is called as it is. ``padding``: the id that stands for a text without any."""
+        """``forward`` is called as an UnpaddedBert is. ``padding`` is the only token of a text that has none."""
         self._forward = forward
         self._new_stream = new_stream
         self._labels = labels
@@ -162,7 +161,7 @@ class UnpaddedPasses:
                 buffers.fetch(self._forward(row), texts)
             logits = buffers.answer(texts)
         except BaseException:
-            buffers.stream.settle()  # raises itself where the device is lost; these buffers are never used again
+            buffers.stream.settle()  # it raises if the device is lost; these buffers are not used again
             raise
         self._free.append(buffers)
         return logits
@@ -183,7 +182,7 @@ def size_of_row(texts: int, tokens: int) -> int:
 
 
 def pack_row(ids: Sequence[TokenIds], lengths: NDArray[np.int32], numbers: NDArray[np.int32]) -> None:
-    """Writes the numbers of a RowOfTexts, exactly as many as there is room for."""
+    """Writes the numbers of a RowOfTexts into ``numbers``, whose length is ``size_of_row``."""
     texts = len(ids)
     firsts, bounds, begins, own_lengths, tokens = np.split(numbers, np.cumsum((texts + 1, texts + 1, texts, texts)))
     firsts[:] = np.arange(texts + 1)
@@ -195,5 +194,5 @@ def pack_row(ids: Sequence[TokenIds], lengths: NDArray[np.int32], numbers: NDArr
 
 
 def _room(size: int) -> int:
-    """The next power of two: pinned memory is slow to get, so buffers grow a few times and then stay."""
+    """The next power of two. Pinned memory is slow to allocate, so buffers should grow only a few times."""
     return 1 << max(10, (size - 1).bit_length())
