@@ -37,7 +37,7 @@ from worker.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-IDLE_S: Final = 1.0  # after so long without records errors of the group are looked for
+IDLE_S: Final = 1.0  # how long a reader waits for records before it looks for errors of the group
 # what aiokafka raises where the bytes of a record or a batch are not as they should be
 UNREADABLE: Final = (
     CorruptRecordException,
