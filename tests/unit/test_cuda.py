@@ -342,6 +342,17 @@ def test_threads_without_padding_get_their_own_answers() -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize(("texts", "length"), [(1, 1), (8_192, 1), (70_000, 3), (2_048, 256)])
+def test_many_and_long_texts_without_padding(texts: int, length: int) -> None:
+    model, run = load_unpadded()
+    kinds = [np.full(length, 7 + number, np.int32) for number in range(64)]
+    wanted = np.concatenate([model.logits([kind]) for kind in kinds])
+    logits = model.logits([kinds[number % 64] for number in range(texts)])
+    np.testing.assert_allclose(logits, wanted[np.arange(texts) % 64], atol=2e-2)
+    assert not run.has_fallen_back
+
+
+@needs_gpu
 def test_a_pass_without_padding_is_queued_without_waiting() -> None:
     """torch raises at a call that waits for the device; the wait at a pass's end is an event's, which it lets be."""
     model, run = load_unpadded()
@@ -378,3 +389,4 @@ def test_a_failure_without_padding_is_computed_again_padded(monkeypatch: pytest.
     monkeypatch.setattr(run._unpadded, "_forward", fail)
     np.testing.assert_allclose(model.logits(ids), wanted, atol=2e-2)
     assert run.has_fallen_back
+    assert model.cuda_pass == "padded"

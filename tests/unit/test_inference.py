@@ -278,6 +278,27 @@ async def test_memory_that_a_neighbour_gives_back_is_waited_for(model: Model, mo
     assert isinstance(job.answers[0], Sentiment)
 
 
+async def test_what_a_pass_without_enough_memory_had_is_freed_before_the_next(model: Model) -> None:
+    class Allocated:
+        pass
+
+    held: list[weakref.ref[Allocated]] = []
+    kept: list[bool] = []
+
+    def short_of_memory(ids: Sequence[Sequence[int]]) -> None:
+        kept.extend(each() is not None for each in held)
+        allocated = Allocated()
+        held.append(weakref.ref(allocated))
+        if len(ids) > 1:
+            raise OutOfMemoryError
+
+    inference = await loaded(model)
+    model.fault = short_of_memory
+    await answers(inference, ["x" * 8, "y" * 8, "z" * 8, "w" * 8])
+    assert len(held) > 4
+    assert not any(kept)
+
+
 @pytest.mark.parametrize("pass_tokens", [0, 1_000])
 async def test_a_micro_batch_that_fails_as_a_whole_is_the_device_s_fault(model: Model, pass_tokens: int) -> None:
     model.pass_tokens = pass_tokens

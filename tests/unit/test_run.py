@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.broker import free_port
 from worker.commands.run import _reloader, runbook
-from worker.commands.run_parts import tuned_model
+from worker.commands.run_parts import in_force, tuned_model
 from worker.settings.run import RunSettings
 
 STUBBORN = """
@@ -158,6 +158,8 @@ class GpuModel:
     """What loading gives on a GPU, as far as micro-batches are concerned."""
 
     device = "cuda:0"
+    backend = "torch"
+    dtype = "float16"
     passes = 2
     max_batch_tokens = 65_536
     max_batch_texts = 0
@@ -175,6 +177,13 @@ def test_auto_measures_the_micro_batch_on_a_gpu_and_not_on_a_cpu() -> None:
     model.device = "cpu"
     assert tuned_model(lambda _: cast("Any", model), RunSettings()).max_batch_texts == 512
     assert model.measured == 1
+
+
+def test_how_passes_are_computed_is_told_on_a_gpu_alone() -> None:
+    model = GpuModel()
+    assert in_force(cast("Any", model))["cuda_pass"] == "padded"
+    model.device = "cpu"
+    assert "cuda_pass" not in in_force(cast("Any", model))
 
 
 def test_a_number_is_taken_as_it_is() -> None:

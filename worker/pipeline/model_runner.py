@@ -151,6 +151,7 @@ class ModelRunner:
             sentiments = to_sentiments(logits, self.model.labels)
         except Exception as error:  # noqa: BLE001 - torch raises what it likes
             if is_out_of_memory(error):
+                error.__traceback__ = None  # else its frames keep what the pass has allocated
                 return self._score_with_less_memory(ids)
             return self._isolate_poison(ids, f"the model failed: {_kind(error)}")
         if self._is_warm:
