@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from worker.training import classification_metrics
 from worker.training.classification_metrics import (
     calibration_error,
     class_f1,
@@ -136,3 +137,12 @@ def test_rows_that_both_answer_alike_narrow_the_interval() -> None:
     paired = macro_f1_difference(truth, ours, theirs, 3)
     unpaired = macro_f1_difference(truth, ours, answers(600, 0.79, 2), 3)
     assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_samples_drawn_in_parts_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many classes not all of them fit into memory at once."""
+    rng = np.random.default_rng(4)
+    truth, ours, theirs = (rng.integers(0, 9, 400) for _ in range(3))
+    whole = macro_f1_difference(truth, ours, theirs, 9)
+    monkeypatch.setattr(classification_metrics, "COUNTS_AT_ONCE", 10_000)
+    assert macro_f1_difference(truth, ours, theirs, 9) == whole

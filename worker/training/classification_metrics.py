@@ -19,6 +19,7 @@ Counts = NDArray[np.int64] | Floats
 CALIBRATION_BINS = 15
 RESAMPLES = 2000
 RESAMPLING_SEED = 1
+COUNTS_AT_ONCE = 2_000_000  # in samples, which are many where there are many classes
 
 
 def confusion(truth: Sequence[int] | Ids, predicted: Sequence[int] | Ids, classes: int) -> Matrix:
@@ -80,11 +81,16 @@ def macro_f1_difference(truth: Ids, ours: Ids, theirs: Ids, classes: int, *, res
     """
     # Rows with the same three classes are interchangeable, so a sample is drawn as how many it has of each kind.
     kinds, counts = np.unique(np.stack([truth, ours, theirs]), axis=1, return_counts=True)
-    samples = np.random.default_rng(RESAMPLING_SEED).multinomial(counts.sum(), counts / counts.sum(), resamples)
-    of_rows, of_samples = (
-        _macro_f1_of_kinds(each, kinds[0], kinds[1], classes) - _macro_f1_of_kinds(each, kinds[0], kinds[2], classes)
-        for each in (counts, samples)
-    )
+    random, total = np.random.default_rng(RESAMPLING_SEED), counts.sum()
+
+    def difference(of: NDArray[np.int64]) -> Floats:
+        ours_f1, theirs_f1 = (_macro_f1_of_kinds(of, kinds[0], predicted, classes) for predicted in kinds[1:])
+        return ours_f1 - theirs_f1
+
+    at_once = max(1, COUNTS_AT_ONCE // len(counts))
+    sizes = [min(at_once, resamples - begin) for begin in range(0, resamples, at_once)]
+    of_samples = np.concatenate([difference(random.multinomial(total, counts / total, size)) for size in sizes])
+    of_rows = difference(counts)
     low, high = np.quantile(of_samples, (0.025, 0.975))
     return Difference(float(of_rows), float(low), float(high))
 
