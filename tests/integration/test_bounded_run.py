@@ -314,7 +314,7 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
     kafka.create_all(topics, 1)
-    before, _ = send_around_the_end(kafka, topics.input, 4_000, 500)
+    send_around_the_end(kafka, topics.input, 4_000, 500)
     settings = {
         "until": "now", "since": "2025-12-31", "delivery": delivery, "max_batch_texts": 50, "cache_size": 0,
         "group_instance_id": "member", "session_timeout_ms": 45_000,
