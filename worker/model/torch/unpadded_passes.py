@@ -123,8 +123,8 @@ class UnpaddedPasses:
     """Computes the logits (N, labels) of N texts, given as token ids, in one pass for each MOST_TEXTS texts.
 
     A call blocks until the logits are there, and raises what torch raises. Several threads may call at once. After an error
-    the next pass gets new buffers. ``widths`` and ``pass_tokens`` are those of PassRunner: a micro-batch is cut into as few passes as its
-    token budget allows.
+    the next pass gets new buffers. ``widths`` and ``pass_tokens`` are those of PassRunner: a micro-batch is cut into as few
+    passes as its token budget allows.
     """
 
     widths: Sequence[int] = ()
