@@ -339,3 +339,21 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
     assert list(commits(kafka, topics).values()) == [metadata], "the end is the one that was committed first"
     if delivery == "exactly-once":
         assert set(places(kafka.read(topics.output)).values()) == {1}
+
+
+@DELIVERIES
+def test_retention_that_takes_the_end_too_hangs_nobody(
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+) -> None:
+    kafka.create_all(topics, 1)
+    send_around_the_end(kafka, topics.input, 2_000, 500)
+    settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
+    first = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    wait_for(lambda: kafka.count(topics.output) > 100, "some results")
+    assert first.terminate() == 1
+    done = len(kafka.read(topics.output))
+    kafka.delete_before(topics.input, 0, 2_300)
+    second = workers.start(topics, **settings)
+    assert finished(second)["consumed"] == 0
+    assert second.lines("the offset to resume from is gone")
+    assert len(kafka.read(topics.output)) == done
