@@ -13,7 +13,7 @@ from worker.core.sentiment import Sentiment
 from worker.core.timestamps import iso_time
 from worker.model.autotune import shortest_run_s
 
-PYTHON_FACTOR: Final = 4.5  # a worker without its model takes 9 to 10 µs of CPU for a text, 2.3 to decode and encode it
+PYTHON_FACTOR: Final = 4.1  # a worker without its model takes 9 to 10 µs of CPU for a text, 2.3 to decode and encode it
 MEASURED_TEXTS: Final = 1_024  # in one call, because a worker decodes and encodes hundreds of records in one call, too
 NOW_MS: Final = 1_800_000_000_000.0
 

@@ -116,7 +116,7 @@ class Readers:
 
     async def wait(self, numbers: range, *, has_backlog: bool = False) -> None:
         self.reading += [asyncio.create_task(self._read(number, has_backlog)) for number in numbers]
-        await asyncio.sleep(0.01)
+        await self._turns()
 
     async def _read(self, number: int, has_backlog: bool) -> None:
         await self.read_ahead.until_room(has_backlog=has_backlog)
@@ -126,7 +126,12 @@ class Readers:
 
     async def take(self) -> None:
         await self.read_ahead.next_batch()
-        await asyncio.sleep(0.01)
+        await self._turns()
+
+    async def _turns(self) -> None:
+        """More turns of the event loop than all admissions take; none of them waits for time."""
+        for _ in range(100):
+            await asyncio.sleep(0)
 
 
 async def test_only_as_many_readers_go_on_as_there_is_room_for() -> None:

@@ -72,7 +72,7 @@ class UnpaddedBert:
         following = [layer.attention.output.dense.bias for layer in layers[1:]]
         activation = source.config.hidden_act
         self._layers = [
-            _Layer(layer, bias, attend, activation, head_multiple)
+            _UnpaddedLayer(layer, bias, attend, activation, head_multiple)
             for layer, bias in zip(layers, [*following, None], strict=True)
         ]
         self._head = classification_head(source)
@@ -108,7 +108,7 @@ class _Norm:
         return functional.layer_norm(rows, self._shape, self._weight, self._bias, self._eps)
 
 
-class _Layer:
+class _UnpaddedLayer:
     """Rows (T, width) → rows (T, width), or (N, width) for first tokens alone.
 
     The rows that come in carry the bias of this layer's attention output; those that go out carry ``following``, the same
