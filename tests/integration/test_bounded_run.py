@@ -219,7 +219,7 @@ def test_a_drain_before_the_end_is_no_success(kafka: Kafka, topics: Topics, work
     worker = workers.start(topics, {"PASS_SECONDS": "0.2"}, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     assert worker.terminate() == 1
-    assert worker.lines("drained before the end")
+    assert worker.lines("drained before the end of the run")
     finished(workers.start(topics, **settings))
     assert places(kafka.read(topics.output)) == Counter(record.place for record in before)
 

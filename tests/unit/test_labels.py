@@ -117,7 +117,11 @@ def test_what_is_not_by_default_is_in_the_models_name() -> None:
             ["label_scores", "1 star", "nan", "from -1,000,000 to 1,000,000"],
         ),
         (STARS, {"label_scores": {"1 star": -1e305}}, ["label_scores", "1 star", "-1e+305", "from -1,000,000 to"]),
-        (STARS, {"model_labels": {"1 star": "\udcff"}}, ["model_labels", "1 star", "\\udcff, which is none"]),
+        (
+            STARS,
+            {"model_labels": {"1 star": "\udcff"}},
+            ["model_labels", "1 star", "\\udcff, which cannot be a label's"],
+        ),
         (STARS, {"model_labels": {"1 star": "x" * 301}}, ["model_labels", "1 star", "1 to 300 characters"]),
         (
             ["NEGATIVE", "neutral", "positive"],

@@ -104,7 +104,7 @@ def why_not(caplog: pytest.LogCaptureFixture, *arguments: Any) -> str:
 def test_float32_is_padded(network: Any, examples: Any, caplog: pytest.LogCaptureFixture) -> None:
     choice = choose_cuda_forward(network, dtype="float32", columns=[0, 1, 2], examples=examples)
     why = why_not(caplog, choice, options(examples))
-    assert why == "the GPU computes texts padded: the other way needs half precision, and dtype is float32"
+    assert why == "the GPU computes texts padded: computing without padding needs half precision, and dtype is float32"
 
 
 def test_an_older_device_pads(choice: Choice, examples: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,8 +128,11 @@ def test_without_a_varlen_attn_that_works_texts_are_padded(
 @pytest.mark.parametrize(
     ("attend", "why"),
     [
-        (lambda query, *others: attend_by_text(query * 1.5, *others), "logits differ by up to"),
-        (lambda query, *others: attend_by_text(query, *others) * torch.nan, "logits differ by up to nan"),
+        (lambda query, *others: attend_by_text(query * 1.5, *others), "logits without padding differ by up to"),
+        (
+            lambda query, *others: attend_by_text(query, *others) * torch.nan,
+            "logits without padding differ by up to nan",
+        ),
         (lambda *_: 1 / 0, "failed: ZeroDivisionError"),
     ],
 )

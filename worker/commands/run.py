@@ -218,7 +218,11 @@ def _tell_of_end(shared: Shared) -> int:
         log.info("drained", extra={"exit_code": 0})
         return 0
     code = 0 if shared.until.finished.is_set() else 1
-    message = "drained before the end: the same command goes on" if code else "every partition is read to its end"
+    message = (
+        "drained before the end of the run; the same command will continue it"
+        if code
+        else "every partition is read to its end"
+    )
     log.log(logging.ERROR if code else logging.INFO, message, extra={**shared.metrics.outcomes(), "exit_code": code})
     return code
 

@@ -17,9 +17,8 @@ ANY_PADDING: Final = 2**31 - 1
 
 SourceT = TypeVar("SourceT", bound=Hashable)
 ItemT = TypeVar("ItemT")
-_Chunk = tuple[
-    SourceT, Sequence[ItemT], float, list[int]
-]  # with its arrival, and the tokens of each item under a limit
+# A run of items of one source, when it arrived (s), and the tokens of each item if there is a limit
+_Chunk = tuple[SourceT, Sequence[ItemT], float, list[int]]
 
 
 @dataclass(frozen=True)

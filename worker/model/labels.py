@@ -100,7 +100,9 @@ def _renamed(name: str, own: Sequence[str], given: Sequence[str], renames: Mappi
                 f"model_labels renames {_shown(label)}, which model {name} does not have; it has: {listed(given)}"
             )
         if not _is_name(new):
-            raise ModelError(f"model_labels gives {_shown(label)} the name {_shown(new)}, which is none; {NAME_RULE}")
+            raise ModelError(
+                f"model_labels gives {_shown(label)} the name {_shown(new)}, which cannot be a label's; {NAME_RULE}"
+            )
     for label, raw in zip(own, given, strict=True):
         if label != raw and label in renames and raw in renames:
             raise ModelError(f"model_labels renames {_shown(raw)} and {label}, which are one label of model {name}")

@@ -213,7 +213,7 @@ class RunSettings(ModelSettings, EventSettings):
             raise ValueError("since should be before until, or no record lies between them")
         if self.max_age_s and self.until_ms is not None and self.until_ms / 1000 < time.time() - self.max_age_s:
             raise ValueError(
-                "max_age_s would skip every record of before until: all of them are older; leave it out, or raise it"
+                "max_age_s would skip every record before until, because all of them are older; leave it out, or raise it"
             )
         return self
 

@@ -147,7 +147,7 @@ def _label_scores(value: str) -> str:
     _, weights = _pairs(value, "LABEL=WEIGHT for each label that counts")
     for weight in weights:
         if not _is_finite(weight):
-            raise ValueError(f"it should give each label a finite number, such as -0.5, and {weight} is none")
+            raise ValueError(f"it should give each label a finite number, such as -0.5, and {weight} is not one")
     return value
 
 

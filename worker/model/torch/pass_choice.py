@@ -32,9 +32,8 @@ PaddedPasses = Callable[[int, Sequence[Sequence[TokenIds]]], PassRunner]
 
 HALF_TYPES: Final = ("float16", "bfloat16")
 OLDEST_CAPABILITY: Final = (8, 0)  # compute capability, of the Flash kernel
-BUDGET: Final = (
-    262_144  # padded tokens; on an H100 passes of 100,000 tokens were as fast as larger ones, of 25,000 half as fast
-)
+# Padded tokens. On an H100 passes of 100,000 tokens were as fast as larger ones, and passes of 25,000 half as fast.
+BUDGET: Final = 262_144
 MEMORY_SHARE: Final = 0.5  # of the free memory, for the passes under way
 CHECKED_TOKENS: Final = 16_384  # of a pass that is checked; few, for it is not known yet how much memory one takes
 TOLERANCE: Final = 5e-2  # of a logit
@@ -158,11 +157,12 @@ def _unpadded_passes(choice: Choice, gpu: Gpu, padding: int, labels: int) -> Unp
     """Passes without padding, or a sentence that says why they cannot be used."""
     model = choice.model
     if choice.dtype not in HALF_TYPES:
-        return f"the other way needs half precision, and dtype is {choice.dtype}"
+        return f"computing without padding needs half precision, and dtype is {choice.dtype}"
     if not isinstance(choice.forward, BertClassifier):
-        return f"the other way does not cover a {type(model).__name__}"
+        return f"computing without padding does not cover a {type(model).__name__}"
     if gpu.capability < OLDEST_CAPABILITY:
-        return f"the other way needs compute capability 8.0, and this device has {'.'.join(map(str, gpu.capability))}"
+        found = ".".join(map(str, gpu.capability))
+        return f"computing without padding needs compute capability 8.0, and this device has {found}"
     heads = model.config.num_attention_heads
     size = widened(model.config.hidden_size // heads, GPU_HEAD_MULTIPLE)
     attend = gpu.find_attention(model.device, model.dtype, heads, size)
@@ -180,12 +180,12 @@ def _disagreement(choice: Choice, options: RunnerOptions, unpadded: PassRunner) 
     try:
         given = all_logits(unpadded, options.examples, max(CHECKED_TOKENS, options.max_tokens))
     except Exception as error:  # noqa: BLE001 - torch raises what it likes
-        return f"the other way failed: {type(error).__name__}: {str(error)[:200]}"
+        return f"computing without padding failed: {type(error).__name__}: {str(error)[:200]}"
     if not np.allclose(given, plain, rtol=TOLERANCE, atol=TOLERANCE):
-        return f"the other way's logits differ by up to {np.abs(given - plain).max():.3g}"
+        return f"logits without padding differ by up to {np.abs(given - plain).max():.3g}"
     columns = options.columns
     agreement = expected_agreement(plain[:, columns], given[:, columns]) if choice.exact else 1.0
-    return None if agreement >= AGREEMENT else f"of the other way's labels only {agreement:.3%} would agree"
+    return None if agreement >= AGREEMENT else f"of the labels without padding only {agreement:.3%} would agree"
 
 
 def _budget(unpadded: PassRunner, options: RunnerOptions, gpu: Gpu) -> int:
