@@ -25,7 +25,9 @@ from worker.kafka.assignment import Assignment
 from worker.kafka.connection import Backoff, Connection
 from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.producer_records import ProducerRecord
+from worker.kafka.sink import Sink
 from worker.kafka.transactional_sink import (
+    TRANSACTION_TIMEOUT_S,
     TransactionalSink,
     TransactionFailed,
     TransactionFenced,
@@ -659,6 +661,30 @@ async def test_what_nobody_foresaw_ends_the_work(world: World) -> None:
     with pytest.raises(LookupError):
         await asyncio.wait_for(world.running, 5)
     assert world.restarted == []
+
+
+@pytest.mark.parametrize("age_s", [8.0, 11.0], ids=["stalled", "frozen"])
+async def test_a_process_that_was_frozen_for_too_long_blames_no_broker(
+    monkeypatch: pytest.MonkeyPatch, age_s: float
+) -> None:
+    """Brokers have aborted its transaction for its age, and had no chance to acknowledge what was on its way."""
+    health = Health()
+    sink = TransactionalSink(
+        Connection(("nowhere:1",)), limits={}, metrics=Metrics("test"), health=health, transactional_id="g/1"
+    )
+
+    async def unacknowledged(*_: object) -> None:
+        sink._unacknowledged.add(TP)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Sink, "publish", unacknowledged)
+    sink._producer = object()  # type: ignore[assignment]
+    sink._began_at = time.monotonic() - age_s
+    with pytest.raises(TransactionFailed) as lost:
+        await asyncio.wait_for(sink.publish([producer_record(0)]), 5)
+    overdue = age_s >= TRANSACTION_TIMEOUT_S
+    assert str(lost.value).startswith("it was open for more than 10 s" if overdue else "publishing is stalled")
+    assert health.is_working("publish") is overdue
 
 
 async def test_the_look_at_the_limits_is_part_of_a_transactions_time(monkeypatch: pytest.MonkeyPatch) -> None:

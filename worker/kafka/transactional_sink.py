@@ -105,7 +105,7 @@ class TransactionalSink(Sink):
                 await self._begin()
                 return await within(self._left_s(), super().publish(producer_records))
             except TimeoutError:
-                if not self._unacknowledged:
+                if not self._unacknowledged or self._is_overdue():  # a process that was frozen blames no broker
                     raise
                 stalled = f"publishing is stalled: nothing is acknowledged by {partition_names(self._unacknowledged)}"
                 self._health.failing("publish", stalled)
@@ -148,6 +148,10 @@ class TransactionalSink(Sink):
         assert self._began_at is not None
         return self._began_at + DEADLINE_S - time.monotonic()
 
+    def _is_overdue(self) -> bool:
+        """Whether brokers have aborted the transaction, or are about to, for its age."""
+        return self._began_at is not None and time.monotonic() - self._began_at >= TRANSACTION_TIMEOUT_S
+
     @contextlib.contextmanager
     def _losses(self, kind: type[TransactionLost], operation: str = "WRITE") -> Iterator[None]:
         """Whatever aiokafka raises becomes ``kind``, unless it says that the transaction is fenced."""
@@ -159,13 +163,12 @@ class TransactionalSink(Sink):
     def _loss(self, error: BaseException, kind: type[TransactionLost], operation: str = "WRITE") -> TransactionLost:
         if isinstance(error, tuple(REFUSALS.values())):
             return TransactionFenced(f"the group has gone on without this member ({type(error).__name__})")
-        age_s = time.monotonic() - self._began_at if self._began_at is not None else 0.0
-        overdue = f"it was open for more than {TRANSACTION_TIMEOUT_S:g} s" if age_s >= TRANSACTION_TIMEOUT_S else ""
+        overdue = f"it was open for more than {TRANSACTION_TIMEOUT_S:g} s" if self._is_overdue() else ""
         if isinstance(error, ProducerFenced) and kind is not TransactionInDoubt:
             return TransactionFenced(overdue or f"another process uses the transactional id {self.transactional_id}")
         if isinstance(error, TimeoutError):
             return kind(overdue or f"brokers have not answered within {DEADLINE_S:g} s of its begin")
-        return kind(missing_permission(error, operation) or error_name(error))
+        return kind(missing_permission(error, operation) or overdue or error_name(error))
 
     async def _fresh_producer(self, records: int) -> AIOKafkaProducer:
         """The same producer as before, for a new one would begin another transaction."""
