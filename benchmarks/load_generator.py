@@ -97,7 +97,8 @@ def send(producer: Producer, topic: str, record: Record) -> None:
     """Waits while the queue is full."""
     while True:
         try:
-            producer.produce(topic, record.value, record.key, record.partition)  # -1: by its key
+            headers = [*record.headers]
+            producer.produce(topic, record.value, record.key, record.partition, headers=headers)  # -1: by its key
         except BufferError:
             producer.poll(0.1)
         else:

@@ -19,6 +19,8 @@ read_committed can get its result, both by the broker's clock.
   is 6 s, with instance ids 45 s. own_start_s is what the first process took from its start until it had all partitions.
 - unequal: 24 partitions, one of which has 95 % of a backlog; the others have 100 events/s besides, whose waits are shown. A
   pass of the model takes 50 ms.
+- refused: the neighbours of a partition each of whose results the output topic refuses for its size; and of one whose
+  results it takes.
 - rolling, rolling_static, one_to_four: four workers with 24 partitions, under the steady load.
 """
 
@@ -63,6 +65,7 @@ PARTS = {
     "kill": Part(scale_parts.kill, "kill -9 and a new process, without an instance id"),
     "kill_static": Part(scale_parts.kill_static, "kill -9 and a new process, with an instance id"),
     "unequal": Part(scale_parts.unequal, "One partition with 95 % of a backlog, and its neighbours", counts=(24,)),
+    "refused": Part(scale_parts.refused, "Partition 0 with results that are refused, and its neighbours", counts=(4,)),
     "rolling": Part(scale_parts.rolling, "A rolling restart of four workers", counts=(24,)),
     "rolling_static": Part(scale_parts.rolling_static, "A rolling restart with instance ids", counts=(24,)),
     "one_to_four": Part(scale_parts.one_to_four, "From one worker to four and back", counts=(24,)),

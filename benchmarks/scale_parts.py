@@ -6,10 +6,12 @@ alone; waits are from the moment when the broker has an event to the moment when
 
 import io
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,6 +39,7 @@ SLOW_PASS_S = 0.5  # of one that leaves a backlog where it is
 UNEQUAL_EVENTS = 100_000
 UNEQUAL_SHARE = 0.95
 UNEQUAL_RATE = 100
+REFUSED_EVENTS = 100_000
 UNPACKED_BYTES = 2_000_000  # of a partition's backlog
 TEXT_BYTES = 2_000
 
@@ -234,6 +237,43 @@ def unequal_record(number: int, partition: int) -> Record:
 
 def neighbour(number: int, partitions: int) -> int:
     return 1 + number % (partitions - 1)
+
+
+def refused(partitions: int, delivery: str, seconds: float) -> Figures:
+    """A backlog whose partition 0 holds results that the output topic refuses for their size, and one in which it does not.
+
+    The speed is that of the other partitions. Each refused result is of another size, which nothing compresses.
+    """
+    speeds = {
+        name: neighbours_per_second(partitions, delivery, bytes_, refused=name == "refused")
+        for name, bytes_ in (("taken", (1_000, 1_900)), ("refused", (3_100, 4_000)))
+    }
+    return {
+        "neighbours_per_s": round(speeds["refused"]),
+        "neighbours_of_taken_per_s": round(speeds["taken"]),
+        "ratio": round(speeds["refused"] / speeds["taken"], 3),
+    }
+
+
+def neighbours_per_second(partitions: int, delivery: str, header_bytes: tuple[int, int], *, refused: bool) -> float:
+    """Results per second of all partitions but the first, whose records have a header of such a size."""
+
+    def records() -> Iterator[Record]:
+        for number in range(REFUSED_EVENTS):
+            partition = number % partitions
+            headers = () if partition else (("h", os.urandom(random.randint(*header_bytes))),)
+            yield replace(unequal_record(number, partition), headers=headers)
+
+    with fresh(partitions, delivery) as bed:
+        bed.kafka.set_config(bed.topics.output, "max.message.bytes", 3_000)
+        bed.publish(records())
+        worker = bed.start(dead_letter_limit=0)
+        bed.wait_until_done()
+        dead_letters = worker.metrics.get("dead_letters_total")
+        assert dead_letters == (REFUSED_EVENTS / partitions if refused else 0), f"{dead_letters:.0f} dead letters"
+        assert worker.terminate() == 0
+        times = [result.since_ms for number, result in bed.output().first().items() if number % partitions]
+        return len(times) / (max(times) - min(times)) * 1000
 
 
 # Four workers.
