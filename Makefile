@@ -104,13 +104,14 @@ sbom: image
 	mkdir -p dist
 	docker run --rm --entrypoint cat $(IMAGE):$(TARGET) /opt/worker/sbom.cdx.json >dist/sentiment-worker-$(TARGET).cdx.json
 
-# What is generated in deploy/: the dashboard, the alerts' links, and the rules as the Prometheus operator wants them.
+# What is generated in deploy/: the dashboards, the alerts' links, and the rules as the Prometheus operator wants them.
 # RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none. Where
 # pyproject.toml names one, as Runbook in [project.urls], the console's banner links to it, too.
 RUNBOOK ?= $(or $(shell sed -n 's/^Runbook = "\(.*\)"/\1/p' pyproject.toml),https://git.example/sentiment-worker/blob/main/docs/operating.md)
 RULE := deploy/kubernetes/components/monitoring/prometheusrule.yaml
 dashboard: $(INSTALLED)
 	$(BIN)/python deploy/grafana/dashboard.py
+	$(BIN)/python deploy/grafana/analysts.py
 	sed -i.old 's|runbook_url: [^#]*#|runbook_url: $(RUNBOOK)#|' deploy/prometheus/rules.yaml && rm deploy/prometheus/rules.yaml.old
 	printf '%s\n' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' 'metadata:' '  name: sentiment-worker' 'spec:' >$(RULE)
 	sed -e '/^#/d' -e 's/^/  /' -e 's/^ *$$//' deploy/prometheus/rules.yaml >>$(RULE)
