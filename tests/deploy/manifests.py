@@ -13,6 +13,7 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
 DASHBOARD = DEPLOY / "grafana" / "sentiment-worker.json"
+ANALYSTS = DEPLOY / "grafana" / "sentiment-analysts.json"
 OVERLAYS = ("cpu", "nvidia", "static")
 
 Object = dict[str, Any]
@@ -72,8 +73,8 @@ def expressions_of_rules() -> list[str]:
     return [rule["expr"] for group in read(RULES)["groups"] for rule in group["rules"]]
 
 
-def panels() -> list[Object]:
-    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+def panels(path: Path = DASHBOARD) -> list[Object]:
+    board = json.loads(path.read_text(encoding="utf-8"))
     return [panel for panel in board["panels"] if panel["type"] != "row"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.manifests import (
+    ANALYSTS,
     DASHBOARD,
     DEPLOY,
     RULES,
@@ -34,9 +35,10 @@ def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_dashboard_is_what_its_generator_writes() -> None:
-    built = runpy.run_path(str(DEPLOY / "grafana" / "dashboard.py"))["built"]
-    assert DASHBOARD.read_text(encoding="utf-8") == built(), "`make dashboard` writes it anew"
+@pytest.mark.parametrize("generator", ["dashboard.py", "analysts.py"])
+def test_a_dashboard_is_what_its_generator_writes(generator: str) -> None:
+    made = runpy.run_path(str(DEPLOY / "grafana" / generator))
+    assert made["FILE"].read_text(encoding="utf-8") == made["built"](), "`make dashboard` writes it anew"
 
 
 @pytest.mark.parametrize("expression", [*expressions_of_rules(), *expressions_of_panels()])
@@ -52,11 +54,21 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert [name for name in FAMILIES if name.startswith(PREFIX) and name not in shown] == []
 
 
-def test_each_panel_has_a_title_of_its_own_a_unit_and_says_what_it_is() -> None:
-    titles = [panel["title"] for panel in panels()]
+@pytest.mark.parametrize("board", [DASHBOARD, ANALYSTS], ids=lambda board: str(board.name))
+def test_each_panel_has_a_title_of_its_own_a_unit_and_says_what_it_is(board: Path) -> None:
+    titles = [panel["title"] for panel in panels(board)]
     assert len(set(titles)) == len(titles)
-    assert all(panel["description"] for panel in panels())
-    assert all(panel["fieldConfig"]["defaults"].get("unit") for panel in panels() if panel["type"] != "heatmap")
+    assert all(panel["description"] for panel in panels(board))
+    assert all(panel["fieldConfig"]["defaults"].get("unit") for panel in panels(board) if panel["type"] != "heatmap")
+
+
+def test_the_analysts_dashboard_asks_the_data_source_that_compose_provides() -> None:
+    (source,) = read(DEPLOY / "grafana" / "provisioning" / "datasources" / "postgresql.yaml")["datasources"]
+    assert {panel["datasource"]["type"] for panel in panels(ANALYSTS)} == {source["type"]}
+    compose = read(DEPLOY / "compose.yaml")["services"]
+    mounted = [volume.split(":")[0] for volume in compose["grafana"]["volumes"]]
+    assert {f"./grafana/{board.name}" for board in (DASHBOARD, ANALYSTS)} <= set(mounted)
+    assert source["jsonData"]["database"] == compose["postgresql"]["environment"]["POSTGRES_DB"]
 
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
