@@ -89,9 +89,7 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     registry, reads = schema_registry(settings), decoder(settings)
     recent = RecentOutcomes(reads, texts=settings.console_texts)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
-    shared = Shared(
-        settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until
-    )
+    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until)
     reloader = _reloader(shared)
     server = _server(shared, reloader)
     try:

@@ -22,7 +22,15 @@ from worker.settings.types import (
     Topic,
     Topics,
 )
-from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, input_formats, moment_ms, split_names, text_fields, whole_name
+from worker.settings.values import (
+    DEFAULT_TEXT_FIELD,
+    input_formats,
+    ip_address,
+    moment_ms,
+    split_names,
+    text_fields,
+    whole_name,
+)
 
 
 def _is_loopback(host: str) -> bool:
