@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from worker.commands.kafka_connection import kafka_connection
+from worker.commands.schema_registry import registry_state
 from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
@@ -93,6 +94,8 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
     yield _disk(settings.model)
     yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)
+    if settings.schema_registry_url:
+        yield Finding("registry", *await registry_state(settings))
     if connection:
         async for finding in _kafka(settings, connection):
             yield finding

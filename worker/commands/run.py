@@ -20,6 +20,7 @@ from worker.commands.run_parts import (
     tracing,
     tuned_model,
 )
+from worker.commands.schema_registry import schema_registry
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -85,9 +86,10 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(inference, metrics))
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
-    recent = RecentOutcomes(decoder(settings), texts=settings.console_texts)
+    registry, reads = schema_registry(settings), decoder(settings)
+    recent = RecentOutcomes(reads, texts=settings.console_texts)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
-    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, until)
+    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until)
     reloader = _reloader(shared)
     server = _server(shared, reloader)
     try:
@@ -107,6 +109,8 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     try:
         return await _work(shared, stop)
     finally:
+        if registry:
+            await registry.close()
         if shared.tracing:
             await shared.tracing.close(LAST_SPANS_S)
         await server.stop()

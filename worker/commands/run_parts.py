@@ -16,6 +16,7 @@ from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.max_age import MaxAge
 from worker.core.sentiment import CARD
+from worker.errors import WrongSetting
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import log_backlog
@@ -38,13 +39,16 @@ from worker.model.autotune import tune_batch_texts
 from worker.model.labels import listed
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
+from worker.pipeline.input_schemas import InputSchemas
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline
+from worker.registry.client import RegistryRefused, SchemaRegistry
+from worker.registry.schema_fetcher import SchemaFetcher
 from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import text_fields
+from worker.settings.values import input_formats, text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
@@ -87,6 +91,8 @@ class Shared:
     recent: RecentOutcomes
     tracing: Tracing | None
     load_model: LoadModel
+    decoder: Decoder
+    registry: SchemaRegistry | None = None
     until: Until | None = None
 
 
@@ -96,10 +102,12 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
+    schemas = _schema_fetcher(shared)
+    asking = asyncio.create_task(_check_registry(schemas))
     try:
-        await asyncio.gather(loading, finding)  # what is missing is told while the model is loading
+        await asyncio.gather(loading, finding, asking)  # what is missing is told while the model is loading
     finally:
-        await cancel_all([loading, finding])
+        await cancel_all([loading, finding, asking])
     topics, limits = finding.result()
     if shared.until:
         await check_group(connection, topics, shared.until, shared.health)
@@ -107,7 +115,7 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     delivery = _delivery(shared, connection, outputs)
     source = _source(shared, connection, delivery, topics)
     await delivery.start()
-    return _pipeline(shared, connection, source, delivery, outputs)
+    return _pipeline(shared, connection, source, delivery, outputs, schemas)
 
 
 async def _load(shared: Shared) -> None:
@@ -201,11 +209,16 @@ def _delivery(shared: Shared, connection: Connection, limits: dict[str, TopicLim
 
 
 def _pipeline(
-    shared: Shared, connection: Connection, source: Source, delivery: Delivery, limits: dict[str, TopicLimits]
+    shared: Shared,
+    connection: Connection,
+    source: Source,
+    delivery: Delivery,
+    limits: dict[str, TopicLimits],
+    schemas: SchemaFetcher | None,
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
     output, dead_letters = settings.output_topic, settings.dead_letter_topic
-    plain = decoder(settings)
+    plain = shared.decoder
     dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
     return Pipeline(
         source=source,
@@ -241,6 +254,7 @@ def _pipeline(
         watch_topics=lambda: watch_topics(
             connection, {"output_topic": [output], "dead_letter_topic": [dead_letters]}, shared.health
         ),
+        schemas=InputSchemas(plain, schemas) if schemas else None,
     )
 
 
@@ -250,20 +264,40 @@ def encoder(settings: RunSettings) -> Encoder:
         output_format=settings.output_format,
         group_id=settings.group_id,
         result_timestamp=settings.result_timestamp,
+        reads_frames=settings.schema_registry_url is not None,
     )
 
 
 def decoder(settings: RunSettings) -> Decoder:
     text_field, by_topic = text_fields(settings.text_field)
+    input_format, formats = input_formats(settings.input_format)
     return Decoder(
-        input_format=settings.input_format,
+        input_format=input_format,
+        input_formats=formats,
         output_mode=settings.output_mode,
         text_field=text_field,
         text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
         on_null_text=settings.on_null_text,
+        reads_frames=settings.schema_registry_url is not None,
     )
+
+
+def _schema_fetcher(shared: Shared) -> SchemaFetcher | None:
+    """What fetches schemas for the decoder; None where it reads no Avro."""
+    if shared.registry is None or not shared.decoder.reads_avro:
+        return None
+    return SchemaFetcher(shared.registry, shared.decoder.schemas.add, shared.health)
+
+
+async def _check_registry(schemas: SchemaFetcher | None) -> None:
+    """Waits until the registry answers. Raises WrongSetting where it refuses the credentials."""
+    try:
+        if schemas:
+            await schemas.check()
+    except RegistryRefused as error:
+        raise WrongSetting(str(error)) from None
 
 
 def tracing(settings: RunSettings) -> Tracing | None:

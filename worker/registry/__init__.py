@@ -1,0 +1,1 @@
+"""A schema registry with the interface of Confluent's: schemas by id, and ids of schemas."""
