@@ -20,6 +20,7 @@ from worker.commands.run_parts import (
     tracing,
     tuned_model,
 )
+from worker.core.avro_encoder import probabilities_in
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -85,7 +86,8 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(inference, metrics))
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
-    recent = RecentOutcomes(decoder(settings), texts=settings.console_texts)
+    read = probabilities_in if settings.output_format == "avro" else None
+    recent = RecentOutcomes(decoder(settings), texts=settings.console_texts, probabilities=read)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
     shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, until)
     reloader = _reloader(shared)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
+from worker.commands.result_schema import result_schema_id
+from worker.core.avro_encoder import AvroEncoder
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
@@ -91,15 +93,20 @@ class Shared:
 
 
 async def started_pipeline(shared: Shared) -> Pipeline:
-    """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
+    """Loads the model, looks for the topics and registers the schema of results, side by side, then connects.
+
+    Waits for brokers and the registry; raises UserError.
+    """
     connection = kafka_connection(shared.settings)
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
+    registering = asyncio.create_task(_schema_id(shared.settings, shared.health))
+    tasks = [loading, finding, registering]
     try:
-        await asyncio.gather(loading, finding)  # what is missing is told while the model is loading
+        await asyncio.gather(*tasks)  # what is missing is told while the model is loading
     finally:
-        await cancel_all([loading, finding])
+        await cancel_all(tasks)
     topics, limits = finding.result()
     if shared.until:
         await check_group(connection, topics, shared.until, shared.health)
@@ -107,7 +114,8 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     delivery = _delivery(shared, connection, outputs)
     source = _source(shared, connection, delivery, topics)
     await delivery.start()
-    return _pipeline(shared, connection, source, delivery, outputs)
+    results = encoder(shared.settings, registering.result())
+    return _pipeline(shared, connection, source, delivery, outputs, results)
 
 
 async def _load(shared: Shared) -> None:
@@ -141,6 +149,16 @@ async def _found_topics(
         since_ms=settings.since_ms,
     )
     return topics, found
+
+
+async def _schema_id(settings: RunSettings, health: Health) -> int | None:
+    """The id of the schema of results; None where they are not Avro. Raises WrongSetting."""
+    if settings.output_format != "avro":
+        return None
+    async with schema_registry(settings) as registry:
+        return await result_schema_id(
+            registry, settings.output_topic, auto_register=settings.schema_auto_register, health=health
+        )
 
 
 def _loaded_model(shared: Shared) -> "SentimentModel":
@@ -201,7 +219,12 @@ def _delivery(shared: Shared, connection: Connection, limits: dict[str, TopicLim
 
 
 def _pipeline(
-    shared: Shared, connection: Connection, source: Source, delivery: Delivery, limits: dict[str, TopicLimits]
+    shared: Shared,
+    connection: Connection,
+    source: Source,
+    delivery: Delivery,
+    limits: dict[str, TopicLimits],
+    results: Encoder,
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
     output, dead_letters = settings.output_topic, settings.dead_letter_topic
@@ -212,7 +235,7 @@ def _pipeline(
         inference=shared.inference,
         outcomes=Outcomes(
             plain,
-            encoder(settings),
+            results,
             output_topic=output,
             dead_letter_topic=dead_letters,
             version=__version__,
@@ -244,7 +267,10 @@ def _pipeline(
     )
 
 
-def encoder(settings: RunSettings) -> Encoder:
+def encoder(settings: RunSettings, schema_id: int | None) -> Encoder:
+    """What writes results; ``schema_id`` is that of their schema, None where they are not Avro."""
+    if schema_id is not None:
+        return AvroEncoder(schema_id=schema_id, result_timestamp=settings.result_timestamp)
     return Encoder(
         output_mode=settings.output_mode,
         output_format=settings.output_format,
