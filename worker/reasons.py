@@ -12,6 +12,8 @@ Reason = Literal[
     "too_large",
     "field_exists",
     "invalid_cloudevent",
+    "unknown_schema",
+    "invalid_avro",
     "inference_failed",
     "invalid_timestamp",
     "result_too_large",

@@ -59,7 +59,7 @@ class FakeRegistry:
                     return _no_such(40401)
                 if int(version) > len(ids):
                     return _no_such(40402)
-                return web.json_response({"subject": subject, "version": int(version), **self.schemas[ids[-1]]})
+                return web.json_response({"subject": subject, "version": int(version), **self.schemas[ids[int(version) - 1]]})
             case "POST", ["subjects", subject, *rest]:
                 given = json.loads(body)
                 has = [id for id in self.subjects.get(subject, ()) if self.schemas[id] == given]

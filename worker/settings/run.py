@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
+from worker.settings.schema_registry import SchemaRegistrySettings
 from worker.settings.shared import EventSettings, ModelSettings
 from worker.settings.types import (
     INT32,
@@ -21,7 +22,7 @@ from worker.settings.types import (
     Topic,
     Topics,
 )
-from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, moment_ms, split_names, text_fields, whole_name
+from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, input_formats, moment_ms, split_names, text_fields, whole_name
 
 
 def _is_loopback(host: str) -> bool:
@@ -29,7 +30,7 @@ def _is_loopback(host: str) -> bool:
     return address.is_loopback if address else host.lower() == "localhost"
 
 
-class RunSettings(ModelSettings, EventSettings):
+class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     """Read text events from Kafka, publish their sentiment, commit."""
 
     input_topics: Topics | None = Field("texts", description="topics to read, separated by commas")
@@ -179,6 +180,7 @@ class RunSettings(ModelSettings, EventSettings):
                 "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
                 f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
             )
+        yield from self.registry_exposures()
         if self.http_token_for != "all" and not _is_loopback(self.http_host):
             seen = "results with their texts" if self.console_texts else "results"
             lets = " with http_token_for changes" if self.http_token else ""
@@ -203,9 +205,10 @@ class RunSettings(ModelSettings, EventSettings):
     def _has_an_input(self) -> Self:
         if (self.input_topics is None) == (self.input_pattern is None):
             raise ValueError("input_topics and input_pattern: set one of them, not both")
-        for topic in text_fields(self.text_field)[1]:
+        by_topic = {"text_field": text_fields(self.text_field)[1], "input_format": input_formats(self.input_format)[1]}
+        for name, topic in ((name, topic) for name, topics in by_topic.items() for topic in topics):
             if not self.reads(topic):
-                raise ValueError(f"text_field has a path for the topic {topic}, which is not one of the input's")
+                raise ValueError(f"{name} has a value for the topic {topic}, which is not one of the input's")
         return self
 
     @model_validator(mode="after")
@@ -226,8 +229,11 @@ class RunSettings(ModelSettings, EventSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.output_mode == "enrich" and self.input_format == "text":
-            raise ValueError("output_mode enrich needs input_format json: a plain text has no fields")
+        default, by_topic = input_formats(self.input_format)
+        if self.output_mode == "enrich" and {default, *by_topic.values()} != {"json"}:
+            raise ValueError("output_mode enrich needs input_format json: a field can be added to a JSON object alone")
+        if "avro" in (default, *by_topic.values()) and not self.schema_registry_url:
+            raise ValueError("input_format avro needs schema_registry_url: a record has only the id of its schema")
         if self.output_mode == "enrich" and self.output_format == "cloudevents":
             raise ValueError(
                 "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"

@@ -1,11 +1,14 @@
 """What is said of a wrong setting: one sentence, with how to set it and without the values of secrets."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 
 from pydantic_core import ErrorDetails
 
 from worker.settings.base import POSITIONAL, PREFIX, SECRETS, Settings, is_list_of_words, unquoted
+
+USER = re.compile(r"//[^/]*@")  # and password, in an address that should have neither
 
 
 def flag_of(name: str) -> str:
@@ -58,7 +61,7 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
 def _as_given(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(unquoted(value) if is_list_of_words(value) else value)
+    return USER.sub("//…@", repr(unquoted(value) if is_list_of_words(value) else value))
 
 
 _REQUIREMENTS = {  # by pydantic's types of errors

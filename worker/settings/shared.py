@@ -7,8 +7,8 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.base import Settings
-from worker.settings.types import INT32, Device, FieldPath, LabelScores, LogLevel, ModelLabels, Servers, Topic
-from worker.settings.values import revision_fault
+from worker.settings.types import INT32, Device, FieldPath, InputFormats, LabelScores, LogLevel, ModelLabels, Servers, Topic
+from worker.settings.values import DEFAULT_INPUT_FORMAT, revision_fault
 
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
 MAX_WINDOWS = 8
@@ -158,5 +158,9 @@ class EventSettings(ConnectionSettings):
 
     dead_letter_topic: Topic = Field("sentiment.dead-letter", description="topic for what cannot be scored")
     group_id: str = Field("sentiment-worker", description="consumer group")
-    input_format: Literal["json", "text"] = Field("json", description="json: an object with text; text: UTF-8")
+    input_format: InputFormats = Field(
+        DEFAULT_INPUT_FORMAT,
+        description="what values are; json: an object with text; text: UTF-8; avro: a record in Confluent's framing, whose "
+        "schema is in the registry; by topic: reviews=avro,posts=text, and json for the others",
+    )
     id_field: FieldPath = Field("id", description="where the event's id is; a dotted path reaches inside")

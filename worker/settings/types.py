@@ -3,14 +3,14 @@
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from worker.reasons import Reason
 from worker.settings.base import unquoted
-from worker.settings.values import AGO, moment_ms, pairs, split_names, text_fields, whole_name
+from worker.settings.values import AGO, input_formats, moment_ms, pairs, split_names, text_fields, whole_name
 
 INT32 = 2**31 - 1
 HOST = re.compile(r"[^\s/\\@?#,]+")
@@ -73,6 +73,7 @@ def _servers(value: str) -> str:
 
 
 _topic = _should("be a topic's name: 1 to 249 letters, digits, dots, underscores or hyphens", TOPIC.fullmatch)
+_input_format = _should("be json, text or avro, or topic=format for each topic", ("json", "text", "avro").__contains__)
 _path_in_object = _should("be a field's name, or a dotted path such as payload.text", lambda path: all(path.split(".")))
 _instance_id = _should(
     "have no slash, which separates group_id and group_instance_id in a transactional id", lambda name: "/" not in name
@@ -100,17 +101,30 @@ def _pattern(value: str) -> str:
 
 
 def _text_fields(value: str) -> str:
-    words = split_names(_names(value))
-    if sum("=" not in word for word in words) > 1:
-        raise ValueError("it should be one path for all topics, or topic=path for each, separated by commas")
+    _check_topics(value, "path", text_fields(_names(value))[1])
     default, by_topic = text_fields(value)
     for path in (default, *by_topic.values()):
         _path_in_object(path)
+    return value
+
+
+def _input_formats(value: str) -> str:
+    _check_topics(value, "format", input_formats(_names(value))[1])
+    default, by_topic = input_formats(value)
+    for each in (default, *by_topic.values()):
+        _input_format(each)
+    return value
+
+
+def _check_topics(value: str, what: str, by_topic: Collection[str]) -> None:
+    """Raises ValueError unless at most one word of ``value`` is for all topics, and the others are each for one."""
+    words = split_names(value)
+    if sum("=" not in word for word in words) > 1:
+        raise ValueError(f"it should be one {what} for all topics, or topic={what} for each, separated by commas")
     for topic in by_topic:
         _topic(topic)
     if len(by_topic) < sum("=" in word for word in words):
         raise ValueError("it should name each topic once")
-    return value
 
 
 def _reasons(words: list[str]) -> list[str]:
@@ -196,6 +210,7 @@ Servers = Annotated[str, AfterValidator(_servers)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Topics = Annotated[str, AfterValidator(_topics)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+InputFormats = Annotated[str, AfterValidator(_input_formats)]
 TextFields = Annotated[str, AfterValidator(_text_fields)]
 HostNames = Annotated[str, AfterValidator(_host_names)]
 Host = Annotated[str, AfterValidator(_host)]

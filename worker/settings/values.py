@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pydantic import SecretStr
 
 DEFAULT_TEXT_FIELD = "text"
+DEFAULT_INPUT_FORMAT = "json"
 AGO = re.compile(r"([0-9]{1,6})([smhd])")
 PAIR = re.compile(r"((?:\\[\\,=]|[^\\,=])+)=((?:\\[\\,=]|[^\\,=])+)")
 SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -25,12 +26,19 @@ def split_names(value: str) -> tuple[str, ...]:
 
 def text_fields(value: str) -> tuple[str, dict[str, str]]:
     """``"text, reviews=data.body"`` → ``("text", {"reviews": "data.body"})``: the path of all other topics, and by topic."""
+    return _by_topic(value, DEFAULT_TEXT_FIELD)
+
+
+def input_formats(value: str) -> tuple[str, dict[str, str]]:
+    """``"avro, posts=text"`` → ``("avro", {"posts": "text"})``: the format of all other topics, and by topic."""
+    return _by_topic(value, DEFAULT_INPUT_FORMAT)
+
+
+def _by_topic(value: str, default: str) -> tuple[str, dict[str, str]]:
     words = split_names(value)
     others = [word for word in words if "=" not in word]
-    by_topic = [
-        (name.strip(), path.strip()) for name, _, path in (word.partition("=") for word in words if "=" in word)
-    ]
-    return others[0] if others else DEFAULT_TEXT_FIELD, dict(by_topic)
+    by_topic = [(name.strip(), of.strip()) for name, _, of in (word.partition("=") for word in words if "=" in word)]
+    return others[0] if others else default, dict(by_topic)
 
 
 def pairs(value: str) -> list[tuple[str, str]]:
