@@ -26,7 +26,7 @@ from worker.core.schemas import result_avro_schema
 
 pytestmark = [pytest.mark.kafka, pytest.mark.reach]
 
-FIRST_VERSION = (Path(__file__).parents[1] / "unit" / "result-1.avsc").read_text(encoding="utf-8")
+FIRST_VERSION = (Path(__file__).parents[1] / "fixtures" / "result-1.avsc").read_text(encoding="utf-8")
 OTHER = {"type": "record", "name": "Other", "fields": [{"name": "other", "type": "string"}]}
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.support.fake_registry import FakeRegistry, fake_registry
-from worker.commands.result_schema import result_schema_id
+from worker.commands.result_schema import state_of_schema, wait_for_schema_id
 from worker.core.schemas import result_avro_schema
 from worker.errors import WrongSetting
 from worker.registry.client import SchemaRegistry
@@ -17,7 +17,7 @@ SUBJECT = "sentiment-value"
 
 async def asked(fake: FakeRegistry, *, auto_register: bool = True, health: Health | None = None) -> int:
     async with SchemaRegistry(fake.url, user="u", password="hunter2") as registry:
-        return await result_schema_id(
+        return await wait_for_schema_id(
             registry, "sentiment", auto_register=auto_register, health=health or Health()
         )
 
@@ -75,3 +75,26 @@ async def test_a_registry_that_is_away_is_waited_for_and_the_reason_told() -> No
         async with asyncio.timeout(10):
             assert await waiting == 1
         assert health.why_not_ready() is None
+
+
+async def test_check_is_told_and_registers_nothing() -> None:
+    async with fake_registry() as fake, SchemaRegistry(fake.url) as registry:
+
+        async def told(auto_register: bool = True) -> tuple[str, int, str]:
+            verdict, sentence, code = await state_of_schema(registry, "sentiment", auto_register=auto_register)
+            return verdict, code, sentence
+
+        verdict, code, sentence = await told()
+        assert (verdict, code) == ("ok", 0)
+        assert f"{SUBJECT} does not have the schema" in sentence
+        verdict, code, sentence = await told(auto_register=False)
+        assert (verdict, code) == ("fail", 2)
+        assert f"not registered under {SUBJECT}" in sentence
+        assert not fake.subjects
+        id = await asked(fake)
+        for auto_register in (True, False):
+            assert await told(auto_register) == ("ok", 0, f"{SUBJECT} has the schema of results, with the id {id}")
+        fake.authorization = "Basic other"
+        assert (await told())[:2] == ("fail", 2)
+        fake.authorization, fake.refusal = None, (503, {})
+        assert (await told())[:2] == ("fail", 1)

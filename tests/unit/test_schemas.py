@@ -20,7 +20,7 @@ from worker.core.schemas import DEAD_LETTER, RESULT, SCHEMAS
 from worker.core.sentiment import CARD as CARD_LABELS
 from worker.core.sentiment import LabelSet, Sentiment
 
-FIRST_VERSION = json.loads((Path(__file__).parent / "result-1.avsc").read_text(encoding="utf-8"))
+FIRST_VERSION = json.loads((Path(__file__).parents[1] / "fixtures" / "result-1.avsc").read_text(encoding="utf-8"))
 OF_RESULTS = Draft202012Validator(SCHEMAS["result", "json"]())
 OF_DEAD_LETTERS = Draft202012Validator(SCHEMAS["dead-letter", "json"]())
 OTHERS = LabelSet(("toxic", "insult"), "sigmoid", None, 0.5)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
-from worker.commands.result_schema import result_schema_id
+from worker.commands.result_schema import wait_for_schema_id
 from worker.commands.schema_registry import schema_registry
 from worker.core.avro_encoder import AvroEncoder
 from worker.core.dead_letter_limit import DeadLetterLimit
@@ -157,7 +157,7 @@ async def _schema_id(settings: RunSettings, health: Health) -> int | None:
     if settings.output_format != "avro" or (registry := schema_registry(settings)) is None:
         return None
     async with registry:
-        return await result_schema_id(
+        return await wait_for_schema_id(
             registry, settings.output_topic, auto_register=settings.schema_auto_register, health=health
         )
 

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from worker.core.encoder import INVALID_TIMESTAMP, Encoder, reached_labels, rounded_columns
-from worker.core.events import CONTENT_TYPE, Event, Failure, Outgoing, Record, named_tuples
+from worker.core.events import CONTENT_TYPE, Event, Failure, Headers, Outgoing, Record, named_tuples
 from worker.core.sentiment import CARD, Floats, LabelSet, Sentiment
 from worker.core.timestamps import MAX_TIMESTAMP_MS, timestamp_in, timestamp_ms
 
@@ -53,29 +53,25 @@ class AvroEncoder(Encoder):
         """As ``Encoder.encode``, with values in Avro. Numbers have the same six decimals, as doubles; times are in ms."""
         if not records:
             return []
-        formats = _formats(labels)
-        names, scores, probabilities = zip(*sentiments, strict=True)
-        rounded = rounded_columns(scores, probabilities, labels)
         headers = [record.headers for record in records]
-        timestamps = event_times = list(map(timestamp_ms, records))
-        if any(headers):
-            replayed = map(timestamp_in, headers)
-            event_times = [at if first is None else first for first, at in zip(replayed, timestamps, strict=True)]
+        timestamps = list(map(timestamp_ms, records))
+        event_times = _first_times(timestamps, headers) if any(headers) else timestamps
         first = records[0]
-        columns: tuple[Iterable[bytes], ...] = (
-            repeat(self._frame),
-            map(_string, [event.id for event in events]),
-            map(formats.names.__getitem__, names),
-            _numbers(rounded, len(records), formats),
-            _listed(rounded, labels, formats),
-            [b"\1" if is_cut else b"\0" for is_cut in truncated],
-            repeat(_NULL) if windows is None else [_VALUE + _long(count) for count in windows],
-            repeat(_string(model) + _string(first.topic) + _long(first.partition)),
-            [_long(record.offset) for record in records],
-            map(_event_time, event_times),
-            repeat(_long(_milliseconds(processed_at))),
+        made_by = _string(model) + _string(first.topic) + _long(first.partition)
+        values = map(
+            b"".join,
+            zip(  # noqa: B905 - some columns are endless
+                repeat(self._frame),
+                map(_string, [event.id for event in events]),
+                *_sentiment_columns(sentiments, labels),
+                [b"\1" if is_cut else b"\0" for is_cut in truncated],
+                repeat(_NULL) if windows is None else [_VALUE + _long(count) for count in windows],
+                repeat(made_by),
+                [_long(record.offset) for record in records],
+                map(_event_time, event_times),
+                repeat(_long(_milliseconds(processed_at))),
+            ),
         )
-        values = map(b"".join, zip(*columns))  # noqa: B905 - some are endless
         keys = [record.key for record in records]
         own_headers = self._headers(records, headers, events, processed_at)
         own_timestamps = repeat(None) if self._is_dated_now else timestamps
@@ -112,6 +108,24 @@ def _formats(labels: LabelSet) -> _Formats:
         places.append(len(numbers))
         numbers += bytes(_NUMBER_BYTES)
     return _Formats(names, bytes(numbers + _END), places)
+
+
+def _first_times(timestamps: Sequence[int | None], headers: Sequence[Headers]) -> list[int | None]:
+    """The times of N events, in ms: of a replayed record the first one, which is in its headers."""
+    replayed = map(timestamp_in, headers)
+    return [at if first is None else first for first, at in zip(replayed, timestamps, strict=True)]
+
+
+def _sentiment_columns(sentiments: Sequence[Sentiment], labels: LabelSet) -> list[Iterable[bytes]]:
+    """Of N results the fields ``label``, ``score`` with ``probabilities``, and ``labels``."""
+    formats = _formats(labels)
+    names, scores, probabilities = zip(*sentiments, strict=True)
+    rounded = rounded_columns(scores, probabilities, labels)
+    return [
+        map(formats.names.__getitem__, names),
+        _numbers(rounded, len(sentiments), formats),
+        _listed(rounded, labels, formats),
+    ]
 
 
 def _numbers(rounded: Floats, count: int, formats: _Formats) -> list[bytes]:
