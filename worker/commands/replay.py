@@ -17,7 +17,7 @@ from worker.kafka.replayer import ReplayCounts, Replayer
 from worker.kafka.sink import Sink
 from worker.printable import counted, printable
 from worker.settings.commands import ReplaySettings
-from worker.settings.values import moment_ms
+from worker.settings.values import input_formats, moment_ms
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -38,6 +38,7 @@ def run(settings: ReplaySettings) -> int:
 async def _replay(settings: ReplaySettings, progress: Progress) -> ReplayCounts:
     connection, health, stop = kafka_connection(settings), Health(), asyncio.Event()
     sink = Sink(connection, limits={}, metrics=Metrics(""), health=health)
+    input_format, formats = input_formats(settings.input_format)
     bar = progress.add_task("", total=None)
     replayer = Replayer(
         connection,
@@ -49,7 +50,9 @@ async def _replay(settings: ReplaySettings, progress: Progress) -> ReplayCounts:
         since_ms=moment_ms(settings.since) if settings.since else None,
         until_ms=moment_ms(settings.until) if settings.until else None,
         is_dry=settings.dry_run,
-        decoder=Decoder(input_format=settings.input_format, id_field=settings.id_field),
+        decoder=Decoder(
+            input_format=input_format, input_formats=formats, id_field=settings.id_field, reads_frames=True
+        ),
         stop=stop,
         tell=lambda done, total: progress.update(bar, completed=done, total=total),
     )

@@ -41,10 +41,10 @@ async def wait_for_schema_id(
         try:
             id = await _schema_id(registry, subject_of(output_topic), auto_register=auto_register)
         except RegistryUnavailable as error:
-            health.failing("registry", f"{error}; waiting for it")
+            health.failing("registry", f"{error}; waiting for it", who=SCHEMA)
             await backoff.wait()
         else:
-            health.working("registry")
+            health.working("registry", who=SCHEMA)
             log.info(
                 "the registry has the schema of results", extra={"subject": subject_of(output_topic), "schema_id": id}
             )

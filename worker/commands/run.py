@@ -20,6 +20,7 @@ from worker.commands.run_parts import (
     tracing,
     tuned_model,
 )
+from worker.commands.schema_registry import schema_registry
 from worker.core.avro_encoder import probabilities_in
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
@@ -86,10 +87,13 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     health = Health(inference.why_not_alive, when_ready=lambda: tell_that_it_is_ready(inference, metrics))
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
-    read = probabilities_in if settings.output_format == "avro" else None
-    recent = RecentOutcomes(decoder(settings), texts=settings.console_texts, probabilities=read)
+    registry, reads = schema_registry(settings), decoder(settings)
+    in_avro = probabilities_in if settings.output_format == "avro" else None
+    recent = RecentOutcomes(reads, texts=settings.console_texts, probabilities=in_avro)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
-    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, until)
+    shared = Shared(
+        settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until
+    )
     reloader = _reloader(shared)
     server = _server(shared, reloader)
     try:
@@ -109,6 +113,8 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     try:
         return await _work(shared, stop)
     finally:
+        if registry:
+            await registry.close()
         if shared.tracing:
             await shared.tracing.close(LAST_SPANS_S)
         await server.stop()

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
 from worker.commands.result_schema import wait_for_schema_id
-from worker.commands.schema_registry import schema_registry
 from worker.core.avro_encoder import AvroEncoder
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.max_age import MaxAge
 from worker.core.sentiment import CARD
+from worker.errors import WrongSetting
 from worker.http.recent_outcomes import RecentOutcomes
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.backlog import log_backlog
@@ -41,13 +41,16 @@ from worker.model.autotune import tune_batch_texts
 from worker.model.labels import listed
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
+from worker.pipeline.input_schemas import InputSchemas
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline
+from worker.registry.client import RegistryRefused, SchemaRegistry
+from worker.registry.schema_fetcher import SchemaFetcher
 from worker.runtime.memory import keep_freed_blocks
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import text_fields
+from worker.settings.values import input_formats, text_fields
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.tracing import Tracing
@@ -90,6 +93,8 @@ class Shared:
     recent: RecentOutcomes
     tracing: Tracing | None
     load_model: LoadModel
+    decoder: Decoder
+    registry: SchemaRegistry | None = None
     until: Until | None = None
 
 
@@ -102,8 +107,10 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
-    registering = asyncio.create_task(_schema_id(shared.settings, shared.health))
-    tasks = [loading, finding, registering]
+    schemas = _schema_fetcher(shared)
+    asking = asyncio.create_task(_check_registry(schemas))
+    registering = asyncio.create_task(_result_schema_id(shared))
+    tasks = [loading, finding, asking, registering]
     try:
         await asyncio.gather(*tasks)  # what is missing is told while the model is loading
     finally:
@@ -116,7 +123,7 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     source = _source(shared, connection, delivery, topics)
     await delivery.start()
     results = encoder(shared.settings, registering.result())
-    return _pipeline(shared, connection, source, delivery, outputs, results)
+    return _pipeline(shared, connection, source, delivery, outputs, schemas, results)
 
 
 async def _load(shared: Shared) -> None:
@@ -152,14 +159,14 @@ async def _found_topics(
     return topics, found
 
 
-async def _schema_id(settings: RunSettings, health: Health) -> int | None:
-    """The id of the schema of results; None where they are not Avro. Raises WrongSetting."""
-    if settings.output_format != "avro" or (registry := schema_registry(settings)) is None:
+async def _result_schema_id(shared: Shared) -> int | None:
+    """The id of the schema of results; None where they are not Avro. Waits for the registry; raises WrongSetting."""
+    settings = shared.settings
+    if settings.output_format != "avro" or shared.registry is None:
         return None
-    async with registry:
-        return await wait_for_schema_id(
-            registry, settings.output_topic, auto_register=settings.schema_auto_register, health=health
-        )
+    return await wait_for_schema_id(
+        shared.registry, settings.output_topic, auto_register=settings.schema_auto_register, health=shared.health
+    )
 
 
 def _loaded_model(shared: Shared) -> "SentimentModel":
@@ -225,11 +232,12 @@ def _pipeline(
     source: Source,
     delivery: Delivery,
     limits: dict[str, TopicLimits],
+    schemas: SchemaFetcher | None,
     results: Encoder,
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
     output, dead_letters = settings.output_topic, settings.dead_letter_topic
-    plain = decoder(settings)
+    plain = shared.decoder
     dead_letter_limit = DeadLetterLimit(limit=settings.dead_letter_limit, window=settings.dead_letter_window)
     return Pipeline(
         source=source,
@@ -265,6 +273,7 @@ def _pipeline(
         watch_topics=lambda: watch_topics(
             connection, {"output_topic": [output], "dead_letter_topic": [dead_letters]}, shared.health
         ),
+        schemas=schemas and InputSchemas(plain, schemas),
     )
 
 
@@ -277,20 +286,40 @@ def encoder(settings: RunSettings, schema_id: int | None) -> Encoder:
         output_format=settings.output_format,
         group_id=settings.group_id,
         result_timestamp=settings.result_timestamp,
+        reads_frames=settings.schema_registry_url is not None,
     )
 
 
 def decoder(settings: RunSettings) -> Decoder:
     text_field, by_topic = text_fields(settings.text_field)
+    input_format, formats = input_formats(settings.input_format)
     return Decoder(
-        input_format=settings.input_format,
+        input_format=input_format,
+        input_formats=formats,
         output_mode=settings.output_mode,
         text_field=text_field,
         text_fields=by_topic,
         id_field=settings.id_field,
         max_text_chars=settings.max_text_chars,
         on_null_text=settings.on_null_text,
+        reads_frames=settings.schema_registry_url is not None,
     )
+
+
+def _schema_fetcher(shared: Shared) -> SchemaFetcher | None:
+    """What fetches schemas for the decoder; None where it reads no Avro."""
+    if shared.registry is None or not shared.decoder.reads_avro:
+        return None
+    return SchemaFetcher(shared.registry, shared.decoder.schemas.add, shared.health)
+
+
+async def _check_registry(schemas: SchemaFetcher | None) -> None:
+    """Waits until the registry answers. Raises WrongSetting where it refuses the credentials."""
+    try:
+        if schemas:
+            await schemas.check()
+    except RegistryRefused as error:
+        raise WrongSetting(str(error)) from None
 
 
 def tracing(settings: RunSettings) -> Tracing | None:

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
-from worker.registry.client import SchemaRegistry
+from worker.errors import UserError
+from worker.registry.client import RegistryError, RegistryRefused, SchemaRegistry
 from worker.settings.schema_registry import SchemaRegistrySettings
 from worker.settings.sentences import variable_of
 from worker.settings.values import revealed
@@ -30,6 +32,20 @@ def schema_registry(
         token=token,
         ca_file=settings.schema_registry_ca_file,
     )
+
+
+async def registry_state(settings: SchemaRegistrySettings) -> tuple[Literal["ok", "fail"], str, int]:
+    """How the registry is, for ``check``: a verdict, a sentence, and the exit code where it fails."""
+    try:
+        registry = schema_registry(settings)
+        assert registry
+        async with registry:
+            await registry.check()
+    except UserError as error:
+        return "fail", str(error), error.exit_code
+    except RegistryError as error:
+        return "fail", str(error), 2 if isinstance(error, RegistryRefused) else 1
+    return "ok", f"{registry.url} answers", 0
 
 
 def _newest(first: str, path: Path) -> Callable[[], str]:

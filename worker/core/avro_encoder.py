@@ -18,6 +18,7 @@ import numpy as np
 
 from worker.core.encoder import INVALID_TIMESTAMP, Encoder, reached_labels, rounded_columns
 from worker.core.events import CONTENT_TYPE, Event, Failure, Headers, Outgoing, Record, named_tuples
+from worker.core.framing import FRAME_BYTES, frame
 from worker.core.sentiment import CARD, Floats, LabelSet, Sentiment
 from worker.core.timestamps import MAX_TIMESTAMP_MS, timestamp_in, timestamp_ms
 
@@ -26,7 +27,6 @@ _VALUE: Final = b"\x02"  # the second one, before its value
 _END: Final = b"\0"  # of an array or a map
 _DOUBLE: Final = Struct("<d")
 _NUMBER_BYTES: Final = _DOUBLE.size
-_FRAME_BYTES: Final = 5  # a zero byte, and the schema's id in four
 
 
 class AvroEncoder(Encoder):
@@ -36,7 +36,7 @@ class AvroEncoder(Encoder):
 
     def __init__(self, *, schema_id: int, result_timestamp: str = "event") -> None:
         super().__init__(result_timestamp=result_timestamp)
-        self._frame = b"\0" + schema_id.to_bytes(4, "big")
+        self._frame = frame(schema_id)
 
     def encode(
         self,
@@ -178,7 +178,7 @@ def _long(number: int) -> bytes:
 
 def probabilities_in(value: bytes) -> dict[str, float]:
     """The probabilities in a result that AvroEncoder has written, by label. The console calls it, for a few results."""
-    _, at = _read_string(value, _FRAME_BYTES)
+    _, at = _read_string(value, FRAME_BYTES)
     _, at = _read_string(value, at)
     at += 1 if value[at : at + 1] == _NULL else 1 + _NUMBER_BYTES
     count, at = _read_long(value, at)

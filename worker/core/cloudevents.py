@@ -95,6 +95,10 @@ def is_json(media_type: str) -> bool:
     return media_type.endswith(("/json", "+json"))
 
 
+def is_avro(media_type: str) -> bool:
+    return media_type == "avro/binary" or media_type.endswith(("/avro", "+avro"))
+
+
 def is_text(media_type: str) -> bool:
     return media_type.startswith("text/") and not is_json(media_type)
 

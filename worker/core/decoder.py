@@ -7,8 +7,10 @@ from typing import Any, Final
 import orjson
 
 from worker.core import cloudevents
+from worker.core.avro_input import AvroSchemas
 from worker.core.empty_text import is_empty, is_invisible
 from worker.core.events import ENRICHED_FIELD, ID_HEADER, Decoded, Event, Failure, Null, Record, named_tuples, place
+from worker.core.framing import without_frame
 from worker.core.json_input import MAX_VALUES, MISSING, FieldPath, decode_failure, read_object, read_with_digits
 
 RUN: Final = 128  # records that are looked at together: one unusual one costs all of them the short way
@@ -17,18 +19,24 @@ RUN: Final = 128  # records that are looked at together: one unusual one costs a
 class Decoder:
     """Finds the event in a record. The settings of the same names say where its text and its id are.
 
-    ``text_fields`` has, by topic, the path to the text where a topic has it elsewhere than at ``text_field``.
+    ``text_fields`` has, by topic, the path to the text where a topic has it elsewhere than at ``text_field``, and
+    ``input_formats`` the format where a topic has another. Avro is read by the schemas that the caller adds to ``schemas``:
+    before it decodes records, those in ``missing_schemas``. With ``reads_frames`` JSON may stand in Confluent's framing.
     """
 
     def __init__(
         self, *, input_format: str = "json", output_mode: str = "result", text_field: str = "text", id_field: str = "id",
         max_text_chars: int = 100_000, text_fields: Mapping[str, str] | None = None, on_null_text: str = "dead_letter",
+        input_formats: Mapping[str, str] | None = None, reads_frames: bool = False,
     ) -> None:  # fmt: skip
-        self._is_text = input_format == "text"
+        self._default_format = input_format
+        self._formats = input_formats or {}
+        self._reads_frames = reads_frames
         self._is_enriched = output_mode == "enrich"
         self._text_path = FieldPath(text_field)
         self._text_paths = {topic: FieldPath(field) for topic, field in (text_fields or {}).items()}
         self._id_path = FieldPath(id_field)
+        self.schemas = AvroSchemas([text_field, *(text_fields or {}).values(), id_field])
         self._max_text_chars = max_text_chars
         self._skips_null_text = on_null_text == "skip"
 
@@ -40,21 +48,33 @@ class Decoder:
         headers = record.headers
         if headers and (mode := cloudevents.mode(headers)):
             return self._decode_cloud_event(record, value, mode)
-        if self._is_text:
+        format = self._format(record.topic)
+        if format == "text":
             return self._with_text(_id_from_record(record), value, "value")
-        fields = read_object(value)
+        fields, json = self._read(format, value)
         if isinstance(fields, Failure):
             return fields
         text = self._text_in(record.topic, fields)
-        return Event(self._id(record, value, fields), text) if isinstance(text, str) else text
+        return Event(self._id(record, fields, json), text) if isinstance(text, str) else text
 
     def decode_all(self, records: Sequence[Record]) -> list[Decoded]:
         """What ``decode`` answers for each of N records of one topic; for usual ones in half the time."""
         decoded: list[Decoded] = []
+        format = self._format(records[0].topic) if records else ""
         for begin in range(0, len(records), RUN):
             run = records[begin : begin + RUN]
-            decoded += (None if self._is_text else self._usual_events(run)) or map(self.decode, run)
+            decoded += (None if format == "text" else self._usual_events(run, format)) or map(self.decode, run)
         return decoded
+
+    def missing_schemas(self, records: Sequence[Record]) -> set[int]:
+        """The ids of the schemas that have to be added before N records of one topic are decoded; none for JSON and text."""
+        is_avro = records and self._format(records[0].topic) == "avro"
+        return self.schemas.missing_in(records) if is_avro else set()
+
+    @property
+    def reads_avro(self) -> bool:
+        """Whether Avro is the format of any topic."""
+        return "avro" in (self._default_format, *self._formats.values())
 
     def id_of(self, record: Record) -> str:
         """The id of a record's event, whatever else is wrong with the record. It never raises."""
@@ -62,19 +82,33 @@ class Decoder:
         if value is not None and (mode := cloudevents.mode(record.headers)):
             event = _cloud_event(record, value, mode)
             return _id_from_record(record) if isinstance(event, Failure) else event.id
-        if value is None or self._is_text:
+        format = self._format(record.topic)
+        if value is None or format == "text":
             return _id_from_record(record)
-        fields = read_object(value)
-        return _id_from_record(record) if isinstance(fields, Failure) else self._id(record, value, fields)
+        fields, json = self._read(format, value)
+        return _id_from_record(record) if isinstance(fields, Failure) else self._id(record, fields, json)
 
-    def _usual_events(self, records: Sequence[Record]) -> list[Event] | None:
-        """What ``decode`` answers for JSON objects that all have a text and an id; None where anything is unusual."""
+    def _format(self, topic: str) -> str:
+        return self._formats.get(topic, self._default_format)
+
+    def _read(self, format: str, value: bytes) -> tuple[dict[str, Any] | Failure, bytes]:
+        """The fields of a value, or why there are none; and the JSON that they were read from, empty where it is Avro."""
+        if format == "avro":
+            return self.schemas.read(value), b""
+        json = without_frame(value) if self._reads_frames else value
+        return read_object(json), json
+
+    def _usual_events(self, records: Sequence[Record], format: str) -> list[Event] | None:
+        """What ``decode`` answers for objects that all have a text and an id; None where anything is unusual."""
         headers, values = [record.headers for record in records], [record.value or b"" for record in records]
         if (any(headers) and any(map(cloudevents.mode, headers))) or max(map(len, values)) > MAX_VALUES:
             return None
         try:
-            objects = list(map(orjson.loads, values))
-            if set(map(type, objects)) != {dict}:
+            if format == "avro":
+                objects = self.schemas.read_usual(values)
+            else:
+                objects = list(map(orjson.loads, map(without_frame, values) if self._reads_frames else values))
+            if objects is None or set(map(type, objects)) != {dict}:
                 return None
             texts = self._text_paths.get(records[0].topic, self._text_path).get_all(objects)
             ids = self._id_path.get_all(objects)
@@ -102,7 +136,10 @@ class Decoder:
             return decode_failure("missing_text", "the event has no data")
         if event.data is None and self._skips_null_text:
             return Null.SKIPPED
-        is_text = cloudevents.is_text(event.media_type) if event.media_type else self._is_text
+        format = self._format(record.topic)
+        if format == "avro" and mode == "binary" and (not event.media_type or cloudevents.is_avro(event.media_type)):
+            return self._with_fields(record, event.id, self.schemas.read(event.data))
+        is_text = cloudevents.is_text(event.media_type) if event.media_type else format == "text"
         if is_text and not self._is_enriched:
             return self._with_text(event.id, event.data, "data")
         if is_text or (self._is_enriched and mode == "structured" and type(event.data) is bytes):
@@ -121,7 +158,7 @@ class Decoder:
         return self._refusal(text) or Event(id, text)
 
     def _with_fields(self, record: Record, id: str, data: Any) -> Decoded:
-        fields = read_object(data) if type(data) is bytes else data
+        fields = self._read("json", data)[0] if type(data) is bytes else data
         if isinstance(fields, Failure):
             return fields
         if type(fields) is not dict:
@@ -152,11 +189,11 @@ class Decoder:
             return decode_failure("empty_text", "the text is empty, or of white space and invisible characters alone")
         return None
 
-    def _id(self, record: Record, value: bytes, fields: dict[str, Any]) -> str:
-        """The id of the event whose JSON is ``value``, which holds ``fields``."""
+    def _id(self, record: Record, fields: dict[str, Any], json: bytes) -> str:
+        """The id of the event with these fields, which were read from this JSON; it is empty where they are Avro's."""
         id = self._id_path.get(fields)
-        if type(id) in (int, float) and (abs(id) >= 2**63 or (id == 0 and b"-0" in value)):
-            digits = self._id_path.get(read_with_digits(value))
+        if json and type(id) in (int, float) and (abs(id) >= 2**63 or (id == 0 and b"-0" in json)):
+            digits = self._id_path.get(read_with_digits(json))
             id = digits if type(digits) is str else id
         if type(id) is int:
             return str(id)

@@ -24,6 +24,7 @@ from worker.core.events import (
     named_tuples,
     place,
 )
+from worker.core.framing import without_frame
 from worker.core.sentiment import CARD, Floats, LabelSet, Sentiment
 from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
 
@@ -35,19 +36,20 @@ class Encoder:
     """Writes results as JSON. ``group_id`` names the source of results that are CloudEvents.
 
     With ``result_timestamp`` event, results and tombstones have the timestamp of their input; with now, that of the moment
-    when they are published.
+    when they are published. With ``reads_frames``, what is enriched may stand in Confluent's framing.
     """
 
     _own_headers: list[tuple[str, bytes | None]] = [(CONTENT_TYPE, b"application/json")]
 
     def __init__(
         self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "",
-        result_timestamp: str = "event",
+        result_timestamp: str = "event", reads_frames: bool = False,
     ) -> None:  # fmt: skip
         self._is_enriched = output_mode == "enrich"
         self._is_cloud_event = output_format == "cloudevents"
         self._source = cloudevents.source_of(group_id)
         self._is_dated_now = result_timestamp == "now"
+        self._reads_frames = reads_frames
 
     def encode(
         self,
@@ -85,7 +87,9 @@ class Encoder:
             _template(records[0], model, processed_at, formats).__mod__, zip(*columns, strict=True)
         )
         if self._is_enriched:
-            values = map(_spliced, records, values)
+            own = [record.value or b"" for record in records]
+            # A frame is left out: the schema that it names does not have the new field.
+            values = map(_spliced, records, map(without_frame, own) if self._reads_frames else own, values)
         keys = [record.key for record in records]
         own_headers = self._headers(records, headers, events, processed_at)
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
@@ -182,9 +186,8 @@ def _template(record: Record, model: str, processed_at: str, formats: _Formats) 
     ) % (formats.probabilities, by, topic, record.partition, now)
 
 
-def _spliced(record: Record, result: bytes) -> bytes:
+def _spliced(record: Record, own: bytes, result: bytes) -> bytes:
     """The input's own bytes with the result as one field more: of the object, or of a structured CloudEvent's data."""
-    own = record.value or b""
     is_structured = record.headers and cloudevents.mode(record.headers) == "structured"
     end = cloudevents.end_of_data(own) if is_structured else own.rindex(b"}")
     return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])

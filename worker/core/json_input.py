@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from worker.core.events import Failure
+from worker.core.framing import FRAME_BYTES, is_framed, schema_id
 from worker.reasons import Reason
 
 MAX_VALUES: Final = 100_000  # of one record: each becomes a Python object, while the event loop waits
@@ -26,7 +27,6 @@ _STRINGS_OR_NUMBER: Final = re.compile(
     re.DOTALL,
 )
 _SAFE_DIGITS: Final = 18  # an integer of so many digits fits into 64 bits
-_FRAME_BYTES: Final = 5  # a zero byte and a schema id, which clients of a schema registry put in front of a value
 
 
 class FieldPath:
@@ -128,8 +128,7 @@ def _unreadable(value: bytes, position: int) -> Failure:
     prefix = _known_prefix(value)
     # A schema id may be no UTF-8 by chance. Only what follows it is checked, so that all of a producer's dead letters
     # have the same reason.
-    is_framed = value.startswith(b"\0") and value[_FRAME_BYTES:].lstrip().startswith((b"{", b"["))
-    begin = _FRAME_BYTES if is_framed else 0
+    begin = FRAME_BYTES if is_framed(value) and value[FRAME_BYTES:].lstrip().startswith((b"{", b"[")) else 0
     try:
         value[begin:].decode()
     except UnicodeDecodeError as error:
@@ -141,9 +140,9 @@ def _known_prefix(value: bytes) -> str:
     """What a producer has put in front of the JSON, as the end of a sentence; empty where nothing is recognised."""
     if value.startswith(codecs.BOM_UTF8):
         return ": it begins with a byte order mark, which JSON has not"
-    if value.startswith(b"\0") and len(value) > _FRAME_BYTES:
-        schema = int.from_bytes(value[1:_FRAME_BYTES], "big")
+    if is_framed(value) and len(value) > FRAME_BYTES:
         return (
-            f": it begins with Confluent's framing, a zero byte and the id of a schema ({schema}), which JSON has not"
+            f": it begins with Confluent's framing, a zero byte and the id of a schema ({schema_id(value)}), which JSON has "
+            "not"
         )
     return ""

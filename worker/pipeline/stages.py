@@ -17,6 +17,7 @@ from worker.kafka.delivery import Delivery
 from worker.kafka.source import Source
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.inference import Inference
+from worker.pipeline.input_schemas import InputSchemas
 from worker.pipeline.micro_batch import MicroBatch, Part
 from worker.pipeline.outcomes import Outcomes
 from worker.pipeline.publishing import Publishing
@@ -63,6 +64,7 @@ class Pipeline:
         drain_timeout_s: float = 20,
         tracing: Tracing | None = None,
         watch_topics: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        schemas: InputSchemas | None = None,
     ) -> None:
         self._source = source
         self._inference = inference
@@ -74,6 +76,7 @@ class Pipeline:
         self._drain_timeout_s = drain_timeout_s
         self._tracing = tracing
         self._watch_topics = watch_topics
+        self._schemas = schemas
         self._draining = asyncio.Event()
         self._seen: dict[Hashable, int] = {}  # by partition, the offset up to which the dead-letter limit has looked
         delivery.serve(source, publishing.publish, accounting.count)
@@ -171,6 +174,8 @@ class Pipeline:
             trace = None
             if self._tracing:
                 trace = self._tracing.received((record for _, records in chunks for record in records), asked_at)
+            if self._schemas:
+                chunks = await self._schemas.fetched(chunks, self._source.drop)
             parts, texts = await self._outcomes.decoded(chunks)
             batch = MicroBatch(parts, await self._inference.tokenize(texts), trace)
             self._metrics.queue_depth["tokenized"].inc(len(batch))

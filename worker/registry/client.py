@@ -39,7 +39,7 @@ class RegistryUnavailable(RegistryError):
 
 
 class RegistryRefused(RegistryError):
-    """The registry refuses the credentials, or does not let them do this (401, 403)."""
+    """The registry refuses the credentials, or does not let them do this (401, 403); or its certificate is refused."""
 
 
 class SchemaRefused(RegistryError):
@@ -162,6 +162,11 @@ class SchemaRegistry:
                 method, url, data=body, headers=headers, ssl=self._ssl, allow_redirects=False
             ) as response:
                 content = await _read(response)
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
+            raise RegistryRefused(
+                f"the certificate of the schema registry at {self.url} is refused ({_cause(error)}); set "
+                "schema_registry_ca_file to the authorities that have signed it"
+            ) from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise RegistryUnavailable(f"the schema registry at {self.url} does not answer ({_cause(error)})") from None
         return self._answer(response.status, response.reason or "", content)
@@ -235,7 +240,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return f"its certificate is refused: {error.certificate_error}"
+        return str(error.certificate_error)
     if isinstance(error, aiohttp.ClientConnectorError):
         return error.strerror or type(error.os_error).__name__
     return str(error) or type(error).__name__

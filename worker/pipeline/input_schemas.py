@@ -1,0 +1,47 @@
+"""Holds micro-batches back until the schemas that their records name are known. Only where Avro is read."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from worker.core.decoder import Decoder
+from worker.kafka.assignment import Assignment, Chunk
+from worker.kafka.reader import FetchedRecord
+from worker.registry.schema_fetcher import SchemaFetcher
+from worker.runtime.tasks import cancel_all
+
+LOOK_S: Final = 0.2  # how often a wait looks whether its partition was revoked
+
+
+class InputSchemas:
+    """Fetches what ``decoder`` lacks. The pipeline calls ``fetched`` with each micro-batch before it decodes it."""
+
+    def __init__(self, decoder: Decoder, fetcher: SchemaFetcher) -> None:
+        self._decoder = decoder
+        self._fetcher = fetcher
+
+    async def fetched(self, chunks: list[Chunk], drop: Callable[[Assignment, int], None]) -> list[Chunk]:
+        """The chunks whose schemas are known, or known to be unknown. Waits for the registry, in the order of the chunks.
+
+        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait.
+        """
+        kept = []
+        for assignment, records in chunks:
+            ids = self._decoder.missing_schemas(records)
+            if ids and not await self._is_fetched(ids, assignment, records):
+                drop(assignment, len(records))
+            else:
+                kept.append((assignment, records))
+        return kept
+
+    async def _is_fetched(self, ids: set[int], assignment: Assignment, records: Sequence[FetchedRecord]) -> bool:
+        """Whether the registry has answered before the partition was revoked."""
+        fetching = asyncio.create_task(self._fetcher.fetch(ids, records))
+        try:
+            while assignment.accepts and not fetching.done():
+                await asyncio.wait({fetching}, timeout=LOOK_S)
+            if fetching.done():
+                fetching.result()
+            return fetching.done()
+        finally:
+            await cancel_all([fetching])

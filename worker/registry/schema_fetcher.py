@@ -1,0 +1,146 @@
+"""Fetches the schemas that records name, before the records are decoded; waits for a registry that does not answer."""
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final
+
+from worker.core.events import Record
+from worker.registry.client import (
+    RegistryError,
+    RegistryUnavailable,
+    SchemaRegistry,
+    SchemaUnknown,
+)
+from worker.telemetry.health import Health
+
+log = logging.getLogger(__name__)
+
+HEALTH_PART: Final = "registry"
+FIRST_PAUSE_S: Final = 0.25  # between tries; twice as long each time
+LONGEST_PAUSE_S: Final = 5.0
+UNKNOWN_S: Final = 30.0  # so long an unknown id is asked for again: registries lag behind producers
+IN_VAIN_S: Final = 600.0  # after a wait in vain; until then only young records are waited for
+MAX_RETRIED: Final = 16  # ids of one partition's records; where there are more, the ids are random bytes
+MAX_UNKNOWN: Final = 1_000  # ids that are remembered as unknown, of those that were asked for last
+ASK_AGAIN_S: Final = 60.0  # an id that is remembered as unknown is asked for again after this time
+
+Add = Callable[[int, str, str, Sequence[str]], None]
+
+
+class SchemaFetcher:
+    """Asks the registry for schemas by their ids, one after the other, and gives those that it has to ``add``.
+
+    The event loop uses it. ``clock`` counts s from anywhere, ``now`` from 1970, as the timestamps of records do.
+    """
+
+    def __init__(
+        self,
+        registry: SchemaRegistry,
+        add: Add,
+        health: Health,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._registry = registry
+        self._add = add
+        self._health = health
+        self._clock = clock
+        self._now = now
+        self._sleep = sleep
+        self._unknown: OrderedDict[int, float] = OrderedDict()  # ids, and when to ask for them again
+        self._in_vain_until = -math.inf
+
+    async def check(self) -> None:
+        """Waits until the registry answers. Raises RegistryRefused where it refuses the credentials."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                await self._registry.check()
+            except RegistryUnavailable as error:
+                pause_s = await self._paused(pause_s, error)
+            else:
+                self._health.working(HEALTH_PART)
+                return
+
+    async def fetch(self, ids: Collection[int], records: Sequence[Record]) -> None:
+        """Returns when the registry has answered for each id that ``records`` name, and has no more time for what it lacks.
+
+        While the registry does not answer, or refuses the credentials, health says so, and it is asked again and again. The
+        caller may cancel this at any moment.
+        """
+        try:
+            lacking = [id for id in sorted(ids) if self._is_due(id) and not await self._is_found(id)]
+            new = {id for id in lacking if id not in self._unknown}
+            if 0 < len(new) <= MAX_RETRIED:
+                found = new.difference(await self._still_lacking(sorted(new), self._patience_s(records)))
+                lacking = [id for id in lacking if id not in found]
+            for id in lacking:
+                self._remember(id)
+        finally:
+            self._health.working(HEALTH_PART)
+
+    def _is_due(self, id: int) -> bool:
+        return self._clock() >= self._unknown.get(id, -math.inf)
+
+    def _remember(self, id: int) -> None:
+        """Notes that the registry lacks this id; forgets the one for which it was asked longest ago, if there are many."""
+        self._unknown[id] = self._clock() + ASK_AGAIN_S
+        self._unknown.move_to_end(id)
+        if len(self._unknown) > MAX_UNKNOWN:
+            self._unknown.popitem(last=False)
+
+    async def _is_found(self, id: int) -> bool:
+        """Whether the registry has the schema, which is then added. Waits until it has answered."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                schema = await self._registry.schema(id)
+            except SchemaUnknown:
+                self._health.working(HEALTH_PART)
+                return False
+            except RegistryError as error:
+                pause_s = await self._paused(pause_s, error)
+            else:
+                self._health.working(HEALTH_PART)
+                self._unknown.pop(id, None)
+                self._add(id, schema.type, schema.text, schema.references)
+                return True
+
+    async def _still_lacking(self, ids: list[int], patience_s: float) -> list[int]:
+        """Asks for unknown ids again for so long; returns those that stay unknown."""
+        until, pause_s = self._clock() + patience_s, FIRST_PAUSE_S
+        if patience_s > 0:
+            log.warning(
+                "the schema registry does not know the schemas of records; it is asked again, as it may lag behind",
+                extra={"ids": ids, "at_most_s": round(patience_s)},
+            )
+        while ids and (left_s := until - self._clock()) > 0:
+            await self._sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            ids = [id for id in ids if not await self._is_found(id)]
+        if ids and patience_s > 0:
+            self._in_vain_until = self._clock() + IN_VAIN_S
+        return ids
+
+    def _patience_s(self, records: Sequence[Record]) -> float:
+        """How long unknown ids are asked for again.
+
+        Where that was in vain lately, only until the youngest record is UNKNOWN_S old: else a producer that writes random
+        bytes now and then would hold up everything for UNKNOWN_S each time.
+        """
+        if self._clock() >= self._in_vain_until:
+            return UNKNOWN_S
+        youngest_ms = max((record.timestamp or 0 for record in records), default=0)
+        return min(max(0.0, youngest_ms / 1000 + UNKNOWN_S - self._now()), UNKNOWN_S)
+
+    async def _paused(self, pause_s: float, error: RegistryError) -> float:
+        """Reports what the registry fails with, waits, and returns how long to wait next time."""
+        self._health.failing(HEALTH_PART, str(error))
+        await self._sleep(pause_s)
+        return min(2 * pause_s, LONGEST_PAUSE_S)
