@@ -133,9 +133,7 @@ def summary(speeds: dict[str, list[Speed]]) -> dict[str, Any]:
     return {
         "rounds": len(speeds[base]),
         "events_per_s": {name: [round(value, 1) for value in values] for name, values in per_s.items()},
-        "cpu_s_per_1000": {
-            name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()
-        },
+        "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
         f"speed / {base}": {name: ratio(values, per_s[base]) for name, values in per_s.items() if name != base},
     }
 
@@ -144,8 +142,8 @@ def table(figures: dict[str, Any]) -> str:
     machine = figures["machine"]
     ((base, ratios),) = ((key, value) for key, value in figures.items() if key.startswith("speed / "))
     lines = [
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {figures['events']:,} events, medians "
-        f"of {figures['rounds']} rounds in turn; in brackets minimum and maximum.",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, which the broker shares. {figures['events']:,} events, "
+        f"medians of {figures['rounds']} rounds in turn; in brackets minimum and maximum.",
         "",
         f"| input to output | events/s | CPU s per 1,000 events | {base} |",
         "| --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""Results in Avro: through the real worker, a real Kafka and a real schema registry, read by Confluent's own deserializer."""
+"""Results in Avro: through the real worker, Kafka and a schema registry, and read by Confluent's own deserializer."""
 
 import json
 import urllib.error
@@ -114,16 +114,17 @@ def test_a_schema_that_someone_else_registers_has_to_be_there(
 ) -> None:
     kafka.create_all(topics, 1)
     sent = kafka.send(topics.input, [numbered(0)])
-    settings = {**avro(schema_registry), "schema_auto_register": False}
+    settings = avro(schema_registry)
+    looks_only = {"WORKER_SCHEMA_AUTO_REGISTER": "false"}
     subject = f"{topics.output}-value"
-    worker = workers.start(topics, **settings)
+    worker = workers.start(topics, looks_only, **settings)
     assert worker.wait() == 2
     (sentence,) = worker.warnings("not registered under", subject, "sentiment-worker schema result --format avro")
     assert "\n" not in sentence
     assert ask(schema_registry, "GET", f"/subjects/{subject}/versions")[0] == 404, "it has registered nothing"
 
     assert register(schema_registry, subject, forked("schema", "result", "--format", "avro").stdout) == 200
-    worker = workers.start(topics, **settings).wait_until_ready()
+    worker = workers.start(topics, looks_only, **settings).wait_until_ready()
     wait_until_committed(kafka, topics)
     assert worker.terminate() == 0
     assert ask(schema_registry, "GET", f"/subjects/{subject}/versions") == (200, [1])
@@ -169,7 +170,7 @@ def test_a_registry_that_is_away_at_the_start_is_waited_for(
 
 @pytest.mark.parametrize("rule", ["BACKWARD", "BACKWARD_TRANSITIVE"])
 def test_the_schema_stays_compatible(rule: str, schema_registry: Registry) -> None:
-    """The registry takes today's schema after the first version, then one more optional field, and none without a default."""
+    """After the first version the registry takes today's schema, then one with a field more, but none without a default."""
     subject = f"{uuid.uuid4().hex[:8]}-value"
     assert register(schema_registry, subject, FIRST_VERSION) == 200
     assert ask(schema_registry, "PUT", f"/config/{subject}", {"compatibility": rule})[0] == 200

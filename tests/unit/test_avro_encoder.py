@@ -1,4 +1,4 @@
-"""Results in Avro: the bytes that fastavro writes of the same fields, in Confluent's framing, with headers, keys and times."""
+"""Results in Avro: the bytes that fastavro writes of the same fields, in Confluent's framing; headers, keys and times."""
 
 import io
 import json

@@ -17,9 +17,7 @@ SUBJECT = "sentiment-value"
 
 async def asked(fake: FakeRegistry, *, auto_register: bool = True, health: Health | None = None) -> int:
     async with SchemaRegistry(fake.url, user="u", password="hunter2") as registry:
-        return await wait_for_schema_id(
-            registry, "sentiment", auto_register=auto_register, health=health or Health()
-        )
+        return await wait_for_schema_id(registry, "sentiment", auto_register=auto_register, health=health or Health())
 
 
 async def test_the_schema_is_registered_once_under_the_topics_subject() -> None:
@@ -67,7 +65,7 @@ async def test_a_registry_that_is_away_is_waited_for_and_the_reason_told() -> No
         fake.refusal = (503, {"error_code": 50301, "message": "starting"})
         waiting = asyncio.create_task(asked(fake, health=health))
         async with asyncio.timeout(10):
-            while health.why_not_ready() is None:
+            while health.why_not_ready() is None:  # noqa: ASYNC110 - health tells nobody
                 await asyncio.sleep(0.01)
         assert "starting" in (health.why_not_ready() or "")
         assert not waiting.done()

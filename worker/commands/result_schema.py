@@ -24,7 +24,7 @@ SCHEMA: Final = orjson.dumps(result_avro_schema()).decode()
 
 
 def subject_of(output_topic: str) -> str:
-    """The subject under which clients of a registry look for the schema of a topic's values, unless they are told another."""
+    """The subject under which clients of a registry look for the schema of a topic's values, unless told otherwise."""
     return f"{output_topic}-value"
 
 

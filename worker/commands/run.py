@@ -91,9 +91,7 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     in_avro = probabilities_in if settings.output_format == "avro" else None
     recent = RecentOutcomes(reads, texts=settings.console_texts, probabilities=in_avro)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
-    shared = Shared(
-        settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until
-    )
+    shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until)
     reloader = _reloader(shared)
     server = _server(shared, reloader)
     try:

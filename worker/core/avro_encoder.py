@@ -1,8 +1,8 @@
 """From events and their sentiments to results in Avro, in the framing of Confluent's serializers. Pure.
 
-The results of one partition are encoded together, column by column, as those in JSON are: a writer that takes one result after
-the other as a dictionary needs seven times as long. There is one schema, the one of ``result_avro_schema``, so this writes
-its fields in their order. The bytes are the ones that such a writer makes.
+The results of one partition are encoded together, column by column, as those in JSON are: fastavro, which takes one result
+after the other as a dictionary, needs six times as long. There is one schema, the one of ``result_avro_schema``, so this
+writes its fields in their order. The bytes are the ones that fastavro writes.
 
 https://avro.apache.org/docs/1.12.0/specification/#binary-encoding
 """
@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,7 @@ _NUMBER_BYTES: Final = _DOUBLE.size
 class AvroEncoder(Encoder):
     """Writes results by the schema of ``result_avro_schema``, which a registry knows by ``schema_id``."""
 
-    _own_headers: list[tuple[str, bytes | None]] = [(CONTENT_TYPE, b"application/avro")]
+    _own_headers: ClassVar[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/avro")]
 
     def __init__(self, *, schema_id: int, result_timestamp: str = "event") -> None:
         super().__init__(result_timestamp=result_timestamp)
@@ -60,7 +60,7 @@ class AvroEncoder(Encoder):
         made_by = _string(model) + _string(first.topic) + _long(first.partition)
         values = map(
             b"".join,
-            zip(  # noqa: B905 - some columns are endless
+            zip(
                 repeat(self._frame),
                 map(_string, [event.id for event in events]),
                 *_sentiment_columns(sentiments, labels),
@@ -132,7 +132,7 @@ def _numbers(rounded: Floats, count: int, formats: _Formats) -> list[bytes]:
     """The score and the probabilities of N results: the same bytes in each, but for the numbers."""
     width = len(formats.numbers)
     rows = np.tile(np.frombuffer(formats.numbers, np.uint8), (count, 1))
-    for place, column in zip(formats.places, rounded.reshape(-1, count), strict=True):
+    for place, column in zip(formats.places, rounded, strict=True):
         rows[:, place : place + _NUMBER_BYTES] = column.astype("<f8").view(np.uint8).reshape(count, -1)
     written = rows.tobytes()
     return [written[begin : begin + width] for begin in range(0, count * width, width)]
@@ -142,7 +142,9 @@ def _listed(rounded: Floats, labels: LabelSet, formats: _Formats) -> Iterable[by
     """The field ``labels`` of N results."""
     if labels.threshold is None:
         return repeat(_NULL)
-    return (_VALUE + _array(list(reached)) for reached in reached_labels(rounded, labels, formats.names.values()))
+    return (
+        _VALUE + _array(list(reached)) for reached in reached_labels(rounded, labels.threshold, formats.names.values())
+    )
 
 
 def _array(items: list[bytes]) -> bytes:

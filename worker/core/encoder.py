@@ -7,7 +7,7 @@ and strings column by column. That takes a third of the time of one ``orjson.dum
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, compress, repeat
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -39,7 +39,7 @@ class Encoder:
     when they are published. With ``reads_frames``, what is enriched may stand in Confluent's framing.
     """
 
-    _own_headers: list[tuple[str, bytes | None]] = [(CONTENT_TYPE, b"application/json")]
+    _own_headers: ClassVar[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 
     def __init__(
         self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "",
@@ -214,33 +214,32 @@ def _json_columns(
     """
     count = len(scores)
     rounded = rounded_columns(scores, probabilities, labels)
-    written = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    written = orjson.dumps(rounded.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
     each = [written[begin : begin + count] for begin in range(0, len(written), count)]
     if labels.weights is None:
         each.insert(0, [b"null"] * count)
     if labels.threshold is not None:
-        each.append([b",".join(reached) for reached in reached_labels(rounded, labels, names)])
+        each.append([b",".join(reached) for reached in reached_labels(rounded, labels.threshold, names)])
     return each
 
 
 def rounded_columns(
     scores: Sequence[float | None], probabilities: Sequence[tuple[float, ...]], labels: LabelSet
 ) -> Floats:
-    """The numbers of N results with six decimals, column after column: scores (N), where labels have weights, and then
-    the probabilities of each label (L × N).
+    """The numbers of N results with six decimals: a row (N) of scores, where labels have weights, and then a row (N) of
+    probabilities for each label.
     """
     has_scores = labels.weights is not None
     columns = zip(*probabilities, strict=True)
     given = chain(scores, *columns) if has_scores else chain(*columns)
     numbers = np.fromiter(given, float, (len(labels.names) + has_scores) * len(scores))
     rounded: Floats = np.rint(numbers * _MILLION) / _MILLION + 0.0  # the sum has no negative zero
-    return rounded
+    return rounded.reshape(-1, len(scores))
 
 
-def reached_labels(rounded: Floats, labels: LabelSet, names: Collection[bytes]) -> Iterator[Iterator[bytes]]:
+def reached_labels(rounded: Floats, threshold: float, names: Collection[bytes]) -> Iterator[Iterator[bytes]]:
     """For each of N results, given as ``rounded_columns`` returns them, the names of the labels that reach the threshold."""
-    probabilities = rounded.reshape(len(labels.names) + (labels.weights is not None), -1)[-len(labels.names) :]
-    reached = np.greater_equal(probabilities, labels.threshold)
+    reached = np.greater_equal(rounded[-len(names) :], threshold)
     return (compress(names, of_text) for of_text in reached.T.tolist())
 
 

@@ -26,8 +26,8 @@ class Kind(NamedTuple):
 class Field(NamedTuple):
     """A field of a result, or a header of a dead letter.
 
-    ``kind`` is a list for a field that holds fields. A ``nullable`` field may be null; an ``optional`` one is missing in JSON
-    where a setting or the record gives it no value, and null in Avro.
+    ``kind`` is a name and a list for a field that holds fields. A ``nullable`` field may be null. An ``optional`` one may be
+    missing in JSON, and is null in Avro then.
     """
 
     name: str

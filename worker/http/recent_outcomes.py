@@ -32,8 +32,8 @@ class RecentOutcomes:
 
     ``decoder`` reads ids and texts from the records a second time: for so few that is cheaper than to carry them through
     the pipeline. Probabilities are read from the published result, which has them by label: the model may be another by
-    now. ``probabilities`` reads them from a result that is not in JSON. It happens once a second, in ``take``; until then the
-    newest results and their records are held.
+    now. ``probabilities`` reads them from a result that is not in JSON. It happens once a second, in ``take``; until then
+    the newest results and their records are held.
     """
 
     def __init__(

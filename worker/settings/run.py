@@ -22,7 +22,15 @@ from worker.settings.types import (
     Topic,
     Topics,
 )
-from worker.settings.values import DEFAULT_TEXT_FIELD, ip_address, input_formats, moment_ms, split_names, text_fields, whole_name
+from worker.settings.values import (
+    DEFAULT_TEXT_FIELD,
+    input_formats,
+    ip_address,
+    moment_ms,
+    split_names,
+    text_fields,
+    whole_name,
+)
 
 
 def _is_loopback(host: str) -> bool:
@@ -85,8 +93,8 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     )
     output_format: Literal["json", "cloudevents", "avro"] = Field(
         "json",
-        description="cloudevents: results are CloudEvents too, their attributes in the headers; avro: results are Avro in the "
-        "framing of Confluent's serializers; it needs schema_registry_url",
+        description="cloudevents: results are CloudEvents too, their attributes in the headers; avro: results are Avro in "
+        "the framing of Confluent's serializers; it needs schema_registry_url",
     )
     schema_auto_register: bool = Field(
         True,
