@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/metrics.md from worker/settings and worker/telemetry/metrics.py: `make docs`."""
+"""Writes docs/settings.md, docs/metrics.md and docs/schemas from what the package has of them: `make docs`."""
 
 import contextlib
 import itertools
@@ -9,6 +9,7 @@ from typing import Any, Final, get_origin
 from pydantic import AfterValidator, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from worker.core.schemas import SCHEMAS, indented
 from worker.settings.base import PREFIX, SECRETS, Settings
 from worker.settings.commands import (
     BenchSettings,
@@ -16,6 +17,7 @@ from worker.settings.commands import (
     DemoSettings,
     EvaluateSettings,
     ReplaySettings,
+    SchemaSettings,
     TrainSettings,
 )
 from worker.settings.run import RunSettings
@@ -70,6 +72,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "schema_registry_password",
         "schema_registry_token",
         "schema_registry_ca_file",
+        "schema_auto_register",
     ),
     "Topics and group": (
         "input_topics",
@@ -150,6 +153,7 @@ KINDS: Final[dict[str, type[Settings]]] = {
     "bench": BenchSettings,
     "evaluate": EvaluateSettings,
     "train": TrainSettings,
+    "schema": SchemaSettings,
     "demo": DemoSettings,
 }
 WRONG: Final = ".."  # for each text that has to be something: its validator says what
@@ -243,7 +247,15 @@ FREE_LABELS: Final = ("topic", "partition", "model", "revision", *IN_FORCE, "ver
 
 def built() -> dict[Path, str]:
     """The text of each file that is generated."""
-    return {FOLDER / "settings.md": settings_page(), FOLDER / "metrics.md": metrics_page()}
+    return {FOLDER / "settings.md": settings_page(), FOLDER / "metrics.md": metrics_page(), **schemas()}
+
+
+def schemas() -> dict[Path, str]:
+    endings = {"json": "schema.json", "avro": "avsc"}
+    return {
+        FOLDER / "schemas" / f"{record}.{endings[format]}": indented(schema())
+        for (record, format), schema in SCHEMAS.items()
+    }
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -310,8 +322,8 @@ def set_by(name: str, field: FieldInfo) -> str:
     variable = PREFIX + name.upper()
     if name in SECRETS:
         return code(variable, variable + "_FILE")
-    flag = "TEXT …" if name == "texts" else f"--{(field.alias or name).replace('_', '-')}"
-    return code(flag, variable)
+    words = {"texts": "TEXT …", "record": "RECORD"}
+    return code(words.get(name) or f"--{(field.alias or name).replace('_', '-')}", variable)
 
 
 def secret(name: str) -> str:

@@ -19,7 +19,7 @@ from worker.settings.run import RunSettings
 from worker.settings.sources import load
 
 MODULE = (sys.executable, "-m", "worker")
-COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train")
+COMMANDS = ("run", "check", "classify", "bench", "demo", "evaluate", "train", "schema")
 HEAVY = ("torch", "transformers", "aiokafka", "numpy", "pydantic", "aiohttp", "prometheus_client")
 FIELDS = [
     "id", "label", "score", "probabilities", "truncated", "model", "source", "event_time", "processed_at",
@@ -136,6 +136,34 @@ def test_help_imports_nothing_that_takes_long() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_commands_help_imports_no_torch(command: str) -> None:
     assert not imported(command, "--help") & {"torch", "transformers", "aiokafka"}
+
+
+# --- Schemas ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], "result.schema.json"),
+        (["result", "--format", "avro"], "result.avsc"),
+        (["dead-letter"], "dead-letter.schema.json"),
+        (["--format", "avro", "dead-letter"], "dead-letter.avsc"),
+    ],
+)
+def test_schema_prints_what_the_documents_have(arguments: list[str], file: str) -> None:
+    done = forked("schema", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (Path(__file__).parents[1] / "docs" / "schemas" / file).read_text(encoding="utf-8")
+
+
+def test_schema_imports_nothing_that_it_does_not_need() -> None:
+    assert not imported("schema") & (set(HEAVY) - {"pydantic"})
+
+
+def test_schema_takes_one_of_the_records_that_there_are() -> None:
+    sentence = "it should be 'result' or 'dead-letter' (the word behind the command, variable WORKER_RECORD)"
+    assert refused("schema", "results") == f"record = 'results' is wrong: {sentence}"
+    assert "no flag" in refused("schema", "--record", "result")
 
 
 # --- Terminals, pipes and disks ---

@@ -31,6 +31,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
   demo       the real worker with real reviews, on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
+  schema     the schema of results or of dead letters, for JSON or Avro
 
   COMMAND --help    the command's options
   --version         this version
@@ -182,6 +183,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": partial(_command, "demo", "DemoSettings"),
     "evaluate": partial(_command, "evaluate", "EvaluateSettings"),
     "train": partial(_command, "train", "TrainSettings"),
+    "schema": partial(_command, "schema", "SchemaSettings"),
 }
 
 

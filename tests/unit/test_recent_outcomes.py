@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.outcomes import BAD, outcome
+from worker.core.avro_encoder import AvroEncoder, probabilities_in
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.events import Event, Headers, Outgoing
@@ -121,3 +122,17 @@ def test_probabilities_are_told_by_the_names_of_the_model_that_scored(
     (row, other), _ = rows.take()
     assert row[2:5] == ["l19", None, {f"l{number}": number / 20 for number in range(19, 11, -1)}], "the largest eight"
     assert other[2:5] == ["positive", 0.75, {"negative": 0.1, "neutral": 0.2, "positive": 0.85}]
+
+
+def test_probabilities_of_a_result_in_avro_are_told_too() -> None:
+    rows = RecentOutcomes(Decoder(), texts=False, probabilities=probabilities_in)
+    plain = outcome(1)
+    sentiment = Sentiment("toxic", None, (0.75, 0.25))
+    (result,) = AvroEncoder(schema_id=1).encode(
+        [plain.record], [Event("e1", "")], [sentiment], [False], "model@0", "2026-11-23T10:00:00.021Z",
+        labels=LabelSet(("toxic", "insult"), "sigmoid", None),
+    )  # fmt: skip
+    assert isinstance(result, Outgoing)
+    rows.add([Outcome(plain.record, ProducerRecord("sentiment", result, 3), None, sentiment)])
+    ((*_, probabilities, _, _),), _ = rows.take()
+    assert probabilities == {"toxic": 0.75, "insult": 0.25}

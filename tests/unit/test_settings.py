@@ -20,6 +20,7 @@ from worker.settings.values import moment_ms, split_names, text_fields
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
 TLS = ["--security-protocol", "SSL"]
 REGISTRY = ["--schema-registry-url", "http://registry:8081"]
+AVRO = ["--output-format", "avro", "--schema-registry-url", "http://registry:8081"]
 SECRET = "hunter2-correct-horse"
 TABLE = {
     "bootstrap_servers": "localhost:9092",
@@ -37,6 +38,7 @@ TABLE = {
     "input_format": "json",
     "output_mode": "result",
     "output_format": "json",
+    "schema_auto_register": True,
     "tracing": "off",
     "text_field": "text",
     "id_field": "id",
@@ -328,7 +330,7 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("schema_registry_url", "registry:8081", "an address such as https://registry:8081"),
     ("schema_registry_url", "https://registry/?a=b", "no user, query or fragment"),
     ("tracing", "on", "'off' or 'otel'"),
-    ("output_format", "avro", "'json' or 'cloudevents'"),
+    ("output_format", "protobuf", "'json', 'cloudevents' or 'avro'"),
     ("output_mode", "both", "'result' or 'enrich'"),
     ("input_pattern", "(", "a regular expression of Python's, and missing )"),
     ("input_pattern", "a)|(b", "a regular expression"),
@@ -442,6 +444,8 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         ),
         (["--input-topics", "a, b", "--output-topic", "b"], ["output_topic", "input_topics", "another topic"]),
         (["--output-mode", "enrich", "--output-format", "cloudevents"], ["output_format", "output_mode result"]),
+        (["--output-format", "avro"], ["output_format avro", "schema_registry_url"]),
+        ([*AVRO, "--output-mode", "enrich"], ["output_mode enrich", "output_format json"]),
         (["--input-pattern", "sent.*", "--dead-letter-topic", "d"], ["output_topic", "'sent.*'", "another topic"]),
         (["--input-pattern", ".*dead.*"], ["dead_letter_topic", "input_pattern", "another topic"]),
         (["--input-pattern", "a", "--input-topics", "b"], ["input_topics and input_pattern", "one of them"]),

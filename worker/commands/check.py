@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from worker.commands.kafka_connection import kafka_connection
-from worker.commands.schema_registry import registry_state
+from worker.commands.result_schema import state_of_schema
+from worker.commands.schema_registry import registry_state, schema_registry
 from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
@@ -95,7 +96,15 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
     yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)
     if settings.schema_registry_url:
-        yield Finding("registry", *await registry_state(settings))
+        answer = await registry_state(settings)
+        yield Finding("registry", *answer)
+        registry = schema_registry(settings) if answer[0] == "ok" and settings.output_format == "avro" else None
+        if registry:
+            async with registry:
+                told = await state_of_schema(
+                    registry, settings.output_topic, auto_register=settings.schema_auto_register
+                )
+            yield Finding("schema", *told)
     if connection:
         async for finding in _kafka(settings, connection):
             yield finding

@@ -21,6 +21,7 @@ from worker.commands.run_parts import (
     tuned_model,
 )
 from worker.commands.schema_registry import schema_registry
+from worker.core.avro_encoder import probabilities_in
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -87,7 +88,8 @@ async def _run(settings: RunSettings, load_model: LoadModel) -> int:
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")  # until the source says otherwise
     registry, reads = schema_registry(settings), decoder(settings)
-    recent = RecentOutcomes(reads, texts=settings.console_texts)
+    in_avro = probabilities_in if settings.output_format == "avro" else None
+    recent = RecentOutcomes(reads, texts=settings.console_texts, probabilities=in_avro)
     until = Until(settings.group_id, settings.until_ms) if settings.until else None
     shared = Shared(settings, metrics, health, inference, recent, tracing(settings), load_model, reads, registry, until)
     reloader = _reloader(shared)

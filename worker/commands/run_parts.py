@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from worker import __version__
 from worker.commands.kafka_connection import kafka_connection
+from worker.commands.result_schema import wait_for_schema_id
+from worker.core.avro_encoder import AvroEncoder
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
@@ -97,17 +99,22 @@ class Shared:
 
 
 async def started_pipeline(shared: Shared) -> Pipeline:
-    """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
+    """Loads the model, looks for the topics and registers the schema of results, side by side, then connects.
+
+    Waits for brokers and the registry; raises UserError.
+    """
     connection = kafka_connection(shared.settings)
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
     schemas = _schema_fetcher(shared)
     asking = asyncio.create_task(_check_registry(schemas))
+    registering = asyncio.create_task(_result_schema_id(shared))
+    tasks = [loading, finding, asking, registering]
     try:
-        await asyncio.gather(loading, finding, asking)  # what is missing is told while the model is loading
+        await asyncio.gather(*tasks)  # what is missing is told while the model is loading
     finally:
-        await cancel_all([loading, finding, asking])
+        await cancel_all(tasks)
     topics, limits = finding.result()
     if shared.until:
         await check_group(connection, topics, shared.until, shared.health)
@@ -115,7 +122,8 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     delivery = _delivery(shared, connection, outputs)
     source = _source(shared, connection, delivery, topics)
     await delivery.start()
-    return _pipeline(shared, connection, source, delivery, outputs, schemas)
+    results = encoder(shared.settings, registering.result())
+    return _pipeline(shared, connection, source, delivery, outputs, schemas, results)
 
 
 async def _load(shared: Shared) -> None:
@@ -149,6 +157,16 @@ async def _found_topics(
         since_ms=settings.since_ms,
     )
     return topics, found
+
+
+async def _result_schema_id(shared: Shared) -> int | None:
+    """The id of the schema of results; None where they are not Avro. Waits for the registry; raises WrongSetting."""
+    settings = shared.settings
+    if settings.output_format != "avro" or shared.registry is None:
+        return None
+    return await wait_for_schema_id(
+        shared.registry, settings.output_topic, auto_register=settings.schema_auto_register, health=shared.health
+    )
 
 
 def _loaded_model(shared: Shared) -> "SentimentModel":
@@ -215,6 +233,7 @@ def _pipeline(
     delivery: Delivery,
     limits: dict[str, TopicLimits],
     schemas: SchemaFetcher | None,
+    results: Encoder,
 ) -> Pipeline:
     settings, turn_budget = shared.settings, shared.inference.turn_budget
     output, dead_letters = settings.output_topic, settings.dead_letter_topic
@@ -225,7 +244,7 @@ def _pipeline(
         inference=shared.inference,
         outcomes=Outcomes(
             plain,
-            encoder(settings),
+            results,
             output_topic=output,
             dead_letter_topic=dead_letters,
             version=__version__,
@@ -258,7 +277,10 @@ def _pipeline(
     )
 
 
-def encoder(settings: RunSettings) -> Encoder:
+def encoder(settings: RunSettings, schema_id: int | None) -> Encoder:
+    """What writes results; ``schema_id`` is that of their schema, None where they are not Avro."""
+    if schema_id is not None:
+        return AvroEncoder(schema_id=schema_id, result_timestamp=settings.result_timestamp)
     return Encoder(
         output_mode=settings.output_mode,
         output_format=settings.output_format,

@@ -4,19 +4,10 @@ import re
 from typing import Final, NamedTuple
 
 from worker.core.events import COUNT_HEADER, ID_HEADER, TIMESTAMP_HEADER, Failure, Headers, Outgoing, Record
+from worker.core.schemas import DEAD_LETTER
 from worker.core.timestamps import json_time_in, timestamp_ms
 
-_ERROR_HEADERS: Final = {
-    "error.stage",
-    "error.reason",
-    "error.message",
-    "error.value_bytes",
-    "source.topic",
-    "source.partition",
-    "source.offset",
-    "source.timestamp",
-    "worker.version",
-}
+_ERROR_HEADERS: Final = {field.name for field in DEAD_LETTER}
 _TOPIC: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 _NUMBER: Final = re.compile(rb"\d{1,19}")
 _REASON: Final = re.compile(rb"[a-z0-9_]{1,64}")  # another version of the worker may have other reasons

@@ -4,10 +4,10 @@ Results of one partition are encoded together: what they have in common is writt
 and strings column by column. That takes a third of the time of one ``orjson.dumps`` for each.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, compress, repeat
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -25,20 +25,21 @@ from worker.core.events import (
     place,
 )
 from worker.core.framing import without_frame
-from worker.core.sentiment import CARD, LabelSet, Sentiment
+from worker.core.sentiment import CARD, Floats, LabelSet, Sentiment
 from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
 
-_JSON_HEADERS: Final[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 _MILLION: Final = 1_000_000
-_INVALID_TIMESTAMP: Final = Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
+INVALID_TIMESTAMP: Final = Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
 
 
 class Encoder:
-    """Writes results. ``group_id`` names the source of results that are CloudEvents.
+    """Writes results as JSON. ``group_id`` names the source of results that are CloudEvents.
 
     With ``result_timestamp`` event, results and tombstones have the timestamp of their input; with now, that of the moment
     when they are published. With ``reads_frames``, what is enriched may stand in Confluent's framing.
     """
+
+    _own_headers: ClassVar[list[tuple[str, bytes | None]]] = [(CONTENT_TYPE, b"application/json")]
 
     def __init__(
         self, *, output_mode: str = "result", output_format: str = "json", group_id: str = "",
@@ -94,7 +95,7 @@ class Encoder:
         results: list[Outgoing | Failure] = [*named_tuples(Outgoing, keys, values, own_headers, timestamps)]
         if TOO_LATE in event_times:
             pairs = zip(results, event_times, strict=True)
-            return [_INVALID_TIMESTAMP if time is TOO_LATE else result for result, time in pairs]
+            return [INVALID_TIMESTAMP if time is TOO_LATE else result for result, time in pairs]
         return results
 
     def tombstone(self, record: Record) -> Outgoing:
@@ -123,8 +124,19 @@ class Encoder:
                 for record, own, event in zip(records, headers, events, strict=True)
             ]
         if not any(headers):
-            return repeat(_JSON_HEADERS)
-        return map(_enriched_headers if self._is_enriched else _json_headers, headers)
+            return repeat(self._own_headers)
+        return map(self._enriched_headers if self._is_enriched else self._result_headers, headers)
+
+    def _result_headers(self, headers: Headers) -> list[tuple[str, bytes | None]]:
+        """The input's headers with the result's content type; a CloudEvent's attributes are left out: they are its own."""
+        kept = [header for header in headers if header[0].lower() != CONTENT_TYPE]
+        if cloudevents.mode(headers):
+            kept = [header for header in kept if not header[0].startswith(cloudevents.PREFIX)]
+        return kept + self._own_headers
+
+    def _enriched_headers(self, headers: Headers) -> list[tuple[str, bytes | None]]:
+        """A CloudEvent keeps all of its headers, for it stays the same event with a field more in its data."""
+        return list(headers) if cloudevents.mode(headers) else self._result_headers(headers)
 
 
 def result_fields(
@@ -181,19 +193,6 @@ def _spliced(record: Record, own: bytes, result: bytes) -> bytes:
     return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])
 
 
-def _json_headers(headers: Headers) -> list[tuple[str, bytes | None]]:
-    """The input's headers with the result's content type; a CloudEvent's attributes are left out, for they are its own."""
-    kept = [header for header in headers if header[0].lower() != CONTENT_TYPE]
-    if cloudevents.mode(headers):
-        kept = [header for header in kept if not header[0].startswith(cloudevents.PREFIX)]
-    return kept + _JSON_HEADERS
-
-
-def _enriched_headers(headers: Headers) -> list[tuple[str, bytes | None]]:
-    """A CloudEvent keeps all of its headers, for it stays the same event with a field more in its data."""
-    return list(headers) if cloudevents.mode(headers) else _json_headers(headers)
-
-
 def _rounded(number: float) -> float:
     return round(number * _MILLION) / _MILLION  # round() gives an integer, so that there is no negative zero
 
@@ -214,19 +213,34 @@ def _json_columns(
     the names of the labels that reach it, with commas between them.
     """
     count = len(scores)
+    rounded = rounded_columns(scores, probabilities, labels)
+    written = orjson.dumps(rounded.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    each = [written[begin : begin + count] for begin in range(0, len(written), count)]
+    if labels.weights is None:
+        each.insert(0, [b"null"] * count)
+    if labels.threshold is not None:
+        each.append([b",".join(reached) for reached in reached_labels(rounded, labels.threshold, names)])
+    return each
+
+
+def rounded_columns(
+    scores: Sequence[float | None], probabilities: Sequence[tuple[float, ...]], labels: LabelSet
+) -> Floats:
+    """The numbers of N results with six decimals: a row (N) of scores, where labels have weights, and then a row (N) of
+    probabilities for each label.
+    """
     has_scores = labels.weights is not None
     columns = zip(*probabilities, strict=True)
     given = chain(scores, *columns) if has_scores else chain(*columns)
-    numbers = np.fromiter(given, float, (len(labels.names) + has_scores) * count)
-    rounded = np.rint(numbers * _MILLION) / _MILLION + 0.0  # the sum has no negative zero
-    written = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-    each = [written[begin : begin + count] for begin in range(0, len(written), count)]
-    if not has_scores:
-        each.insert(0, [b"null"] * count)
-    if labels.threshold is not None:
-        reached = np.greater_equal(rounded.reshape(-1, count)[has_scores:], labels.threshold)
-        each.append([b",".join(compress(names, of_text)) for of_text in reached.T.tolist()])
-    return each
+    numbers = np.fromiter(given, float, (len(labels.names) + has_scores) * len(scores))
+    rounded: Floats = np.rint(numbers * _MILLION) / _MILLION + 0.0  # the sum has no negative zero
+    return rounded.reshape(-1, len(scores))
+
+
+def reached_labels(rounded: Floats, threshold: float, names: Collection[bytes]) -> Iterator[Iterator[bytes]]:
+    """For each of N results, given as ``rounded_columns`` returns them, the names of the labels that reach the threshold."""
+    reached = np.greater_equal(rounded[-len(names) :], threshold)
+    return (compress(names, of_text) for of_text in reached.T.tolist())
 
 
 def _json_strings(words: list[str]) -> list[bytes]:

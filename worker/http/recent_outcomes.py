@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -32,14 +32,18 @@ class RecentOutcomes:
 
     ``decoder`` reads ids and texts from the records a second time: for so few that is cheaper than to carry them through
     the pipeline. Probabilities are read from the published result, which has them by label: the model may be another by
-    now. It happens once a second, in ``take``; until then the newest results and their records are held.
+    now. ``probabilities`` reads them from a result that is not in JSON. It happens once a second, in ``take``; until then
+    the newest results and their records are held.
     """
 
-    def __init__(self, decoder: Decoder, *, texts: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, *, texts: bool, probabilities: Callable[[bytes], dict[str, float]] | None = None
+    ) -> None:
         self.results: deque[Row] = deque(maxlen=KEPT)
         self.dead_letters: deque[Row] = deque(maxlen=KEPT)
         self._decoder = decoder
         self._texts = texts
+        self._probabilities = probabilities
         self._new_results: deque[tuple[Record, Sentiment, bytes, float]] = deque(maxlen=KEPT)
         self._new_dead_letters: deque[Row] = deque(maxlen=KEPT)
 
@@ -73,12 +77,13 @@ class RecentOutcomes:
         decoded = self._decoder.decode(record)
         id, text = decoded if isinstance(decoded, Event) else ("", "")
         latency_s = age_s(record.timestamp, now)
+        read = self._probabilities
         return [
             round(now, 3),
             shortened(id, ID_CHARS),
             sentiment.label,
             None if sentiment.score is None else round(sentiment.score, 3),
-            _largest(_probabilities(record, published)),
+            _largest(read(published) if read else _probabilities(record, published)),
             None if latency_s is None else round(1000 * latency_s),
             shortened(text, TEXT_CHARS) if self._texts else None,
         ]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from worker.errors import WrongSetting
-from worker.settings.base import SECRETS, Settings, quoted, takes_list
+from worker.settings.base import POSITIONAL, SECRETS, Settings, quoted, takes_list
 from worker.settings.sentences import flag_of, suggestion
 
 FLAG = re.compile(r"--[A-Za-z_-]+")
@@ -17,12 +17,13 @@ def arguments_for_argparse(kind: type[Settings], argv: Sequence[str], prog: str)
     Raises WrongSetting for what is no flag of ``kind``, by its name alone: the rest of it may be a secret.
     """
     flags, arguments, rest = _flags(kind), list[str](), iter(argv)
+    positional = next((name for name in POSITIONAL if name in kind.model_fields), None)
     for word in rest:
         flag, equals, value = word.partition("=")
         if word == "--" and "texts" in kind.model_fields:
             return [*arguments, word, *map(quoted, rest)]
-        if flag not in flags and not word.startswith("--") and "texts" in kind.model_fields:
-            arguments.append(quoted(word))
+        if flag not in flags and not word.startswith("--") and positional:
+            arguments.append(quoted(word) if takes_list(kind, positional) else word)
             continue
         if flag not in flags:
             raise WrongSetting(_no_flag(flag, [*flags, *map(flag_of, SECRETS)], prog))
@@ -43,7 +44,7 @@ def _flags(kind: type[Settings]) -> dict[str, str | None]:
     """Each flag with the name of the setting that its value is of; None for those without a value."""
     flags: dict[str, str | None] = {"-h": None, "--help": None}
     for name, field in kind.model_fields.items():
-        if name in (*SECRETS, "texts"):
+        if name in (*SECRETS, *POSITIONAL):
             continue
         is_switch = field.annotation is bool
         for each in (name, field.alias or name):

@@ -169,6 +169,15 @@ class TrainSettings(CorpusSettings):
     development: bool = Field(False, description="measure on development rows, to choose a recipe by")
 
 
+class SchemaSettings(Settings):
+    """Print the schema of results, or that of the headers of dead letters."""
+
+    record: CliPositionalArg[Literal["result", "dead-letter"]] = Field(
+        "result", description="result: the value of a result; dead-letter: the headers that a dead letter has more"
+    )
+    format: Literal["json", "avro"] = Field("json", description="json: JSON Schema; avro: an Avro schema")
+
+
 class DemoSettings(Settings):
     """Try the real worker on an embedded broker, with real texts and the small built-in model."""
 

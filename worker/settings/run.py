@@ -91,8 +91,15 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
         description="timestamp of results: the input record's, or that of their publishing, for outputs that keep records "
         "for less time than the input is old",
     )
-    output_format: Literal["json", "cloudevents"] = Field(
-        "json", description="cloudevents: results are CloudEvents too, their attributes in the headers"
+    output_format: Literal["json", "cloudevents", "avro"] = Field(
+        "json",
+        description="cloudevents: results are CloudEvents too, their attributes in the headers; avro: results are Avro in "
+        "the framing of Confluent's serializers; it needs schema_registry_url",
+    )
+    schema_auto_register: bool = Field(
+        True,
+        description="with output_format=avro, the schema of results is registered under the output topic's name and -value; "
+        "without, someone else has to have registered it there",
     )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
     max_age_s: float | None = Field(
@@ -239,6 +246,10 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
             raise ValueError(
                 "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"
             )
+        if self.output_format == "avro" and self.output_mode == "enrich":
+            raise ValueError("output_mode enrich needs output_format json: it adds a field to the input's own JSON")
+        if self.output_format == "avro" and not self.schema_registry_url:
+            raise ValueError("output_format avro needs schema_registry_url: the registry gives the schema its id")
         if self.output_topic == self.dead_letter_topic:
             raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
         for name in ("output_topic", "dead_letter_topic"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic_core import ErrorDetails
 
-from worker.settings.base import PREFIX, SECRETS, Settings, is_list_of_words, unquoted
+from worker.settings.base import POSITIONAL, PREFIX, SECRETS, Settings, is_list_of_words, unquoted
 
 USER = re.compile(r"//[^/]*@")  # and password, in an address that should have neither
 
@@ -53,9 +53,8 @@ def _sentence(kind: type[Settings], errors: list[ErrorDetails]) -> str:
         return f"{name} is no setting; `--help` lists them"
     given = "" if name in SECRETS or first["type"] == "missing" else f" = {_as_given(first['input'])}"
     variable = variable_of(name)
-    where = (
-        f"variable {variable} or {variable}_FILE" if name in SECRETS else f"flag {flag_of(name)}, variable {variable}"
-    )
+    flag = "the word behind the command" if name in POSITIONAL else f"flag {flag_of(name)}"
+    where = f"variable {variable} or {variable}_FILE" if name in SECRETS else f"{flag}, variable {variable}"
     return f"{name}{given} is wrong: {requirements} ({where})"
 
 
