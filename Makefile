@@ -20,7 +20,7 @@ SUITE ?= engine tokenizers worker load loop end_to_end
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo unit test chaos fuzz bench compare check audit format lock dist image image-test sbom dashboard docs clean
+.PHONY: demo unit test reach chaos fuzz bench compare check audit format lock dist image image-test sbom dashboard docs clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)
@@ -32,6 +32,11 @@ unit: $(INSTALLED)
 # Most tests wait for a broker more than they compute; each of JOBS processes has a broker of its own.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Against what stands around Kafka: a database, Kafka Connect and others. Each comes from Maven Central or is installed; a
+# test is skipped, and says why, where what it needs cannot be had.
+reach: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(TESTS),tests/reach)
 
 # Disturbs workers, broker and network, and accounts for every event; then the single cases in their long form: an hour.
 # For example: make chaos CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900".

@@ -1,6 +1,5 @@
 """Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.broker import Broker, Extras, NotOursError, UnavailableError, start_broker
+from tests.support.broker import Broker, Extras, NotOursError, start_broker
 from tests.support.checkpoint import Oracle, make_checkpoint
+from tests.support.component import UnavailableError, skip_or_fail
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
@@ -36,6 +36,7 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_prometheus.py",
     "test_demo_command.py",
 )
+REACH = Path(__file__).parent / "reach"
 used_brokers = pytest.StashKey[list[str]]()
 
 
@@ -46,6 +47,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Nor do tests depend on what ``nohup`` and a shell's ``&`` have children ignore: workers under test are sent both.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Leaves out the tests against other components than Kafka, with a line that says so, unless they are asked for."""
+    if path != REACH or any(asked_for(argument, parent.config) for argument in parent.config.args):
+        return None
+    return LeftOut.from_parent(parent, path=path)
+
+
+def asked_for(argument: str, config: pytest.Config) -> bool:
+    path = config.invocation_params.dir / argument.partition("::")[0]
+    return path.resolve().is_relative_to(REACH)
+
+
+class LeftOut(pytest.Directory):
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip("needs more than Kafka; `make reach` runs it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,10 +109,7 @@ def broker_or_reason(config: pytest.Config, *, controllable: bool, extras: Extra
     except NotOursError as reason:
         pytest.skip(str(reason))
     except UnavailableError as reason:
-        message = f"no Kafka to test with ({reason})"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+        skip_or_fail(f"no Kafka to test with ({reason})")
     config.stash[used_brokers].append(f"{broker.kind}, {broker.bootstrap}")
     return broker
 

@@ -26,16 +26,14 @@ from typing import Any, TextIO
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
+from tests.support import maven
+from tests.support.component import UnavailableError
 from tests.support.waiting import wait_for
 
 POM = Path(__file__).parents[1] / "kafka" / "pom.xml"
 VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
 HEAP = "-Xms128m -Xmx512m -XX:TieredStopAtLevel=1"
 START_SECONDS = 90
-
-
-class UnavailableError(Exception):
-    """This kind of broker cannot be had here; the message says why."""
 
 
 class NotOursError(UnavailableError):
@@ -461,32 +459,8 @@ def free_port() -> int:
 
 def kafka_jars() -> Path:
     """The folder with Kafka's jars: fetched once, kept in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sentiment-worker"
-    jars = cache / f"kafka-{VERSION}"
-    if not jars.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            fetch_jars(Path(scratch) / "jars")
-            publish(Path(scratch) / "jars", jars)
-    return jars
+    return maven.kept(f"kafka-{VERSION}", fetch_jars)
 
 
 def fetch_jars(folder: Path) -> None:
-    if shutil.which("mvn") is None:
-        raise UnavailableError("there is no mvn to fetch Kafka's jars")
-    command = ["mvn", "-q", "-B", "-f", str(POM), f"-Dkafka.version={VERSION}", "dependency:copy-dependencies"]
-    arguments = ["-DincludeScope=runtime", f"-DoutputDirectory={folder}"]
-    done = subprocess.run(
-        command + arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False
-    )
-    if done.returncode:
-        raise UnavailableError(f"mvn could not fetch Kafka's jars: {done.stdout[-500:]}")
-
-
-def publish(scratch: Path, target: Path) -> None:
-    """Another test run may have been quicker; its jars are the same."""
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
+    maven.fetch_jars(POM, folder, f"-Dkafka.version={VERSION}")
