@@ -46,7 +46,7 @@ an empty flag or key. No setting takes control characters, such as the carriage
 return that a Windows text file leaves at the end of each line, and no name or path takes white space at its ends or invisible
 characters. A list (topics, brokers, reasons) names each thing once.
 
-The secrets (`http_token`, `sasl_password`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
+The secrets (`http_token`, `sasl_password`, `ssl_key_password`, `oauth_client_secret`) have no flag, for other users of a machine see flags, and are refused
 in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They
 are never printed.
 """
@@ -63,6 +63,14 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "ssl_certfile",
         "ssl_keyfile",
         "ssl_key_password",
+        "oauth_token_url",
+        "oauth_client_id",
+        "oauth_client_secret",
+        "oauth_scope",
+        "oauth_audience",
+        "oauth_ca_file",
+        "oauth_token_file",
+        "oauth_extensions",
     ),
     "Topics and group": (
         "input_topics",
@@ -311,6 +319,7 @@ def secret(name: str) -> str:
     return {
         "http_token": "a token for the HTTP server, sent as `Authorization: Bearer …`",
         "sasl_password": "the password of `sasl_username`",
+        "oauth_client_secret": "the secret of `oauth_client_id`",
         "ssl_key_password": "the password of `ssl_keyfile`, if it has one",
     }[name]
 

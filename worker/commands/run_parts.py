@@ -92,7 +92,7 @@ class Shared:
 
 async def started_pipeline(shared: Shared) -> Pipeline:
     """Loads the model and looks for the topics, side by side, then connects. Waits for brokers; raises UserError."""
-    connection = kafka_connection(shared.settings)
+    connection = kafka_connection(shared.settings, lambda why: _tell_of_login(why, shared.health))
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
@@ -108,6 +108,13 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     source = _source(shared, connection, delivery, topics)
     await delivery.start()
     return _pipeline(shared, connection, source, delivery, outputs)
+
+
+def _tell_of_login(why_not: str, health: Health) -> None:
+    if why_not:
+        health.failing("login", why_not)
+    else:
+        health.working("login")
 
 
 async def _load(shared: Shared) -> None:

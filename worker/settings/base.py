@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "WORKER_"
-SECRETS = ("http_token", "sasl_password", "ssl_key_password")
+SECRETS = ("http_token", "sasl_password", "ssl_key_password", "oauth_client_secret")
 QUOTED = "quoted:"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
