@@ -48,7 +48,7 @@ an empty flag or key. No setting takes control characters, such as the carriage
 return that a Windows text file leaves at the end of each line, and no name or path takes white space at its ends or invisible
 characters. A list (topics, brokers, reasons) names each thing once.
 
-The secrets (`http_token`, `sasl_password`, `schema_registry_password`, `schema_registry_token`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
+The secrets (`http_token`, `oauth_client_secret`, `sasl_password`, `schema_registry_password`, `schema_registry_token`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
 in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They
 are never printed.
 """
@@ -65,6 +65,14 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         "ssl_certfile",
         "ssl_keyfile",
         "ssl_key_password",
+        "oauth_token_url",
+        "oauth_client_id",
+        "oauth_client_secret",
+        "oauth_scope",
+        "oauth_audience",
+        "oauth_ca_file",
+        "oauth_token_file",
+        "oauth_extensions",
     ),
     "Schema registry": (
         "schema_registry_url",
@@ -333,6 +341,7 @@ def secret(name: str) -> str:
         "schema_registry_password": "the password of `schema_registry_user`",
         "schema_registry_token": "a token for the registry, sent as `Authorization: Bearer …`; its file is read again for each "
         "request",
+        "oauth_client_secret": "the secret of `oauth_client_id`",
         "ssl_key_password": "the password of `ssl_keyfile`, if it has one",
     }[name]
 

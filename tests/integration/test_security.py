@@ -456,6 +456,7 @@ def test_check_tells_which_permission_is_missing(
 
 TOKEN = "token-0123456789abcdef"
 KEY_PASSWORD = "password-of-the-key"
+CLIENT_SECRET = "secret-of-the-oauth-client"
 GUESS = "guessed-by-a-client"
 
 
@@ -494,7 +495,12 @@ def test_no_secret_is_ever_printed_or_served(
         secure, "SCRAM-SHA-256" if kind == "well" else "PLAIN", ssl_certfile=certfile, ssl_keyfile=keyfile
     )
     password = PASSWORD if kind == "well" else "a-wrong-but-secret-one"
-    secrets = {"SASL_PASSWORD": password, "HTTP_TOKEN": TOKEN, "SSL_KEY_PASSWORD": KEY_PASSWORD}
+    secrets = {
+        "SASL_PASSWORD": password,
+        "HTTP_TOKEN": TOKEN,
+        "SSL_KEY_PASSWORD": KEY_PASSWORD,
+        "OAUTH_CLIENT_SECRET": CLIENT_SECRET,  # which this login does not use; tests/reach/test_oauth.py has one that does
+    }
     variables = {}
     for name, secret in secrets.items():
         (tmp_path / name).write_text(secret)
@@ -526,7 +532,12 @@ def test_no_secret_is_ever_printed_or_served(
 
 
 def test_a_command_with_secrets_prints_none(tmp_path: Path) -> None:
-    secrets = {"SASL_PASSWORD": PASSWORD, "HTTP_TOKEN": "too-short-token", "SSL_KEY_PASSWORD": KEY_PASSWORD}
+    secrets = {
+        "SASL_PASSWORD": PASSWORD,
+        "HTTP_TOKEN": "too-short-token",
+        "SSL_KEY_PASSWORD": KEY_PASSWORD,
+        "OAUTH_CLIENT_SECRET": CLIENT_SECRET,
+    }
     variables = {f"WORKER_{name}": secret for name, secret in secrets.items()}
     for arguments in (["--help"], ["--sasl-password", PASSWORD], [], ["--nosuch", PASSWORD], ["--log-level", "loud"]):
         command = [sys.executable, "-m", "worker", "run", *arguments]

@@ -17,6 +17,14 @@ from worker.settings.run import RunSettings
 from worker.settings.sources import load, unknown_variables
 from worker.settings.values import moment_ms, split_names, text_fields
 
+OAUTH = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "OAUTHBEARER"]
+NO_URLS = (
+    "id.example.com/token", "ftp://id.example.com", "https://", "https://u:p@id.example.com/", "https://id.example.com/#a",
+    "https://id.example.com:99999/", "https://[::1/", "https://id.example.com/a b",
+)  # fmt: skip
+NO_EXTENSIONS = ("a", "auth=b", "a1=b", "a=ж", ",", "a-b=c")
+ENDPOINT = ["--oauth-token-url", "https://id.example.com/token", "--oauth-client-id", "me"]
+MSK = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "AWS_MSK_IAM"]
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
 TLS = ["--security-protocol", "SSL"]
 REGISTRY = ["--schema-registry-url", "http://registry:8081"]
@@ -90,6 +98,8 @@ TABLE = {
 NOT_IN_THE_TABLE = {
     "dead_letter_limit", "dead_letter_window", "config", "fetch_max_wait_ms", "console_texts", "max_unpacked_bytes",
     "result_timestamp", "on_null_text", "http_names", "long_text", "max_windows", "max_age_s", "since", "until",
+    "oauth_token_url", "oauth_client_id", "oauth_client_secret", "oauth_scope", "oauth_audience", "oauth_ca_file",
+    "oauth_token_file", "oauth_extensions",
 }  # fmt: skip
 
 
@@ -468,6 +478,23 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
             [*TLS, "--ssl-certfile", __file__, "--ssl-keyfile", "nowhere.pem"],
             ["ssl_keyfile", "PEM file", "nowhere.pem"],
         ),
+        (OAUTH, ["OAUTHBEARER needs oauth_token_file", "oauth_token_url", "WORKER_OAUTH_CLIENT_SECRET"]),
+        ([*OAUTH, *ENDPOINT], ["OAUTHBEARER needs oauth_token_file", "WORKER_OAUTH_CLIENT_SECRET"]),
+        ([*OAUTH, *ENDPOINT, "--oauth-token-file", __file__], ["oauth_token_url and oauth_token_file are both set"]),
+        (
+            [*OAUTH, "--oauth-token-file", "nowhere"],
+            ["oauth_token_file should be a file with a token, and nowhere is none"],
+        ),
+        ([*OAUTH, "--oauth-token-file", __file__, "--oauth-scope", "s"], ["oauth_scope goes with oauth_token_url"]),
+        (
+            [*OAUTH, "--oauth-token-file", __file__, "--sasl-username", "u"],
+            ["sasl_username goes with sasl_mechanism PLAIN"],
+        ),
+        (["--oauth-scope", "s"], ["oauth_scope goes with sasl_mechanism OAUTHBEARER"]),
+        ([*SASL, "--oauth-token-file", __file__], ["oauth_token_file goes with sasl_mechanism OAUTHBEARER"]),
+        (["--sasl-mechanism", "OAUTHBEARER"], ["sasl_mechanism", "security_protocol", "set both or neither"]),
+        ([*MSK, "--oauth-token-file", __file__], ["oauth_token_file goes with sasl_mechanism OAUTHBEARER"]),
+        (["--security-protocol", "SASL_PLAINTEXT", *MSK[2:]], ["AWS_MSK_IAM goes with security_protocol SASL_SSL"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(argv: list[str], parts: list[str]) -> None:
@@ -755,8 +782,35 @@ def test_a_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.sasl_password.get_secret_value() == SECRET
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], ""),
+        (["--oauth-ca-file", __file__], ""),
+        (["--oauth-extensions", "logicalCluster=lkc-1,identityPoolId=pool 2"], ""),
+        (["--oauth-ca-file", "nowhere.pem"], "oauth_ca_file should be a PEM file, and nowhere.pem is none"),
+        (
+            ["--oauth-ca-file", __file__, "--oauth-token-url", "http://id.example.com"],
+            "oauth_ca_file goes with an oauth_token_url that begins with https:",
+        ),
+        *((["--oauth-token-url", url], "it should be a URL such as") for url in NO_URLS),
+        *((["--oauth-extensions", word], "it should be NAME=VALUE, separated by commas") for word in NO_EXTENSIONS),
+        (["--oauth-extensions", "a=b,a=c"], "it should name each extension once"),
+    ],
+)
+def test_settings_of_a_token_endpoint(more: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_OAUTH_CLIENT_SECRET", SECRET)
+    argv = [*OAUTH, *ENDPOINT, *more]
+    if not words:
+        assert run_settings(*argv).oauth_client_id == "me"
+        return
+    sentence = refusal(*argv)
+    assert words in sentence
+    assert SECRET not in sentence
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
-@pytest.mark.parametrize("name", ["sasl_password", "ssl_key_password"])
+@pytest.mark.parametrize("name", ["sasl_password", "ssl_key_password", "oauth_client_secret"])
 def test_a_secret_comes_from_a_file_without_its_line_ending(
     name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -986,6 +1040,9 @@ LOGIN = {"WORKER_SASL_USERNAME": "worker", "WORKER_SASL_PASSWORD": "hunter2"}
 OPEN = ("--http-host=0.0.0.0",)
 PLAIN = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=PLAIN")
 SCRAM = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=SCRAM-SHA-512")
+BY_TOKEN = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=OAUTHBEARER", f"--oauth-token-file={__file__}")
+ASKING = ("--security-protocol=SASL_SSL", "--sasl-mechanism=OAUTHBEARER", "--oauth-client-id=me")
+CLIENT = {"WORKER_OAUTH_CLIENT_SECRET": "hunter2"}
 
 
 @pytest.mark.parametrize(
@@ -1002,6 +1059,9 @@ SCRAM = ("--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=SCRAM-SHA-512")
         ((*OPEN, "--console-texts", "--http-token-for=all"), TOKEN, []),
         (PLAIN, LOGIN, ["reads the password and every record"]),
         (SCRAM, LOGIN, ["reads every record"]),
+        (BY_TOKEN, {}, ["reads the token and every record"]),
+        ((*ASKING, "--oauth-token-url=http://id/t"), CLIENT, ["reads the client's secret and its tokens; use https"]),
+        ((*ASKING, "--oauth-token-url=https://id/t"), CLIENT, []),
         (("--security-protocol=SASL_SSL", "--sasl-mechanism=PLAIN"), LOGIN, []),
         ((*PLAIN, *OPEN), LOGIN, ["use SASL_SSL", "http_token_for=all"]),
     ],

@@ -103,7 +103,7 @@ async def started_pipeline(shared: Shared) -> Pipeline:
 
     Waits for brokers and the registry; raises UserError.
     """
-    connection = kafka_connection(shared.settings)
+    connection = kafka_connection(shared.settings, lambda why: _tell_of_login(why, shared.health))
     keep_freed_blocks()
     loading = asyncio.create_task(_load(shared))
     finding = asyncio.create_task(_found_topics(shared.settings, connection, shared.health))
@@ -124,6 +124,13 @@ async def started_pipeline(shared: Shared) -> Pipeline:
     await delivery.start()
     results = encoder(shared.settings, registering.result())
     return _pipeline(shared, connection, source, delivery, outputs, schemas, results)
+
+
+def _tell_of_login(why_not: str, health: Health) -> None:
+    if why_not:
+        health.failing("login", why_not)
+    else:
+        health.working("login")
 
 
 async def _load(shared: Shared) -> None:

@@ -6,12 +6,15 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka.errors import KafkaError
 from aiokafka.helpers import create_ssl_context
 
 from worker.errors import WrongSetting
+
+if TYPE_CHECKING:
+    from worker.kafka.oauth import TokenProvider
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -30,6 +33,7 @@ class Connection:
     sasl_username: str | None = None
     sasl_password: str | None = field(default=None, repr=False)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    token_provider: "TokenProvider | None" = field(default=None, repr=False)  # with sasl_mechanism OAUTHBEARER
 
     @property
     def request_timeout_s(self) -> float:
@@ -49,6 +53,7 @@ class Connection:
                 "sasl_mechanism": self.sasl_mechanism,
                 "sasl_plain_username": self.sasl_username,
                 "sasl_plain_password": self.sasl_password,
+                "sasl_oauth_token_provider": self.token_provider,
             }
         return options
 

@@ -19,6 +19,7 @@ from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.metadata import creating_no_topic
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
 from worker.kafka.connection import UNREACHABLE, Connection
+from worker.kafka.oauth import TokenRefused, TokenUnavailable
 from worker.runtime.tasks import within
 
 PROBE_S: Final = 5.0  # for a connection that only asks what is there
@@ -45,8 +46,11 @@ async def why_unreachable(connection: Connection) -> str:
     """Which addresses fail, who gave them, and what to do, as a sentence; empty where all of them answer.
 
     Every address is asked as a client asks it, for aiokafka's own start says no more than "unable to bootstrap". Takes
-    some seconds. Raises WrongSetting where a broker refuses login or certificate, or wants one.
+    some seconds. Raises WrongSetting where a broker refuses login or certificate, or wants one, and where whoever issues
+    tokens refuses to.
     """
+    if fault := await _token_fault(connection):
+        return fault
     hosts = [(host, port) for host, port, _ in collect_hosts(connection.bootstrap_servers, randomize=False)]
     answers = await asyncio.gather(*(_fault(connection, *each, "bootstrap_servers names it") for each in hosts))
     faults = list(filter(None, answers))
@@ -57,6 +61,19 @@ async def why_unreachable(connection: Connection) -> str:
             faults += filter(None, await asyncio.gather(*(_advertised_fault(connection, *each) for each in others)))
             break
     return "; ".join(faults)
+
+
+async def _token_fault(connection: Connection) -> str:
+    """Why there is no token to log in with; empty where there is one, or none is needed. Raises WrongSetting."""
+    if connection.token_provider is None:
+        return ""
+    try:
+        await connection.token_provider.token()
+    except TokenRefused as refusal:
+        raise WrongSetting(str(refusal.args[0])) from None
+    except TokenUnavailable as failure:
+        return str(failure.args[0])
+    return ""
 
 
 async def _advertised_fault(connection: Connection, node: int, host: str, port: int) -> str:
@@ -144,6 +161,8 @@ async def _refuse_other_login(connection: Connection, host: str, port: int) -> N
 
 
 def _login_sentence(connection: Connection, broker: str, error: BaseException) -> str:
+    if connection.token_provider:
+        return connection.token_provider.refusal(broker, str(error.args[0] if error.args else type(error).__name__))
     return (
         f"the broker {broker} refuses the login of sasl_username {connection.sasl_username!r} by "
         f"{connection.sasl_mechanism} ({type(error).__name__}); check the user, the password and the mechanism"

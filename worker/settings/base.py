@@ -10,7 +10,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "WORKER_"
-SECRETS = ("http_token", "sasl_password", "schema_registry_password", "schema_registry_token", "ssl_key_password")
+SECRETS = (
+    "http_token",
+    "oauth_client_secret",
+    "sasl_password",
+    "schema_registry_password",
+    "schema_registry_token",
+    "ssl_key_password",
+)
 POSITIONAL = ("texts", "record")  # settings that are words behind the command, without a flag
 QUOTED = "quoted:"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

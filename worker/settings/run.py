@@ -183,12 +183,18 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     def exposures(self) -> Iterator[str]:
         """A sentence for each thing that these settings let others read."""
         if self.security_protocol == "SASL_PLAINTEXT":
-            seen = "the password and every record" if self.sasl_mechanism == "PLAIN" else "every record"
+            shown = {"PLAIN": "the password and every record", "OAUTHBEARER": "the token and every record"}
+            seen = shown.get(self.sasl_mechanism or "", "every record")
             yield (
                 "nothing is encrypted with security_protocol SASL_PLAINTEXT: "
                 f"whoever is on the way to the brokers reads {seen}; use SASL_SSL"
             )
         yield from self.registry_exposures()
+        if self.oauth_token_url and self.oauth_token_url.startswith("http:"):
+            yield (
+                f"nothing is encrypted on the way to oauth_token_url {self.oauth_token_url}: whoever is on it reads the "
+                "client's secret and its tokens; use https"
+            )
         if self.http_token_for != "all" and not _is_loopback(self.http_host):
             seen = "results with their texts" if self.console_texts else "results"
             lets = " with http_token_for changes" if self.http_token else ""

@@ -7,6 +7,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.base import Settings
+from worker.settings.oauth import BY_PASSWORD, Extensions, TokenUrl, oauth_fault
 from worker.settings.types import (
     INT32,
     Device,
@@ -120,7 +121,11 @@ class ConnectionSettings(LogSettings):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(None, description="how to log in")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "AWS_MSK_IAM"] | None = Field(
+        None,
+        description="how to log in; OAUTHBEARER: by a token, from oauth_token_url or oauth_token_file; AWS_MSK_IAM: to "
+        "Amazon MSK, by AWS's credentials (extra aws)",
+    )
     sasl_username: str | None = Field(
         None,
         description="who logs in; the password is in WORKER_SASL_PASSWORD or the file WORKER_SASL_PASSWORD_FILE names",
@@ -136,6 +141,31 @@ class ConnectionSettings(LogSettings):
         "WORKER_SSL_KEY_PASSWORD_FILE names",
     )
     ssl_key_password: CliSuppress[SecretStr | None] = None
+    oauth_token_url: TokenUrl | None = Field(
+        None, description="OAuth provider's endpoint that gives tokens by client credentials"
+    )
+    oauth_client_id: str | None = Field(
+        None,
+        description="client that asks oauth_token_url for tokens; its secret is in WORKER_OAUTH_CLIENT_SECRET or the file "
+        "WORKER_OAUTH_CLIENT_SECRET_FILE names",
+    )
+    oauth_client_secret: CliSuppress[SecretStr | None] = None
+    oauth_scope: str | None = Field(None, description="scope to ask for, several separated by spaces")
+    oauth_audience: str | None = Field(
+        None,
+        description="audience to ask for, where the provider takes it as a parameter; others put it in by themselves",
+    )
+    oauth_ca_file: Path | None = Field(
+        None, description="authorities that sign the certificate of oauth_token_url, PEM; default: the system's"
+    )
+    oauth_token_file: Path | None = Field(
+        None, description="file with a token, which something else renews; it is read for each new connection"
+    )
+    oauth_extensions: Extensions | None = Field(
+        None,
+        description="what brokers want to know beside the token, NAME=VALUE, separated by commas, such as "
+        "logicalCluster=lkc-1,identityPoolId=pool-2",
+    )
 
     @model_validator(mode="after")
     def _is_secured_as_a_whole(self) -> Self:
@@ -143,7 +173,9 @@ class ConnectionSettings(LogSettings):
             raise ValueError(
                 "sasl_mechanism goes with security_protocol SASL_PLAINTEXT or SASL_SSL: set both or neither"
             )
-        if self.sasl_mechanism and not (self.sasl_username and self.sasl_password):
+        if fault := oauth_fault(dict(self)):
+            raise ValueError(fault)
+        if self.sasl_mechanism in BY_PASSWORD and not (self.sasl_username and self.sasl_password):
             raise ValueError(
                 "sasl_mechanism needs sasl_username, and sasl_password from WORKER_SASL_PASSWORD or …_FILE"
             )

@@ -20,7 +20,7 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 from worker.printable import printable
 
 LIBRARIES = (
-    "aiohttp", "aiokafka", "asyncio", "httpx", "huggingface_hub", "onnxruntime",
+    "aiohttp", "aiokafka", "asyncio", "boto3", "botocore", "httpx", "huggingface_hub", "onnxruntime",
     "opentelemetry", "root", "torch", "transformers", "urllib3",
 )  # fmt: skip
 REPEAT_S: Final = 30.0  # before the same line of a library is logged again
@@ -85,8 +85,8 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
     Libraries are quiet unless the level is debug: they log every retry, where the worker logs the beginning and the end of a
     failure. At debug each of their lines is logged once in REPEAT_S. Never logged is what aiokafka's connections write at
-    debug, because it holds whole requests, the one with the password among them, and what OpenTelemetry writes about a
-    header that it cannot read, because it holds all of the header.
+    debug, because it holds whole requests, the one with the password among them, what AWS's signer writes there, because it
+    holds signatures, and what OpenTelemetry writes about a header that it cannot read, because it holds all of the header.
     """
     stream = stream or sys.stderr
     use_console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -103,6 +103,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
         # It warns of each try, for half a minute, before the sentence that says that the hub does not answer.
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     logging.getLogger("aiokafka.conn").setLevel(logging.INFO)
+    logging.getLogger("botocore").setLevel(logging.INFO)
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 

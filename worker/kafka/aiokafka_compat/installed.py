@@ -22,7 +22,10 @@ USED: Final[Mapping[str, str]] = {
         "_conns _get_conn _get_conn_lock _metadata_update _retry_backoff _sync_task _wait_on_metadata cluster "
         "bootstrap force_metadata_update send set_topics"
     ),
-    "aiokafka.conn:AIOKafkaConnection": "_last_action _protocol _send_sasl_token _writer send",
+    "aiokafka.conn:AIOKafkaConnection": (
+        "_do_sasl_handshake _last_action _protocol _sasl_oauth_token_provider _send_sasl_token _writer send"
+    ),
+    "aiokafka.conn:OAuthAuthenticator": "_token_sent step",
     "aiokafka.consumer.consumer:AIOKafkaConsumer": "_client _coordinator _fetcher",
     "aiokafka.consumer.fetcher": "MemoryRecords",
     "aiokafka.consumer.fetcher:FetchResult": "_partition_records",
