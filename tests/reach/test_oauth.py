@@ -157,7 +157,7 @@ def test_who_is_refused_at_the_start_is_told_so_in_a_sentence(
     done = forked(command, *flags, WORKER_OAUTH_CLIENT_SECRET_FILE=str(tmp_path / "secret"))
     printed = done.stdout + done.stderr
     assert done.returncode == 2
-    sentence = next(line for line in printed.splitlines() if words[0] in line)
+    sentence = next(line for line in printed.splitlines() if words[1] in line)
     assert all(word in sentence for word in words)
     assert "Traceback" not in printed
     assert secret not in printed
@@ -226,7 +226,7 @@ class Renewer(threading.Thread):
     def __init__(self, keycloak: Keycloak, file: Path) -> None:
         super().__init__(daemon=True)
         self._keycloak, self._file = keycloak, file
-        self._stop = threading.Event()
+        self._ending = threading.Event()
         self.client_id = ""
 
     def renew(self, client_id: str) -> None:
@@ -235,12 +235,12 @@ class Renewer(threading.Thread):
         scratch.replace(self._file)
 
     def run(self) -> None:
-        while not self._stop.wait(LIFETIME_S / 8):
+        while not self._ending.wait(LIFETIME_S / 8):
             if self.client_id:
                 self.renew(self.client_id)
 
     def end(self) -> None:
-        self._stop.set()
+        self._ending.set()
         self.join()
 
 
