@@ -164,6 +164,18 @@ def test_who_is_refused_at_the_start_is_told_so_in_a_sentence(
     assert "eyJhbGciOi" not in printed
 
 
+def test_check_fails_where_the_provider_cannot_be_reached() -> None:
+    """That is no wrong setting, and nobody is asked for brokers without a token."""
+    port = free_port()
+    flags = [f"--oauth-token-url=http://127.0.0.1:{port}/token", "--oauth-client-id=worker", "--model=builtin"]
+    login = ["--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=OAUTHBEARER", "--http-port=0"]
+    done = forked("check", *login, *flags, **SECRETS)
+    reason = f"the token endpoint http://127.0.0.1:{port}/token cannot be reached (Connection refused)"
+    assert f"fail  brokers      {reason}" in done.stdout
+    assert done.returncode == 1
+    assert SECRET not in done.stdout + done.stderr
+
+
 def test_a_client_that_is_revoked_and_restored_goes_on_where_it_was(
     keycloak: Keycloak, kafka: Kafka, topics: Topics, oauth_workers: Workers
 ) -> None:
