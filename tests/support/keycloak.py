@@ -25,7 +25,7 @@ REALM: Final = "kafka"
 AUDIENCE: Final = "kafka"  # of the tokens that the broker takes
 ADMIN: Final = {"KC_BOOTSTRAP_ADMIN_USERNAME": "admin", "KC_BOOTSTRAP_ADMIN_PASSWORD": "admin"}
 HEAP: Final = "-Xms64m -Xmx384m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:MaxMetaspaceSize=256m"
-START_SECONDS: Final = 180
+START_SECONDS: Final = 300
 SECRET: Final = "secret-of-the-client-0123456789"
 
 
@@ -50,7 +50,7 @@ class Keycloak:
         self._process = ServiceProcess(command, folder / "keycloak.log", {**ADMIN, "JAVA_OPTS": HEAP})
 
     def wait_until_up(self) -> None:
-        wait_for(lambda: self._process.alive() and self._is_up(), "Keycloak to start", START_SECONDS)
+        wait_for(lambda: self._process.alive() and self._is_up(), "Keycloak to start", START_SECONDS, every=0.5)
 
     def _is_up(self) -> bool:
         try:

@@ -156,7 +156,7 @@ def claims(token: str) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def seconds_left(token: str) -> float | None:
-    """In how many seconds a JSON Web Token ends, by this machine's clock; None if it does not say."""
+def end_of(token: str) -> float | None:
+    """When a JSON Web Token ends, in seconds since 1970; None if it does not say."""
     ends = claims(token).get("exp")
-    return None if not isinstance(ends, int | float) or isinstance(ends, bool) else ends - time.time()
+    return float(ends) if isinstance(ends, int | float) and not isinstance(ends, bool) else None

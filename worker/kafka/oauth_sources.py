@@ -23,8 +23,9 @@ from aiohttp import (
     encode_basic_auth,
 )
 
+from worker.core.timestamps import iso_time
 from worker.errors import WrongSetting
-from worker.kafka.oauth import MOST_CHARACTERS, Token, TokenRefused, TokenUnavailable, seconds_left
+from worker.kafka.oauth import MOST_CHARACTERS, Token, TokenRefused, TokenUnavailable, end_of
 from worker.printable import printable
 from worker.runtime.tasks import within
 from worker.runtime.threads import SerialExecutor
@@ -127,7 +128,7 @@ class ClientCredentials:
         except (TypeError, ValueError):
             life_s = math.nan
         if not life_s > 0:
-            life_s = max(0.0, seconds_left(value) or 0.0) or UNKNOWN_LIFE_S
+            life_s = max(0.0, (end_of(value) or 0.0) - time.time()) or UNKNOWN_LIFE_S
         return Token.lasting(value, life_s)
 
     def _failure(self, status: int, answer: Mapping[str, Any], secret: str) -> TokenUnavailable:
@@ -196,10 +197,12 @@ class TokenFile:
             raise TokenUnavailable(f"{where} cannot be read ({_why(error)}); waiting for a token in it") from None
         if not WHOLE_TOKEN.fullmatch(value):
             raise TokenUnavailable(f"{where} should hold one token and nothing else; waiting for that")
-        left_s = seconds_left(value)
-        if left_s is not None and left_s <= 0:
-            raise TokenUnavailable(f"{where} holds a token that ended {-left_s:.0f} s ago; waiting for the next one")
-        return Token(value, 0, math.inf if left_s is None else left_s)
+        ends_at = end_of(value)
+        ends_in_s = math.inf if ends_at is None else ends_at - time.time()
+        if ends_at is not None and ends_in_s <= 0:
+            when = iso_time(max(0.0, 1000 * ends_at))
+            raise TokenUnavailable(f"{where} holds a token that ended at {when}; waiting for the next one")
+        return Token(value, 0, ends_in_s)
 
 
 class MskSigner:
