@@ -304,7 +304,7 @@ def test_an_unknown_command_is_refused(name: str) -> None:
         ),
         (
             ["--output-mode", "enrich", "--input-format", "text"],
-            "output_mode enrich needs input_format json: a plain text has no fields",
+            "output_mode enrich needs input_format json: a field can be added to a JSON object alone",
         ),
     ],
 )

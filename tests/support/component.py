@@ -38,7 +38,11 @@ class ServiceProcess:
     """
 
     def __init__(
-        self, command: Sequence[object], log: Path, environment: Mapping[str, str] | None = None, user: str | None = None
+        self,
+        command: Sequence[object],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
     ) -> None:
         self._log = log
         with log.open("ab") as output:

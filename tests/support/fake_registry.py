@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -45,7 +46,7 @@ class FakeRegistry:
         if self.refusal:
             status, body = self.refusal
             return web.Response(status=status, body=body if isinstance(body, bytes) else json.dumps(body).encode())
-        return self._found(request.method, path.strip("/").split("/"), await request.text())
+        return self._found(request.method, [unquote(part) for part in path.strip("/").split("/")], await request.text())
 
     def _found(self, method: str, path: list[str], body: str) -> web.Response:
         match method, path:
@@ -59,7 +60,9 @@ class FakeRegistry:
                     return _no_such(40401)
                 if int(version) > len(ids):
                     return _no_such(40402)
-                return web.json_response({"subject": subject, "version": int(version), **self.schemas[ids[int(version) - 1]]})
+                return web.json_response(
+                    {"subject": subject, "version": int(version), **self.schemas[ids[int(version) - 1]]}
+                )
             case "POST", ["subjects", subject, *rest]:
                 given = json.loads(body)
                 has = [id for id in self.subjects.get(subject, ()) if self.schemas[id] == given]

@@ -19,7 +19,8 @@ from worker.settings.values import moment_ms, split_names, text_fields
 
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
 TLS = ["--security-protocol", "SSL"]
-AVRO = ["--output-format", "avro", "--schema-registry-url", "http://registry:8081"]
+REGISTRY = ["--schema-registry-url", "http://registry:8081"]
+AVRO = ["--output-format", "avro", *REGISTRY]
 SECRET = "hunter2-correct-horse"
 TABLE = {
     "bootstrap_servers": "localhost:9092",
@@ -72,6 +73,11 @@ TABLE = {
     "sasl_mechanism": None,
     "sasl_username": None,
     "sasl_password": None,
+    "schema_registry_url": None,
+    "schema_registry_user": None,
+    "schema_registry_password": None,
+    "schema_registry_token": None,
+    "schema_registry_ca_file": None,
     "ssl_cafile": None,
     "ssl_certfile": None,
     "ssl_keyfile": None,
@@ -319,7 +325,10 @@ WRONG: list[tuple[str, str, str]] = [  # setting, value, what would be right
     ("isolation_level", "serializable", "'read_committed' or 'read_uncommitted'"),
     ("delivery", "at-most-once", "'at-least-once'"),
     ("group_instance_id", "member/1", "no slash"),
-    ("input_format", "avro", "'json' or 'text'"),
+    ("input_format", "xml", "json, text or avro"),
+    ("input_format", "json,text", "one format for all topics"),
+    ("schema_registry_url", "registry:8081", "an address such as https://registry:8081"),
+    ("schema_registry_url", "https://registry/?a=b", "no user, query or fragment"),
     ("tracing", "on", "'off' or 'otel'"),
     ("output_format", "protobuf", "'json', 'cloudevents' or 'avro'"),
     ("output_mode", "both", "'result' or 'enrich'"),
@@ -420,6 +429,15 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
     ("argv", "parts"),
     [
         (["--output-mode", "enrich", "--input-format", "text"], ["output_mode enrich", "input_format json"]),
+        (
+            ["--output-mode", "enrich", "--input-format", "texts=avro", *REGISTRY],
+            ["output_mode enrich", "input_format json"],
+        ),
+        (["--input-format", "texts=avro"], ["input_format avro", "schema_registry_url"]),
+        (["--input-format", "other=text"], ["input_format", "the topic other"]),
+        (["--schema-registry-user", "a"], ["schema_registry_user", "schema_registry_url"]),
+        ([*REGISTRY, "--schema-registry-user", "a"], ["schema_registry_user", "schema_registry_password"]),
+        ([*REGISTRY, "--schema-registry-ca-file", "ca.pem"], ["schema_registry_ca_file", "https://"]),
         (
             ["--delivery", "exactly-once", "--isolation-level", "read_uncommitted"],
             ["delivery exactly-once", "isolation_level read_committed"],
@@ -810,6 +828,20 @@ def test_a_secret_is_never_printed(source: str, tmp_path: Path, monkeypatch: pyt
         assert SECRET not in shown
     for wrong in (["--linger-ms", "-1"], ["--nosuch"], ["--output-topic", "texts"], ["--ssl-keyfile", "nowhere"]):
         assert SECRET not in refusal(*SASL, *wrong)
+
+
+def test_a_password_in_the_registrys_address_is_refused_and_not_printed() -> None:
+    for url in (f"https://u:{SECRET}@registry", f"ftp://u:{SECRET}@registry", f"https://u:{SECRET}@registry:99999/a"):
+        sentence = refusal("--schema-registry-url", url)
+        assert "schema_registry_url" in sentence
+        assert SECRET not in sentence
+
+
+def test_a_login_to_a_registry_without_encryption_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SCHEMA_REGISTRY_TOKEN", SECRET)
+    (doubt,) = run_settings(*REGISTRY).exposures()
+    assert "reads the token" in doubt
+    assert not list(run_settings("--schema-registry-url", "https://registry:8081").exposures())
 
 
 # --- The other commands ---

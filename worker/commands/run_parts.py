@@ -273,7 +273,7 @@ def _pipeline(
         watch_topics=lambda: watch_topics(
             connection, {"output_topic": [output], "dead_letter_topic": [dead_letters]}, shared.health
         ),
-        schemas=schemas and InputSchemas(plain, schemas),
+        schemas=InputSchemas(plain, schemas) if schemas else None,
     )
 
 

@@ -23,9 +23,7 @@ class AvroSchemas:
     def missing_in(self, records: Sequence[Record]) -> set[int]:
         """The ids of the schemas that these records name and that are not known. Ids that none can have are left out."""
         frames = {record.value[:FRAME_BYTES] for record in records if record.value}
-        return {
-            id for each in frames - self._known.keys() if is_framed(each) and (id := schema_id(each)) <= MAX_ID
-        }
+        return {id for each in frames - self._known.keys() if is_framed(each) and (id := schema_id(each)) <= MAX_ID}
 
     def add(self, id: int, type: str, text: str, references: Sequence[str]) -> None:
         """A schema as it is registered, with the texts of those that it refers to."""

@@ -26,7 +26,7 @@ UNKNOWN_S: Final = 30.0  # so long an unknown id is asked for again: registries 
 IN_VAIN_S: Final = 600.0  # after a wait in vain; until then only young records are waited for
 MAX_RETRIED: Final = 16  # ids of one partition's records; where there are more, the ids are random bytes
 MAX_UNKNOWN: Final = 1_000  # ids that are remembered as unknown, of those that were asked for last
-ASK_AGAIN_S: Final = 60.0  # an id that is remembered as unknown is asked for again after this time
+ASK_AGAIN_S: Final = 10.0  # an id that is remembered as unknown is asked for again after this time
 
 Add = Callable[[int, str, str, Sequence[str]], None]
 

@@ -52,9 +52,11 @@ class SchemaRegistrySettings(Settings):
 
     @model_validator(mode="after")
     def _logs_in_one_way(self) -> Self:
-        for name in ("user", "password", "token", "ca_file"):
-            if getattr(self, f"schema_registry_{name}") and not self.schema_registry_url:
-                raise ValueError(f"schema_registry_{name} goes with schema_registry_url; set it, too")
+        if not self.schema_registry_url:  # secrets alone are no fault: several commands may share an environment
+            for name in ("schema_registry_user", "schema_registry_ca_file"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} goes with schema_registry_url; set it, too")
+            return self
         if (self.schema_registry_user is None) != (self.schema_registry_password is None):
             raise ValueError(
                 "schema_registry_user needs schema_registry_password, from WORKER_SCHEMA_REGISTRY_PASSWORD or …_FILE, and "
@@ -62,7 +64,7 @@ class SchemaRegistrySettings(Settings):
             )
         if self.schema_registry_user and self.schema_registry_token:
             raise ValueError("schema_registry_user and schema_registry_token: set one of them, not both")
-        if self.schema_registry_ca_file and not (self.schema_registry_url or "").startswith("https:"):
+        if self.schema_registry_ca_file and not self.schema_registry_url.startswith("https:"):
             raise ValueError("schema_registry_ca_file goes with an address that begins with https://")
         if self.schema_registry_ca_file and not self.schema_registry_ca_file.is_file():
             raise ValueError(

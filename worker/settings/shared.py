@@ -7,7 +7,17 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import CliSuppress
 
 from worker.settings.base import Settings
-from worker.settings.types import INT32, Device, FieldPath, InputFormats, LabelScores, LogLevel, ModelLabels, Servers, Topic
+from worker.settings.types import (
+    INT32,
+    Device,
+    FieldPath,
+    InputFormats,
+    LabelScores,
+    LogLevel,
+    ModelLabels,
+    Servers,
+    Topic,
+)
 from worker.settings.values import DEFAULT_INPUT_FORMAT, revision_fault
 
 DEFAULT_MODEL = "cointegrated/rubert-tiny-sentiment-balanced"
