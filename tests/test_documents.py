@@ -11,6 +11,7 @@ import pytest
 from tests.deploy.manifests import alerts
 from worker.cli import COMMANDS
 from worker.reasons import Reason
+from worker.settings.base import SECRETS
 from worker.settings.run import RunSettings
 from worker.telemetry.metrics import PREFIX, Metrics
 
@@ -126,7 +127,7 @@ def test_each_setting_is_in_a_group_with_its_flag_its_default_and_its_meaning(na
     field = RunSettings.model_fields[name]
     _, set_by, default, _, allowed, meaning = rows(text_of(DOCS / "settings.md"))[name]
     assert f"`WORKER_{name.upper()}`" in set_by
-    assert f"--{name.replace('_', '-')}" in set_by or name in ("http_token", "sasl_password", "ssl_key_password")
+    assert f"--{name.replace('_', '-')}" in set_by or name in SECRETS
     shown = "–" if field.default is None else f"`{field.default}`"
     assert default == (shown.lower() if isinstance(field.default, bool) else shown)
     assert allowed

@@ -12,7 +12,8 @@ from typing import Any, Final, TypeVar
 import orjson
 
 MAX_ITEMS: Final = 100_000  # of the arrays and maps in one value: the event loop waits while they are skipped
-MAX_NUMBER_BYTES: Final = 10
+MAX_SHIFT: Final = 63  # of the last of a number's bytes: each has seven bits, and all together have 64
+TOO_MANY_BITS: Final = "a number in it has more than 64 bits"
 OTHER: Final = object()  # in place of a value that is no string, integer, object or null
 
 Skip = Callable[[bytes, int], int]  # from where a value begins to where it ends
@@ -298,16 +299,21 @@ def _part(schema: Any, name: str, kind: type) -> Any:
 
 def _read_number(data: bytes, at: int) -> tuple[int, int]:
     """An int or a long, which are encoded alike."""
-    byte = data[at]
-    if byte < 0x80:
-        return (byte >> 1) ^ -(byte & 1), at + 1
-    end = _skip_number(data, at)
-    number = 0
-    for byte in reversed(data[at:end]):
-        number = number << 7 | byte & 0x7F
-    if number >> 64:
-        raise InvalidAvro("a number in it has more than 64 bits")
-    return (number >> 1) ^ -(number & 1), end
+    number = byte = data[at]
+    at += 1
+    if byte >= 0x80:
+        number, shift = byte & 0x7F, 7
+        while (byte := data[at]) >= 0x80:
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            at += 1
+            if shift > MAX_SHIFT:
+                raise InvalidAvro(TOO_MANY_BITS)
+        number |= byte << shift
+        at += 1
+        if number >> 64:
+            raise InvalidAvro(TOO_MANY_BITS)
+    return (number >> 1) ^ -(number & 1), at
 
 
 def _read_length(data: bytes, at: int) -> tuple[int, int]:
@@ -329,12 +335,15 @@ def _skip_number(data: bytes, at: int) -> int:
     end = at
     while data[end] >= 0x80:
         end += 1
-    if end - at >= MAX_NUMBER_BYTES:
-        raise InvalidAvro("a number in it has more than 64 bits")
+    if 7 * (end - at) > MAX_SHIFT:
+        raise InvalidAvro(TOO_MANY_BITS)
     return end + 1
 
 
 def _skip_bytes(data: bytes, at: int) -> int:
+    byte = data[at]
+    if byte < 0x80 and not byte & 1:  # a length below 64, as most are: this is called for each field
+        return at + 1 + (byte >> 1)
     length, at = _read_length(data, at)
     return at + length
 
@@ -346,9 +355,11 @@ def _fixed(width: int) -> Skip:
 def _union(branches: Sequence[Callable[[bytes, int], Answer]]) -> Callable[[bytes, int], Answer]:
     """A Skip or a Read, as the branches are."""
 
+    count = len(branches)
+
     def branch(data: bytes, at: int) -> Answer:
         index, at = _read_number(data, at)
-        if not 0 <= index < len(branches):
+        if not 0 <= index < count:
             raise InvalidAvro("it names a branch that its union has not")
         return branches[index](data, at)
 
