@@ -28,7 +28,7 @@ MSK = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "AWS_MSK_IAM"]
 SASL = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "PLAIN", "--sasl-username", "u"]
 TLS = ["--security-protocol", "SSL"]
 REGISTRY = ["--schema-registry-url", "http://registry:8081"]
-AVRO = ["--output-format", "avro", "--schema-registry-url", "http://registry:8081"]
+AVRO = ["--output-format", "avro", *REGISTRY]
 SECRET = "hunter2-correct-horse"
 TABLE = {
     "bootstrap_servers": "localhost:9092",

@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from worker.core.events import COUNT_HEADER, ID_HEADER, TIMESTAMP_HEADER, Failure, Headers, Outgoing, Record
 from worker.core.schemas import DEAD_LETTER
-from worker.core.timestamps import json_time_in, timestamp_ms
+from worker.core.timestamps import timestamp_in, timestamp_ms
 
 _ERROR_HEADERS: Final = {field.name for field in DEAD_LETTER}
 _TOPIC: Final = re.compile(rb"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
@@ -86,7 +86,7 @@ def record_to_replay(record: OriginalRecord, id: str) -> Outgoing:
     headers = [header for header in record.headers if header[0] not in (ID_HEADER, COUNT_HEADER)]
     headers += [(ID_HEADER, id.encode()), (COUNT_HEADER, _ascii(times))]
     timestamp = timestamp_ms(record)
-    if timestamp is not None and json_time_in(record.headers) is None:
+    if timestamp is not None and timestamp_in(record.headers) is None:
         headers.append((TIMESTAMP_HEADER, _ascii(timestamp)))
     return Outgoing(record.key, record.value, headers, None)
 

@@ -26,7 +26,7 @@ from worker.core.events import (
 )
 from worker.core.framing import without_frame
 from worker.core.sentiment import CARD, Floats, LabelSet, Sentiment
-from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, json_time_in, timestamp_ms
+from worker.core.timestamps import NO_TIME, TOO_LATE, json_time, timestamp_in, timestamp_ms
 
 _MILLION: Final = 1_000_000
 INVALID_TIMESTAMP: Final = Failure("publish", "invalid_timestamp", "the record's timestamp is beyond the year 9999")
@@ -111,7 +111,10 @@ class Encoder:
         elif NO_TIME in event_times:
             timestamps = map(timestamp_ms, records)
         if any(headers):
-            event_times = [json_time_in(own) or at for own, at in zip(headers, event_times, strict=True)]
+            replayed = map(timestamp_in, headers)
+            event_times = [
+                at if first is None else json_time(first) for first, at in zip(replayed, event_times, strict=True)
+            ]
         return event_times, timestamps
 
     def _headers(
@@ -125,18 +128,7 @@ class Encoder:
             ]
         if not any(headers):
             return repeat(self._own_headers)
-        return map(self._enriched_headers if self._is_enriched else self._result_headers, headers)
-
-    def _result_headers(self, headers: Headers) -> list[tuple[str, bytes | None]]:
-        """The input's headers with the result's content type; a CloudEvent's attributes are left out: they are its own."""
-        kept = [header for header in headers if header[0].lower() != CONTENT_TYPE]
-        if cloudevents.mode(headers):
-            kept = [header for header in kept if not header[0].startswith(cloudevents.PREFIX)]
-        return kept + self._own_headers
-
-    def _enriched_headers(self, headers: Headers) -> list[tuple[str, bytes | None]]:
-        """A CloudEvent keeps all of its headers, for it stays the same event with a field more in its data."""
-        return list(headers) if cloudevents.mode(headers) else self._result_headers(headers)
+        return map(_enriched_headers if self._is_enriched else _result_headers, headers, repeat(self._own_headers))
 
 
 def result_fields(
@@ -191,6 +183,19 @@ def _spliced(record: Record, own: bytes, result: bytes) -> bytes:
     is_structured = record.headers and cloudevents.mode(record.headers) == "structured"
     end = cloudevents.end_of_data(own) if is_structured else own.rindex(b"}")
     return b'%s,"%s":%s%s' % (own[:end], ENRICHED_FIELD.encode(), result, own[end:])
+
+
+def _result_headers(headers: Headers, own: list[tuple[str, bytes | None]]) -> list[tuple[str, bytes | None]]:
+    """The input's headers with the result's content type; a CloudEvent's attributes are left out, for they are its own."""
+    kept = [header for header in headers if header[0].lower() != CONTENT_TYPE]
+    if cloudevents.mode(headers):
+        kept = [header for header in kept if not header[0].startswith(cloudevents.PREFIX)]
+    return kept + own
+
+
+def _enriched_headers(headers: Headers, own: list[tuple[str, bytes | None]]) -> list[tuple[str, bytes | None]]:
+    """A CloudEvent keeps all of its headers, for it stays the same event with a field more in its data."""
+    return list(headers) if cloudevents.mode(headers) else _result_headers(headers, own)
 
 
 def _rounded(number: float) -> float:

@@ -46,12 +46,6 @@ def json_time(timestamp: int | None) -> bytes:
         return TOO_LATE
 
 
-def json_time_in(headers: Headers) -> bytes | None:
-    """The timestamp that a replay has put into the headers, as JSON; None where there is none that is valid."""
-    timestamp = timestamp_in(headers)
-    return None if timestamp is None else json_time(timestamp)
-
-
 def timestamp_in(headers: Headers) -> int | None:
     """The timestamp that a replay has put into the headers, in ms; None where there is none that is valid."""
     for name, value in headers:
