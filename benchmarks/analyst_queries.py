@@ -1,7 +1,8 @@
 """How long each query of the analysts' dashboard takes: `python -m benchmarks.analyst_queries`, with PostgreSQL installed.
 
 Writes benchmarks/results/analyst_queries.{json,md}. A server of its own with the settings that it is installed with gets the
-recipe's table with a day of results, and is asked every query as Grafana would ask it, for ranges of 15 minutes to 7 days.
+recipe's table with a day of results. The recipe's reader asks it every query as Grafana would, for ranges of 15 minutes to 7
+days.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from benchmarks.common import machine, write
 from tests.support.grafana_sql import View, queries
 from tests.support.postgresql import PostgreSQL
 
-SCHEMA = Path(__file__).parents[1] / "deploy" / "recipes" / "postgresql" / "schema.sql"
+RECIPE = Path(__file__).parents[1] / "deploy" / "recipes" / "postgresql"
 END = datetime(2026, 11, 20, tzinfo=UTC)
 TOPICS = ("posts", "reviews", "support")
 # The range, and the width of a point that Grafana chooses for it on a chart of some 1,000 pixels.
@@ -45,7 +46,9 @@ CASES = {name: (*times, ALL) for name, times in RANGES.items()} | {
 def main() -> None:
     options = parsed_options()
     with closing(PostgreSQL()) as server:
-        server.start().run(SCHEMA.read_text())
+        server.start()
+        for name in ("schema.sql", "reader.sql"):
+            server.run((RECIPE / name).read_text())
         began = time.perf_counter()
         fill(server, options)
         figures = {
@@ -110,7 +113,7 @@ def measured(server: PostgreSQL, rounds: int) -> dict[str, dict[str, float]]:
             explained = "EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) " + View(
                 END - length, END, interval, chosen
             ).expand(query)
-            times = [milliseconds(server.run(explained)) for _ in range(rounds + 1)]
+            times = [milliseconds(server.run(explained, user="reader")) for _ in range(rounds + 1)]
             found[title][name] = round(statistics.median(times[1:]), 1)
     return found
 

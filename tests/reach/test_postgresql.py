@@ -209,7 +209,7 @@ def test_after_an_outage_of_the_database_a_restart_of_the_task_goes_on_where_it_
     database.start()
     connect.restart()
     wait_until_written(kafka, connect, topics)
-    assert len(rows(database)) == 40
+    assert database.run("SELECT count(*) FROM sentiment") == "40"
 
 
 def test_a_result_that_the_database_refuses_stops_the_task_until_it_is_passed_over(
