@@ -55,8 +55,8 @@ fuzz: $(INSTALLED)
 
 # Most figures, on an idle machine, about two hours: make bench TEXTS=texts.csv. Fewer: SUITE="engine load"; BENCH goes to
 # the comparison with the peers, which need older versions of some packages and so an environment of their own. Not in SUITE:
-# python -m benchmarks.delivery, .scale, .start, .onnx_engine, .console, .install, .container, .long_texts and .gpu, and
-# make chaos CHAOS="--report FILE".
+# python -m benchmarks.delivery, .scale, .start, .onnx_engine, .console, .analyst_queries, .install, .container, .long_texts and
+# .gpu, and make chaos CHAOS="--report FILE".
 bench: $(INSTALLED)
 	for part in $(filter-out end_to_end,$(SUITE)); do $(BIN)/python -m benchmarks.$$part $(TEXTS) || exit; done
 ifneq ($(filter end_to_end,$(SUITE)),)

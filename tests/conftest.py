@@ -63,7 +63,7 @@ def asked_for(argument: str, config: pytest.Config) -> bool:
 
 class LeftOut(pytest.Directory):
     def collect(self) -> Iterator[pytest.Item]:
-        pytest.skip("needs more than Kafka; `make reach` runs it")
+        pytest.skip("tests/reach needs more than Kafka; `make reach` runs it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

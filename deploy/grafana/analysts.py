@@ -66,7 +66,7 @@ def series_of_most(value: str) -> str:
     )
     return (
         f"SELECT {SLICE} AS time, {DIMENSION} AS metric, {value} AS value FROM sentiment "
-        f"WHERE {IN_RANGE} AND {DIMENSION} IN ({most}) GROUP BY 1, 2 ORDER BY 1, 2"
+        f"WHERE {IN_RANGE} AND {DIMENSION} = ANY (ARRAY({most})) GROUP BY 1, 2 ORDER BY 1, 2"
     )
 
 

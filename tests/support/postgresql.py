@@ -54,9 +54,9 @@ class PostgreSQL:
         self.stop()
         shutil.rmtree(self._home, ignore_errors=True)
 
-    def run(self, sql: str, database: str = DATABASE) -> str:
+    def run(self, sql: str, database: str = DATABASE, user: str = USER) -> str:
         """What psql prints, without headings; AssertionError with its message where the server refuses."""
-        done = self._psql(sql, database)
+        done = self._psql(sql, database, user)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -73,8 +73,8 @@ class PostgreSQL:
     def _alive(self) -> bool:
         return self._process is not None and self._process.alive()
 
-    def _psql(self, sql: str, database: str) -> "subprocess.CompletedProcess[str]":
-        address = ("-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-d", database)
+    def _psql(self, sql: str, database: str, user: str = USER) -> "subprocess.CompletedProcess[str]":
+        address = ("-h", "127.0.0.1", "-p", str(self.port), "-U", user, "-d", database)
         options = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1")
         return subprocess.run(
             [self._programs["psql"], *address, *options],

@@ -23,8 +23,10 @@ CREATE TABLE sentiment (
     PRIMARY KEY (source_topic, source_partition, source_offset)
 );
 
--- Answers labels, scores and their means of any range, topic and key without the table itself.
+-- Labels, scores and their means of any range are answered from the first index alone, and those of one key from the second.
 CREATE INDEX sentiment_by_minute_index ON sentiment (minute, source_topic, record_key) INCLUDE (label, score);
+CREATE INDEX sentiment_by_key_index ON sentiment (record_key, minute) INCLUDE (source_topic, label, score);
+CREATE INDEX sentiment_by_score_index ON sentiment (score); -- for the most negative
 
 CREATE VIEW sentiment_by_minute AS
 SELECT
