@@ -118,7 +118,7 @@ def test_spans_are_of_micro_batches_and_link_to_their_events(
 @pytest.mark.parametrize("trouble", ["gone", "slow"])
 def test_no_record_waits_for_a_collector(kafka: Kafka, topics: Topics, workers: Workers, trouble: str) -> None:
     kafka.create_all(topics, 2)
-    sent = kafka.send(topics.input, map(traced, range(20_000)))
+    sent = kafka.send(topics.input, map(traced, range(8_000)))
     with running_collector(is_slow=trouble == "slow") as collector:
         if trouble == "gone":
             collector.url = f"http://127.0.0.1:{free_port()}"
