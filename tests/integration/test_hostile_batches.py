@@ -92,7 +92,7 @@ async def test_batches_that_are_large_unpacked_come_one_after_the_other(
     worker = workers.start(topics, max_batch_texts=16, max_unpacked_bytes=128 * 2**20)
     worker.wait_until_ready()
     with watched(worker) as waits:
-        wait_until_committed(kafka, topics)
+        wait_until_committed(kafka, topics, 240)
     assert peak_mb(worker) < ALONE_MB + BUDGET_MB
     assert max(waits) < 2
     assert worker.metrics.outcomes == PARTITIONS * count
