@@ -58,7 +58,7 @@ def test_interrupted_while_it_starts_it_ends_soon():
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "Starting the worker" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "Stopped before anything could add up.\n"
 

@@ -46,7 +46,7 @@ def send_around_the_end(kafka: Kafka, topic: str, before: int, after: int) -> tu
 
 def finished(worker: WorkerProcess) -> dict[str, int]:
     """The sum in the last line of a worker that ended with 0."""
-    assert worker.wait(60) == 0, worker.output[-3000:]
+    assert worker.wait(150) == 0, worker.output[-3000:]
     (line,) = [line for line in worker.logs if line["message"] == FINISHED]
     sum_ = {name: line[name] for name in ("consumed", "results", "dead_letters", "tombstones", "skipped")}
     assert sum_["consumed"] == sum(count for name, count in sum_.items() if name != "consumed")
@@ -66,6 +66,13 @@ def commits(kafka: Kafka, topics: Topics) -> dict[int, str]:
         return {tp.partition: commit.metadata for tp, commit in found.items()}
 
     return asyncio.run(asked())
+
+
+def settled_offset(kafka: Kafka, topics: Topics) -> int:
+    """The committed offset of the only partition, whose records all have results, once it is that of the last of these."""
+    done = len(places(kafka.read(topics.output)))
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: done}, "the last transaction's offset", 30)
+    return done
 
 
 @DELIVERIES
@@ -95,7 +102,7 @@ def test_three_workers_a_kill_and_a_rebalance(
         assert set(found.values()) == {1}
     assert sum(each["consumed"] for each in sums) <= found.total()
     ends = Counter(record.partition for record in before)
-    assert kafka.committed(topics.group, topics.input) == ends
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == ends, "the last transaction's offsets", 30)
     bounds = {partition: re.fullmatch(r"until=(\d+);end=(\d+);topic_id=\S{22}", text) for partition, text in
               commits(kafka, topics).items()}  # fmt: skip
     assert {partition: int(bound[2]) for partition, bound in bounds.items() if bound} == ends
@@ -126,7 +133,8 @@ def test_ends_that_no_record_is_at(kafka: Kafka, topics: Topics, workers: Worker
     worker = workers.start(topics, until=END, delivery=delivery)
     assert finished(worker)["results"] == 10 + 10 + 15 + 10
     assert Counter(place[1] for place in places(kafka.read(topics.output)) if place) == {1: 10, 2: 10, 3: 15, 4: 10}
-    assert kafka.committed(topics.group, topics.input) == {0: 0, 1: 11, 2: 22, 3: 20, 4: late.offset}
+    done = {0: 0, 1: 11, 2: 22, 3: 20, 4: late.offset}
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets", 30)
 
 
 @DELIVERIES
@@ -159,7 +167,7 @@ def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Worker
     added = kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
     assert finished(workers.start(topics, until=END, delivery=delivery))["results"] == 1
     assert places(kafka.read(topics.output)) == Counter([first[0].place, added[0].place])
-    assert kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}, "the last transaction's offsets", 30)
 
 
 @DELIVERIES
@@ -201,9 +209,15 @@ def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
     kafka.create_all(topics, 1)
     before, _ = send_around_the_end(kafka, topics.input, 2_000, 10)
     settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
-    first = workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings).wait_until_assigned(1)
-    spare = workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings).wait_until_ready()
-    holder, other = (first, spare) if first.metrics.get("assigned_partitions") else (spare, first)
+    pair = [workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings) for _ in range(2)]
+    for worker in pair:
+        worker.wait_until_ready()
+
+    def assigned() -> list[float]:
+        return [worker.metrics.get("assigned_partitions") for worker in pair]
+
+    wait_for(lambda: sum(assigned()) == 1, "one of them to have the partition")
+    holder, other = pair if assigned()[0] else reversed(pair)
     holder.kill()
     assert 0 < finished(other)["consumed"] <= len(before)
     wait_for(
@@ -286,7 +300,8 @@ def test_times_that_brokers_give_and_dead_letters_at_the_end(
     results = [record for record in kafka.read(topics.output) if record.value]
     assert places(results) == Counter(record.place for record in before)
     assert len(kafka.read(topics.dead_letters)) == 1
-    assert kafka.committed(topics.group, topics.input) == {0: len(before) + len(bad)}
+    done = {0: len(before) + len(bad)}
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets", 30)
     assert after
 
 
@@ -327,7 +342,7 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
     second = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 600, "more results")
     assert second.terminate() == 1
-    (committed,) = kafka.committed(topics.group, topics.input).values()
+    committed = settled_offset(kafka, topics)
     kafka.delete_before(topics.input, 0, committed + 300)
     third = workers.start(topics, **settings)
     finished(third)
@@ -348,7 +363,7 @@ def test_retention_that_takes_the_end_too_hangs_nobody(
     kafka.create_all(topics, 1)
     send_around_the_end(kafka, topics.input, 2_000, 500)
     settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
-    first = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    first = workers.start(topics, {"PASS_SECONDS": "0.4"}, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     assert first.terminate() == 1
     done = len(kafka.read(topics.output))

@@ -126,7 +126,7 @@ def test_a_topic_that_is_named_twice_counts_once(kafka: Kafka, topics: Topics) -
 
 def test_it_fits_beside_a_running_worker(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics)
-    worker = workers.start(topics).wait_for_status("/livez", 200)
+    worker = workers.start(topics).wait_until_ready()
     port = worker.url.rpartition(":")[2]
     done = forked("check", *flags(kafka, topics), "--http-port", port)
     assert f"127.0.0.1:{port} is a sentiment-worker's that runs" in done.stdout

@@ -129,8 +129,7 @@ def test_what_is_not_known_is_grey_and_says_since_when(
     fragile_broker.resume()
     wait_for(lambda: browser.text("#status") == "ready", "the page to say ready", DEADLINE_S)
     wait_for(lambda: "Not known" not in browser.text("[data-chart=lag] .value"), "the lag", DEADLINE_S)
-    assert browser.run(colour) == known
-    assert not shown(browser, "#banner")
+    wait_for(lambda: browser.run(colour) == known and not shown(browser, "#banner"), "all to be as before", DEADLINE_S)
     assert not browser.complaints()
 
 

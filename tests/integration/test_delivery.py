@@ -128,7 +128,7 @@ def test_an_output_topic_that_takes_nothing(kafka: Kafka, topics: Topics, worker
     assert metrics.get("records_consumed_total") == metrics.get("results_published_total") == 0
     assert 0 < metrics.get("queue_depth") < 10_000, "the queues are bounded"
     for seconds in metrics.by("partition", "consumer_lag_seconds").values():
-        assert seconds == pytest.approx(time.time() - hundred_seconds_ago / 1000, abs=10)
+        assert seconds == pytest.approx(time.time() - hundred_seconds_ago / 1000, abs=30)
     assert worker.status("/livez") == 200
 
     assert topics.output not in kafka.names()

@@ -29,7 +29,9 @@ def broken(kafka: Kafka, topics: Topics, workers: Workers, tmp_path: Path, monke
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setenv("FAULT_FILE", str(fault_file))
         kafka.create_all(topics)
-        worker = workers.start(topics, module="tests.support.faulty_model", inference_timeout_s=3, max_batch_texts=20)
+        last_look = {"INTERVALS": '{"PROBE_S": 5}'}  # in which its health can be asked for before it ends
+        settings = {"module": "tests.support.faulty_model", "inference_timeout_s": 3, "max_batch_texts": 20}
+        worker = workers.start(topics, last_look, **settings)
         worker.wait_until_ready()
         kafka.send(topics.input, map(numbered, range(100)))
         wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 100, "100 commits")
@@ -48,9 +50,9 @@ def committed_and_published(kafka: Kafka, topics: Topics) -> tuple[int, int, int
 
 def test_a_model_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> None:
     worker, kafka, topics = broken("hang")
-    wait_for(lambda: worker.status("/livez") == 503, "/livez to answer 503", 15, every=0.02)
+    wait_for(lambda: worker.status("/livez") == 503, "/livez to answer 503", 30, every=0.02)
     assert worker.status("/readyz") in (503, 0)
-    assert worker.wait(30) == 1
+    assert worker.wait() == 1
     assert worker.warnings("has not answered for more than 3 s")
     assert committed_and_published(kafka, topics) == (100, 100, 0)
 
@@ -58,7 +60,7 @@ def test_a_model_that_hangs_is_not_alive_and_ends_the_process(broken: Break) -> 
 @pytest.mark.parametrize("fault", ["lost", "nan"])
 def test_a_device_that_is_lost_dead_letters_nothing(broken: Break, fault: str) -> None:
     worker, kafka, topics = broken(fault)
-    assert worker.wait(30) == 1
+    assert worker.wait() == 1
     assert worker.warnings("a known-good text fails too")
     assert committed_and_published(kafka, topics) == (100, 100, 0)
     assert "Traceback" not in worker.output
@@ -66,7 +68,7 @@ def test_a_device_that_is_lost_dead_letters_nothing(broken: Break, fault: str) -
 
 def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_without_a_text(broken: Break) -> None:
     worker, kafka, topics = broken("bug")
-    assert worker.wait(30) == 1
+    assert worker.wait() == 1
     (line,) = [json.loads(line) for line in worker.output.splitlines() if "nobody foresaw" in line]
     assert (line["level"], line["error"]) == ("CRITICAL", "LookupError")
     assert line["at"].startswith("faulty_model.py:")
@@ -77,7 +79,7 @@ def test_an_error_that_nobody_foresaw_ends_the_process_with_its_place_and_withou
 
 def test_what_a_hung_worker_left_is_done_by_the_next(broken: Break, workers: Workers) -> None:
     worker, kafka, topics = broken("hang")
-    assert worker.wait(30) == 1
+    assert worker.wait() == 1
     workers.start(topics).wait_until_ready()
     wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == 200, "the rest to be committed")
     assert committed_and_published(kafka, topics) == (200, 200, 0)
@@ -112,7 +114,7 @@ def test_a_fetch_task_that_ends_by_an_error_is_begun_anew(
     kafka.create_all(topics, 1)
     kafka.send(topics.input, map(numbered, range(100)))
     worker = workers.start(topics, {"FETCH_FAULTS": "2"}, module=CHAOTIC, delivery=delivery)
-    wait_until_committed(kafka, topics, 30)
+    wait_until_committed(kafka, topics)
     assert worker.warnings("joining the group again: the consumer's fetch task has ended: RuntimeError at model.py:")
     assert "текст" not in worker.output
     worker.wait_until_ready()

@@ -259,9 +259,12 @@ def test_the_page_shows_any_labels_and_a_score_that_is_not_there(
     browser.open(worker.url)
     kafka.send(topics.input, [event(number, f"{number} {text}") for number, text in enumerate(TEXTS * 5)])
     wait_for(lambda: len(browser.texts("#results tbody tr")) == 35, "the results to be shown", 120)
-    wait_for(lambda: "other labels" in browser.text("[data-chart=mix] .key"), "the mix to be shown", 60)
-    shares = [each.removesuffix(" %") for each in browser.texts("[data-chart=mix] .key b")]
-    assert len(shares) == 9
+
+    def mix() -> list[str]:
+        return browser.texts("[data-chart=mix] .key b")
+
+    wait_for(lambda: "other labels" in browser.text("[data-chart=mix] .key") and len(mix()) == 9, "the mix of all", 60)
+    shares = [each.removesuffix(" %") for each in mix()]
     assert sum(map(float, shares)) == pytest.approx(100, abs=9 * 0.5)
     assert "label_scores" in browser.text("[data-chart=score]")
     assert browser.texts("#results tbody td:nth-child(3)")[0].startswith("–")

@@ -70,7 +70,7 @@ def test_a_broker_that_goes_away_under_load_loses_and_repeats_nothing(
         wait_for(
             lambda: fragile_kafka.count(topics.output) >= before + 1_000,
             "new results",
-            describe=lambda: (load.offered, fragile_kafka.count(topics.input), before, worker.metrics()),
+            describe=lambda: (load.offered, fragile_kafka.count(topics.input), before, worker.metrics.outcomes),
         )
     finally:
         load.end()

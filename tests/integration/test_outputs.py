@@ -20,7 +20,7 @@ def worker_module() -> str:
 
 def send_more(kafka: Kafka, topics: Topics, numbers: range) -> list[Record]:
     sent = kafka.send(topics.input, map(numbered, numbers))
-    wait_until_committed(kafka, topics, 45)
+    wait_until_committed(kafka, topics)
     return sent
 
 
@@ -37,11 +37,10 @@ def test_an_output_that_is_deleted_is_named_and_filled_once_it_is_there_again(
     worker = workers.start(topics, delivery=delivery, log_level="debug").wait_until_assigned(4)
     send_more(kafka, topics, range(1_000))
     kafka.delete(topics.output)
-    deleted_at, lines_before = time.monotonic(), len(worker.output.splitlines())
+    lines_before = len(worker.output.splitlines())
     sent = kafka.send(topics.input, map(numbered, range(1_000, 2_000)))
     sentence = f"output_topic: topic {topics.output} does not exist; waiting for it"
-    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
-    assert time.monotonic() - deleted_at < 10
+    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 30)
     assert len(worker.warnings(sentence)) == 1, "said once"
     holds_for(lambda: worker.status("/readyz") == 503 and worker.status("/livez") == 200, "it waits", 3)
     assert len(worker.output.splitlines()) - lines_before < 150, "no line for each retry"
@@ -70,21 +69,30 @@ def test_an_output_made_anew_with_fewer_partitions_is_carried_on_with(
 
 @BOTH
 @pytest.mark.parametrize(
-    ("role", "records", "code", "seconds"),
-    [("dead_letter_topic", 0, 0, 5), ("output_topic", 100, 1, 9)],
+    ("role", "records", "code", "drain_s", "seconds"),
+    [("dead_letter_topic", 0, 0, 60, 30), ("output_topic", 100, 1, 6, 15)],
     ids=["idle", "in flight"],
 )
 def test_a_drain_without_a_topic_takes_no_longer_than_it_may(
-    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, role: str, records: int, code: int, seconds: float
+    kafka: Kafka,
+    topics: Topics,
+    workers: Workers,
+    delivery: str,
+    role: str,
+    records: int,
+    code: int,
+    drain_s: int,
+    seconds: float,
 ) -> None:
+    """Where nothing is on its way, far less than that."""
     kafka.create_all(topics, 2)
-    worker = workers.start(topics, delivery=delivery, drain_timeout_s=6).wait_until_assigned(2)
+    worker = workers.start(topics, delivery=delivery, drain_timeout_s=drain_s).wait_until_assigned(2)
     send_more(kafka, topics, range(100))
     name = topics.output if role == "output_topic" else topics.dead_letters
     kafka.delete(name)
     kafka.send(topics.input, map(numbered, range(records)))
     sentence = f"{role}: topic {name} does not exist"
-    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 10)
+    wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic", 30)
     began = time.monotonic()
     assert worker.terminate() == code
     assert time.monotonic() - began < seconds

@@ -9,7 +9,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 DELIVERIES = pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
-OLD, NEW = 4_000, 4_000
+OLD, NEW = 8_000, 8_000
 
 
 @pytest.fixture

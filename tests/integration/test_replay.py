@@ -287,8 +287,8 @@ def test_more_strangers_than_can_be_remembered_are_said_before_anything_is_sent(
 
 
 def test_a_topic_of_dead_letters_that_does_not_come_ends_the_replay(kafka: Kafka, topics: Topics) -> None:
-    done = replay(kafka, topics, "--request-timeout-ms", "1000")
+    done = replay(kafka, topics, "--request-timeout-ms", "3000")
     missing = f"dead_letter_topic: topic {topics.dead_letters} does not exist"
     assert (done.returncode, done.stderr.count(missing)) == (1, 2), done.stderr
-    assert f"{missing}, and did not come in 2 s; create it, or look for its ACL" in done.stderr
+    assert f"{missing}, and did not come in 6 s; create it, or look for its ACL" in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ import pytest
 from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
+from tests.integration.test_exactly_once import freeze_in_a_transaction
 from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, forked, workers_in
 from tests.support.scenario import wait_until_committed
 from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
@@ -416,11 +417,12 @@ def test_exactly_once_tells_which_topic_it_may_commit_no_offsets_of(
     kafka.send(topics.input, map(numbered, range(9)))
     wait_until_committed(kafka, topics)
     kafka.send(topics.input, map(numbered, range(9, 18)))
-    wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
+    wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be frozen in", every=0.02)
     secure.forbid_all(USER)
     allow(secure, USER, topics, *(set(NEEDED) - {"input"}))
     secure.allow(USER, TOPIC, topics.input, DESCRIBE)
     secure.allow(USER, ResourceType.TRANSACTIONAL_ID, prefix, WRITE, DESCRIBE)
+    worker.resume()
     words = f"cannot commit a transaction: missing READ on topic {topics.input}; add the ACL"
     wait_for(lambda: worker.warnings(words), f"a line: {words}", 60)
     assert len(worker.warnings(words)) == 1

@@ -9,7 +9,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 
-SESSION_S = 45
+SESSION_S = 180
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import letter_place, wait_until_committed
 from tests.support.topics import Kafka, Record, Topics, numbered, repeated
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -34,11 +35,15 @@ def test_too_many_end_the_worker_and_no_restart_repeats_a_dead_letter(
         assert "Traceback" not in worker.output
         letters = kafka.read(topics.dead_letters)
         assert len(letters) < 2_000, "most of the records that cannot be scored are not taken"
-        committed = sum(kafka.committed(topics.group, topics.input).values())
         done = len(kafka.read(topics.output, committed_only=False)) + len(
             kafka.read(topics.dead_letters, committed_only=False)
         )
-        assert 0 < committed == done, "what is acknowledged is committed, and no more; nothing was aborted either"
+        assert done > 0
+        wait_for(
+            lambda done=done: sum(kafka.committed(topics.group, topics.input).values()) == done,  # type: ignore[misc]
+            "what is acknowledged to be committed, and no more; nothing was aborted either",
+            30,
+        )
         assert not repeated(map(letter_place, letters))
 
     workers.start(topics, **settings, dead_letter_limit=0)

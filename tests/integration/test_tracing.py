@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.broker import free_port
-from tests.support.collector import Collector, running_collector
+from tests.support.collector import Collector, Span, running_collector
 from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import places
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -29,6 +29,11 @@ def traced(number: int) -> Record:
 
 def variables(collector: Collector) -> dict[str, str]:
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+
+
+def messages(spans: list[Span]) -> int:
+    """How many messages the spans are of."""
+    return sum(int(span.attributes["messaging.batch.message_count"]) for span in spans)
 
 
 def test_a_trace_goes_through_whether_spans_are_sent_or_not(kafka: Kafka, topics: Topics, workers: Workers) -> None:
@@ -64,6 +69,11 @@ def test_spans_are_of_micro_batches_and_link_to_their_events(
             **NO_CACHE,
         ).wait_until_ready()
         wait_for(lambda: worker.metrics.outcomes == count, "the outcomes")
+        # At its end it sends the last ones within two seconds or not at all; those of a poll come before those of sending.
+        wait_for(lambda: messages(collector.named(f"process {topics.input}")) == count, "the spans", 60)
+        wait_for(
+            lambda: messages([span for span in collector.spans if span.name.startswith("send ")]) == count, "all", 60
+        )
         assert worker.terminate() == 0
     common = {"messaging.system": "kafka", "messaging.client.id": "me"}
     polls, processes = collector.named(f"poll {topics.input}"), collector.named(f"process {topics.input}")
@@ -72,11 +82,8 @@ def test_spans_are_of_micro_batches_and_link_to_their_events(
     assert {span.service for span in collector.spans} == {"sentiment-worker"}
     assert all(span.attributes.items() >= common.items() and span.began <= span.ended for span in collector.spans)
 
-    def total(spans: list[object]) -> int:
-        return sum(span.attributes["messaging.batch.message_count"] for span in spans)  # type: ignore[attr-defined]
-
-    assert total(polls) == total(processes) == count  # type: ignore[arg-type]
-    assert (total(sends), total(letters)) == (count - 1, 1)  # type: ignore[arg-type]
+    assert messages(polls) == messages(processes) == count
+    assert (messages(sends), messages(letters)) == (count - 1, 1)
     assert sum(span.attributes["sentiment_worker.dead_letters"] for span in processes) == 1
     for spans, kind, name, operation in (
         (polls, "CLIENT", "poll", "receive"),
@@ -111,7 +118,7 @@ def test_spans_are_of_micro_batches_and_link_to_their_events(
 @pytest.mark.parametrize("trouble", ["gone", "slow"])
 def test_no_record_waits_for_a_collector(kafka: Kafka, topics: Topics, workers: Workers, trouble: str) -> None:
     kafka.create_all(topics, 2)
-    sent = kafka.send(topics.input, map(traced, range(20_000)))
+    sent = kafka.send(topics.input, map(traced, range(8_000)))
     with running_collector(is_slow=trouble == "slow") as collector:
         if trouble == "gone":
             collector.url = f"http://127.0.0.1:{free_port()}"

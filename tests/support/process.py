@@ -1,5 +1,6 @@
 """The worker as a process of its own: run as a person runs it, or forked from one that has imported everything."""
 
+import http.client
 import json
 import os
 import signal
@@ -122,7 +123,8 @@ class WorkerProcess:
     @property
     def output(self) -> str:
         """Everything printed so far, standard output and standard error."""
-        return self._output.read_text() + self._errors.read_text()
+        files = (self._output, self._errors)  # which may end within a character, as the worker goes on
+        return "".join(file.read_text(errors="replace") for file in files)
 
     @property
     def logs(self) -> list[dict[str, Any]]:
@@ -140,11 +142,11 @@ class WorkerProcess:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; 0 while nothing listens."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, ""
 
     def status(self, path: str) -> int:

@@ -118,7 +118,7 @@ def send_cases(kafka: Kafka, topic: str, cases: Mapping[str, Case]) -> dict[str,
     return sent
 
 
-def wait_until_committed(kafka: Kafka, topics: Topics, seconds: float = 90) -> None:
+def wait_until_committed(kafka: Kafka, topics: Topics, seconds: float = 150) -> None:
     """Waits until the group has done everything that is in the input topic now."""
     ends = worked(kafka.ends(topics.input))
 

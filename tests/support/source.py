@@ -222,7 +222,7 @@ async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) 
     return Stage(source, consumer, metrics, health, run)
 
 
-async def until(condition: Any, seconds: float = 5) -> None:
+async def until(condition: Any, seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.005)

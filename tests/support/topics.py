@@ -122,9 +122,16 @@ class Kafka:
         return [TopicPartition(topic, partition.id) for partition in description.partitions]
 
     def set_config(self, topic: str, name: str, value: object) -> None:
+        """Blocks until the broker says that it has the value: the controller answers a moment before."""
         entry = ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
         self.admin.incremental_alter_configs([resource])[resource].result(30)
+
+        def has_it() -> bool:
+            asked = ConfigResource(ResourceType.TOPIC, topic)
+            return bool(self.admin.describe_configs([asked])[asked].result(30)[name].value == str(value))
+
+        wait_for(has_it, f"the broker to have {name} = {value}")
 
     def delete_before(self, topic: str, partition: int, offset: int) -> None:
         place = TopicPartition(topic, partition, offset)
@@ -201,7 +208,8 @@ class Kafka:
         return int(described.coordinator.id)
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
-        """Moves a group that has no members."""
+        """Moves a group that has no members, once its coordinator has loaded."""
+        self.committed(group, topic)
         wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition, offset)])
         self.admin.alter_consumer_group_offsets([wanted])[group].result(30)
 
@@ -215,7 +223,12 @@ class Kafka:
         return [sent[number] for number in sorted(sent)]
 
     def read(self, topic: str, committed_only: bool = True) -> list[Record]:
-        """Every record of a topic up to its present end, partition after partition."""
+        """Every record of a topic up to its present end, partition after partition.
+
+        With `committed_only` it waits until each transaction that is open now has ended. A transaction's markers are written
+        a moment after brokers have acknowledged its end, and one of a killed process is aborted when it is too old.
+        """
+        ends = self.ends(topic)
         consumer = Consumer(
             self._config(
                 **{
@@ -224,11 +237,12 @@ class Kafka:
                     "enable.partition.eof": True,
                     "auto.offset.reset": "earliest",  # where retention has taken the first
                     "isolation.level": "read_committed" if committed_only else "read_uncommitted",
+                    "fetch.wait.max.ms": 50,
                 }
             )
         )
         try:
-            return sorted(read_to_end(consumer, self.partitions(topic)), key=lambda record: record.place)
+            return sorted(read_to_ends(consumer, topic, ends), key=lambda record: record.place)
         finally:
             consumer.close()
 
@@ -313,17 +327,20 @@ def send_one(producer: Producer, topic: str, record: Record, number: int, sent: 
     producer.poll(0)
 
 
-def read_to_end(consumer: Consumer, places: list[TopicPartition]) -> list[Record]:
-    consumer.assign([TopicPartition(place.topic, place.partition, 0) for place in places])
-    records, ended, deadline = [], 0, time.monotonic() + 60
-    while ended < len(places):
+def read_to_ends(consumer: Consumer, topic: str, ends: dict[int, int]) -> list[Record]:
+    """Every record before these offsets, and perhaps some after them."""
+    consumer.assign([TopicPartition(topic, partition, 0) for partition in ends])
+    left = {partition for partition, end in ends.items() if end}
+    records, deadline = [], time.monotonic() + 60
+    while left:
         for message in consumer.consume(10_000, timeout=0.1):
             if message.error() is None:
                 records.append(as_record(message))
-            else:
-                assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
-                ended += 1
-        assert time.monotonic() < deadline, "a topic cannot be read to its end"
+                continue
+            assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
+            if message.offset() >= ends[message.partition()]:  # else an open transaction is before the end
+                left.discard(message.partition())
+        assert time.monotonic() < deadline, f"{topic} cannot be read to its end: {left} of {ends}"
     return records
 
 

@@ -31,6 +31,8 @@ def test_a_larger_budget_has_to_be_worth_it(texts_per_s: dict[int, float], budge
 class FakeModel:
     name = "fake@1"
     max_tokens = 256
+    text_tokens = 1  # of each text, in all its windows
+    most_texts = 0  # at once
 
     def __init__(self, device: str, dtype: str, max_batch_tokens: int, passes: int, cuda_pass: str) -> None:
         self.device = device
@@ -43,13 +45,15 @@ class FakeModel:
     def get_sentiment(self, texts: list[str]) -> list[str]:
         if self.dtype == "float16":
             raise FloatingPointError
+        FakeModel.most_texts = max(FakeModel.most_texts, len(texts))
         return ["neutral"] * len(texts)
 
     def score(self, texts: list[str]) -> None:
         self.scored.add(self.max_batch_tokens)
+        FakeModel.most_texts = max(FakeModel.most_texts, len(texts))
 
     def tokenize(self, texts: list[str]) -> TokenizedTexts:
-        return TokenizedTexts([[1]] * len(texts), [False] * len(texts))
+        return TokenizedTexts([[1] * self.text_tokens] * len(texts), [False] * len(texts))
 
     def pieces(self, ids: list[list[int]]) -> list[list[int]]:
         return ids
@@ -100,6 +104,24 @@ def test_the_bar_comes_to_its_end(monkeypatch: pytest.MonkeyPatch, settings: Ben
     threads = {(each.engine.backend, each.engine.dtype): each.threads for each in report.engines}
     expected = {("torch", "float32"): 1, ("torch", "bfloat16"): 1, ("onnx", "float32"): 2, ("onnx", "int8"): 2}
     assert threads == {engine: count for engine, count in expected.items() if engine[1] != refused}
+
+
+@pytest.mark.parametrize(
+    ("text_tokens", "sample", "sizes"),
+    [(128, 2_048, (1, 8, 32, 128, 512)), (2_000, 131, (1, 8, 32)), (10**6, 1, (1,))],
+)
+def test_of_long_texts_fewer_are_measured_at_once(
+    monkeypatch: pytest.MonkeyPatch, settings: BenchSettings, text_tokens: int, sample: int, sizes: tuple[int, ...]
+) -> None:
+    with_loads(monkeypatch, Loads("cpu"))
+    monkeypatch.setattr(FakeModel, "text_tokens", text_tokens)
+    monkeypatch.setattr(FakeModel, "most_texts", 0)
+    steps = Steps()
+    report = measure(settings, ["да"] * 3_000, steps)
+    assert FakeModel.most_texts == sample
+    assert tuple(report.latency_ms) == sizes
+    done, total = steps.done
+    assert done == total
 
 
 def test_on_a_gpu_a_budget_is_measured_with_the_shapes_prepared_for_it(

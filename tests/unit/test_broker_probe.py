@@ -13,7 +13,8 @@ from worker.kafka.connection import Connection
 from worker.kafka.diagnosis import why_unreachable
 
 TLS = ssl.create_default_context()
-SOON_S = 0.5
+SOON_S = 0.5  # for what never answers
+PATIENCE_S = 5.0
 
 
 async def answering(answer: bytes) -> AsyncIterator[str]:
@@ -53,9 +54,9 @@ def closed_port() -> int:
 
 @pytest.mark.parametrize("context", [None, TLS], ids=["plain", "TLS"])
 async def test_what_is_not_there_is_told_apart(context: ssl.SSLContext | None) -> None:
-    assert await listener_at("no-such-host.invalid", 9092, context, SOON_S) is Listener.UNKNOWN
-    assert await listener_at("127.0.0.1", closed_port(), context, SOON_S) is Listener.REFUSED
-    assert await listener_at("localhost", closed_port(), context, SOON_S) is Listener.REFUSED
+    assert await listener_at("no-such-host.invalid", 9092, context, PATIENCE_S) is Listener.UNKNOWN
+    assert await listener_at("127.0.0.1", closed_port(), context, PATIENCE_S) is Listener.REFUSED
+    assert await listener_at("localhost", closed_port(), context, PATIENCE_S) is Listener.REFUSED
     with full() as port:
         assert await listener_at("127.0.0.1", port, context, SOON_S) is Listener.NOWHERE
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -74,8 +75,9 @@ async def test_what_is_not_there_is_told_apart(context: ssl.SSLContext | None) -
 async def test_what_speaks_another_protocol_is_told_apart(answer: bytes, by_plain: Listener, by_tls: Listener) -> None:
     async for address in answering(answer):
         host, _, port = address.partition(":")
-        assert await listener_at(host, int(port), None, SOON_S) is by_plain
-        assert await listener_at(host, int(port), TLS, SOON_S) is by_tls
+        patience_s = SOON_S if by_plain is Listener.SILENT else PATIENCE_S
+        assert await listener_at(host, int(port), None, patience_s) is by_plain
+        assert await listener_at(host, int(port), TLS, PATIENCE_S) is by_tls
 
 
 async def test_each_address_that_fails_is_named_with_who_gave_it_and_what_to_do() -> None:

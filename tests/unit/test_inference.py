@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +25,6 @@ from worker.runtime.loop_budget import SLICE, TurnBudget
 from worker.telemetry.metrics import Metrics
 
 Fault = Callable[[Sequence[Sequence[int]]], None]
-
-
-def pause(seconds: float) -> None:
-    """A pass that takes so long."""
-    threading.Event().wait(seconds)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -149,8 +146,17 @@ async def test_many_failed_windows_of_one_text_are_no_lost_device(windows: Model
     assert (await answers(inference, ["☢" * 200])).answers == ["the model failed: RuntimeError"]
 
 
-async def test_a_micro_batch_is_bounded_by_what_is_scored_in_its_time(windows: Model) -> None:
+async def test_a_micro_batch_is_bounded_by_what_is_scored_in_its_time(
+    windows: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At first by one pass for each thread, and then by the time that tokens took."""
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr("worker.pipeline.inference.time", clock)
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+
     inference = await loaded(windows, micro_batch_s=1.0)
     limit = inference.token_limit()
     assert limit is not None
@@ -159,12 +165,12 @@ async def test_a_micro_batch_is_bounded_by_what_is_scored_in_its_time(windows: M
     assert limit.tokens_of(record) == 3 * 32
     assert limit.tokens_of(record._replace(value=None)) == 0
     assert limit.tokens_of(record._replace(value=b"x" * 10_000)) == 4 * 32
-    windows.fault = lambda ids: pause(0.01)  # of 64 tokens
+    windows.fault = lambda ids: take(0.01)  # of 64 tokens
     for _ in range(12):
         await answers(inference, ["x" * 32, "y" * 32])
-    assert limit.at_most() < 64 / 0.01
     before = limit.at_most()
-    windows.fault = lambda ids: pause(0.05)
+    assert windows.max_batch_tokens < before <= 64 / 0.01
+    windows.fault = lambda ids: take(0.05)
     await answers(inference, ["x" * 32, "y" * 32])
     assert limit.at_most() < before / 2
 
@@ -345,9 +351,9 @@ async def test_a_model_that_hangs_is_noticed_and_nobody_waits_for_it(model: Mode
 
 async def test_time_runs_anew_for_each_device_batch() -> None:
     model = Model(max_batch_tokens=4)
-    inference = await loaded(model, timeout_s=0.5)
+    inference = await loaded(model, timeout_s=2)
     pause = threading.Event()
-    model.fault = lambda ids: pause.wait(0.2) and None
+    model.fault = lambda ids: pause.wait(0.4) and None
     watching = asyncio.create_task(inference.watch())
     job = await answers(inference, [letter * 4 for letter in "abcdef"])
     watching.cancel()

@@ -164,7 +164,19 @@ def test_a_long_text_that_has_few_tokens_at_first_is_cut_as_the_library_cuts(
     assert tokens.truncated == [False, True]
 
 
-def test_only_a_prefix_of_a_long_text_is_looked_at(model: SentimentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ("очень длинный отзыв, " * 50_000, 20_000),
+        ("слово" * 200_000, 125_000),
+        ("\u200b" * 1_000_000, 125_000),
+        ("да" + " " * 1_000_000 + "нет", 125_000),
+    ],
+    ids=["words", "one word", "nothing", "two words"],
+)
+def test_only_a_prefix_of_a_long_text_is_looked_at(
+    model: SentimentModel, monkeypatch: pytest.MonkeyPatch, text: str, most: int
+) -> None:
     seen = 0
     encode = model._tokenizer.encode
 
@@ -174,8 +186,14 @@ def test_only_a_prefix_of_a_long_text_is_looked_at(model: SentimentModel, monkey
         return encode(texts, max_length)
 
     monkeypatch.setattr(model._tokenizer, "encode", counting)
-    model.tokenize(["очень длинный отзыв, " * 50_000])
-    assert seen < 20_000
+    assert model.tokenize([text]).truncated == [True]
+    assert seen < most
+
+
+def test_what_fills_no_maximum_is_not_cut_before_its_bound(model: SentimentModel) -> None:
+    for text in ("да" + " " * 99_990 + "нет", "\u200b" * 100_000):
+        assert model.tokenize([text]).truncated == [False]
+    assert list(model.tokenize(["да" + " " * 99_990 + "нет"]).ids[0]) == list(model.tokenize(["да нет"]).ids[0])
 
 
 def test_labels_are_matched_by_name_without_regard_to_case(edited: Edit, model: SentimentModel) -> None:

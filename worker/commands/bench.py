@@ -42,6 +42,7 @@ from worker.settings.commands import BenchSettings
 
 BATCHES: Final = (1, 8, 32, 128, 512)
 SAMPLE: Final = 2_048  # texts on which labels are compared
+TOKENS_PER_TEXT: Final = 128  # of the measured texts on average; of longer texts there are fewer, so that it ends soon
 
 log = logging.getLogger(__name__)
 
@@ -197,28 +198,29 @@ class Steps:
 
 
 def measure(settings: BenchSettings, texts: Sequence[str], steps: Steps) -> BenchReport:
-    """Measures all engines that this machine has, on windows as large as a micro-batch, tokenizing included."""
+    """Measures all engines that this machine has, on as many texts as a micro-batch has, tokenizing included."""
     prepare_process()
     first = _load(settings, FLOAT32)
     report = BenchReport(first.name, first.device, len(texts))
-    wanted = first.get_sentiment(list(texts[:SAMPLE]))
+    wanted = first.get_sentiment(list(texts[: _at_most(SAMPLE, first, texts)]))
     engines, budgets = list(_engines(report.device)), _budgets(first)
+    size = _at_most(_micro_batch(report.device), first, texts)
+    texts = list(islice(cycle(texts), max(_micro_batch(report.device), len(texts))))
     del first  # one model at a time: a device may have no room for two
-    texts = list(islice(cycle(texts), max(_window(report.device), len(texts))))
-    steps.expect(len(engines) * len(budgets) + len(BATCHES))
+    sizes = [each for each in BATCHES if each <= size]
+    steps.expect(len(engines) * len(budgets) + len(sizes))
     for engine in engines:
         steps.tell(f"loading {engine}")
         try:
-            report.engines.append(_measure_engine(settings, engine, budgets, texts, wanted, steps))
+            report.engines.append(_measure_engine(settings, engine, budgets, texts, size, wanted, steps))
         except (BackendError, FloatingPointError) as error:
             log.info("%s is left out: %s", engine, error)
             steps.skip(len(budgets))
     best = _load(settings, report.best.engine, report.best.budget)
     report.cuda_pass = best.cuda_pass
-    for size in BATCHES:
-        some = texts[:size] if size <= len(texts) else texts
-        with steps.step(f"latency of {counted(size, 'text')}"):
-            report.latency_ms[size] = _latency_ms(best, some, settings.seconds)
+    for each in sizes:
+        with steps.step(f"latency of {counted(each, 'text')}"):
+            report.latency_ms[each] = _latency_ms(best, texts[:each], settings.seconds)
     if report.device != "cpu":
         steps.tell("micro-batches")
         report.batch_seconds = best.batch_seconds(texts, measuring_s=len(CUDA_BATCH_TEXTS) * settings.seconds)
@@ -247,12 +249,14 @@ def _measure_engine(
     engine: Engine,
     budgets: Sequence[int],
     texts: Sequence[str],
+    size: int,
     wanted: Sequence[str | None],
     steps: Steps,
 ) -> EngineSpeed:
+    """``size`` is how many texts are scored at once; ``wanted`` are the labels of the first texts in float32."""
     model = _load(settings, engine)
     is_on_cpu = model.device == "cpu"
-    agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[:SAMPLE])))) / len(wanted)
+    agreement = sum(map(eq, wanted, model.get_sentiment(list(texts[: len(wanted)])))) / len(wanted)
     measured = EngineSpeed(engine, {}, agreement, model.passes if is_on_cpu else None)
     if model.cuda_pass == "unpadded":  # which has more room than the budgets of padded passes
         steps.expect_more(len({*budgets, model.max_batch_tokens}) - len(budgets))
@@ -264,7 +268,7 @@ def _measure_engine(
             else:  # loaded anew, because it prepares the shapes of its budget
                 del model
                 model = _load(settings, engine, budget)
-            measured.texts_per_s[budget] = _texts_per_s(model, texts, settings.seconds)
+            measured.texts_per_s[budget] = _texts_per_s(model, texts, size, settings.seconds)
     measured.one_text_s = _latency_ms(model, texts[:1], settings.seconds) / 1000
     return measured
 
@@ -303,20 +307,26 @@ def _budgets(model: SentimentModel) -> list[int]:
     return candidate_budgets(model.device.partition(":")[0], model.max_tokens)
 
 
-def _window(device: str) -> int:
-    """Texts of the micro-batches that engines are measured with."""
+def _micro_batch(device: str) -> int:
+    """Texts of the micro-batches that engines are measured with, where the texts are not long."""
     return BATCH_TEXTS if device == "cpu" else CUDA_BATCH_TEXTS[-1]
 
 
-def _texts_per_s(model: SentimentModel, texts: Sequence[str], seconds: float) -> float:
-    size = _window(model.device)
-    windows = cycle([texts[begin : begin + size] for begin in range(0, len(texts), size)])
-    model.score(next(windows))
+def _at_most(count: int, model: SentimentModel, texts: Sequence[str]) -> int:
+    """``count``, or how many of these texts have TOKENS_PER_TEXT · ``count`` tokens, estimated by the first of them."""
+    some = texts[:TOKENS_PER_TEXT]
+    tokens = sum(map(len, model.pieces(model.tokenize(some).ids)))
+    return min(count, max(1, count * TOKENS_PER_TEXT * len(some) // max(1, tokens)))
+
+
+def _texts_per_s(model: SentimentModel, texts: Sequence[str], size: int, seconds: float) -> float:
+    batches = cycle([texts[begin : begin + size] for begin in range(0, len(texts), size)])
+    model.score(next(batches))
     done, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or not done:
-        window = next(windows)
-        model.score(window)
-        done += len(window)
+        batch = next(batches)
+        model.score(batch)
+        done += len(batch)
     return done / passed if passed >= seconds else done / (time.perf_counter() - started)
 
 
@@ -331,7 +341,7 @@ def _latency_ms(model: SentimentModel, texts: Sequence[str], seconds: float) -> 
 
 
 def _texts(file: Path | None) -> list[str]:
-    """The file's lines, else the reviews that ship with the package, repeated until they fill a window."""
+    """The file's lines, else the reviews that ship with the package, repeated until they fill a micro-batch."""
     if file is None:
         texts = list(read_reviews())
     else:

@@ -11,6 +11,7 @@ from worker.model.checkpoint import ModelError
 from worker.model.tokenizer import NO_MAXIMUM, CheckpointTokenizer, Encode, Ids
 
 CHARS_PER_TOKEN: Final = 8  # Russian words have about four: a prefix of so many nearly always fills the model's maximum
+MOST_CHARS: Final = 100_000  # of a text are looked at: what fills no maximum by then is no text that anybody reads
 WORD_TOKENS: Final = 128  # more than one word has: only the last so many tokens of a prefix depend on what follows it
 ROBERTA_LIKE: Final = {
     "roberta",
@@ -34,6 +35,9 @@ class TruncatingTokenizer:
     ``max_tokens``: of a text, special tokens among them. ``padding``: the id that stands for an empty text. ``closing``:
     the number of special tokens behind each text, such as [SEP]; ``special``: of those around it. ``unknown``: the id that
     stands for words that the tokenizer does not know; None if there is none.
+
+    Of a text, MOST_CHARS characters or four times the usual prefix are tokenized at most, so that one with few tokens in a
+    megabyte holds up no other. It is cut there.
     """
 
     def __init__(
@@ -69,12 +73,12 @@ class TruncatingTokenizer:
 
     def _cut(self, text: str, ids: Ids, prefix: int) -> tuple[Ids, bool]:
         """The ids of one text, given those of its first ``prefix`` characters, and whether it was cut."""
-        length = prefix
-        while len(ids) <= self.max_tokens + WORD_TOKENS and length < len(text):
-            length = length * 4 if length == prefix else len(text)  # so no text is tokenized more than three times
+        length, end = prefix, min(len(text), max(MOST_CHARS, 4 * prefix))
+        while len(ids) <= self.max_tokens + WORD_TOKENS and length < end:
+            length = length * 4 if length == prefix else end  # so no text is tokenized more than three times
             (ids,) = self.encode([_prefix(text, length)])
         if len(ids) <= self.max_tokens:
-            return ids, False
+            return ids, length < len(text)
         if length == prefix:
             return self.encode([_prefix(text, length)], self.max_tokens)[0], True
         last = len(ids) - self._closing  # cutting here saves tokenizing a long text once more

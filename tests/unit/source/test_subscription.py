@@ -1,6 +1,7 @@
 """New topics that match a pattern."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,12 +41,13 @@ async def test_names_of_all_topics_are_asked_for_the_more_rarely_the_longer_they
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.kafka.subscription.TOPICS_INTERVAL_S", 0.0)
-    looks = 0
+    looks, now = 0, 0.0
+    monkeypatch.setattr("worker.kafka.subscription.time", SimpleNamespace(monotonic=lambda: now))
 
     async def topic_names() -> list[str]:
-        nonlocal looks
+        nonlocal looks, now
         looks += 1
-        await asyncio.sleep(0.02 if looks == 10 else 0)
+        now += 0.02 if looks == 10 else 0
         return ["t"]
 
     monkeypatch.setattr(consumer, "topic_names", topic_names, raising=False)
