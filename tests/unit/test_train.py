@@ -529,7 +529,7 @@ def test_an_average_is_the_mean_of_fine_tunings_from_one_start(
     seen: list[Progress] = []
     options, sources = tiny(tmp_path / "one", source, base=str(base), **changes)
     train(options, sources, quiet)
-    options, sources = tiny(tmp_path / "three", source, base=str(base), average=3, **changes)
+    options, sources = tiny(tmp_path / "three", source, base=str(base), fine_tunings=3, **changes)
     assert train(options, sources, seen.append).report.macro_f1 > 0.9
     alone, first, second, third = results
     assert all(torch.equal(one, other) for one, other in zip(alone, first, strict=True))
@@ -545,13 +545,13 @@ def test_an_average_is_the_mean_of_fine_tunings_from_one_start(
     assert any(progress.line.startswith("Mean of 3 fine-tunings: development macro F1") for progress in seen)
     card = (options.output / "README.md").read_text()
     assert "the mean of 3 fine-tunings from the same start" in card
-    assert "--average 3" in card
+    assert "--fine-tunings 3" in card
 
 
 def test_an_average_repeats_itself(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     for name in ("one", "two"):
-        train(*tiny(tmp_path / name, source, epochs=2, average=2, patience=1), quiet)
+        train(*tiny(tmp_path / name, source, epochs=2, fine_tunings=2, patience=1), quiet)
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
@@ -562,7 +562,7 @@ def test_ctrl_c_in_a_later_fine_tuning_keeps_those_before_it(tmp_path: Path, bas
     source = base.parent / "obvious.csv"
     alone, sources = tiny(tmp_path / "one", source, **changes)
     train(alone, sources, quiet)
-    options, sources = tiny(tmp_path / "three", source, average=3, **changes)
+    options, sources = tiny(tmp_path / "three", source, fine_tunings=3, **changes)
     assert train(options, sources, interrupt_at("fine-tuning 2 of 3", 3)).interrupted
     assert torch.equal(head_of(options.output), head_of(alone.output))
     card = (options.output / "README.md").read_text()
@@ -580,7 +580,7 @@ def test_ctrl_c_at_the_last_step_of_a_fine_tuning_ends_an_average_and_not_a_trai
     changes = QUICK | {"epochs": 1, "base": str(base)}
     source = base.parent / "obvious.csv"
     assert not train(*tiny(tmp_path / "one", source, **changes), at_the_last_step).interrupted
-    assert train(*tiny(tmp_path / "two", source, average=2, **changes), at_the_last_step).interrupted
+    assert train(*tiny(tmp_path / "two", source, fine_tunings=2, **changes), at_the_last_step).interrupted
     assert torch.equal(head_of(tmp_path / "one"), head_of(tmp_path / "two"))
 
 

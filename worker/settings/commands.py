@@ -148,7 +148,7 @@ class TrainSettings(CorpusSettings):
     averaging: float = Field(
         0.99, ge=0, lt=1, description="decay per step of the running mean of the weights within one fine-tuning"
     )
-    average: int = Field(
+    fine_tunings: int = Field(
         1,
         ge=1,
         description="number of fine-tunings, each from the same start with other random numbers; the mean of their weights "

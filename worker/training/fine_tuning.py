@@ -58,11 +58,11 @@ class FineTuning:
     def train(self) -> bool:
         """Fine-tunes the model, and leaves it with the running mean of its weights. Blocks for minutes to hours.
 
-        With `average` above 1 that is done so many times, each time from the weights that the model has now and with other
-        random numbers, and the mean of the results is left (Wortsman et al., "Model soups", ICML 2022). Answers whether
-        KeyboardInterrupt ended it early; raises it if no step had ended yet. Raises Diverged.
+        With `fine_tunings` above 1 that is done so many times, each time from the weights that the model has now and with
+        other random numbers, and the mean of the results is left (Wortsman et al., "Model soups", ICML 2022). Answers
+        whether KeyboardInterrupt ended it early; raises it if no step had ended yet. Raises Diverged.
         """
-        times = self._run.options.average
+        times = self._run.options.fine_tunings
         start, results = copies(self._parameters), list[list[Tensor]]()
         for number in range(1, times + 1):
             assign(self._parameters, start)

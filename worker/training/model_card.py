@@ -106,8 +106,8 @@ def _recipe(options: TrainSettings) -> str:
         steps.append("two dropout passes kept close (R-Drop)")
     if options.averaging:
         steps.append("the running mean of the weights kept")
-    if options.average > 1:
-        steps.append(f"the mean of {options.average} fine-tunings from the same start")
+    if options.fine_tunings > 1:
+        steps.append(f"the mean of {options.fine_tunings} fine-tunings from the same start")
     return "Recipe: " + ", ".join(steps) + "."
 
 
