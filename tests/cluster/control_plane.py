@@ -7,6 +7,7 @@ machine, which `make cluster-test` builds from the Go modules that go.mod names.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -78,7 +79,7 @@ class ControlPlane:
         self.bin = bin
         self.home = home
         self.kubeconfig = home / "kubeconfig"
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Blocks until the API answers."""
@@ -129,10 +130,19 @@ class ControlPlane:
         """What `kubectl get … --output json` says."""
         return json.loads(self.kubectl("get", *arguments, "--output=json").stdout)
 
+    @contextlib.contextmanager
+    def frozen(self, program: str) -> Iterator[None]:
+        """Holds a process still for as long as the block takes."""
+        self._processes[program].send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._processes[program].send_signal(signal.SIGCONT)
+
     def close(self) -> None:
-        for process in reversed(self._processes):
+        for process in reversed(self._processes.values()):
             process.terminate()
-        for process in reversed(self._processes):
+        for process in reversed(self._processes.values()):
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -141,13 +151,13 @@ class ControlPlane:
 
     def _launch(self, program: str, *arguments: str) -> None:
         with (self.home / f"{program}.log").open("wb") as log:
-            command = [self.bin / program, *arguments]
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            command = [str(self.bin / program), *arguments]
+            self._processes[program] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def _answers(self) -> bool:
-        ended = [process.args for process in self._processes if process.poll() is not None]
+        ended = [program for program, process in self._processes.items() if process.poll() is not None]
         if ended:
-            raise SystemExit(f"ended at once: {ended}; its log is in {self.home}")
+            raise SystemExit(f"{ended[0]} ended: {(self.home / f'{ended[0]}.log').read_text()[-2000:]}")
         return self.kubectl("get", "--raw=/readyz", check=False).stdout == "ok"
 
     def _write_kubeconfig(self, api: str) -> None:

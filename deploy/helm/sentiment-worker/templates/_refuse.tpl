@@ -1,5 +1,19 @@
 {{/* Ends with a sentence where values do not fit together and would do harm. Each value for itself is the schema's. */}}
 {{- define "sentiment-worker.refuse" -}}
+{{- range $name, $_ := .Values.settings }}
+{{- if regexMatch "(password|secret|token|file)$" $name }}
+{{- fail (printf "settings.%s is a secret or a file: name the Secret that holds it under `files`." $name) }}
+{{- else if has $name (list "device" "http_host" "http_port" "group_instance_id" "config") }}
+{{- fail (printf "settings.%s is set by the chart: by device, http.port and staticMembers." $name) }}
+{{- else if eq $name "until" }}
+{{- fail "settings.until is for a run that ends, which a Deployment would start again for ever: use a Job." }}
+{{- end }}
+{{- end }}
+{{- range $name, $_ := .Values.env }}
+{{- if regexMatch "^(WORKER_|HF_TOKEN$)" $name }}
+{{- fail (printf "env.%s: settings of the worker belong under `settings`, and secrets under `files`." $name) }}
+{{- end }}
+{{- end }}
 {{- $drain := include "sentiment-worker.setting" (list . "drain_timeout_s" "20") | float64 }}
 {{- $grace := float64 .Values.terminationGracePeriodSeconds }}
 {{- if lt $grace (addf $drain 5 | float64) }}
