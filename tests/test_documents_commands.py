@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from tests.deploy.manifests import DEPLOY, read
+from tests.deploy.manifests import CHART
 from tests.test_documents import PAGES, ROOT, text_of
 from worker.cli import COMMANDS
 from worker.settings.base import Settings
@@ -29,7 +29,7 @@ OURS = ("sentiment-worker", "make", "python")
 KAFKAS = tuple(
     f"kafka-{name}.sh" for name in ("topics", "consumer-groups", "acls", "console-producer", "console-consumer")
 )
-OTHERS = (*KAFKAS, "kubectl", "docker", "curl", "pip", "echo")
+OTHERS = (*KAFKAS, "kubectl", "helm", "docker", "curl", "pip", "echo")
 OTHERS_FLAGS = {"--help", "--version", "--execute", "--read-only", "--gpus"}
 OTHERS_SETTINGS = ("acks",)
 SHELL = ("for", "do", "done", "if", "then", "fi")
@@ -87,12 +87,10 @@ def check_ours(name: str, arguments: list[str]) -> None:
 
 
 def check_resources(arguments: list[str]) -> None:
-    """What kubectl is asked about is in deploy/."""
-    there = set()
-    for path in (DEPLOY / "kubernetes").rglob("*.yaml"):
-        item = read(path)
-        if isinstance(item, dict) and "name" in item.get("metadata", {}):
-            there.add(f"{item['kind'].lower()}/{item['metadata']['name']}")
+    """What kubectl is asked about is what the chart makes of a release named sentiment-worker."""
+    templates = "".join(text_of(path) for path in (CHART / "templates").glob("*.*"))
+    kinds = {*re.findall(r"^kind: (\w+)$", templates, re.MULTILINE), "Deployment", "StatefulSet"}
+    there = {f"{kind.lower()}/sentiment-worker" for kind in kinds}
     asked = {word for word in arguments if re.fullmatch(r"[a-z]+/[a-z-]+", word)}
     assert asked <= there, asked - there
 

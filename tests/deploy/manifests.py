@@ -1,6 +1,7 @@
 """What is in deploy/, as data."""
 
 import json
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -14,7 +15,9 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
 DASHBOARD = DEPLOY / "grafana" / "sentiment-worker.json"
 ANALYSTS = DEPLOY / "grafana" / "sentiment-analysts.json"
-OVERLAYS = ("cpu", "nvidia", "static")
+CHART = DEPLOY / "helm" / "sentiment-worker"
+DEFAULT = "default"  # no values of one's own
+EXAMPLES = (DEFAULT, *sorted(path.stem.removesuffix("-values") for path in (CHART / "ci").glob("*-values.yaml")))
 
 Object = dict[str, Any]
 
@@ -23,45 +26,68 @@ def read(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def helm(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the helm that `HELM` names, that is on the path, or that `make helm` has built."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    built = cache / "sentiment-worker" / "cluster" / "bin" / "helm"
+    program = os.environ.get("HELM") or shutil.which("helm") or (str(built) if built.exists() else None)
+    if program is None:
+        pytest.skip("helm is not installed; `make helm` builds it where Go is")
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+
+
+def template(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`helm template` of a release named `worker` in the namespace `sentiment`."""
+    return helm("template", "worker", CHART, "--namespace", "sentiment", *arguments)
+
+
+def values(example: str) -> list[object]:
+    return [] if example == DEFAULT else ["--values", CHART / "ci" / f"{example}-values.yaml"]
+
+
 @cache
-def rendered(overlay: str) -> tuple[Object, ...]:
-    """The objects of an overlay, as `kubectl apply -k` would send them."""
-    command = next((tool for tool in (["kustomize", "build"], ["kubectl", "kustomize"]) if shutil.which(tool[0])), None)
-    if command is None:
-        pytest.skip("neither kustomize nor kubectl is installed")
-    done = subprocess.run(
-        [*command, str(DEPLOY / "kubernetes" / "overlays" / overlay)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+def rendered(example: str) -> tuple[Object, ...]:
+    """The objects that an example of values makes."""
+    done = template(*values(example))
     assert done.returncode == 0, done.stderr
-    return tuple(yaml.safe_load_all(done.stdout))
+    return tuple(item for item in yaml.safe_load_all(done.stdout) if item)
 
 
-def the(kind: str, overlay: str) -> Object:
+def all_of(kind: str, example: str) -> list[Object]:
+    return [item for item in rendered(example) if item["kind"] == kind]
+
+
+def the(kind: str, example: str) -> Object:
     """The one object of a kind."""
-    (found,) = [item for item in rendered(overlay) if item["kind"] == kind]
+    (found,) = all_of(kind, example)
     return found
 
 
-def workload(overlay: str) -> Object:
-    return the("StatefulSet" if overlay == "static" else "Deployment", overlay)
+def workload(example: str) -> Object:
+    (found,) = all_of("Deployment", example) + all_of("StatefulSet", example)
+    return found
 
 
-def pod(overlay: str) -> Object:
-    spec: Object = workload(overlay)["spec"]["template"]["spec"]
+def pod(example: str) -> Object:
+    spec: Object = workload(example)["spec"]["template"]["spec"]
     return spec
 
 
-def container(overlay: str) -> Object:
-    (found,) = pod(overlay)["containers"]
+def container(example: str) -> Object:
+    (found,) = pod(example)["containers"]
     return dict(found)
 
 
-def settings_of_the_pod(overlay: str) -> dict[str, str]:
+def settings_of_the_pod(example: str) -> dict[str, str]:
     """Its WORKER_ variables; those that a pod learns when it starts have a value of their kind."""
-    settings: dict[str, str] = dict(the("ConfigMap", overlay)["data"])
-    for variable in container(overlay)["env"]:
-        settings[variable["name"]] = variable.get("value", "sentiment-worker-0")
+    (source,) = container(example)["envFrom"]
+    (found,) = [
+        item for item in all_of("ConfigMap", example) if item["metadata"]["name"] == source["configMapRef"]["name"]
+    ]
+    settings: dict[str, str] = dict(found["data"])
+    for variable in container(example)["env"]:
+        if variable["name"].startswith("WORKER_"):
+            settings[variable["name"]] = variable.get("value", "sentiment-worker-0")
     return settings
 
 
