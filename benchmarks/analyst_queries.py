@@ -126,7 +126,8 @@ def milliseconds(explained: str) -> float:
 def table(figures: dict[str, Any]) -> str:
     lines = [
         f"Machine: {figures['machine']['cpu']}, {figures['machine']['cores']} cores. PostgreSQL {figures['postgresql']} "
-        f"with its default settings; {figures['rows']:,} results over {figures['days']} days, in {figures['keys']:,} keys "
+        f"with its default settings and those of the recipe's reader; "
+        f"{figures['rows']:,} results over {figures['days']} day(s), in {figures['keys']:,} keys "
         f"and {len(TOPICS)} topics, written in {figures['fill_s']} s. "
         + ", ".join(f"{what} {size:,.0f} MB" for what, size in figures["megabytes"].items())
         + f". Milliseconds, medians of {figures['rounds']}; a longer range than there are results has all of them. Other "
