@@ -182,6 +182,25 @@ def test_credentials_decide_at_the_start(kafka: Kafka, topics: Topics, workers: 
         assert password not in wrong.output + right.output
 
 
+def test_a_schema_that_refers_to_another_is_read(
+    kafka: Kafka, topics: Topics, workers: Workers, schema_registry: Registry
+) -> None:
+    kafka.create_all(topics, 1)
+    author = f"Author{topics.input.partition('.')[0]}"
+    schema_registry.register(f"{topics.input}-author", record(author, name="string"))
+    refers = [{"name": author, "subject": f"{topics.input}-author", "version": 1}]
+    outer = record("Outer", author=author, texts={"type": "map", "values": "string"}, id="string")
+    id = schema_registry.register(f"{topics.input}-value", outer, references=refers)
+    value = string("Иван") + number(1) + string("ru") + string("да") + b"\0" + string("a-1")
+    kafka.send(topics.input, [Record(frame(id) + value)])
+    formats = {"input_format": f"{topics.input}=avro", "text_field": f"{topics.input}=texts.ru"}
+    worker = workers.start(topics, **avro(schema_registry) | formats)
+    wait_until_committed(kafka, topics)
+    assert worker.terminate() == 0
+    (result,) = kafka.read(topics.output)
+    assert ids([result]) == {"a-1": 1}
+
+
 def test_json_in_the_framing_is_read_where_a_registry_is_configured(
     kafka: Kafka, topics: Topics, workers: Workers, schema_registry: Registry
 ) -> None:

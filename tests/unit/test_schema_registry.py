@@ -304,6 +304,15 @@ async def test_at_the_start_it_is_waited_for_and_a_refusal_is_raised(fake: FakeR
 # --- Beside revocations ---
 
 
+async def test_who_no_longer_waits_for_the_registry_is_ready(fake: FakeRegistry, fetching: Fetching) -> None:
+    fake.refusal = (503, b"")
+    waiting = asyncio.create_task(fetching.fetch(frame(1) + b"x"))
+    await until(lambda: not fetching.health.is_working("registry"))
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert fetching.health.why_not_ready() is None
+
+
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - neither side has an event for it
