@@ -20,6 +20,7 @@ from worker.commands.run_parts import (
     tracing,
     tuned_model,
 )
+from worker.commands.secret_values import secret_value
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
 from worker.errors import UserError, WrongSetting
@@ -39,7 +40,7 @@ from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import revealed, split_names
+from worker.settings.values import split_names
 from worker.telemetry.health import Health
 from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
@@ -158,7 +159,7 @@ def _server(shared: Shared, reloader: Reloader) -> Server:
     access = AccessControl(
         shared.metrics,
         names=[settings.http_host, *split_names(settings.http_names or "")],
-        token=revealed(settings.http_token),
+        token=secret_value(settings, "http_token"),
         token_for=settings.http_token_for,
     )
     console = Console(

@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.helpers import create_ssl_context
 
 from worker.errors import WrongSetting
+from worker.runtime.file_value import FileValue
 
 FIRST_BACKOFF_S: Final = 0.25
 LONGEST_BACKOFF_S: Final = 5.0
@@ -20,7 +21,10 @@ UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
 
 @dataclass(frozen=True)
 class Connection:
-    """How every client of this process connects. ``request_timeout_ms`` is the deadline of one request."""
+    """How every client of this process connects. ``request_timeout_ms`` is the deadline of one request.
+
+    A FileValue is asked for its value by each new connection.
+    """
 
     bootstrap_servers: tuple[str, ...]
     client_id: str = "sentiment-worker"
@@ -28,8 +32,8 @@ class Connection:
     security_protocol: str = "PLAINTEXT"
     sasl_mechanism: str | None = None
     sasl_username: str | None = None
-    sasl_password: str | None = field(default=None, repr=False)
-    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    sasl_password: str | FileValue[str] | None = field(default=None, repr=False)
+    ssl_context: ssl.SSLContext | FileValue[ssl.SSLContext] | None = field(default=None, repr=False)
 
     @property
     def request_timeout_s(self) -> float:

@@ -9,4 +9,13 @@ from worker.kafka.aiokafka_compat.installed import check_installed
 
 check_installed()  # before the imports below, which would fail in ways that do not tell the reason
 
-from worker.kafka.aiokafka_compat import connections, fetching, group, metadata, offsets, producer, transactions  # noqa: E402, F401
+from worker.kafka.aiokafka_compat import (  # noqa: E402, F401
+    connections,
+    fetching,
+    group,
+    metadata,
+    nearest_replica,
+    offsets,
+    producer,
+    transactions,
+)

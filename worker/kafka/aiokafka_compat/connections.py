@@ -1,4 +1,4 @@
-"""Connections: brokers that came back under other addresses, silent brokers, resets, and stops that were interrupted."""
+"""Connections: brokers with other addresses, silent brokers, secrets that change, resets, stops that were interrupted."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,7 @@ from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from worker.kafka.aiokafka_compat.metadata import inner_client
+from worker.runtime.file_value import present
 from worker.runtime.tasks import cancel_all, within
 
 SILENT_BROKERS_S: Final = 60.0
@@ -106,6 +107,22 @@ async def connection_to(
 AIOKafkaClient._metadata_update = update_metadata
 AIOKafkaClient._get_conn = connection_to
 AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
+
+
+# Passwords and certificates in files that change. aiokafka is given them once, for all connections of a client. Upstream
+# would have to take functions that return them.
+
+_connect = AIOKafkaConnection.connect
+
+
+async def connect(connection: AIOKafkaConnection) -> Any:
+    """Opens a connection with what the files have now, where password or TLS context are a FileValue."""
+    connection._ssl_context = present(connection._ssl_context)
+    connection._sasl_plain_password = present(connection._sasl_plain_password)
+    return await _connect(connection)
+
+
+AIOKafkaConnection.connect = connect
 
 
 # Writes to a connection that was just reset. uvloop raises RuntimeError there, and aiokafka expects OSError alone.
