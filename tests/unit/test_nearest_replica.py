@@ -34,18 +34,21 @@ class Brokers:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, str]] = []  # the broker, and the rack that it was given
+        self.known = {LEADER, FOLLOWER}
+        self.updates = 0
         self.follower: Answer = a_batch()
         self.leader: Answer = a_batch()
         self.follower_answers = asyncio.Event()
         self.follower_answers.set()
         self.cluster = SimpleNamespace(
             leader_for_partition=lambda _: LEADER,
-            broker_metadata=lambda node: SimpleNamespace(nodeId=node),
+            broker_metadata=lambda node: SimpleNamespace(nodeId=node) if node in self.known else None,
         )
         self._loop = asyncio.get_running_loop()
         self._metadata_max_age_ms = 300_000
 
     def force_metadata_update(self) -> "asyncio.Future[bool]":
+        self.updates += 1
         done: asyncio.Future[bool] = self._loop.create_future()
         done.set_result(True)
         return done
@@ -136,6 +139,15 @@ async def test_leaders_are_asked_for_a_while_and_then_name_a_replica_again(
     brokers.follower = a_batch()
     await until(lambda: TP in fetcher._records)
     assert brokers.asked[-2:] == [(LEADER, RACK), (FOLLOWER, RACK)]
+
+
+async def test_a_follower_that_is_not_known_yet_is_asked_for_and_the_leader_sends_records(
+    brokers: Brokers, fetcher: NearestReplicaFetcher
+) -> None:
+    brokers.known = {LEADER}
+    await until(lambda: TP in fetcher._records)
+    assert brokers.asked == [(LEADER, RACK), (LEADER, "")]
+    assert brokers.updates == 1
 
 
 async def test_a_follower_that_is_named_for_long_is_not_taken_for_one_that_fails(

@@ -10,10 +10,11 @@ from worker.errors import UserError
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
 _Stamp = tuple[int, int, int] | None
 
 
-class FileValue(Generic[Value]):
+class FileValue(Generic[Value_co]):
     """``value`` is what ``make`` has made of ``files``; it is made anew where one of them has changed since.
 
     ``make`` reads the files, and raises a UserError where they cannot be used. The first one is raised to who creates this.
@@ -24,7 +25,7 @@ class FileValue(Generic[Value]):
     thread. Only one thread may use it.
     """
 
-    def __init__(self, make: Callable[[], Value], files: Iterable[Path]) -> None:
+    def __init__(self, make: Callable[[], Value_co], files: Iterable[Path]) -> None:
         self._make = make
         self._files = tuple(files)
         self._stamps = self._present_stamps()
@@ -32,7 +33,7 @@ class FileValue(Generic[Value]):
         self._is_refused = False
 
     @property
-    def value(self) -> Value:
+    def value(self) -> Value_co:
         stamps = self._present_stamps()  # before they are read, so that a change meanwhile is seen the next time
         if stamps != self._stamps:
             try:

@@ -128,7 +128,8 @@ def secret_in(kind: type[Settings], name: str, file: Path) -> str:
     if fault := common_fault(value):
         raise WrongSetting(f"{variable_of(name)}_FILE: what {file} holds is wrong: {fault}")
     try:
-        TypeAdapter(kind.model_fields[name].annotation).validate_python(value)
+        adapter: TypeAdapter[Any] = TypeAdapter(kind.model_fields[name].annotation)  # type: ignore[arg-type]
+        adapter.validate_python(value)
     except ValidationError as error:
         faults: list[Any] = [{**each, "loc": (name,)} for each in error.errors()]
         raise WrongSetting(*sentences(kind, faults)) from None

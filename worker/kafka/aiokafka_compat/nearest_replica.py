@@ -28,8 +28,9 @@ class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
     A follower may be behind or without the first records: an offset that it does not have is asked of the leader, whose
     word alone counts. aiokafka would take a follower's, and the worker would begin where ``auto_offset_reset`` says.
 
-    Where a follower fails, or answers with an error, leaders are asked for records without a rack, for LEADERS_S. They
-    would else name the same follower again until they notice, and nothing would be read meanwhile.
+    Where a follower fails, answers with an error, or is a broker that is not known yet, leaders are asked for records
+    without a rack, for LEADERS_S. They would else name the same follower again and again, and nothing would be read until
+    they notice, or until the metadata are asked for anew.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -40,6 +41,9 @@ class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
     def leave_replica(self, tp: TopicPartition) -> None:
         """Fetches this partition from its leader, for LEADERS_S."""
         self._preferred_read_replica.pop(tp, None)
+        self._ask_leaders()
+
+    def _ask_leaders(self) -> None:
         self._leaders_until = time.monotonic() + LEADERS_S
 
     def _select_read_replica(self, tp: TopicPartition) -> Any:
@@ -52,8 +56,14 @@ class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
         return super()._select_read_replica(tp)
 
     def _update_preferred_read_replica(self, tp: TopicPartition, preferred_read_replica: int) -> None:
+        if preferred_read_replica < 0:
+            return
+        if self._client.cluster.broker_metadata(preferred_read_replica) is None:  # it is back, or new
+            self._client.force_metadata_update()
+            self._ask_leaders()
+            return
         super()._update_preferred_read_replica(tp, preferred_read_replica)
-        if preferred_read_replica >= 0 and preferred_read_replica not in self._brokers_told:
+        if preferred_read_replica not in self._brokers_told:
             self._brokers_told.add(preferred_read_replica)
             extra = {"broker": preferred_read_replica, "client_rack": self._client_rack}
             log.info("the leaders name a nearer replica to fetch from", extra=extra)
@@ -68,7 +78,7 @@ class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
         finally:
             lost = followed.keys() - self._partitions_at(node_id).keys()
             if any(time.monotonic() < followed[tp] for tp in lost):  # and it is not that the metadata are old
-                self._leaders_until = time.monotonic() + LEADERS_S
+                self._ask_leaders()
 
     def _partitions_at(self, node: int) -> dict[TopicPartition, float]:
         """The partitions that are fetched from this broker as a follower, and until when."""
@@ -77,7 +87,7 @@ class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
     def _invalidate_preferred_read_replica_for_node(self, node_id: int, request: Any) -> None:
         """A request has failed. aiokafka waits for a moment after this, in which others ask the leaders already."""
         if self._partitions_at(node_id):
-            self._leaders_until = time.monotonic() + LEADERS_S
+            self._ask_leaders()
         super()._invalidate_preferred_read_replica_for_node(node_id, request)
 
     def _set_error(self, tp: TopicPartition, error: Exception) -> None:
