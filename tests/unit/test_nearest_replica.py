@@ -36,6 +36,7 @@ class Brokers:
         self.asked: list[tuple[int, str]] = []  # the broker, and the rack that it was given
         self.known = {LEADER, FOLLOWER}
         self.updates = 0
+        self.answer_s = 0.001
         self.follower: Answer = a_batch()
         self.leader: Answer = a_batch()
         self.follower_answers = asyncio.Event()
@@ -55,7 +56,7 @@ class Brokers:
 
     async def send(self, node: int, request: Any) -> Any:
         self.asked.append((node, request._rack_id))
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.answer_s)
         if node == LEADER and request._rack_id:
             return answered(b"", FOLLOWER)
         if node == FOLLOWER:
@@ -153,8 +154,8 @@ async def test_a_follower_that_is_not_known_yet_is_asked_for_and_the_leader_send
 async def test_a_follower_that_is_named_for_long_is_not_taken_for_one_that_fails(
     brokers: Brokers, fetcher: NearestReplicaFetcher
 ) -> None:
-    brokers.follower = b""
-    fetcher._preferred_replica_ttl = 0.01
+    brokers.follower, brokers.answer_s = b"", 0.03
+    fetcher._preferred_replica_ttl = 0.01  # it ends while the follower is being asked
     await until(lambda: brokers.asked.count((LEADER, RACK)) > 5)
     assert not brokers.asks(LEADER, "")
 
