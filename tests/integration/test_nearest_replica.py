@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import NewTopic
+from confluent_kafka import ElectionType, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import NewTopic, PartitionMetadata
 
 from tests.chaos.cluster import Node, begin_all
 from tests.chaos.proxy import Proxy
 from tests.support.broker import Extras, UnavailableError, free_port
 from tests.support.process import COSTLESS, WorkerProcess, Workers, forked, workers_in
+from tests.support.reassignment import reassign
 from tests.support.scenario import places, wait_until_committed
 from tests.support.topics import Kafka, Load, Record, Topics, numbered
 from tests.support.waiting import holds_for, wait_for
@@ -134,21 +135,32 @@ def is_scored(worker: WorkerProcess, records: int) -> bool:
     return worker.metrics.outcomes >= records
 
 
-def wait_until_near(racks: Racks, kafka: Kafka, topics: Topics) -> None:
+def partitions_of(kafka: Kafka, topic: str) -> list[PartitionMetadata]:
+    return list(kafka.admin.list_topics(topic, timeout=30).topics[topic].partitions.values())
+
+
+def wait_until_near(kafka: Kafka, topics: Topics) -> None:
     """Until the near broker is in sync for all partitions, so that leaders may name it."""
+    wait_for(lambda: all(NEAR in each.isrs for each in partitions_of(kafka, topics.input)), "the near broker in sync")
 
-    def in_sync() -> bool:
-        partitions = kafka.admin.list_topics(topics.input, timeout=30).topics[topics.input].partitions
-        return all(NEAR in partition.isrs for partition in partitions.values())
 
-    wait_for(in_sync, "the near broker to be in sync")
+def move(kafka: Kafka, topics: Topics, replicas: list[list[int]]) -> None:
+    reassign(kafka.bootstrap, topics.input, replicas)
+
+    def is_done() -> bool:
+        found = partitions_of(kafka, topics.input)
+        return all(
+            set(each.replicas) == set(each.isrs) == set(wanted) for each, wanted in zip(found, replicas, strict=True)
+        )
+
+    wait_for(is_done, "the replicas to be moved")
 
 
 @pytest.mark.parametrize("client_rack", ["b", "a", "elsewhere", None])
 def test_records_come_from_the_replica_in_the_rack(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, client_rack: str | None
 ) -> None:
-    wait_until_near(racks, kafka, near_topics)
+    wait_until_near(kafka, near_topics)
     kafka.send(near_topics.input, map(padded, range(1_000)))
     before = {number: racks.bytes_from(number) for number in RACKS}
     worker = rack_workers.start(near_topics, client_rack=client_rack).wait_until_assigned(2)
@@ -208,7 +220,7 @@ def grows(racks: Racks, *numbers: int) -> Any:
 def test_the_replica_is_killed_mid_stream_and_comes_back(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load, delivery: str
 ) -> None:
-    wait_until_near(racks, kafka, near_topics)
+    wait_until_near(kafka, near_topics)
     worker = rack_workers.start(near_topics, client_rack="b", delivery=delivery).wait_until_assigned(2)
     load.start()
     wait_for(grows(racks, NEAR), "records from the near broker")
@@ -221,8 +233,36 @@ def test_the_replica_is_killed_mid_stream_and_comes_back(
     assert racks.bytes_from(1, 2) > far
 
     racks.near.start()
-    wait_until_near(racks, kafka, near_topics)
+    wait_until_near(kafka, near_topics)
     wait_for(grows(racks, NEAR), "records from the near broker again", 60)
+    records = load.stop()
+    wait_until_committed(kafka, near_topics)
+    assert worker.metrics.get("offset_resets_total") == 0
+    assert worker.metrics.get("rebalances_total") == 1
+    assert worker.terminate() == 0
+    assert exactly_once(kafka, near_topics, records)
+
+
+def test_the_replica_moves_away_comes_back_and_becomes_the_leader(
+    racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load
+) -> None:
+    wait_until_near(kafka, near_topics)
+    worker = rack_workers.start(near_topics, client_rack="b").wait_until_assigned(2)
+    load.start()
+    wait_for(grows(racks, NEAR), "records from the near broker")
+
+    move(kafka, near_topics, FAR)
+    wait_for(grows(racks, 1, 2), "records from the leaders", 60)
+
+    move(kafka, near_topics, FAR_AND_NEAR)
+    wait_for(grows(racks, NEAR), "records from the near broker again", 60)
+
+    move(kafka, near_topics, [[NEAR, 1, 2], [NEAR, 2, 1]])
+    moved = [TopicPartition(near_topics.input, number) for number in (0, 1)]
+    kafka.admin.elect_leaders(ElectionType.PREFERRED, moved).result(30)
+    wait_for(lambda: {each.leader for each in partitions_of(kafka, near_topics.input)} == {NEAR}, "it to lead")
+    wait_for(grows(racks, NEAR), "records from the near broker as the leader", 60)
+
     records = load.stop()
     wait_until_committed(kafka, near_topics)
     assert worker.metrics.get("offset_resets_total") == 0
@@ -235,7 +275,7 @@ def test_a_replica_that_hangs_is_left(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load
 ) -> None:
     """Long before the request to it times out, which would take a minute."""
-    wait_until_near(racks, kafka, near_topics)
+    wait_until_near(kafka, near_topics)
     worker = rack_workers.start(near_topics, client_rack="b", request_timeout_ms=60_000).wait_until_assigned(2)
     load.start()
     wait_for(grows(racks, NEAR), "records from the near broker")
@@ -253,7 +293,7 @@ def test_a_replica_that_hangs_is_left(
 def test_a_replica_sends_records_up_to_its_last_stable_offset(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers
 ) -> None:
-    wait_until_near(racks, kafka, near_topics)
+    wait_until_near(kafka, near_topics)
     worker = rack_workers.start(near_topics, client_rack="b").wait_until_assigned(2)
     config = {"bootstrap.servers": racks.bootstrap, "transactional.id": near_topics.group, "log_level": 0}
     producer = Producer(config)
