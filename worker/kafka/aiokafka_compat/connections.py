@@ -21,6 +21,7 @@ from worker.runtime.file_value import present
 from worker.runtime.tasks import cancel_all, within
 
 SILENT_BROKERS_S: Final = 60.0
+TLS_END_S: Final = 1.0
 LEAST_SHARE: Final = 1 / 6  # of it, for a client that has asked for nothing in so long
 
 # Bootstrapping again. Upstream would have to do it, as the Java client does (KIP-899, KIP-1102).
@@ -142,6 +143,24 @@ def _unless_closing(send: Callable[..., Any]) -> Callable[..., Any]:
 
 AIOKafkaConnection.send = _unless_closing(AIOKafkaConnection.send)
 AIOKafkaConnection._send_sasl_token = _unless_closing(AIOKafkaConnection._send_sasl_token)
+
+
+# The end of a TLS connection. Its transport waits for the broker's word, up to 30 s: that can be lost where the answer to a
+# fetch comes in between. Upstream would have to set a deadline, too.
+
+_close = AIOKafkaConnection.close
+
+
+def close(connection: AIOKafkaConnection, reason: Any = None, exc: BaseException | None = None) -> Any:
+    """Closes a connection as aiokafka does, and breaks off one by TLS that has not ended after TLS_END_S."""
+    transport = connection._writer and connection._writer.transport
+    closed = _close(connection, reason, exc)
+    if transport is not None and transport.get_extra_info("sslcontext"):
+        connection._loop.call_later(TLS_END_S, transport.abort)
+    return closed
+
+
+AIOKafkaConnection.close = close
 
 
 # What an interrupted stop leaves behind. Upstream would have to close the inner client and cancel tasks in a `finally`.

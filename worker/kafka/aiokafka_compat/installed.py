@@ -23,7 +23,7 @@ USED: Final[Mapping[str, str]] = {
         "bootstrap force_metadata_update send set_topics"
     ),
     "aiokafka.conn:AIOKafkaConnection": (
-        "_last_action _protocol _sasl_plain_password _send_sasl_token _ssl_context _writer connect send"
+        "_last_action _loop _protocol _sasl_plain_password _send_sasl_token _ssl_context _writer close connect send"
     ),
     "aiokafka.consumer.consumer": "Fetcher",
     "aiokafka.consumer.consumer:AIOKafkaConsumer": "_client _coordinator _fetcher",
