@@ -155,7 +155,7 @@ def close(connection: AIOKafkaConnection, reason: Any = None, exc: BaseException
     """Closes a connection as aiokafka does, and breaks off one by TLS that has not ended after TLS_END_S."""
     transport = connection._writer and connection._writer.transport
     closed = _close(connection, reason, exc)
-    if transport is not None and transport.get_extra_info("sslcontext"):
+    if transport is not None and connection._ssl_context is not None:
         connection._loop.call_later(TLS_END_S, transport.abort)
     return closed
 
