@@ -49,13 +49,13 @@ return that a Windows text file leaves at the end of each line, and no name or p
 characters. A list (topics, brokers, reasons) names each thing once.
 
 The secrets (`http_token`, `oauth_client_secret`, `sasl_password`, `schema_registry_password`, `schema_registry_token`, `ssl_key_password`) have no flag, for other users of a machine see flags, and are refused
-in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names. They
-are never printed.
+in the file of settings. They come from their variable, or from the file that the variable ending in `_FILE` names, which is
+[read again when it changes](operating.md#passwords-and-certificates-that-change). They are never printed.
 """
 
 # In the order in which somebody sets up a worker.
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
-    "Brokers": ("bootstrap_servers", "client_id", "request_timeout_ms", "fetch_max_wait_ms"),
+    "Brokers": ("bootstrap_servers", "client_id", "client_rack", "request_timeout_ms", "fetch_max_wait_ms"),
     "Login and encryption": (
         "security_protocol",
         "sasl_mechanism",

@@ -22,6 +22,7 @@ class Node(JavaBroker):
         *,
         replicas: int = 1,
         ways: Mapping[str, tuple[int, str]] | None = None,
+        properties: Mapping[str, str] | None = None,
     ) -> None:
         self.number = number
         self._ways = {name: port for name, (port, _) in (ways or {}).items()}
@@ -48,6 +49,7 @@ class Node(JavaBroker):
                     "offsets.topic.replication.factor": str(replicas),
                     "transaction.state.log.replication.factor": str(replicas),
                     "transaction.state.log.min.isr": str(max(1, replicas - 1)),
+                    **(properties or {}),
                 },
             )
         )

@@ -28,6 +28,7 @@ class Proxy:
         self._passes = asyncio.Event()
         self._passes.set()
         self._cut_next = False
+        self.bytes_back = 0  # what has come from the target, ever
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -110,7 +111,7 @@ class Proxy:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(reader, back))
-                group.create_task(self._pump(there, writer))
+                group.create_task(self._pump(there, writer, is_back=True))
         except* OSError:
             pass
         finally:
@@ -118,8 +119,9 @@ class Proxy:
             for each in pair:
                 reset(each)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_back: bool = False) -> None:
         while chunk := await reader.read(CHUNK):
+            self.bytes_back += len(chunk) if is_back else 0
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
             await self._passes.wait()

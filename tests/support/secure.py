@@ -174,8 +174,12 @@ class SecureKafka:
         self._host = broker.bootstrap.rpartition(":")[0]
         self._listeners = security.extras.listeners
         self._admin = AdminClient({"bootstrap.servers": broker.bootstrap, "log_level": 0})
+        self.set_password(PASSWORD)
+
+    def set_password(self, password: str) -> None:
+        """Of USER, for logins by SCRAM."""
         for mechanism in SCRAM.values():
-            secret = UserScramCredentialUpsertion(USER, ScramCredentialInfo(mechanism, 4096), PASSWORD.encode())
+            secret = UserScramCredentialUpsertion(USER, ScramCredentialInfo(mechanism, 4096), password.encode())
             self._admin.alter_user_scram_credentials([secret])[USER].result(30)
 
     def address(self, listener: str) -> str:

@@ -55,6 +55,9 @@ class FakeConsumer:
     partitions_after_refresh: set[int] | None = None
     names: list[str] = field(default_factory=list)  # of all topics
     written: int = 0  # the offset behind all records, also those in open transactions
+    left: list[TopicPartition] = field(
+        default_factory=list
+    )  # partitions that are no longer to be fetched from a follower
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
     _coordinator: Any = None
     _client: Any = None
@@ -78,6 +81,9 @@ class FakeConsumer:
 
     def written_to(self, tp: TopicPartition) -> int:
         return self.written
+
+    def leave_replica(self, tp: TopicPartition) -> None:
+        self.left.append(tp)
 
     async def topic_names(self) -> list[str]:
         return self.names

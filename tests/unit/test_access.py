@@ -5,6 +5,7 @@ import base64
 import gzip
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from aiohttp import web
 from worker.http import server as server_module
 from worker.http.access import AccessControl, TokenFor
 from worker.http.server import BODY_BYTES, CONNECTIONS, HEADERS, LINE_BYTES, Server
+from worker.runtime.file_value import FileValue
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
 
@@ -67,7 +69,7 @@ class ServerUnderTest:
     def __init__(
         self,
         host: str = "127.0.0.1",
-        token: str | None = None,
+        token: str | FileValue[str] | None = None,
         token_for: TokenFor = "changes",
         names: Sequence[str] = (),
     ) -> None:
@@ -251,6 +253,20 @@ async def test_with_another_token_nothing_is_changed(with_token: ServerUnderTest
     assert answer.headers["Www-Authenticate"] == 'Bearer realm="sentiment-worker"'
     assert TOKEN.encode() not in answer.body
     assert not with_token.changes
+
+
+async def test_a_token_that_changes_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    server = await ServerUnderTest(token=FileValue(file.read_text, [file])).start()
+    try:
+        assert (await server.ask("POST", "/change", BEARER, b"x")).status == 200
+        file.write_text("another-token-0123456789")
+        assert (await server.ask("POST", "/change", BEARER, b"x")).status == 401
+        renewed = {"Authorization": "Bearer another-token-0123456789"}
+        assert (await server.ask("POST", "/change", renewed, b"x")).status == 200
+    finally:
+        await server.stop()
 
 
 async def test_reading_is_free_unless_all_needs_the_token(with_token: ServerUnderTest, closed: ServerUnderTest) -> None:

@@ -1,11 +1,14 @@
 """What the worker adds to aiokafka's connections."""
 
 import asyncio
+import socket
+import ssl
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from aiokafka.conn import AIOKafkaConnection
+from aiokafka.conn import AIOKafkaConnection, AIOKafkaProtocol
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 from uvloop import new_event_loop
@@ -14,6 +17,7 @@ from tests.support.secure import Authority
 from worker.errors import WrongSetting
 from worker.kafka.clients import admin_client
 from worker.kafka.connection import Connection, tls_context
+from worker.runtime.tasks import within
 
 
 async def write_to_a_connection_that_was_reset() -> None:
@@ -39,6 +43,48 @@ async def write_to_a_connection_that_was_reset() -> None:
 def test_a_write_to_a_connection_that_was_reset(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     with asyncio.Runner(loop_factory=factory) as runner, pytest.raises(KafkaConnectionError):
         runner.run(write_to_a_connection_that_was_reset())
+
+
+async def end_tls_with_a_server_that_does_not(port: int, trust: ssl.SSLContext) -> None:
+    loop = asyncio.get_running_loop()
+    connection = AIOKafkaConnection("127.0.0.1", port, request_timeout_ms=1000, ssl_context=trust)
+    connection._closed_fut = loop.create_future()
+    connection._reader = asyncio.StreamReader()
+    connection._protocol = AIOKafkaProtocol(connection._closed_fut, connection._reader, loop=loop)
+    transport, _ = await loop.create_connection(lambda: connection._protocol, "127.0.0.1", port, ssl=trust)
+    connection._writer = asyncio.StreamWriter(transport, connection._protocol, connection._reader, loop)
+    connection._read_task = asyncio.create_task(asyncio.sleep(0))
+    closed = connection.close()
+    connection.close()  # which may be said again
+    await within(15, closed)
+
+
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_tls_connection_ends_though_the_broker_says_nothing(
+    factory: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path, "authority")
+    certificate, key = authority.issue("broker", ["127.0.0.1"])
+    (tmp_path / "both.pem").write_text(certificate + key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    is_over = threading.Event()
+
+    def serve(listening: socket.socket) -> None:
+        accepted, _ = listening.accept()
+        with context.wrap_socket(accepted, server_side=True):
+            is_over.wait(60)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        try:
+            with asyncio.Runner(loop_factory=factory) as runner:
+                trust = tls_context(authority.cafile, None, None, None)
+                runner.run(end_tls_with_a_server_that_does_not(listening.getsockname()[1], trust))
+        finally:
+            is_over.set()
+            thread.join(60)
 
 
 async def test_an_admin_client_asks_for_its_topics_alone_while_a_broker_is_away() -> None:

@@ -57,3 +57,30 @@ async def test_brokers_before_2_5_are_named() -> None:
             WrongSetting, match=r"exactly-once needs brokers of Kafka 2\.5 or later; older than that: b:1$"
         ):
             await Inspector(Cluster(NEW, old, None)).refuse_old_brokers()  # type: ignore[arg-type]
+
+
+RACK_AWARE = {"replica.selector.class": "org.apache.kafka.common.replica.RackAwareReplicaSelector"}
+
+
+@pytest.mark.parametrize(
+    ("racks", "config", "words"),
+    [
+        ([None, None], RACK_AWARE, "no broker has broker.rack b (they have: none)"),
+        (["c", "a"], RACK_AWARE, "no broker has broker.rack b (they have: a, c)"),
+        (["a", "b"], {"replica.selector.class": None}, "broker 0 has no replica.selector.class"),
+        (["a", "b"], RACK_AWARE, ""),
+        (["a", "b"], {}, ""),  # this user may not read what brokers are set to
+    ],
+)
+async def test_a_rack_in_which_nothing_can_be_read_from_is_explained(
+    racks: list[str | None], config: dict[str, str | None], words: str
+) -> None:
+    async def described(_: object) -> list[Any]:
+        entries = list(config.items())
+        return [SimpleNamespace(resources=[(0, "", 4, "0", entries)])]
+
+    brokers = [SimpleNamespace(nodeId=number, rack=rack) for number, rack in enumerate(racks)]
+    cluster = SimpleNamespace(brokers=lambda: brokers)
+    client: Any = SimpleNamespace(_client=SimpleNamespace(cluster=cluster), describe_configs=described)
+    assert (await Inspector(client).why_no_replica_in("b")).startswith(words)
+    assert bool(await Inspector(client).why_no_replica_in("b")) == bool(words)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from worker.commands.secret_values import secret_value
 from worker.errors import WrongSetting
+from worker.runtime.file_value import FileValue
 from worker.settings.base import SECRETS
 from worker.settings.commands import ClassifySettings, DemoSettings, EvaluateSettings, ReplaySettings
 from worker.settings.run import RunSettings
-from worker.settings.sources import load, unknown_variables
+from worker.settings.sources import load, secret_in, unknown_variables
 from worker.settings.values import moment_ms, split_names, text_fields
 
 OAUTH = ["--security-protocol", "SASL_SSL", "--sasl-mechanism", "OAUTHBEARER"]
@@ -100,6 +102,7 @@ NOT_IN_THE_TABLE = {
     "result_timestamp", "on_null_text", "http_names", "long_text", "max_windows", "max_age_s", "since", "until",
     "oauth_token_url", "oauth_client_id", "oauth_client_secret", "oauth_scope", "oauth_audience", "oauth_ca_file",
     "oauth_token_file", "oauth_extensions",
+    "client_rack",
 }  # fmt: skip
 
 
@@ -825,6 +828,48 @@ def test_a_token_comes_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     settings = run_settings("--http-token-for", "all")
     assert settings.http_token is not None
     assert settings.http_token.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_read_again_from_its_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"{SECRET}\n")
+    monkeypatch.setenv(f"WORKER_{name.upper()}_FILE", str(file))
+    value = secret_value(run_settings(), name)
+    assert isinstance(value, FileValue)
+    assert value.value == SECRET
+    file.write_text("another-correct-horse\n")
+    assert value.value == "another-correct-horse"
+    for wrong in ("", "two\nlines of a password"):
+        file.write_text(wrong)
+        assert value.value == "another-correct-horse"
+
+
+def test_a_secret_of_a_variable_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert secret_value(run_settings(), "http_token") is None
+    monkeypatch.setenv("WORKER_HTTP_TOKEN", SECRET)
+    assert secret_value(run_settings(), "http_token") == SECRET
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("http_token", "short", "http_token is wrong: it should be 16 or more letters"),
+        ("http_token", "", "WORKER_HTTP_TOKEN_FILE: what {} holds is wrong: it should not be empty"),
+        ("sasl_password", "tab\there", "WORKER_SASL_PASSWORD_FILE: what {} holds is wrong: it should have no control"),
+        ("sasl_password", None, "WORKER_SASL_PASSWORD_FILE: {} cannot be read"),
+    ],
+)
+def test_a_file_that_no_longer_holds_a_secret_is_named(
+    name: str, content: str | None, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(WrongSetting) as refused:
+        secret_in(RunSettings, name, file)
+    assert str(refused.value).startswith(words.format(file))
+    assert not content or content not in str(refused.value)
 
 
 @pytest.mark.parametrize("token", ["short", "x" * 15, "пароль" * 5, "two words and more", "x" * 1_025])

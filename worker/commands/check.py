@@ -187,6 +187,8 @@ async def _kafka(settings: RunSettings, connection: Connection) -> AsyncIterator
     try:
         brokers = await inspector.start(connection.request_timeout_s)
         yield await _brokers(settings, connection, inspector, brokers)
+        if settings.client_rack:
+            yield await _rack(settings.client_rack, inspector)
         async with asyncio.timeout(4 * connection.request_timeout_s):
             async for finding in _topics(settings, connection, inspector):
                 yield finding
@@ -203,6 +205,12 @@ async def _brokers(settings: RunSettings, connection: Connection, inspector: Ins
     except WrongSetting as error:
         return _wrong("brokers", error)
     return Finding("brokers", "ok", f"{count} at {', '.join(connection.bootstrap_servers)}")
+
+
+async def _rack(rack: str, inspector: Inspector) -> Finding:
+    if why := await inspector.why_no_replica_in(rack):
+        return Finding("rack", "warn", f"{why}: records are read from leaders, wherever those are")
+    return Finding("rack", "ok", f"records are read from replicas in {rack}, where there are any")
 
 
 async def _away(connection: Connection, error: BaseException) -> Finding:

@@ -1,12 +1,16 @@
 """How commands connect to Kafka, by the settings that they share."""
 
+import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from worker.commands.secret_values import secret_value
 from worker.kafka.connection import Connection, tls_context
+from worker.runtime.file_value import FileValue, present
 from worker.settings.oauth import BY_TOKEN
 from worker.settings.shared import ConnectionSettings
-from worker.settings.values import pairs, revealed, split_names
+from worker.settings.sources import secret_file
+from worker.settings.values import pairs, split_names
 
 if TYPE_CHECKING:
     from worker.kafka.oauth import TokenProvider, TokenSource
@@ -17,10 +21,6 @@ def kafka_connection(settings: ConnectionSettings, tell: Callable[[str], None] =
 
     ``tell`` is told why nobody can log in where logins are by token, and an empty text once they can.
     """
-    context = None
-    if settings.security_protocol.endswith("SSL"):
-        password = revealed(settings.ssl_key_password)
-        context = tls_context(settings.ssl_cafile, settings.ssl_certfile, settings.ssl_keyfile, password)
     by_token = settings.sasl_mechanism in BY_TOKEN
     return Connection(
         bootstrap_servers=split_names(settings.bootstrap_servers),
@@ -29,8 +29,8 @@ def kafka_connection(settings: ConnectionSettings, tell: Callable[[str], None] =
         security_protocol=settings.security_protocol,
         sasl_mechanism="OAUTHBEARER" if by_token else settings.sasl_mechanism,
         sasl_username=settings.sasl_username,
-        sasl_password=revealed(settings.sasl_password),
-        ssl_context=context,
+        sasl_password=secret_value(settings, "sasl_password"),
+        ssl_context=_tls(settings) if settings.security_protocol.endswith("SSL") else None,
         token_provider=_token_provider(settings, tell) if by_token else None,
     )
 
@@ -50,11 +50,21 @@ def _token_source(settings: ConnectionSettings) -> "TokenSource":
         return MskSigner(split_names(settings.bootstrap_servers))
     if settings.oauth_token_file:
         return TokenFile(settings.oauth_token_file)
+    secret = secret_value(settings, "oauth_client_secret")
     return ClientCredentials(
         settings.oauth_token_url or "",
         settings.oauth_client_id or "",
-        lambda: revealed(settings.oauth_client_secret) or "",
+        lambda: present(secret) or "",
         scope=settings.oauth_scope,
         audience=settings.oauth_audience,
         ca_file=settings.oauth_ca_file,
+    )
+
+
+def _tls(settings: ConnectionSettings) -> FileValue[ssl.SSLContext]:
+    key_password = secret_value(settings, "ssl_key_password")
+    named = [settings.ssl_cafile, settings.ssl_certfile, settings.ssl_keyfile, secret_file("ssl_key_password")]
+    return FileValue(
+        lambda: tls_context(settings.ssl_cafile, settings.ssl_certfile, settings.ssl_keyfile, present(key_password)),
+        [file for file in named if file],
     )

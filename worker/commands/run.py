@@ -21,6 +21,7 @@ from worker.commands.run_parts import (
     tuned_model,
 )
 from worker.commands.schema_registry import schema_registry
+from worker.commands.secret_values import secret_value
 from worker.core.avro_encoder import probabilities_in
 from worker.core.dead_letter_limit import TooManyDeadLetters
 from worker.core.topic_ids import TopicRecreated
@@ -41,7 +42,7 @@ from worker.pipeline.stages import DrainTimeout, Pipeline
 from worker.runtime.file_descriptors import raise_limit
 from worker.runtime.tasks import cancel_all
 from worker.settings.run import RunSettings
-from worker.settings.values import revealed, split_names
+from worker.settings.values import split_names
 from worker.telemetry.health import Health
 from worker.telemetry.logs import error_fields
 from worker.telemetry.metrics import Metrics
@@ -164,7 +165,7 @@ def _server(shared: Shared, reloader: Reloader) -> Server:
     access = AccessControl(
         shared.metrics,
         names=[settings.http_host, *split_names(settings.http_names or "")],
-        token=revealed(settings.http_token),
+        token=secret_value(settings, "http_token"),
         token_for=settings.http_token_for,
     )
     console = Console(

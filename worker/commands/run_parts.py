@@ -193,6 +193,7 @@ def _source(shared: Shared, connection: Connection, delivery: Delivery, topics: 
         since_ms=settings.since_ms,
         until=shared.until,
         isolation_level=settings.isolation_level,
+        client_rack=settings.client_rack,
         session_timeout_ms=settings.session_timeout_ms,
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         max_batch_texts=_loaded_model(shared).max_batch_texts,

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from aiohttp import web
 
+from worker.runtime.file_value import FileValue, present
 from worker.settings.values import ip_address
 from worker.telemetry.metrics import Metrics, Refusal
 
@@ -37,11 +38,16 @@ class AccessControl:
     """
 
     def __init__(
-        self, metrics: Metrics, *, names: Iterable[str] = (), token: str | None = None, token_for: TokenFor = "changes"
+        self,
+        metrics: Metrics,
+        *,
+        names: Iterable[str] = (),
+        token: str | FileValue[str] | None = None,
+        token_for: TokenFor = "changes",
     ) -> None:
         self._metrics = metrics
         self._names = {name.lower() for name in ("localhost", *names)}
-        self._token = token.encode() if token else None
+        self._token = token or None
         self._token_for = token_for
         self._logged: dict[Refusal, float] = {}  # when its last line was written, by the event loop's clock
 
@@ -87,13 +93,14 @@ class AccessControl:
 
     def _refuse_without_token(self, request: web.Request, *schemes: str) -> None:
         why: Refusal = "wrong_token" if "Authorization" in request.headers else "no_token"
-        if self._token is None:
+        token = present(self._token)
+        if token is None:
             self._record_refusal(request, why)
             raise web.HTTPForbidden(
                 text="this request needs http_token, which is not set: see WORKER_HTTP_TOKEN_FILE\n"
             )
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.title() in schemes and hmac.compare_digest(_token(scheme, given), self._token):
+        if scheme.title() in schemes and hmac.compare_digest(_token(scheme, given), token.encode()):
             return
         self._record_refusal(request, why)
         refusal = web.HTTPUnauthorized(text="this request needs the token that http_token holds\n")

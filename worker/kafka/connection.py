@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.helpers import create_ssl_context
 
 from worker.errors import WrongSetting
+from worker.runtime.file_value import FileValue
 
 if TYPE_CHECKING:
     from worker.kafka.oauth import TokenProvider
@@ -23,7 +24,10 @@ UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
 
 @dataclass(frozen=True)
 class Connection:
-    """How every client of this process connects. ``request_timeout_ms`` is the deadline of one request."""
+    """How every client of this process connects. ``request_timeout_ms`` is the deadline of one request.
+
+    A FileValue is asked for its value by each new connection.
+    """
 
     bootstrap_servers: tuple[str, ...]
     client_id: str = "sentiment-worker"
@@ -31,8 +35,8 @@ class Connection:
     security_protocol: str = "PLAINTEXT"
     sasl_mechanism: str | None = None
     sasl_username: str | None = None
-    sasl_password: str | None = field(default=None, repr=False)
-    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    sasl_password: str | FileValue[str] | None = field(default=None, repr=False)
+    ssl_context: ssl.SSLContext | FileValue[ssl.SSLContext] | None = field(default=None, repr=False)
     token_provider: "TokenProvider | None" = field(default=None, repr=False)  # with sasl_mechanism OAUTHBEARER
 
     @property

@@ -3,7 +3,7 @@
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from worker.kafka.aiokafka_compat import group, metadata, offsets, transactions
+from worker.kafka.aiokafka_compat import group, metadata, nearest_replica, offsets, transactions
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
@@ -15,6 +15,7 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     brokers = metadata.known_brokers
     ends = offsets.end_offsets
     committed_offsets = offsets.committed_offsets
+    leave_replica = nearest_replica.leave_replica
     background_tasks = group.background_tasks
     membership = transactions.membership
 

@@ -20,6 +20,7 @@ from worker.kafka.aiokafka_compat.metadata import creating_no_topic
 from worker.kafka.broker_probe import Listener, listener_at, tls_sentence
 from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.oauth import TokenRefused, TokenUnavailable
+from worker.runtime.file_value import present
 from worker.runtime.tasks import within
 
 PROBE_S: Final = 5.0  # for a connection that only asks what is there
@@ -86,7 +87,8 @@ async def _advertised_fault(connection: Connection, node: int, host: str, port: 
 async def _fault(connection: Connection, host: str, port: int, giver: str) -> str:
     """What is wrong with one address; nothing where a broker answers."""
     broker = f"{host}:{port}"
-    found = await listener_at(host, port, connection.ssl_context, min(connection.request_timeout_s, PROBE_S))
+    context = present(connection.ssl_context)
+    found = await listener_at(host, port, context, min(connection.request_timeout_s, PROBE_S))
     if isinstance(found, ssl.SSLError):
         raise WrongSetting(tls_sentence(broker, found))
     if found is Listener.TLS:

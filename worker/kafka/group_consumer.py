@@ -66,6 +66,7 @@ class GroupConsumer:
         group_instance_id: str | None,
         timeouts: GroupTimeouts,
         isolation_level: str,
+        client_rack: str | None,
         fetch_max_wait_ms: int,
         max_unpacked_bytes: int,
         metrics: Metrics,
@@ -78,6 +79,7 @@ class GroupConsumer:
         self._static_member = StaticMember(group_instance_id) if group_instance_id else None
         self._timeouts = timeouts
         self._isolation_level = isolation_level
+        self._client_rack = client_rack
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._unpacking = Budget(max_unpacked_bytes)
         self._metrics = metrics
@@ -155,6 +157,7 @@ class GroupConsumer:
                 enable_auto_commit=False,
                 auto_offset_reset="none",  # aiokafka would reset in silence
                 isolation_level=self._isolation_level,
+                client_rack=self._client_rack,
                 session_timeout_ms=self._timeouts.session_ms,
                 heartbeat_interval_ms=self._timeouts.heartbeat_ms,
                 rebalance_timeout_ms=self._timeouts.rebalance_ms,

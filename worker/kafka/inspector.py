@@ -11,7 +11,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 
 from worker.kafka.aiokafka_compat.group import instance_ids
-from worker.kafka.aiokafka_compat.metadata import inner_client, known_brokers
+from worker.kafka.aiokafka_compat.metadata import broker_racks, inner_client, known_brokers
 from worker.kafka.aiokafka_compat.transactions import open_transactions
 from worker.kafka.backlog import offsets_since, valid_offsets
 from worker.kafka.clients import admin_client, stop_client
@@ -104,6 +104,18 @@ class Inspector:
         """The settings of a topic or a broker; none where this user may not read them."""
         answers = await self._client.describe_configs([ConfigResource(kind, name)])
         return {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
+
+    async def why_no_replica_in(self, rack: str) -> str:
+        """Why records cannot be read from replicas in this rack; empty if they can, as far as this user may know."""
+        racks = broker_racks(self._client)
+        if rack not in racks.values():
+            known = ", ".join(sorted({each for each in racks.values() if each})) or "none"
+            return f"no broker has broker.rack {rack} (they have: {known})"
+        for node in racks:
+            config = await self._config(ConfigResourceType.BROKER, str(node))
+            if config and not config.get("replica.selector.class"):
+                return f"broker {node} has no replica.selector.class, as RackAwareReplicaSelector"
+        return ""
 
     async def longest_transaction_ms(self) -> int | None:
         """The least ``transaction.max.timeout.ms`` of the brokers; None where this user may not read it."""

@@ -31,6 +31,7 @@ from worker.telemetry.metrics import Metrics
 
 LAG_INTERVAL_S: Final = 1.0
 LAG_TIMEOUT_S: Final = ENDS_TIMEOUT_S  # also how long a partition's end may be unknown, as while its leader moves
+REPLICA_SILENCE_S: Final = 15.0  # likewise, from a follower: records are asked of the leader
 SILENCE_S: Final = 60.0  # a partition that has records and sends none for so long: the consumer is replaced
 MAX_NAMED: Final = 5  # partitions that a message names
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
@@ -153,6 +154,8 @@ class LagWatcher:
             assignment.silent_since = now
         elif now - assignment.silent_since > SILENCE_S:
             raise Rejoin(f"{assignment.name} has {counted(lag, 'record')} and has sent none for {SILENCE_S:g} s")
+        elif now - assignment.silent_since > REPLICA_SILENCE_S:
+            self._consumer.live.leave_replica(assignment.tp)
 
     def _note_unpacking(self, assignment: Assignment, now: float) -> float | None:
         """Since when the partition's reader waits for a batch to be unpacked; None if it does not."""

@@ -5,7 +5,6 @@ https://docs.confluent.io/platform/current/schema-registry/develop/api.html
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self
 from urllib.parse import quote
@@ -15,6 +14,7 @@ import orjson
 from yarl import URL
 
 from worker.errors import WrongSetting
+from worker.runtime.file_value import FileValue, present
 
 SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
 
@@ -64,8 +64,8 @@ class SchemaRegistry:
     """Asks one registry. Use it from the event loop that it was first used in, and close it there.
 
     ``url`` is the address that the paths of the interface begin at, such as ``https://registry:8081``. Either ``user`` and
-    ``password`` log in, or ``token`` (OAuth's, or another bearer token), which may be a function that is called for each
-    request, since tokens end. ``ca_file`` has the authorities that sign the registry's certificate (PEM; default: the
+    ``password`` log in, or ``token`` (OAuth's, or another bearer token); both are read again before each request where they
+    are in files. ``ca_file`` has the authorities that sign the registry's certificate (PEM; default: the
     system's). ``timeout_s`` is the deadline of each request. The client neither retries nor caches nor logs.
 
     Raises WrongSetting where ``ca_file`` cannot be read.
@@ -76,19 +76,15 @@ class SchemaRegistry:
         url: str,
         *,
         user: str | None = None,
-        password: str | None = None,
-        token: str | Callable[[], str] | None = None,
+        password: str | FileValue[str] | None = None,
+        token: str | FileValue[str] | None = None,
         ca_file: str | Path | None = None,
         timeout_s: float = 10,
     ) -> None:
         self.url = url.rstrip("/")
-        self._authorization: Callable[[], str] | None = None
-        if user is not None:
-            basic = aiohttp.encode_basic_auth(user, password or "", encoding="utf-8")
-            self._authorization = lambda: basic
-        elif token is not None:
-            current = token if callable(token) else lambda: token
-            self._authorization = lambda: f"Bearer {current()}"
+        self._user = user
+        self._password = password
+        self._token = token
         self._ssl = _ssl_context(ca_file) if ca_file else True
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
@@ -148,8 +144,12 @@ class SchemaRegistry:
 
     async def _request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         headers = {"Accept": f"{CONTENT_TYPE}, application/json"}
-        if self._authorization:
-            headers["Authorization"] = self._authorization()
+        if self._user is not None:
+            headers["Authorization"] = aiohttp.encode_basic_auth(
+                self._user, present(self._password) or "", encoding="utf-8"
+            )
+        elif self._token is not None:
+            headers["Authorization"] = f"Bearer {present(self._token)}"
         if body is not None:
             headers["Content-Type"] = CONTENT_TYPE
         if self._session is None:

@@ -66,6 +66,12 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed", description="whether to skip records of aborted transactions"
     )
+    client_rack: str | None = Field(
+        None,
+        description="where this worker runs, by a name that brokers have as broker.rack (a zone of a cloud): records are "
+        "fetched from a replica there, if the brokers' replica.selector.class is RackAwareReplicaSelector; default: from "
+        "each partition's leader",
+    )
     delivery: Literal["at-least-once", "exactly-once"] = Field(
         "at-least-once",
         description="delivery guarantee; exactly-once: by transactions, for readers with read_committed",

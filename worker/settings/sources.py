@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import SettingsError
 
 from worker.errors import WrongSetting
@@ -112,8 +112,34 @@ def _secret_values(kind: type[Settings], environ: Mapping[str, str]) -> dict[str
             raise WrongSetting(f"{variable} and {variable}_FILE are both set; set one of them")
         if fault := common_fault(path) or invisible_fault(path):
             raise WrongSetting(f"{variable}_FILE = {path!r} is wrong: {fault}")
-        try:
-            values[name] = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError):
-            raise WrongSetting(f"{variable}_FILE: {path} cannot be read; it should be a file with the secret") from None
+        values[name] = _secret(name, Path(path))
     return values
+
+
+def secret_file(name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The file that holds a secret; None where it is in its variable, or not set."""
+    path = environ.get(variable_of(name) + "_FILE")
+    return None if path is None else Path(path)
+
+
+def secret_in(kind: type[Settings], name: str, file: Path) -> str:
+    """The secret that a file has now, for the setting ``name`` of ``kind``. Raises WrongSetting where it cannot be that."""
+    value = _secret(name, file)
+    if fault := common_fault(value):
+        raise WrongSetting(f"{variable_of(name)}_FILE: what {file} holds is wrong: {fault}")
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(kind.model_fields[name].annotation)  # type: ignore[arg-type]
+        adapter.validate_python(value)
+    except ValidationError as error:
+        faults: list[Any] = [{**each, "loc": (name,)} for each in error.errors()]
+        raise WrongSetting(*sentences(kind, faults)) from None
+    return value
+
+
+def _secret(name: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError):
+        raise WrongSetting(
+            f"{variable_of(name)}_FILE: {file} cannot be read; it should be a file with the secret"
+        ) from None

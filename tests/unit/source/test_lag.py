@@ -91,6 +91,21 @@ async def test_a_partition_whose_end_is_not_known_is_named_and_the_others_are_wa
     await until(lambda: "joining the group again: t-0 has 5 records" in (stage.health.why_not_ready() or ""))
 
 
+async def test_a_follower_that_sends_nothing_is_left_before_the_consumer_is(
+    consumer: FakeConsumer, clock: Clock
+) -> None:
+    consumer.last_offset = 10
+    stage = await staged(consumer, clock=clock)
+    await stage.assign(TP)
+    stage.acknowledge(await stage.take())
+    consumer.ends_at = 15
+    await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
+    assert consumer.left == []
+    clock.ahead += 16
+    await until(lambda: TP in consumer.left)
+    assert "joining" not in (stage.health.why_not_ready() or "")
+
+
 async def test_a_partition_that_comes_back_has_not_been_silent_meanwhile(consumer: FakeConsumer, clock: Clock) -> None:
     consumer.last_offset, consumer.unknown = 10, {TP: LeaderNotAvailableError()}
     stage = await staged(consumer, clock=clock)

@@ -15,6 +15,7 @@ from worker.kafka.aiokafka_compat import (  # noqa: E402, F401
     fetching,
     group,
     metadata,
+    nearest_replica,
     offsets,
     producer,
     transactions,

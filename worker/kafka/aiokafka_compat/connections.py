@@ -1,4 +1,4 @@
-"""Connections: brokers that came back under other addresses, silent brokers, resets, and stops that were interrupted."""
+"""Connections: brokers with other addresses, silent brokers, secrets that change, resets, stops that were interrupted."""
 
 import asyncio
 import contextlib
@@ -17,9 +17,11 @@ from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from worker.kafka.aiokafka_compat.metadata import inner_client
+from worker.runtime.file_value import present
 from worker.runtime.tasks import cancel_all, within
 
 SILENT_BROKERS_S: Final = 60.0
+TLS_END_S: Final = 1.0
 LEAST_SHARE: Final = 1 / 6  # of it, for a client that has asked for nothing in so long
 
 # Bootstrapping again. Upstream would have to do it, as the Java client does (KIP-899, KIP-1102).
@@ -108,6 +110,22 @@ AIOKafkaClient._get_conn = connection_to
 AIOKafkaClient._get_conn_lock = contextlib.nullcontext()
 
 
+# Passwords and certificates in files that change. aiokafka is given them once, for all connections of a client. Upstream
+# would have to take functions that return them.
+
+_connect = AIOKafkaConnection.connect
+
+
+async def connect(connection: AIOKafkaConnection) -> Any:
+    """Opens a connection with what the files have now, where password or TLS context are a FileValue."""
+    connection._ssl_context = present(connection._ssl_context)
+    connection._sasl_plain_password = present(connection._sasl_plain_password)
+    return await _connect(connection)
+
+
+AIOKafkaConnection.connect = connect
+
+
 # Writes to a connection that was just reset. uvloop raises RuntimeError there, and aiokafka expects OSError alone.
 # Upstream would have to expect it, too.
 
@@ -125,6 +143,24 @@ def _unless_closing(send: Callable[..., Any]) -> Callable[..., Any]:
 
 AIOKafkaConnection.send = _unless_closing(AIOKafkaConnection.send)
 AIOKafkaConnection._send_sasl_token = _unless_closing(AIOKafkaConnection._send_sasl_token)
+
+
+# The end of a TLS connection. Its transport waits for the broker's word, up to 30 s: that can be lost where the answer to a
+# fetch comes in between. Upstream would have to set a deadline, too.
+
+_close = AIOKafkaConnection.close
+
+
+def close(connection: AIOKafkaConnection, reason: Any = None, exc: BaseException | None = None) -> Any:
+    """Closes a connection as aiokafka does, and breaks off one by TLS that has not ended after TLS_END_S."""
+    transport = connection._writer and connection._writer.transport
+    closed = _close(connection, reason, exc)
+    if transport is not None and connection._ssl_context is not None:
+        connection._loop.call_later(TLS_END_S, transport.abort)
+    return closed
+
+
+AIOKafkaConnection.close = close
 
 
 # What an interrupted stop leaves behind. Upstream would have to close the inner client and cancel tasks in a `finally`.

@@ -23,13 +23,19 @@ USED: Final[Mapping[str, str]] = {
         "bootstrap force_metadata_update send set_topics"
     ),
     "aiokafka.conn:AIOKafkaConnection": (
-        "_do_sasl_handshake _last_action _protocol _sasl_oauth_token_provider _send_sasl_token _writer send"
+        "_do_sasl_handshake _last_action _loop _protocol _sasl_oauth_token_provider _sasl_plain_password _send_sasl_token "
+        "_ssl_context _writer close connect send"
     ),
     "aiokafka.conn:OAuthAuthenticator": "_token_sent step",
+    "aiokafka.consumer.consumer": "Fetcher",
     "aiokafka.consumer.consumer:AIOKafkaConsumer": "_client _coordinator _fetcher",
     "aiokafka.consumer.fetcher": "MemoryRecords",
     "aiokafka.consumer.fetcher:FetchResult": "_partition_records",
-    "aiokafka.consumer.fetcher:Fetcher": "_isolation_level _records error_future",
+    "aiokafka.consumer.fetcher:Fetcher": (
+        "_client _client_rack _invalidate_preferred_read_replica_for_node _isolation_level _preferred_read_replica "
+        "_proc_fetch_request _records _select_read_replica _set_error _subscriptions _update_preferred_read_replica "
+        "error_future"
+    ),
     "aiokafka.consumer.fetcher:PartitionRecords": (
         "_aborted_producers _check_crcs _consume_aborted_up_to _contains_abort_marker _isolation_level _records "
         "_records_iterator _tp next_fetch_offset"
@@ -47,6 +53,7 @@ USED: Final[Mapping[str, str]] = {
     "aiokafka.producer.producer:AIOKafkaProducer": "_COMPRESSORS _message_accumulator _txn_manager client",
     "aiokafka.producer.sender:SendProduceReqHandler": "_can_retry",
     "aiokafka.producer.transaction_manager:TransactionManager": "_transaction_waiter increment_sequence_number",
+    "aiokafka.protocol.fetch:FetchRequest": "_rack_id",
     "aiokafka.record._crecords.default_records": "gzip_decode lz4_decode snappy_decode zstd_decode",
     "aiokafka.record._crecords.legacy_records": "gzip_decode lz4_decode snappy_decode",
     "aiokafka.record.default_records": "gzip_decode lz4_decode snappy_decode zstd_decode",

@@ -113,6 +113,11 @@ def known_brokers(client: Any) -> int:
     return len(inner_client(client).cluster.brokers())
 
 
+def broker_racks(client: Any) -> dict[int, str | None]:
+    """The rack of each broker that a started client knows, by the broker's number."""
+    return {broker.nodeId: broker.rack for broker in inner_client(client).cluster.brokers()}
+
+
 def knows_topic(client: Any, topic: str) -> bool:
     """Whether a started client's last metadata have partitions of this topic. Asks nobody.
 
