@@ -131,7 +131,9 @@ async def test_a_registry_that_is_away_or_silent_is_unavailable(fake: FakeRegist
     fake.answers.set()
 
 
-async def test_it_logs_in_by_name_or_by_a_token_that_may_change(fake: FakeRegistry, tmp_path: Path) -> None:
+async def test_it_logs_in_by_name_or_by_a_token_that_may_change(
+    fake: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.add(1, REVIEW)
     fake.authorization = "Basic " + base64.b64encode(f"алиса:{SECRET}".encode()).decode()
     async with SchemaRegistry(fake.url, user="алиса", password=SECRET) as registry:
@@ -140,11 +142,11 @@ async def test_it_logs_in_by_name_or_by_a_token_that_may_change(fake: FakeRegist
         assert SECRET not in repr(registry)
     path = tmp_path / "token"
     path.write_text("one\n")
-    variables = {"WORKER_SCHEMA_REGISTRY_URL": fake.url, "WORKER_SCHEMA_REGISTRY_TOKEN_FILE": str(path)}
-    renewed = schema_registry(load(RunSettings, [], "run", variables), variables)
+    monkeypatch.setenv("WORKER_SCHEMA_REGISTRY_TOKEN_FILE", str(path))
+    renewed = schema_registry(load(RunSettings, ["--schema-registry-url", fake.url], "run"))
     assert renewed
     async with renewed as registry:
-        for token in ("one", "two"):
+        for token in ("one", "second"):  # of another size, as the time of a file may be too coarse
             path.write_text(token)
             fake.authorization = f"Bearer {token}"
             await registry.check()
@@ -153,7 +155,7 @@ async def test_it_logs_in_by_name_or_by_a_token_that_may_change(fake: FakeRegist
         fake.authorization = "Bearer three"
         with pytest.raises(RegistryRefused, match="schema_registry_token") as refused:
             await registry.check()
-    assert "two" not in str(refused.value)
+    assert "second" not in str(refused.value)
 
 
 async def test_a_file_of_authorities_that_is_none_is_a_wrong_setting(tmp_path: Path) -> None:
