@@ -20,8 +20,7 @@ SUITE ?= engine tokenizers worker load loop end_to_end
 # Where it is set, each of the many processes that tests start would compile torch and transformers anew: five CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo unit test reach chaos fuzz bench compare check audit format lock dist image image-test sbom helm cluster-test \
-  dashboard docs clean
+.PHONY: demo unit test reach chaos fuzz bench compare check audit format lock dist image image-test sbom helm cluster-test dashboard docs clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/sentiment-worker demo $(DEMO)

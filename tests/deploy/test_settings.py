@@ -43,8 +43,6 @@ def test_compose_lets_no_service_take_the_machine() -> None:
 def test_each_example_of_the_chart_sets_what_the_worker_takes(example: str, tmp_path: Path) -> None:
     (command, *flags) = container(example)["args"]
     assert command == "run"
-    if "OAUTHBEARER" in settings_of_the_pod(example).values() and "oauth_token_url" not in RunSettings.model_fields:
-        pytest.skip("this version of the worker has no OAuth")
     variables = settings_of_the_pod(example)
     for name, value in variables.items():
         if value.startswith("/run/secrets/"):
