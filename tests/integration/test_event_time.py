@@ -13,7 +13,7 @@ from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Record, Topics
 from tests.support.waiting import wait_for
 from worker.commands import check
-from worker.commands.check import Finding
+from worker.commands.finding import Finding
 from worker.commands.kafka_connection import kafka_connection
 from worker.settings.run import RunSettings
 from worker.settings.sources import load

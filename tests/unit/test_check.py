@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 
-from worker.commands.check import _members, _replicas, _transactions
+from worker.commands.check_kafka import _members, _replicas, _transactions
 from worker.kafka.connection import Connection
 from worker.kafka.inspector import Inspector, TopicDescription
 from worker.kafka.permissions import Permissions

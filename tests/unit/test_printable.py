@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from worker.commands.bench import FLOAT32, BenchReport, EngineSpeed, _print
-from worker.commands.check import Finding
+from worker.commands.finding import Finding
 from worker.commands.replay import table
 from worker.errors import UserError
 from worker.kafka.replayer import ReplayCounts

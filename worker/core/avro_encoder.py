@@ -84,7 +84,7 @@ class AvroEncoder(Encoder):
         return results
 
 
-class _Formats(NamedTuple):
+class _AvroFormats(NamedTuple):
     """What the results of one model have in common: its labels' names, and the bytes of a score and all probabilities.
 
     ``places`` are the offsets in ``numbers`` of the score, where there is one, and of each probability.
@@ -96,7 +96,7 @@ class _Formats(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _formats(labels: LabelSet) -> _Formats:
+def _formats(labels: LabelSet) -> _AvroFormats:
     names = {name: _string(name) for name in labels.names}
     numbers, places = bytearray(_NULL if labels.weights is None else _VALUE), []
     if labels.weights is not None:
@@ -107,7 +107,7 @@ def _formats(labels: LabelSet) -> _Formats:
         numbers += name
         places.append(len(numbers))
         numbers += bytes(_NUMBER_BYTES)
-    return _Formats(names, bytes(numbers + _END), places)
+    return _AvroFormats(names, bytes(numbers + _END), places)
 
 
 def _first_times(timestamps: Sequence[int | None], headers: Sequence[Headers]) -> list[int | None]:
@@ -128,7 +128,7 @@ def _sentiment_columns(sentiments: Sequence[Sentiment], labels: LabelSet) -> lis
     ]
 
 
-def _numbers(rounded: Floats, count: int, formats: _Formats) -> list[bytes]:
+def _numbers(rounded: Floats, count: int, formats: _AvroFormats) -> list[bytes]:
     """The score and the probabilities of N results: the same bytes in each, but for the numbers."""
     width = len(formats.numbers)
     rows = np.tile(np.frombuffer(formats.numbers, np.uint8), (count, 1))
@@ -138,7 +138,7 @@ def _numbers(rounded: Floats, count: int, formats: _Formats) -> list[bytes]:
     return [written[begin : begin + width] for begin in range(0, count * width, width)]
 
 
-def _listed(rounded: Floats, labels: LabelSet, formats: _Formats) -> Iterable[bytes]:
+def _listed(rounded: Floats, labels: LabelSet, formats: _AvroFormats) -> Iterable[bytes]:
     """The field ``labels`` of N results."""
     if labels.threshold is None:
         return repeat(_NULL)
