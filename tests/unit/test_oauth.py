@@ -139,6 +139,26 @@ async def test_a_source_that_fails_is_asked_ever_more_seldom(given: Given) -> No
     assert 12 <= given.source.asked <= 18
 
 
+async def test_a_fault_that_nobody_foresaw_is_told_and_not_repeated_all_the_time(
+    given: Given, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its words may hold anything, and are not shown."""
+
+    async def faulty() -> Token:
+        raise ValueError(SECRET)
+
+    given.source.answer = faulty
+    for _ in range(100):
+        with pytest.raises(TokenUnavailable, match=r"no token can be had .ValueError.; look there"):
+            await given.after(0.01)
+    assert given.source.asked <= 5
+    assert SECRET not in caplog.text + "".join(given.told)
+
+
+def test_a_token_is_not_shown() -> None:
+    assert SECRET not in repr(Token.lasting(SECRET, 10))
+
+
 async def test_whoever_asks_meanwhile_is_told_what_the_source_said(given: Given) -> None:
     given.source.answer = given.source.refusing
     for _ in range(2):
@@ -440,9 +460,21 @@ async def test_a_file_without_a_token_is_waited_for(tmp_path: Path, content: str
     assert not content or content not in str(failure.value)
 
 
-async def test_a_token_that_does_not_say_when_it_ends(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("opaque")
-    assert await TokenFile(tmp_path / "token").fetch() == ("opaque", 0, math.inf)
+async def test_a_token_that_does_not_say_when_it_ends(
+    tmp_path: Path, given: Given, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given for ever, and whether its file can be read is told all the same."""
+    file = tmp_path / "token"
+    file.write_text("opaque")
+    assert await TokenFile(file).fetch() == ("opaque", 0, math.inf)
+    given.provider = TokenProvider(TokenFile(file), clock=given.clock)
+    assert await given.after(0) == "opaque"
+    file.unlink()
+    assert [await given.after(1) for _ in range(3)] == ["opaque"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the token cannot be renewed: oauth_token_file {file} cannot be read (No such file or directory); waiting for a "
+        "token in it"
+    ]
 
 
 # --- From AWS's signer ---
@@ -473,17 +505,8 @@ def signer(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     provider = types.SimpleNamespace(
         generate_auth_token=lambda region: (f"signed-{region}", (time.time() + 900) * 1000)
     )
-    errors = {
-        "BotoCoreError": type("BotoCoreError", (Exception,), {}),
-        "ClientError": type("ClientError", (Exception,), {}),
-    }
-    modules = {
-        "aws_msk_iam_sasl_signer": types.SimpleNamespace(MSKAuthTokenProvider=provider),
-        "botocore": types.ModuleType("botocore"),
-        "botocore.exceptions": types.SimpleNamespace(**errors),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    module = types.SimpleNamespace(MSKAuthTokenProvider=provider)
+    monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer", module)
     return provider
 
 
@@ -501,6 +524,13 @@ async def test_credentials_that_aws_does_not_give_are_waited_for(
 
     signer.generate_auth_token = fail
     with pytest.raises(TokenUnavailable, match=r"AWS gives no credentials .AttributeError.; check this process's role"):
+        await MskSigner([MSK]).fetch()
+
+    def expired(region: str) -> tuple[str, int]:
+        raise RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired.")
+
+    signer.generate_auth_token = expired
+    with pytest.raises(TokenUnavailable, match=r"AWS gives no credentials .RuntimeError.; check this process's role"):
         await MskSigner([MSK]).fetch()
     monkeypatch.setattr("worker.kafka.oauth_sources.FETCH_S", 0.1)
     signer.generate_auth_token = lambda region: time.sleep(1)

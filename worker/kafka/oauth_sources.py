@@ -217,13 +217,11 @@ class MskSigner:
         self.region = msk_region(servers)
         try:
             from aws_msk_iam_sasl_signer import MSKAuthTokenProvider  # noqa: PLC0415 - an extra of 35 MB
-            from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
         except ImportError:
             raise WrongSetting(
                 "sasl_mechanism AWS_MSK_IAM needs the extra aws: pip install 'sentiment-worker[aws]'"
             ) from None
         self._sign: Callable[[str], tuple[str, int]] = MSKAuthTokenProvider.generate_auth_token
-        self._errors = (BotoCoreError, ClientError, ValueError, AttributeError)  # the last two: no credentials
         self._thread: SerialExecutor | None = None
 
     async def fetch(self) -> Token:
@@ -233,7 +231,7 @@ class MskSigner:
             value, ends_ms = await within(FETCH_S, self._thread.call(self._sign, self.region))
         except TimeoutError:
             raise TokenUnavailable(f"AWS has given no credentials within {FETCH_S:g} s") from None
-        except self._errors as error:
+        except Exception as error:  # noqa: BLE001 - credentials come in many ways, programs among them
             raise TokenUnavailable(
                 f"AWS gives no credentials ({type(error).__name__}); check this process's role, or AWS's variables and files"
             ) from None
