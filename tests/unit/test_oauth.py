@@ -385,7 +385,7 @@ async def test_an_endpoint_that_cannot_be_reached_is_waited_for(
         assert type(failure.value) is TokenUnavailable
 
 
-async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path) -> None:
+async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import ssl
 
     authority, other = Authority(tmp_path, "authority"), Authority(tmp_path, "other")
@@ -411,10 +411,13 @@ async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path) -> None
         source = credentials(url, ca_file=changing)
         assert (await source.fetch()).value == "of-the-endpoint"
         changing.write_text("no certificate")
-        with pytest.raises(TokenUnavailable, match=r"oauth_ca_file .*changing.pem cannot be used"):
-            await source.fetch()
-        changing.write_bytes(authority.cafile.read_bytes())
         assert (await source.fetch()).value == "of-the-endpoint"
+        assert [f"oauth_ca_file {changing} cannot be used" in record.getMessage() for record in caplog.records] == [
+            True
+        ]
+        changing.write_bytes(other.cafile.read_bytes())
+        with pytest.raises(TokenRefused, match=r"the certificate of the token endpoint .* is refused"):
+            await source.fetch()
     finally:
         await server.close()
     with pytest.raises(WrongSetting, match=r"oauth_ca_file .* cannot be used: it should be a PEM file"):

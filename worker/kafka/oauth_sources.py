@@ -27,6 +27,7 @@ from worker.core.timestamps import iso_time
 from worker.errors import WrongSetting
 from worker.kafka.oauth import MOST_CHARACTERS, Token, TokenRefused, TokenUnavailable, end_of
 from worker.printable import printable
+from worker.runtime.file_value import FileValue
 from worker.runtime.tasks import within
 from worker.runtime.threads import SerialExecutor
 
@@ -43,7 +44,7 @@ class ClientCredentials:
     """OAuth's client credentials grant (RFC 6749, section 4.4), with id and secret as HTTP Basic (section 2.3.1).
 
     ``secret`` is called for each token. ``ca_file`` has the authorities that sign the endpoint's certificate, and is read
-    for each token, too; None takes the system's. Proxies are taken from the environment (HTTPS_PROXY, NO_PROXY). Raises
+    again when it changes; None takes the system's. Proxies are taken from the environment (HTTPS_PROXY, NO_PROXY). Raises
     WrongSetting where ``ca_file`` cannot be used.
     """
 
@@ -62,8 +63,7 @@ class ClientCredentials:
         self._url = url
         self._client_id = client_id
         self._secret = secret
-        self._ca_file = ca_file
-        self._context()
+        self._tls = FileValue(lambda: _trusting(ca_file), [ca_file]) if ca_file else None
         wanted = {"grant_type": "client_credentials", "scope": scope, "audience": audience}
         self._form = {name: value for name, value in wanted.items() if value}
 
@@ -72,8 +72,6 @@ class ClientCredentials:
         secret = self._secret()
         try:
             status, answer = await self._answer(encode_basic_auth(quote_plus(self._client_id), quote_plus(secret)))
-        except WrongSetting as fault:  # of a file that was right at the start
-            raise TokenUnavailable(str(fault)) from None
         except ClientConnectorCertificateError as error:
             why = getattr(error.certificate_error, "verify_message", "") or type(error.certificate_error).__name__
             raise TokenRefused(
@@ -86,17 +84,6 @@ class ClientCredentials:
             return self._token(answer)
         raise self._failure(status, answer, secret)
 
-    def _context(self) -> ssl.SSLContext | None:
-        if self._ca_file is None:
-            return None
-        try:
-            return ssl.create_default_context(cafile=self._ca_file)
-        except (OSError, ValueError):  # an SSLError is an OSError
-            raise WrongSetting(
-                f"oauth_ca_file {self._ca_file} cannot be used: it should be a PEM file of certificates "
-                "(-----BEGIN CERTIFICATE-----)"
-            ) from None
-
     async def _answer(self, login: str) -> tuple[int, Mapping[str, Any]]:
         """Status and JSON object of the answer; an empty object where it is none."""
         session = ClientSession(timeout=ClientTimeout(total=FETCH_S))
@@ -108,7 +95,7 @@ class ClientCredentials:
                 data=self._form,
                 headers=headers,
                 proxy=_proxy(self._url),
-                ssl=self._context() or True,
+                ssl=self._tls.value if self._tls else True,
                 allow_redirects=False,
             ) as response,
         ):
@@ -151,6 +138,16 @@ class ClientCredentials:
         return TokenRefused(
             f"the token endpoint {self._url} refuses oauth_client_id {self._client_id!r} ({said}); check {check}"
         )
+
+
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ValueError):  # an SSLError is an OSError
+        raise WrongSetting(
+            f"oauth_ca_file {ca_file} cannot be used: it should be a PEM file of certificates "
+            "(-----BEGIN CERTIFICATE-----)"
+        ) from None
 
 
 def _proxy(url: str) -> str | None:
