@@ -5,7 +5,9 @@ import base64
 import json
 import logging
 import math
+import os
 import sys
+import threading
 import time
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -461,6 +463,22 @@ async def test_a_file_without_a_token_is_waited_for(tmp_path: Path, content: str
     with pytest.raises(TokenUnavailable, match=words) as failure:
         await TokenFile(tmp_path / "token").fetch()
     assert not content or content not in str(failure.value)
+
+
+async def test_a_file_that_cannot_be_read_in_time_takes_one_thread_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file server that is away. Threads of asyncio's own are few, and find addresses too."""
+    monkeypatch.setattr("worker.kafka.oauth_sources.FETCH_S", 0.02)
+    os.mkfifo(tmp_path / "token")
+    source, before = TokenFile(tmp_path / "token"), threading.active_count()
+    for _ in range(5):
+        with pytest.raises(TokenUnavailable, match=r"cannot be read within 0.02 s"):
+            await source.fetch()
+    blocked = threading.active_count() - before
+    for _ in range(blocked):
+        (tmp_path / "token").write_text("late")
+    assert blocked == 1
 
 
 async def test_a_token_that_does_not_say_when_it_ends(

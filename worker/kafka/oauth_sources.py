@@ -1,6 +1,5 @@
 """Where tokens come from: an OIDC provider's token endpoint, a file that something else renews, the signer of AWS."""
 
-import asyncio
 import contextlib
 import math
 import os
@@ -176,18 +175,20 @@ def _why(error: BaseException) -> str:
 
 
 class TokenFile:
-    """A file with a token, which something else renews. It is read for each new connection, on a thread."""
+    """A file with a token, which something else renews. It is read for each new connection, on a thread of its own."""
 
     advice = "check that the broker trusts this issuer and audience, and oauth_extensions"
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._thread: SerialExecutor | None = None
 
     async def fetch(self) -> Token:
         """Reads the token. Raises TokenUnavailable: whoever writes the file may be about to."""
         where = f"oauth_token_file {self._path}"
+        self._thread = self._thread or SerialExecutor("token-file")
         try:
-            value = (await within(FETCH_S, asyncio.to_thread(self._path.read_text, encoding="utf-8-sig"))).strip()
+            value = (await within(FETCH_S, self._thread.call(self._path.read_text, "utf-8-sig"))).strip()
         except TimeoutError:
             raise TokenUnavailable(f"{where} cannot be read within {FETCH_S:g} s") from None
         except (OSError, UnicodeDecodeError) as error:
