@@ -42,7 +42,7 @@ reach: $(INSTALLED)
 # For example: make chaos CHAOS="--delivery exactly-once --events 1000000 --acts 100 --rate 900".
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos $(CHAOS)
-	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos
+	CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos tests/integration/test_nearest_replica.py
 
 # 10,000 hostile payloads where `make test` takes 1,500, then ten minutes of coverage-guided fuzzing of the decoder. What that
 # finds stays in .fuzz. Where there is no package of atheris for the machine, it says so.

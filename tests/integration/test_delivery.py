@@ -70,7 +70,7 @@ def test_workers_that_join_and_leave_lose_nothing(kafka: Kafka, topics: Topics, 
     third.wait_until_assigned(4)
     sent = load.stop()
     wait_until_committed(kafka, topics)
-    assert len(sent) > 1_000, "there was load all the time, as fast as the machine could give it"
+    assert len(sent) > 5_000, "there was load all the time"
     assert_none_missing(kafka, topics, sent)
 
 

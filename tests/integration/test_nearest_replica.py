@@ -10,6 +10,7 @@ from confluent_kafka import ElectionType, KafkaException, Producer, TopicPartiti
 from confluent_kafka.admin import NewTopic, PartitionMetadata
 
 from tests.chaos.cluster import Node, begin_all
+from tests.chaos.conftest import IS_LONG
 from tests.chaos.proxy import Proxy
 from tests.support.broker import Extras, UnavailableError, free_port
 from tests.support.process import COSTLESS, WorkerProcess, Workers, forked, workers_in
@@ -19,6 +20,8 @@ from tests.support.topics import Kafka, Load, Record, Topics, numbered
 from tests.support.waiting import holds_for, wait_for
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
+
+long_form = pytest.mark.skipif(not IS_LONG, reason="a slow case, which is run by make chaos")
 
 RACKS = {1: "a", 2: "a", 3: "b"}
 NEAR = 3  # the only broker in rack b; it leads no partition
@@ -131,7 +134,7 @@ def padded(number: int) -> Record:
     return Record(f'{{"id": "{number}", "text": "всё хорошо", "more": "{"x" * 1_000}"}}'.encode(), f"{number}".encode())
 
 
-def is_scored(worker: WorkerProcess, records: int) -> bool:
+def is_scored(worker: WorkerProcess, records: float) -> bool:
     return worker.metrics.outcomes >= records
 
 
@@ -216,7 +219,13 @@ def grows(racks: Racks, *numbers: int) -> Any:
     return lambda: racks.bytes_from(*numbers) - before > ENOUGH
 
 
-@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def scores(worker: WorkerProcess, records: int) -> Any:
+    """A condition: it has scored so many more."""
+    wanted = worker.metrics.outcomes + records
+    return lambda: is_scored(worker, wanted)
+
+
+@pytest.mark.parametrize("delivery", [pytest.param("at-least-once", marks=long_form), "exactly-once"])
 def test_the_replica_is_killed_mid_stream_and_comes_back(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load, delivery: str
 ) -> None:
@@ -228,8 +237,7 @@ def test_the_replica_is_killed_mid_stream_and_comes_back(
     wait_for(grows(racks, NEAR), "more of them")
 
     racks.near.kill()
-    scored = worker.metrics.outcomes
-    wait_for(lambda: is_scored(worker, int(scored) + 1_000), "the leaders to send them", 60)
+    wait_for(scores(worker, 1_000), "the leaders to send them", 60)
     assert racks.bytes_from(1, 2) > far
 
     racks.near.start()
@@ -271,6 +279,7 @@ def test_the_replica_moves_away_comes_back_and_becomes_the_leader(
     assert exactly_once(kafka, near_topics, records)
 
 
+@long_form
 def test_a_replica_that_hangs_is_left(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load
 ) -> None:
@@ -280,14 +289,49 @@ def test_a_replica_that_hangs_is_left(
     load.start()
     wait_for(grows(racks, NEAR), "records from the near broker")
     racks.near.pause()
-    scored = worker.metrics.outcomes
-    wait_for(lambda: is_scored(worker, int(scored) + 1_000), "the leaders to send them", 45)
+    wait_for(scores(worker, 1_000), "the leaders to send them", 45)
     racks.near.resume()
     records = load.stop()
     wait_until_committed(kafka, near_topics)
     assert worker.metrics.get("rebalances_total") == 1
     assert worker.terminate() == 0
     assert exactly_once(kafka, near_topics, records)
+
+
+@long_form
+@pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
+def test_replica_and_worker_are_killed_again_and_again(
+    racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load, delivery: str
+) -> None:
+    """In turn, each as soon as records come from the replica, which is also stopped for a while."""
+    wait_until_near(kafka, near_topics)
+    settings = {"client_rack": "b", "delivery": delivery, "session_timeout_ms": 10_000}
+    worker = rack_workers.start(near_topics, **settings)
+    load.start()
+    for act in ("replica", "worker", "pause") * 3:
+        wait_for(grows(racks, NEAR), "records from the near broker", 90)
+        assert worker.metrics.get("offset_resets_total") == 0
+        if act == "worker":
+            worker.kill()
+            worker = rack_workers.start(near_topics, **settings)
+            continue
+        if act == "pause":
+            racks.near.pause()
+        else:
+            racks.near.kill()
+        wait_for(scores(worker, 500), "the leaders to send them", 90)
+        if act == "pause":
+            racks.near.resume()
+        else:
+            racks.near.start()
+    records = load.stop()
+    wait_until_committed(kafka, near_topics)
+    assert worker.metrics.get("offset_resets_total") == 0
+    assert worker.terminate() == 0
+    found = places(kafka.read(near_topics.output))
+    assert set(found) == {record.place for record in records}
+    if delivery == "exactly-once":
+        assert set(found.values()) == {1}
 
 
 def test_a_replica_sends_records_up_to_its_last_stable_offset(

@@ -16,6 +16,7 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         self.files = folder / "one", folder / "two"
         self.made = 0
+        self.reason = "the two do not fit"
 
     def write(self, *texts: str) -> None:
         for file, text in zip(self.files, texts, strict=False):
@@ -25,7 +26,7 @@ class Pair:
         self.made += 1
         one, two = (file.read_text() if file.exists() else "" for file in self.files)
         if one != two:
-            raise UserError("the two do not fit")
+            raise UserError(self.reason)
         return one
 
 
@@ -100,6 +101,28 @@ def test_files_that_cannot_be_used_change_nothing_and_are_told_once(
     pair.write("again")
     assert value.value == "more"
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 2
+
+
+def test_another_reason_is_told_too(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """Else the log would have the first one, of a file that was half written, long after somebody has mended that."""
+    value = FileValue(pair.make, pair.files)
+    for text in ("one", "two"):
+        pair.reason = f"{text} is wrong"
+        pair.write(text)
+        assert [value.value for _ in range(3)] == ["old"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{text} is wrong; what was read before stays in use" for text in ("one", "two")
+    ]
+
+
+def test_a_copy_that_keeps_the_time_is_noticed(pair: Pair) -> None:
+    """As of ``cp --preserve``, which writes into the file that is there."""
+    value = FileValue(pair.make, pair.files)
+    times = [file.stat().st_mtime_ns for file in pair.files]
+    pair.write("new", "new")
+    for file, time_ns in zip(pair.files, times, strict=True):
+        os.utime(file, ns=(time_ns, time_ns))
+    assert value.value == "new"
 
 
 def test_the_first_value_has_to_be_right(pair: Pair) -> None:

@@ -5,7 +5,9 @@ import base64
 import json
 import logging
 import math
+import os
 import sys
+import threading
 import time
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -137,6 +139,26 @@ async def test_a_source_that_fails_is_asked_ever_more_seldom(given: Given) -> No
         with pytest.raises(TokenUnavailable):
             await given.after(0.01)
     assert 12 <= given.source.asked <= 18
+
+
+async def test_a_fault_that_nobody_foresaw_is_told_and_not_repeated_all_the_time(
+    given: Given, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its words may hold anything, and are not shown."""
+
+    async def faulty() -> Token:
+        raise ValueError(SECRET)
+
+    given.source.answer = faulty
+    for _ in range(100):
+        with pytest.raises(TokenUnavailable, match=r"no token can be had .ValueError.; look there"):
+            await given.after(0.01)
+    assert given.source.asked <= 5
+    assert SECRET not in caplog.text + "".join(given.told)
+
+
+def test_a_token_is_not_shown() -> None:
+    assert SECRET not in repr(Token.lasting(SECRET, 10))
 
 
 async def test_whoever_asks_meanwhile_is_told_what_the_source_said(given: Given) -> None:
@@ -365,7 +387,7 @@ async def test_an_endpoint_that_cannot_be_reached_is_waited_for(
         assert type(failure.value) is TokenUnavailable
 
 
-async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path) -> None:
+async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import ssl
 
     authority, other = Authority(tmp_path, "authority"), Authority(tmp_path, "other")
@@ -391,10 +413,13 @@ async def test_the_certificate_of_an_endpoint_is_checked(tmp_path: Path) -> None
         source = credentials(url, ca_file=changing)
         assert (await source.fetch()).value == "of-the-endpoint"
         changing.write_text("no certificate")
-        with pytest.raises(TokenUnavailable, match=r"oauth_ca_file .*changing.pem cannot be used"):
-            await source.fetch()
-        changing.write_bytes(authority.cafile.read_bytes())
         assert (await source.fetch()).value == "of-the-endpoint"
+        assert [f"oauth_ca_file {changing} cannot be used" in record.getMessage() for record in caplog.records] == [
+            True
+        ]
+        changing.write_bytes(other.cafile.read_bytes())
+        with pytest.raises(TokenRefused, match=r"the certificate of the token endpoint .* is refused"):
+            await source.fetch()
     finally:
         await server.close()
     with pytest.raises(WrongSetting, match=r"oauth_ca_file .* cannot be used: it should be a PEM file"):
@@ -440,9 +465,37 @@ async def test_a_file_without_a_token_is_waited_for(tmp_path: Path, content: str
     assert not content or content not in str(failure.value)
 
 
-async def test_a_token_that_does_not_say_when_it_ends(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("opaque")
-    assert await TokenFile(tmp_path / "token").fetch() == ("opaque", 0, math.inf)
+async def test_a_file_that_cannot_be_read_in_time_takes_one_thread_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file server that is away. Threads of asyncio's own are few, and find addresses too."""
+    monkeypatch.setattr("worker.kafka.oauth_sources.FETCH_S", 0.02)
+    os.mkfifo(tmp_path / "token")
+    source, before = TokenFile(tmp_path / "token"), threading.active_count()
+    for _ in range(5):
+        with pytest.raises(TokenUnavailable, match=r"cannot be read within 0.02 s"):
+            await source.fetch()
+    blocked = threading.active_count() - before
+    for _ in range(blocked):
+        (tmp_path / "token").write_text("late")
+    assert blocked == 1
+
+
+async def test_a_token_that_does_not_say_when_it_ends(
+    tmp_path: Path, given: Given, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given for ever, and whether its file can be read is told all the same."""
+    file = tmp_path / "token"
+    file.write_text("opaque")
+    assert await TokenFile(file).fetch() == ("opaque", 0, math.inf)
+    given.provider = TokenProvider(TokenFile(file), clock=given.clock)
+    assert await given.after(0) == "opaque"
+    file.unlink()
+    assert [await given.after(1) for _ in range(3)] == ["opaque"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the token cannot be renewed: oauth_token_file {file} cannot be read (No such file or directory); waiting for a "
+        "token in it"
+    ]
 
 
 # --- From AWS's signer ---
@@ -473,17 +526,8 @@ def signer(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     provider = types.SimpleNamespace(
         generate_auth_token=lambda region: (f"signed-{region}", (time.time() + 900) * 1000)
     )
-    errors = {
-        "BotoCoreError": type("BotoCoreError", (Exception,), {}),
-        "ClientError": type("ClientError", (Exception,), {}),
-    }
-    modules = {
-        "aws_msk_iam_sasl_signer": types.SimpleNamespace(MSKAuthTokenProvider=provider),
-        "botocore": types.ModuleType("botocore"),
-        "botocore.exceptions": types.SimpleNamespace(**errors),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    module = types.SimpleNamespace(MSKAuthTokenProvider=provider)
+    monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer", module)
     return provider
 
 
@@ -501,6 +545,13 @@ async def test_credentials_that_aws_does_not_give_are_waited_for(
 
     signer.generate_auth_token = fail
     with pytest.raises(TokenUnavailable, match=r"AWS gives no credentials .AttributeError.; check this process's role"):
+        await MskSigner([MSK]).fetch()
+
+    def expired(region: str) -> tuple[str, int]:
+        raise RuntimeError("Credentials were refreshed, but the refreshed credentials are still expired.")
+
+    signer.generate_auth_token = expired
+    with pytest.raises(TokenUnavailable, match=r"AWS gives no credentials .RuntimeError.; check this process's role"):
         await MskSigner([MSK]).fetch()
     monkeypatch.setattr("worker.kafka.oauth_sources.FETCH_S", 0.1)
     signer.generate_auth_token = lambda region: time.sleep(1)

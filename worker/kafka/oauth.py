@@ -35,6 +35,9 @@ class Token(NamedTuple):
         """A token that is good for so many seconds."""
         return cls(value, RENEWED_AT * seconds, seconds)
 
+    def __repr__(self) -> str:
+        return f"a token for {self.ends_in_s} s"
+
 
 class TokenUnavailable(KafkaError):  # type: ignore[misc]
     """There is no token at present. The message is a sentence without secrets; asking again may help."""
@@ -123,6 +126,9 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         except TokenUnavailable as failure:
             self._failed(failure)
             return
+        except Exception as error:  # noqa: BLE001 - whatever libraries raise; its words may hold secrets
+            self._failed(TokenUnavailable(f"no token can be had ({type(error).__name__}); {self._source.advice}"))
+            return
         self._token, self._fetched_at = token, asked_at
         self._renew_at = asked_at + token.renew_in_s
         self._backoff_s, self._next_try_at = FIRST_BACKOFF_S, asked_at + FIRST_BACKOFF_S
@@ -134,7 +140,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         self._next_try_at = self._clock() + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         if self._is_good() and (self._failure is None or self._failure.args != failure.args):
-            left_s = round(self._ends_at() - self._clock())
+            left_s = round(self._ends_at() - self._clock(), 1)  # without end for a token that does not say when it ends
             log.warning("the token cannot be renewed: %s", failure.args[0], extra={"token_ends_in_s": left_s})
         self._failure = failure
 

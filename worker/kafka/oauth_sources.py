@@ -1,6 +1,5 @@
 """Where tokens come from: an OIDC provider's token endpoint, a file that something else renews, the signer of AWS."""
 
-import asyncio
 import contextlib
 import math
 import os
@@ -27,6 +26,7 @@ from worker.core.timestamps import iso_time
 from worker.errors import WrongSetting
 from worker.kafka.oauth import MOST_CHARACTERS, Token, TokenRefused, TokenUnavailable, end_of
 from worker.printable import printable
+from worker.runtime.file_value import FileValue
 from worker.runtime.tasks import within
 from worker.runtime.threads import SerialExecutor
 
@@ -43,7 +43,7 @@ class ClientCredentials:
     """OAuth's client credentials grant (RFC 6749, section 4.4), with id and secret as HTTP Basic (section 2.3.1).
 
     ``secret`` is called for each token. ``ca_file`` has the authorities that sign the endpoint's certificate, and is read
-    for each token, too; None takes the system's. Proxies are taken from the environment (HTTPS_PROXY, NO_PROXY). Raises
+    again when it changes; None takes the system's. Proxies are taken from the environment (HTTPS_PROXY, NO_PROXY). Raises
     WrongSetting where ``ca_file`` cannot be used.
     """
 
@@ -62,8 +62,7 @@ class ClientCredentials:
         self._url = url
         self._client_id = client_id
         self._secret = secret
-        self._ca_file = ca_file
-        self._context()
+        self._tls = FileValue(lambda: _trusting(ca_file), [ca_file]) if ca_file else None
         wanted = {"grant_type": "client_credentials", "scope": scope, "audience": audience}
         self._form = {name: value for name, value in wanted.items() if value}
 
@@ -72,8 +71,6 @@ class ClientCredentials:
         secret = self._secret()
         try:
             status, answer = await self._answer(encode_basic_auth(quote_plus(self._client_id), quote_plus(secret)))
-        except WrongSetting as fault:  # of a file that was right at the start
-            raise TokenUnavailable(str(fault)) from None
         except ClientConnectorCertificateError as error:
             why = getattr(error.certificate_error, "verify_message", "") or type(error.certificate_error).__name__
             raise TokenRefused(
@@ -86,17 +83,6 @@ class ClientCredentials:
             return self._token(answer)
         raise self._failure(status, answer, secret)
 
-    def _context(self) -> ssl.SSLContext | None:
-        if self._ca_file is None:
-            return None
-        try:
-            return ssl.create_default_context(cafile=self._ca_file)
-        except (OSError, ValueError):  # an SSLError is an OSError
-            raise WrongSetting(
-                f"oauth_ca_file {self._ca_file} cannot be used: it should be a PEM file of certificates "
-                "(-----BEGIN CERTIFICATE-----)"
-            ) from None
-
     async def _answer(self, login: str) -> tuple[int, Mapping[str, Any]]:
         """Status and JSON object of the answer; an empty object where it is none."""
         session = ClientSession(timeout=ClientTimeout(total=FETCH_S))
@@ -108,7 +94,7 @@ class ClientCredentials:
                 data=self._form,
                 headers=headers,
                 proxy=_proxy(self._url),
-                ssl=self._context() or True,
+                ssl=self._tls.value if self._tls else True,
                 allow_redirects=False,
             ) as response,
         ):
@@ -153,6 +139,16 @@ class ClientCredentials:
         )
 
 
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ValueError):  # an SSLError is an OSError
+        raise WrongSetting(
+            f"oauth_ca_file {ca_file} cannot be used: it should be a PEM file of certificates "
+            "(-----BEGIN CERTIFICATE-----)"
+        ) from None
+
+
 def _proxy(url: str) -> str | None:
     """The proxy that the environment names for an address. aiohttp by itself would take logins from ~/.netrc, too."""
     parts = urlsplit(url)
@@ -179,18 +175,20 @@ def _why(error: BaseException) -> str:
 
 
 class TokenFile:
-    """A file with a token, which something else renews. It is read for each new connection, on a thread."""
+    """A file with a token, which something else renews. It is read for each new connection, on a thread of its own."""
 
     advice = "check that the broker trusts this issuer and audience, and oauth_extensions"
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._thread: SerialExecutor | None = None
 
     async def fetch(self) -> Token:
         """Reads the token. Raises TokenUnavailable: whoever writes the file may be about to."""
         where = f"oauth_token_file {self._path}"
+        self._thread = self._thread or SerialExecutor("token-file")
         try:
-            value = (await within(FETCH_S, asyncio.to_thread(self._path.read_text, encoding="utf-8-sig"))).strip()
+            value = (await within(FETCH_S, self._thread.call(self._path.read_text, "utf-8-sig"))).strip()
         except TimeoutError:
             raise TokenUnavailable(f"{where} cannot be read within {FETCH_S:g} s") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -217,13 +215,11 @@ class MskSigner:
         self.region = msk_region(servers)
         try:
             from aws_msk_iam_sasl_signer import MSKAuthTokenProvider  # noqa: PLC0415 - an extra of 35 MB
-            from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
         except ImportError:
             raise WrongSetting(
                 "sasl_mechanism AWS_MSK_IAM needs the extra aws: pip install 'sentiment-worker[aws]'"
             ) from None
         self._sign: Callable[[str], tuple[str, int]] = MSKAuthTokenProvider.generate_auth_token
-        self._errors = (BotoCoreError, ClientError, ValueError, AttributeError)  # the last two: no credentials
         self._thread: SerialExecutor | None = None
 
     async def fetch(self) -> Token:
@@ -233,7 +229,7 @@ class MskSigner:
             value, ends_ms = await within(FETCH_S, self._thread.call(self._sign, self.region))
         except TimeoutError:
             raise TokenUnavailable(f"AWS has given no credentials within {FETCH_S:g} s") from None
-        except self._errors as error:
+        except Exception as error:  # noqa: BLE001 - credentials come in many ways, programs among them
             raise TokenUnavailable(
                 f"AWS gives no credentials ({type(error).__name__}); check this process's role, or AWS's variables and files"
             ) from None

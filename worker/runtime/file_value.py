@@ -18,8 +18,8 @@ class FileValue(Generic[Value_co]):
     """``value`` is what ``make`` has made of ``files``; it is made anew where one of them has changed since.
 
     ``make`` reads the files, and raises a UserError where they cannot be used. The first one is raised to who creates this.
-    Later ones, as of files that are half written, or a key whose certificate is not there yet, are logged once, and the
-    value before stays in use until the files can be used.
+    Later ones, as of files that are half written, or a key whose certificate is not there yet, are logged once each, and
+    the value before stays in use until the files can be used.
 
     ``value`` asks for the files' times and sizes each time, which takes some microseconds, and reads them on the caller's
     thread. Only one thread may use it.
@@ -30,7 +30,7 @@ class FileValue(Generic[Value_co]):
         self._files = tuple(files)
         self._stamps = self._present_stamps()
         self._value = make()
-        self._is_refused = False
+        self._refusal = ""
 
     @property
     def value(self) -> Value_co:
@@ -39,12 +39,12 @@ class FileValue(Generic[Value_co]):
             try:
                 self._value = self._make()
             except UserError as error:
-                if not self._is_refused:
+                if str(error) != self._refusal:
                     log.warning("%s; what was read before stays in use", error)
-                self._is_refused = True
+                self._refusal = str(error)
             else:
                 log.info("read again: %s", ", ".join(map(str, self._files)))
-                self._stamps, self._is_refused = stamps, False
+                self._stamps, self._refusal = stamps, ""
         return self._value
 
     def _present_stamps(self) -> list[_Stamp]:
@@ -57,7 +57,7 @@ def _stamp(file: Path) -> _Stamp:
         status = file.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return status.st_ctime_ns, status.st_size, status.st_ino  # mtime stays as it was where a copy keeps it
 
 
 def present(value: Value | FileValue[Value]) -> Value:
