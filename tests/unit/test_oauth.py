@@ -428,9 +428,9 @@ async def test_a_file_is_read_again_when_it_changes(tmp_path: Path, given: Given
         ("ключ", "should hold one token and nothing else"),
         (
             web_token(exp=1_795_428_000),
-            "holds a token that ended at 2026-11-23T10:00:00.000Z; waiting for the next one",
+            "holds a token that expired at 2026-11-23T10:00:00.000Z; waiting for the next one",
         ),
-        (web_token(exp=-1e300), "holds a token that ended at 1970-01-01T00:00:00.000Z"),
+        (web_token(exp=-1e300), "holds a token that expired at 1970-01-01T00:00:00.000Z"),
     ],
 )
 async def test_a_file_without_a_token_is_waited_for(tmp_path: Path, content: str, words: str) -> None:
