@@ -33,8 +33,8 @@ unit: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
-# Against what stands around Kafka: a database, Kafka Connect and others. Each comes from Maven Central or is installed; a
-# test is skipped, and says why, where what it needs cannot be had.
+# With a database, Kafka Connect, a schema registry and an OAuth provider. Each comes from Maven Central or is installed; a
+# test is skipped, and says why, where what it needs is missing.
 reach: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(TESTS),tests/reach)
 
@@ -130,7 +130,7 @@ dashboard: $(INSTALLED)
 	cp deploy/prometheus/rules.yaml deploy/helm/sentiment-worker/files/rules.yaml
 	$(BIN)/python deploy/helm/values.py
 
-# The pages that are generated: docs/settings.md and docs/metrics.md.
+# The pages that are generated: docs/settings.md, docs/metrics.md and docs/schemas.
 docs: $(INSTALLED)
 	$(BIN)/python docs/reference.py
 

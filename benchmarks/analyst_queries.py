@@ -131,7 +131,7 @@ def table(figures: dict[str, Any]) -> str:
         f"and {len(TOPICS)} topics, written in {figures['fill_s']} s. "
         + ", ".join(f"{what} {size:,.0f} MB" for what, size in figures["megabytes"].items())
         + f". Milliseconds, medians of {figures['rounds']}; a longer range than there are results has all of them. Other "
-        f"programs shared the cores: {figures['load']:.1f} wanted to run.",
+        f"programs shared the cores: the load was {figures['load']:.1f}.",
         "",
         f"| query | {' | '.join(CASES)} |",
         f"| --- {'| --- ' * len(CASES)}|",

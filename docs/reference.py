@@ -339,7 +339,7 @@ def secret(name: str) -> str:
         "http_token": "a token for the HTTP server, sent as `Authorization: Bearer …`",
         "sasl_password": "the password of `sasl_username`",
         "schema_registry_password": "the password of `schema_registry_user`",
-        "schema_registry_token": "a token for the registry, sent as `Authorization: Bearer …`",
+        "schema_registry_token": "a bearer token for the schema registry, sent as `Authorization: Bearer …`",
         "oauth_client_secret": "the secret of `oauth_client_id`",
         "ssl_key_password": "the password of `ssl_keyfile`, if it has one",
     }[name]

@@ -31,7 +31,7 @@ Scores the sentiment of Russian texts, from Kafka to Kafka.
   demo       the real worker with real reviews, on an embedded broker
   evaluate   macro-F1 of a model on labelled CSV files
   train      a checkpoint from labelled CSV files
-  schema     the schema of results or of dead letters, for JSON or Avro
+  schema     the schema of results or dead letters, in JSON Schema or Avro
 
   COMMAND --help    the command's options
   --version         this version

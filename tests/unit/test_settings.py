@@ -483,7 +483,10 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         ),
         (OAUTH, ["OAUTHBEARER needs oauth_token_file", "oauth_token_url", "WORKER_OAUTH_CLIENT_SECRET"]),
         ([*OAUTH, *ENDPOINT], ["OAUTHBEARER needs oauth_token_file", "WORKER_OAUTH_CLIENT_SECRET"]),
-        ([*OAUTH, *ENDPOINT, "--oauth-token-file", __file__], ["oauth_token_url and oauth_token_file are both set"]),
+        (
+            [*OAUTH, *ENDPOINT, "--oauth-token-file", __file__],
+            ["oauth_token_url and oauth_token_file: set one of them"],
+        ),
         (
             [*OAUTH, "--oauth-token-file", "nowhere"],
             ["oauth_token_file should be a file with a token, and nowhere is none"],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def kafka_connection(settings: ConnectionSettings, tell: Callable[[str], None] = lambda _: None) -> Connection:
     """Reads certificates; connects to nothing. Raises WrongSetting.
 
-    ``tell`` is told why nobody can log in where logins are by token, and an empty text once they can.
+    Where logins are by token, ``tell`` is called with the reason why nobody can log in, and with "" once they can.
     """
     by_token = settings.sasl_mechanism in BY_TOKEN
     return Connection(

@@ -46,7 +46,8 @@ async def wait_for_schema_id(
         else:
             health.working("registry", who=SCHEMA)
             log.info(
-                "the registry has the schema of results", extra={"subject": subject_of(output_topic), "schema_id": id}
+                "the schema registry has the schema of results",
+                extra={"subject": subject_of(output_topic), "schema_id": id},
             )
             return id
 

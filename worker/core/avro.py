@@ -88,7 +88,7 @@ class AvroSchema:
     def _count(self, items: int, left: int) -> None:
         """Is called before so many items are gone through, each of which takes at least one of the bytes that are left."""
         if items > left:
-            raise InvalidAvro("an array or a map in it has more items than bytes are left")
+            raise InvalidAvro("an array or a map in it has more items than there are bytes left")
         self._items += items
         if self._items > MAX_ITEMS:
             raise TooLarge(f"it has more than {MAX_ITEMS} items of arrays and maps")
@@ -360,7 +360,7 @@ def _union(branches: Sequence[Callable[[bytes, int], Answer]]) -> Callable[[byte
     def branch(data: bytes, at: int) -> Answer:
         index, at = _read_number(data, at)
         if not 0 <= index < count:
-            raise InvalidAvro("it names a branch that its union has not")
+            raise InvalidAvro("it names a branch that its union does not have")
         return branches[index](data, at)
 
     return branch
@@ -370,7 +370,7 @@ def _enum(symbols: list[str]) -> Read:
     def read_enum(data: bytes, at: int) -> tuple[str, int]:
         index, at = _read_number(data, at)
         if not 0 <= index < len(symbols):
-            raise InvalidAvro("it names a symbol that its enum has not")
+            raise InvalidAvro("it names a symbol that its enum does not have")
         return symbols[index], at
 
     return read_enum

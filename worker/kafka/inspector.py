@@ -114,7 +114,7 @@ class Inspector:
         for node in racks:
             config = await self._config(ConfigResourceType.BROKER, str(node))
             if config and not config.get("replica.selector.class"):
-                return f"broker {node} has no replica.selector.class, as RackAwareReplicaSelector"
+                return f"broker {node} has no replica.selector.class, such as RackAwareReplicaSelector"
         return ""
 
     async def longest_transaction_ms(self) -> int | None:

@@ -31,7 +31,7 @@ from worker.telemetry.metrics import Metrics
 
 LAG_INTERVAL_S: Final = 1.0
 LAG_TIMEOUT_S: Final = ENDS_TIMEOUT_S  # also how long a partition's end may be unknown, as while its leader moves
-REPLICA_SILENCE_S: Final = 15.0  # likewise, from a follower: records are asked of the leader
+REPLICA_SILENCE_S: Final = 15.0  # a follower that has records and sends none for so long: they are read from the leader
 SILENCE_S: Final = 60.0  # a partition that has records and sends none for so long: the consumer is replaced
 MAX_NAMED: Final = 5  # partitions that a message names
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)

@@ -133,7 +133,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         self._renew_at = asked_at + token.renew_in_s
         self._backoff_s, self._next_try_at = FIRST_BACKOFF_S, asked_at + FIRST_BACKOFF_S
         if self._failure:
-            log.info("there is a token again")
+            log.info("there is an OAuth token again")
         self._failure = None
 
     def _failed(self, failure: TokenUnavailable) -> None:
@@ -141,7 +141,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         if self._is_good() and (self._failure is None or self._failure.args != failure.args):
             left_s = round(self._ends_at() - self._clock(), 1)  # without end for a token that does not say when it ends
-            log.warning("the token cannot be renewed: %s", failure.args[0], extra={"token_ends_in_s": left_s})
+            log.warning("the OAuth token cannot be renewed: %s", failure.args[0], extra={"token_ends_in_s": left_s})
         self._failure = failure
 
     def _ends_at(self) -> float:

@@ -199,7 +199,7 @@ class TokenFile:
         ends_in_s = math.inf if ends_at is None else ends_at - time.time()
         if ends_at is not None and ends_in_s <= 0:
             when = iso_time(max(0.0, 1000 * ends_at))
-            raise TokenUnavailable(f"{where} holds a token that ended at {when}; waiting for the next one")
+            raise TokenUnavailable(f"{where} holds a token that expired at {when}; waiting for the next one")
         return Token(value, 0, ends_in_s)
 
 

@@ -11,7 +11,7 @@ from worker.model.checkpoint import ModelError
 from worker.model.tokenizer import NO_MAXIMUM, CheckpointTokenizer, Encode, Ids
 
 CHARS_PER_TOKEN: Final = 8  # Russian words have about four: a prefix of so many nearly always fills the model's maximum
-MOST_CHARS: Final = 100_000  # of a text are looked at: what fills no maximum by then is no text that anybody reads
+MOST_CHARS: Final = 100_000  # of a text that are tokenized: what fills no maximum by then is hardly a text
 WORD_TOKENS: Final = 128  # more than one word has: only the last so many tokens of a prefix depend on what follows it
 ROBERTA_LIKE: Final = {
     "roberta",

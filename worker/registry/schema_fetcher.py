@@ -69,7 +69,7 @@ class SchemaFetcher:
                 return
 
     async def fetch(self, ids: Collection[int], records: Sequence[Record]) -> None:
-        """Returns when the registry has answered for each id that ``records`` name, and has no more time for what it lacks.
+        """Asks the registry for each of ``ids``, which ``records`` name; for those that it lacks again, for up to UNKNOWN_S.
 
         While the registry does not answer, or refuses the credentials, health says so, and it is asked again and again. The
         caller may cancel this at any moment.

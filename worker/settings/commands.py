@@ -173,7 +173,8 @@ class SchemaSettings(Settings):
     """Print the schema of results, or that of the headers of dead letters."""
 
     record: CliPositionalArg[Literal["result", "dead-letter"]] = Field(
-        "result", description="result: the value of a result; dead-letter: the headers that a dead letter has more"
+        "result",
+        description="result: the value of a result; dead-letter: the headers that the worker adds to a dead letter",
     )
     format: Literal["json", "avro"] = Field("json", description="json: JSON Schema; avro: an Avro schema")
 

@@ -28,7 +28,7 @@ def _token_url(value: str) -> str:
 
 
 def _extensions(value: str) -> str:
-    fault = "it should be NAME=VALUE, separated by commas, and names should be letters alone, and not auth"
+    fault = "it should be NAME=VALUE, separated by commas; each name should have letters alone, and not be auth"
     try:
         found = pairs(value)
     except ValueError:
@@ -61,7 +61,7 @@ def oauth_fault(given: Mapping[str, Any]) -> str | None:
     if mechanism != "OAUTHBEARER":
         return None
     if url and file:
-        return "oauth_token_url and oauth_token_file are both set: set the one by which tokens come"
+        return "oauth_token_url and oauth_token_file: set one of them, not both"
     if file and (needless := next((name for name in OF_THE_ENDPOINT if given[name] is not None), None)):
         return f"{needless} goes with oauth_token_url"
     if not file and not (url and given["oauth_client_id"] and given["oauth_client_secret"]):

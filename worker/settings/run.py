@@ -68,7 +68,7 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     )
     client_rack: str | None = Field(
         None,
-        description="where this worker runs, by a name that brokers have as broker.rack (a zone of a cloud): records are "
+        description="rack or zone that this worker runs in, by the name that brokers there have as broker.rack: records are "
         "fetched from a replica there, if the brokers' replica.selector.class is RackAwareReplicaSelector; default: from "
         "each partition's leader",
     )
@@ -105,7 +105,7 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
     schema_auto_register: bool = Field(
         True,
         description="with output_format=avro, the schema of results is registered under the output topic's name and -value; "
-        "without, someone else has to have registered it there",
+        "false: it is only looked up there",
     )
     max_text_chars: int = Field(100_000, ge=1, description="longer texts become dead letters, characters")
     max_age_s: float | None = Field(
@@ -198,7 +198,7 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
         yield from self.registry_exposures()
         if self.oauth_token_url and self.oauth_token_url.startswith("http:"):
             yield (
-                f"nothing is encrypted on the way to oauth_token_url {self.oauth_token_url}: whoever is on it reads the "
+                f"nothing is encrypted with oauth_token_url {self.oauth_token_url}: whoever is on the way to it reads the "
                 "client's secret and its tokens; use https"
             )
         if self.http_token_for != "all" and not _is_loopback(self.http_host):
@@ -253,7 +253,7 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
         if self.output_mode == "enrich" and {default, *by_topic.values()} != {"json"}:
             raise ValueError("output_mode enrich needs input_format json: a field can be added to a JSON object alone")
         if "avro" in (default, *by_topic.values()) and not self.schema_registry_url:
-            raise ValueError("input_format avro needs schema_registry_url: a record has only the id of its schema")
+            raise ValueError("input_format avro needs schema_registry_url: records name their schemas only by ids")
         if self.output_mode == "enrich" and self.output_format == "cloudevents":
             raise ValueError(
                 "output_format cloudevents goes with output_mode result: enrich leaves a CloudEvent the event that it was"
@@ -261,7 +261,7 @@ class RunSettings(ModelSettings, EventSettings, SchemaRegistrySettings):
         if self.output_format == "avro" and self.output_mode == "enrich":
             raise ValueError("output_mode enrich needs output_format json: it adds a field to the input's own JSON")
         if self.output_format == "avro" and not self.schema_registry_url:
-            raise ValueError("output_format avro needs schema_registry_url: the registry gives the schema its id")
+            raise ValueError("output_format avro needs schema_registry_url: results name their schema by its id there")
         if self.output_topic == self.dead_letter_topic:
             raise ValueError("output_topic and dead_letter_topic are the same topic; take two")
         for name in ("output_topic", "dead_letter_topic"):

@@ -22,7 +22,7 @@ def _url(value: str) -> str:
         raise ValueError("it should be an address such as https://registry:8081")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
-            "it should have no user, query or fragment: schema_registry_user and schema_registry_password log in"
+            "it should have no user, query or fragment; schema_registry_user and schema_registry_password are for the login"
         )
     return value
 
@@ -40,14 +40,14 @@ class SchemaRegistrySettings(Settings):
     )
     schema_registry_user: str | None = Field(
         None,
-        description="who logs in to the registry; the password is in WORKER_SCHEMA_REGISTRY_PASSWORD or the file "
+        description="who logs in to the schema registry; the password is in WORKER_SCHEMA_REGISTRY_PASSWORD or the file "
         "WORKER_SCHEMA_REGISTRY_PASSWORD_FILE names; a token instead of both is in WORKER_SCHEMA_REGISTRY_TOKEN or the file "
         "WORKER_SCHEMA_REGISTRY_TOKEN_FILE names",
     )
     schema_registry_password: CliSuppress[SecretStr | None] = None
     schema_registry_token: CliSuppress[SecretStr | None] = None
     schema_registry_ca_file: Path | None = Field(
-        None, description="authorities that sign the registry's certificate, PEM; default: the system's"
+        None, description="authorities that sign the schema registry's certificate, PEM; default: the system's"
     )
 
     @model_validator(mode="after")
@@ -59,13 +59,13 @@ class SchemaRegistrySettings(Settings):
             return self
         if (self.schema_registry_user is None) != (self.schema_registry_password is None):
             raise ValueError(
-                "schema_registry_user needs schema_registry_password, from WORKER_SCHEMA_REGISTRY_PASSWORD or …_FILE, and "
-                "the other way round: set both or neither"
+                "schema_registry_user goes with schema_registry_password, from WORKER_SCHEMA_REGISTRY_PASSWORD or …_FILE: "
+                "set both or neither"
             )
         if self.schema_registry_user and self.schema_registry_token:
             raise ValueError("schema_registry_user and schema_registry_token: set one of them, not both")
         if self.schema_registry_ca_file and not self.schema_registry_url.startswith("https:"):
-            raise ValueError("schema_registry_ca_file goes with an address that begins with https://")
+            raise ValueError("schema_registry_ca_file goes with a schema_registry_url that begins with https://")
         if self.schema_registry_ca_file and not self.schema_registry_ca_file.is_file():
             raise ValueError(
                 f"schema_registry_ca_file should be a PEM file, and {self.schema_registry_ca_file} is none"

@@ -124,7 +124,7 @@ class ConnectionSettings(LogSettings):
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "AWS_MSK_IAM"] | None = Field(
         None,
         description="how to log in; OAUTHBEARER: by a token, from oauth_token_url or oauth_token_file; AWS_MSK_IAM: to "
-        "Amazon MSK, by AWS's credentials (extra aws)",
+        "Amazon MSK, with AWS's credentials (extra aws)",
     )
     sasl_username: str | None = Field(
         None,
@@ -142,7 +142,7 @@ class ConnectionSettings(LogSettings):
     )
     ssl_key_password: CliSuppress[SecretStr | None] = None
     oauth_token_url: TokenUrl | None = Field(
-        None, description="OAuth provider's endpoint that gives tokens by client credentials"
+        None, description="token endpoint of the OAuth provider, which gives tokens by client credentials"
     )
     oauth_client_id: str | None = Field(
         None,
@@ -163,7 +163,7 @@ class ConnectionSettings(LogSettings):
     )
     oauth_extensions: Extensions | None = Field(
         None,
-        description="what brokers want to know beside the token, NAME=VALUE, separated by commas, such as "
+        description="SASL extensions that the brokers want with the token, NAME=VALUE, separated by commas, such as "
         "logicalCluster=lkc-1,identityPoolId=pool-2",
     )
 

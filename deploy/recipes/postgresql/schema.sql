@@ -1,6 +1,6 @@
 -- The table that sink.json writes, and what analysts read: psql "$DATABASE" -f schema.sql. PostgreSQL 14 or newer.
 
--- A row for each event. Where the event stands in its input topic is the key: a result that comes again finds its row.
+-- A row for each event. Its key is the event's place in its input topic: a result that comes again replaces its row.
 CREATE TABLE sentiment (
     source_topic text NOT NULL,
     source_partition integer NOT NULL,

@@ -145,8 +145,8 @@ AIOKafkaConnection.send = _unless_closing(AIOKafkaConnection.send)
 AIOKafkaConnection._send_sasl_token = _unless_closing(AIOKafkaConnection._send_sasl_token)
 
 
-# The end of a TLS connection. Its transport waits for the broker's word, up to 30 s: that can be lost where the answer to a
-# fetch comes in between. Upstream would have to set a deadline, too.
+# The end of a TLS connection. Its transport waits up to 30 s for the broker to end it, too. The broker's message can be lost
+# where the answer to a fetch comes in between. Upstream would have to set a deadline.
 
 _close = AIOKafkaConnection.close
 

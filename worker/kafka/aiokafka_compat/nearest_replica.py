@@ -25,8 +25,9 @@ _asked: ContextVar[int | None] = ContextVar("_asked", default=None)
 class NearestReplicaFetcher(Fetcher):  # type: ignore[misc]
     """aiokafka's task that fetches records, for a consumer with a rack.
 
-    A follower may be behind or without the first records: an offset that it does not have is asked of the leader, whose
-    word alone counts. aiokafka would take a follower's, and the worker would begin where ``auto_offset_reset`` says.
+    A follower may be behind or lack the first records. The leader is asked for an offset that it does not have, and only the
+    leader decides that an offset is gone: aiokafka would believe the follower, and the worker would begin where
+    ``auto_offset_reset`` says.
 
     Where a follower fails, answers with an error, or is a broker that is not known yet, leaders are asked for records
     without a rack, for LEADERS_S. They would else name the same follower again and again, and nothing would be read until
@@ -109,7 +110,7 @@ aiokafka.consumer.consumer.Fetcher = _fetcher
 def leave_replica(consumer: AIOKafkaConsumer, tp: TopicPartition) -> None:
     """Has a consumer that fetches from the nearest replica ask the leader for a partition, for LEADERS_S.
 
-    Its caller knows that a partition has records and sends none, which a follower cannot know that is behind or hangs.
+    The caller knows that the partition has records and sends none; a follower that is behind or hangs does not.
     """
     fetcher = consumer._fetcher
     if isinstance(fetcher, NearestReplicaFetcher):
