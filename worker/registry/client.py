@@ -13,12 +13,12 @@ import aiohttp
 import orjson
 from yarl import URL
 
+from worker.core.framing import MAX_ID
 from worker.errors import WrongSetting
 from worker.runtime.file_value import FileValue, present
 
 SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
 
-MAX_ID: Final = 2**31 - 1  # ids are signed integers of 32 bits
 MAX_ANSWER_BYTES: Final = 8 * 2**20
 MAX_REFERENCES: Final = 256  # of one schema, those of its references included
 MAX_MESSAGE_CHARS: Final = 300  # of what the registry says of an error
