@@ -268,6 +268,20 @@ async def test_after_a_wait_in_vain_old_records_are_not_waited_for_again(
     assert fetching.clock.now == pytest.approx(begun + UNKNOWN_S)
 
 
+async def test_after_a_wait_in_vain_neither_other_records_nor_a_wrong_clock_buy_time(
+    fake: FakeRegistry, fetching: Fetching
+) -> None:
+    one = fake.add(1, REVIEW)
+    await fetching.fetch(frame(7) + b"x")
+    begun, now_ms = fetching.clock.now, TEN + 1000 * round(UNKNOWN_S)
+    old, ahead = FakeRecord(frame(8) + b"x"), FakeRecord(frame(9) + b"x", timestamp=now_ms + 3_600_000)
+    young = FakeRecord(one + review(1, "да"), timestamp=now_ms)
+    await fetching.fetcher.fetch({8, 9}, [young, old, ahead])
+    assert fetching.clock.now == begun
+    await fetching.fetcher.fetch({10}, [old, FakeRecord(frame(10) + b"x", timestamp=now_ms - 20_000)])
+    assert fetching.clock.now == pytest.approx(begun + UNKNOWN_S - 20)
+
+
 async def test_random_bytes_are_not_waited_for_and_take_a_bounded_memory(
     fake: FakeRegistry, fetching: Fetching
 ) -> None:
