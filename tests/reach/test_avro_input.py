@@ -1,12 +1,15 @@
 """Avro as input: the whole worker, a real Kafka and a real schema registry, which may know nothing, be away or refuse."""
 
+import io
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
+import fastavro
 import orjson
 import pytest
 
@@ -19,7 +22,8 @@ from tests.support.scenario import letter_place, places, result_place, wait_unti
 from tests.support.schema_registry import Registry, running_registry
 from tests.support.topics import Kafka, Record, Topics
 from tests.support.waiting import wait_for
-from worker.core.framing import frame
+from worker.core.framing import FRAME_BYTES, frame
+from worker.core.schemas import result_avro_schema
 
 pytestmark = [pytest.mark.kafka, pytest.mark.reach]
 
@@ -60,6 +64,12 @@ def reasons(letters: list[Record]) -> Counter[str]:
 
 def ids(results: list[Record]) -> Counter[str]:
     return Counter(orjson.loads(result.value or b"")["id"] for result in results)
+
+
+def wait_for_its_wait(worker: WorkerProcess) -> None:
+    """Until the worker says that it waits for the registry."""
+    ready = partial(worker.get, "/readyz")
+    wait_for(lambda: ready()[1].startswith("registry: "), "the reason to be told", describe=ready)
 
 
 def test_two_versions_of_a_schema_bytes_that_fit_none_and_a_replay(
@@ -119,9 +129,6 @@ def test_while_the_registry_is_away_it_waits_loses_nothing_and_keeps_its_deadlin
         ]
         kafka.send(topics.input, made)
 
-    def is_waiting(worker: WorkerProcess) -> bool:
-        return worker.get("/readyz")[1].startswith("registry: ")
-
     settings = avro(schema_registry, proxy.port, drain_timeout_s=3, request_timeout_ms=10_000)
     first = workers.start(topics, **settings).wait_until_assigned(4)
     send(0, one, review)
@@ -130,7 +137,7 @@ def test_while_the_registry_is_away_it_waits_loses_nothing_and_keeps_its_deadlin
     two = schema_registry.register(f"{topics.input}-value", SECOND)
     send(500, two, second)
     send(1000, one, review)
-    wait_for(lambda: is_waiting(first), "the reason to be told", describe=lambda: first.get("/readyz"))
+    wait_for_its_wait(first)
     assert first.status("/livez") == 200
 
     proxy.set(swallows=True)
@@ -143,7 +150,7 @@ def test_while_the_registry_is_away_it_waits_loses_nothing_and_keeps_its_deadlin
     assert not first.lines("revoked before everything under way was published")
     assert third.terminate() == 0
     first.wait_for_status("/readyz", 503)
-    wait_for(lambda: is_waiting(first), "it to wait again", describe=lambda: first.get("/readyz"))
+    wait_for_its_wait(first)
     begun = time.monotonic()
     assert first.terminate() == 1, "what it had taken is left to others"
     assert time.monotonic() - begun < ENDS_S
@@ -159,6 +166,73 @@ def test_while_the_registry_is_away_it_waits_loses_nothing_and_keeps_its_deadlin
     assert not kafka.read(topics.dead_letters)
     for key in {result.key for result in results}:
         of_key = [result_place(result) or ("", 0, 0) for result in results if result.key == key]
+        assert of_key == sorted(of_key), "order is kept"
+
+
+def test_exactly_once_in_and_out_of_avro_whatever_happens_to_registry_and_workers(
+    kafka: Kafka, topics: Topics, workers: Workers, schema_registry: Registry, proxy: Proxy
+) -> None:
+    """Workers that wait for the registry, or are past it, are killed, joined and left; every record is accounted for."""
+    kafka.create_all(topics, 4)
+    known = schema_registry.register(f"{topics.input}-value", FIRST)
+    sent: list[Record] = []
+
+    def send(schema_id: int, write: Any, count: int = 3_000) -> None:
+        """Of a hundred records one fits no schema, and every second one needs the schema that is new."""
+        made = []
+        for id in range(len(sent), len(sent) + count):
+            value = frame(schema_id) + write(id, f"текст {id}") if id % 2 else frame(known) + review(id, f"текст {id}")
+            made.append(Record(value[:-1] if id % 100 == 7 else value, b"k%d" % (id % 20)))
+        sent.extend(kafka.send(topics.input, made))
+
+    def grown(worker: WorkerProcess) -> None:
+        before = worker.metrics.outcomes
+        wait_for(
+            lambda: worker.metrics.outcomes > before + 200, "more outcomes", describe=lambda: worker.get("/readyz")
+        )
+
+    settings = avro(
+        schema_registry, proxy.port, output_format="avro", delivery="exactly-once", max_batch_texts=64, cache_size=0
+    )
+    slow = {"PASS_SECONDS": "0.03"}
+    worker = workers.start(topics, slow, **settings).wait_until_assigned(4)
+    for turn in range(4):
+        send(known, review)
+        grown(worker)
+        proxy.set(refuses=turn % 2 == 0, swallows=turn % 2 == 1)
+        proxy.reset()
+        newer = record("Review", **{f"field{turn}": "string"}, text=["null", "string"], id="long")
+        new = schema_registry.register(f"{topics.input}-value", newer)
+        send(new, lambda id, text: string("новое") + b"\x02" + string(text) + number(id))
+        wait_for_its_wait(worker)
+        other = workers.start(topics, slow, **{**settings, **avro(schema_registry)}).wait_until_assigned(2)
+        grown(other)
+        if turn < 2:
+            worker.kill()
+            other.wait_until_assigned(4)
+            proxy.set()
+            worker = workers.start(topics, slow, **settings).wait_until_assigned(2)
+            assert other.terminate() == 0
+            worker.wait_until_assigned(4)
+        else:
+            other.kill()
+            proxy.set()
+            worker.wait_until_assigned(4)
+    wait_until_committed(kafka, topics, 240)
+    assert worker.terminate() == 0
+
+    results, letters = kafka.read(topics.output), kafka.read(topics.dead_letters)
+    written = [
+        fastavro.schemaless_reader(io.BytesIO((r.value or b"")[FRAME_BYTES:]), result_avro_schema(), None)
+        for r in results
+    ]
+    came = [tuple(fields["source"].values()) for fields in written]  # type: ignore[index, call-overload]
+    bad = {each.place for id, each in enumerate(sent) if id % 100 == 7}
+    assert Counter(came) == Counter(each.place for each in sent if each.place not in bad)
+    assert Counter(map(letter_place, letters)) == Counter(bad)
+    assert set(reasons(letters)) == {"invalid_avro"}
+    for key in {result.key for result in results}:
+        of_key = [place for place, result in zip(came, results, strict=True) if result.key == key]
         assert of_key == sorted(of_key), "order is kept"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -81,10 +82,13 @@ def _no_such(code: int) -> web.Response:
 
 
 @asynccontextmanager
-async def fake_registry() -> AsyncIterator[FakeRegistry]:
+async def fake_registry(certificate: ssl.SSLContext | None = None) -> AsyncIterator[FakeRegistry]:
+    """With a certificate it speaks TLS."""
     registry = FakeRegistry()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", registry._answer)
-    async with TestServer(app) as server:
+    server = TestServer(app, host="127.0.0.1")
+    await server.start_server(ssl=certificate)
+    async with server:
         registry.url = str(server.make_url("/")).rstrip("/")
         yield registry

@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.avro import number, record, string, wrapped
-from worker.core.avro import MAX_ITEMS, OTHER, AvroSchema, InvalidAvro, TooLarge, UnreadableSchema, wanted
+from worker.core.avro import (
+    MAX_ITEMS,
+    OTHER,
+    AvroSchema,
+    InvalidAvro,
+    TooLarge,
+    UnreadableSchema,
+    _Compiler,
+    _skip_bytes,
+    _Types,
+    wanted,
+)
 
 SCALARS = st.one_of(
     st.text(max_size=300).map(lambda text: ("string", string(text), text)),
@@ -82,6 +93,8 @@ HUGE = number(2**62)
         (record("R", a={"type": "array", "items": "string"}), number(-1) + number(-1), InvalidAvro),
         (record("R", text={"type": "map", "values": "null"}), HUGE + b"\0", InvalidAvro),
         (record("R", a={"type": "array", "items": "string"}), number(MAX_ITEMS + 1) + b"\0" * 200_000, TooLarge),
+        (record("R", a={"type": "array", "items": "string"}), b"\1\0" * (MAX_ITEMS + 1) + b"\0", TooLarge),
+        (record("R", a={"type": "array", "items": "null"}), b"\2" * (MAX_ITEMS + 1) + b"\0", TooLarge),
         (record("R", text={"type": "map", "values": "null"}), number(MAX_ITEMS + 1) + b"\0" * 200_000, TooLarge),
         (record("R", u=["null", "string"]), number(2) + string("a"), InvalidAvro),
         (record("R", u=["null", "string"]), number(-1) + string("a"), InvalidAvro),
@@ -129,6 +142,33 @@ def test_names_are_found_in_their_namespace_and_in_references() -> None:
     value = string("да") + string("я") + string("нет") + string("ты")
     found = read(outer, value, "body.text", "again.author.name", references=(author, body))
     assert found == {"body": {"text": "да"}, "again": {"author": {"name": "ты"}}}
+
+
+def test_a_name_with_a_dot_is_whole_and_in_no_other_namespace() -> None:
+    fields = record("", a=record("a.b.C"), b={**record("b.C", text="string"), "namespace": ""}, found="b.C")["fields"]
+    outer = {"type": "record", "name": "a.Outer", "fields": fields}
+    assert read(outer, string("x") + string("да"), "found.text") == {"found": {"text": "да"}}
+
+
+def test_a_record_that_many_branches_share_is_made_readable_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema of some hundred kB would hold up the event loop for half a minute else."""
+    made: list[object] = []
+    steps = _Compiler._steps
+    monkeypatch.setattr(_Compiler, "_steps", lambda self, *of: made.append(of) or steps(self, *of))
+    shared = record("Shared", text="string")
+    branches = [record(f"Branch{at}", inner="Shared" if at else shared) for at in range(100)]
+    assert read(record("Outer", outer=branches), number(99) + string("да"), "outer.inner.text") == {
+        "outer": {"inner": {"text": "да"}}
+    }
+    assert len(made) == 1 + len(branches) + 1
+
+
+def test_records_that_only_hold_another_one_cost_nothing() -> None:
+    """An array of 100,000 of them, ninety deep, would hold up the event loop for a second."""
+    schema = record("Innermost", nothing="null", text="string")
+    for depth in range(90):
+        schema = record(f"Around{depth}", inner=schema)
+    assert _Compiler(lambda *_: None).skip(_Types().resolve(schema, "")) is _skip_bytes
 
 
 def test_each_branch_of_a_union_at_the_top_has_its_own_fields() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from tests.support.avro import REVIEW, record, review, string
 from tests.support.events import TEN, FakeRecord
 from tests.support.fake_registry import FakeRegistry, fake_registry
+from tests.support.secure import Authority
 from worker.commands.schema_registry import registry_state, schema_registry
 from worker.core.decoder import Decoder
 from worker.core.events import Event
@@ -56,7 +58,7 @@ async def test_a_schema_is_found_by_its_id_with_what_it_refers_to(fake: FakeRegi
     fake.add(2, record("Body", text="string", author="Author"), subject="a/b", references=authors)
     fake.add(3, record("Outer", body="Body"), references=[{"name": "Body", "subject": "a/b", "version": 1}, *authors])
     schema = await registry.schema(3)
-    assert (schema.id, schema.type, schema.names) == (3, "AVRO", ("Author", "Body"))
+    assert (schema.id, schema.type) == (3, "AVRO")
     assert [schema.text, *schema.references] == [fake.schemas[id]["schema"] for id in (3, 1, 2)]
     fake.add(4, {"type": "object"}, type="JSON")
     assert (await registry.schema(4)).type == "JSON"
@@ -65,7 +67,7 @@ async def test_a_schema_is_found_by_its_id_with_what_it_refers_to(fake: FakeRegi
 async def test_references_in_a_circle_end(fake: FakeRegistry, registry: SchemaRegistry) -> None:
     fake.add(1, '"B"', subject="a", references=[{"name": "B", "subject": "b", "version": 1}])
     fake.add(2, '"A"', subject="b", references=[{"name": "A", "subject": "a", "version": 1}])
-    assert set((await registry.schema(1)).names) == {"A", "B"}
+    assert set((await registry.schema(1)).references) == {'"A"', '"B"'}
 
 
 async def test_schemas_are_registered_once_and_looked_up(fake: FakeRegistry, registry: SchemaRegistry) -> None:
@@ -77,8 +79,6 @@ async def test_schemas_are_registered_once_and_looked_up(fake: FakeRegistry, reg
         await registry.lookup("топик/value", '"long"')
     assert list(fake.subjects) == ["топик/value"]
     assert fake.schemas[id] == {"schema": '"string"'}
-    await registry.register("other", "{}", "JSON")
-    assert fake.schemas[id + 1] == {"schema": "{}", "schemaType": "JSON"}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,28 @@ async def test_a_file_of_authorities_that_is_none_is_a_wrong_setting(tmp_path: P
     path.write_text("no certificate")
     with pytest.raises(WrongSetting, match="schema_registry_ca_file"):
         SchemaRegistry("https://registry", ca_file=path)
+
+
+async def test_its_certificate_is_checked_by_authorities_that_may_be_replaced(tmp_path: Path) -> None:
+    one, other = Authority(tmp_path, "one"), Authority(tmp_path, "other")
+    files = tmp_path / "registry.crt", tmp_path / "registry.key"
+    for file, pem in zip(files, one.issue("registry", ["127.0.0.1"]), strict=True):
+        file.write_text(pem)
+    certificate = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.load_cert_chain(*files)
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(other.cafile.read_bytes())
+    async with fake_registry(certificate) as fake, SchemaRegistry(fake.url, ca_file=ca_file) as registry:
+        with pytest.raises(RegistryRefused, match="schema_registry_ca_file"):
+            await registry.check()
+        ca_file.write_bytes(other.cafile.read_bytes() + one.cafile.read_bytes())
+        await registry.check()
+        async with SchemaRegistry(fake.url) as by_the_systems:
+            with pytest.raises(RegistryRefused, match="certificate verify failed"):
+                await by_the_systems.check()
+    async with fake_registry() as plain, SchemaRegistry(plain.url.replace("http:", "https:")) as registry:
+        with pytest.raises(RegistryRefused, match="http://"):
+            await registry.check()
 
 
 async def test_check_says_how_the_registry_is(fake: FakeRegistry) -> None:
@@ -266,6 +288,20 @@ async def test_after_a_wait_in_vain_old_records_are_not_waited_for_again(
     begun = fetching.clock.now
     assert await fetching.fetch(frame(9) + b"x") == ["unknown_schema"]
     assert fetching.clock.now == pytest.approx(begun + UNKNOWN_S)
+
+
+async def test_after_a_wait_in_vain_neither_other_records_nor_a_wrong_clock_buy_time(
+    fake: FakeRegistry, fetching: Fetching
+) -> None:
+    one = fake.add(1, REVIEW)
+    await fetching.fetch(frame(7) + b"x")
+    begun, now_ms = fetching.clock.now, TEN + 1000 * round(UNKNOWN_S)
+    old, ahead = FakeRecord(frame(8) + b"x"), FakeRecord(frame(9) + b"x", timestamp=now_ms + 3_600_000)
+    young = FakeRecord(one + review(1, "да"), timestamp=now_ms)
+    await fetching.fetcher.fetch({8, 9}, [young, old, ahead])
+    assert fetching.clock.now == begun
+    await fetching.fetcher.fetch({10}, [old, FakeRecord(frame(10) + b"x", timestamp=now_ms - 20_000)])
+    assert fetching.clock.now == pytest.approx(begun + UNKNOWN_S - 20)
 
 
 async def test_random_bytes_are_not_waited_for_and_take_a_bounded_memory(

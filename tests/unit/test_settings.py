@@ -450,6 +450,7 @@ def test_a_wrong_setting_in_the_file_is_named_too(toml: Callable[[str], list[str
         (["--input-format", "other=text"], ["input_format", "the topic other"]),
         (["--schema-registry-user", "a"], ["schema_registry_user", "schema_registry_url"]),
         ([*REGISTRY, "--schema-registry-user", "a"], ["schema_registry_user", "schema_registry_password"]),
+        ([*REGISTRY, "--schema-registry-user", "a:b"], ["schema_registry_user", "no colon"]),
         ([*REGISTRY, "--schema-registry-ca-file", "ca.pem"], ["schema_registry_ca_file", "https://"]),
         (
             ["--delivery", "exactly-once", "--isolation-level", "read_uncommitted"],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 
+from tests.support.events import FakeRecord
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
@@ -24,7 +25,7 @@ from worker.kafka.reader import FetchedRecord
 from worker.pipeline import stages as module
 from worker.pipeline.accounting import Accounting
 from worker.pipeline.micro_batch import MicroBatch, Part
-from worker.pipeline.outcomes import Outcomes
+from worker.pipeline.outcomes import AVRO_BYTES, Outcomes
 from worker.pipeline.publishing import Publishing
 from worker.pipeline.stages import Pipeline, Queues
 from worker.reasons import Reason
@@ -257,6 +258,25 @@ async def test_every_stage_asks_before_it_handles_records() -> None:
     budget.asked.clear()
     await delivered(FakeSource(), FakeSink(), part, budget=budget)
     assert budget.asked == [1_000, 1_000], "to publish, and to count"
+
+
+async def test_large_values_in_avro_are_not_decoded_in_one_go() -> None:
+    """Each byte may be a field, and 512 records may have 100 kB each."""
+    turns: list[int] = []
+
+    class CountedDecoder(Decoder):
+        def decode_all(self, records: Sequence[Any]) -> list[Any]:
+            turns.append(sum(len(record.value) for record in records))
+            asyncio.get_running_loop().call_soon(turns.append, 0)
+            return super().decode_all(records)
+
+    values = [b"x" * size for size in (10, 20, AVRO_BYTES, AVRO_BYTES + 1, 30, AVRO_BYTES - 30, 1)]
+    records: Any = [FakeRecord(value) for value in values]
+    decoder = CountedDecoder(input_format="avro")
+    outcomes = Outcomes(decoder, Encoder(), turn_budget=TurnBudget(), **WHERE)
+    (part,), _ = await outcomes.decoded([(Assignment(TopicPartition("t", 0)), records)])
+    assert turns == [30, 0, AVRO_BYTES, 0, AVRO_BYTES + 1, 0, AVRO_BYTES, 0, 1, 0]
+    assert part.decoded == decoder.decode_all(records)
 
 
 async def test_a_refused_rounds_dead_letters_are_not_written_in_one_go() -> None:

@@ -11,7 +11,9 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-MAX_ITEMS: Final = 100_000  # of the arrays and maps in one value: the event loop waits while they are skipped
+MAX_ITEMS: Final = (
+    100_000  # of the arrays and maps in one value, and blocks: the event loop waits while they are skipped
+)
 MAX_SHIFT: Final = 63  # of the last of a number's bytes: each has seven bits, and all together have 64
 TOO_MANY_BITS: Final = "a number in it has more than 64 bits"
 OTHER: Final = object()  # in place of a value that is no string, integer, object or null
@@ -133,7 +135,7 @@ class _Types:
         return new
 
     def _find(self, name: str, namespace: str) -> Type:
-        for full in (f"{namespace}.{name}", name):
+        for full in (name,) if "." in name else (f"{namespace}.{name}", name):
             if full in self._named:
                 return self._named[full]
         raise UnreadableSchema("it names a type that it does not define")
@@ -146,6 +148,7 @@ class _Compiler:
         self._count = count
         self._widths: dict[int, int | None] = {}  # by the identity of a record's type
         self._skips: dict[int, Skip] = {}  # likewise
+        self._reads: dict[tuple[int, int], Read] = {}  # likewise, and by that of what is wanted of it
 
     def width(self, type: Type) -> int | None:
         """How many bytes each value of a type takes; None where they differ."""
@@ -193,14 +196,17 @@ class _Compiler:
         if kind == "null":
             return lambda data, at: (None, at)
         if kind == "string":
-            return _read_string
+            return read_string
         if kind in ("int", "long"):
-            return _read_number
+            return read_number
         if isinstance(type, dict):
             if kind == "enum":
                 return _enum(type["symbols"])
             if kind == "record" and wants:
-                return self._read_record(type, wants)
+                place = id(type), id(wants)
+                if place not in self._reads:
+                    self._reads[place] = self._read_record(type, wants)
+                return self._reads[place]
             if kind == "map" and wants:
                 return self._read_map(type["values"], wants)
         skip = self.skip(type)
@@ -222,7 +228,9 @@ class _Compiler:
         return [*steps, (None, _fixed(fixed))] if fixed else steps
 
     def _skip_record(self, type: dict[str, Any]) -> Skip:
-        skips = [skip for _, skip in self._steps(type, {})]
+        skips: list[Skip] = [skip for _, skip in self._steps(type, {})]
+        if len(skips) == 1:  # then no record in records costs time without taking bytes, however deep they are
+            return skips[0]
 
         def skip_record(data: bytes, at: int) -> int:
             for skip in skips:
@@ -250,15 +258,15 @@ class _Compiler:
 
         def skip_blocks(data: bytes, at: int) -> int:
             while True:
-                items, at = _read_number(data, at)
+                items, at = read_number(data, at)
                 if items == 0:
                     return at
+                self._count(items if items > 0 and width is None else 1, len(data) - at)
                 if items < 0:
                     at = _skip_bytes(data, at)
                 elif width is not None:
                     at += items * width
                 else:
-                    self._count(items, len(data) - at)
                     for _ in range(items):
                         at = skip_item(data, at)
 
@@ -271,7 +279,7 @@ class _Compiler:
         def read_map(data: bytes, at: int) -> tuple[dict[str, Any], int]:
             found: dict[str, Any] = {}
             while True:
-                items, at = _read_number(data, at)
+                items, at = read_number(data, at)
                 if items == 0:
                     return found, at
                 if items < 0:
@@ -297,8 +305,8 @@ def _part(schema: Any, name: str, kind: type) -> Any:
     return part
 
 
-def _read_number(data: bytes, at: int) -> tuple[int, int]:
-    """An int or a long, which are encoded alike."""
+def read_number(data: bytes, at: int) -> tuple[int, int]:
+    """The int or the long, which are encoded alike, that begins at an offset, and the offset behind it."""
     number = byte = data[at]
     at += 1
     if byte >= 0x80:
@@ -317,13 +325,14 @@ def _read_number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _read_length(data: bytes, at: int) -> tuple[int, int]:
-    length, at = _read_number(data, at)
+    length, at = read_number(data, at)
     if length < 0:
         raise InvalidAvro("a length in it is negative")
     return length, at
 
 
-def _read_string(data: bytes, at: int) -> tuple[str, int]:
+def read_string(data: bytes, at: int) -> tuple[str, int]:
+    """The string that begins at an offset, and the offset behind it. Raises InvalidAvro and, as all of these, IndexError."""
     length, at = _read_length(data, at)
     try:
         return data[at : at + length].decode(), at + length
@@ -358,7 +367,7 @@ def _union(branches: Sequence[Callable[[bytes, int], Answer]]) -> Callable[[byte
     count = len(branches)
 
     def branch(data: bytes, at: int) -> Answer:
-        index, at = _read_number(data, at)
+        index, at = read_number(data, at)
         if not 0 <= index < count:
             raise InvalidAvro("it names a branch that its union does not have")
         return branches[index](data, at)
@@ -368,7 +377,7 @@ def _union(branches: Sequence[Callable[[bytes, int], Answer]]) -> Callable[[byte
 
 def _enum(symbols: list[str]) -> Read:
     def read_enum(data: bytes, at: int) -> tuple[str, int]:
-        index, at = _read_number(data, at)
+        index, at = read_number(data, at)
         if not 0 <= index < len(symbols):
             raise InvalidAvro("it names a symbol that its enum does not have")
         return symbols[index], at

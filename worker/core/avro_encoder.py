@@ -16,6 +16,7 @@ from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 
+from worker.core.avro import read_number, read_string
 from worker.core.encoder import INVALID_TIMESTAMP, Encoder, reached_labels, rounded_columns
 from worker.core.events import CONTENT_TYPE, Event, Failure, Headers, Outgoing, Record, named_tuples
 from worker.core.framing import FRAME_BYTES, frame
@@ -180,29 +181,13 @@ def _long(number: int) -> bytes:
 
 def probabilities_in(value: bytes) -> dict[str, float]:
     """The probabilities in a result that AvroEncoder has written, by label. The console calls it, for a few results."""
-    _, at = _read_string(value, FRAME_BYTES)
-    _, at = _read_string(value, at)
+    _, at = read_string(value, FRAME_BYTES)
+    _, at = read_string(value, at)
     at += 1 if value[at : at + 1] == _NULL else 1 + _NUMBER_BYTES
-    count, at = _read_long(value, at)
+    count, at = read_number(value, at)
     probabilities = {}
     for _ in range(count):
-        name, at = _read_string(value, at)
+        name, at = read_string(value, at)
         (probabilities[name],) = _DOUBLE.unpack_from(value, at)
         at += _NUMBER_BYTES
     return probabilities
-
-
-def _read_string(value: bytes, at: int) -> tuple[str, int]:
-    """The string that begins at an offset, and the offset behind it."""
-    length, at = _read_long(value, at)
-    return value[at : at + length].decode(), at + length
-
-
-def _read_long(value: bytes, at: int) -> tuple[int, int]:
-    """The integer that begins at an offset, and the offset behind it."""
-    number = shift = 0
-    while True:
-        number |= (value[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if value[at - 1] <= 0x7F:
-            return number >> 1 ^ -(number & 1), at

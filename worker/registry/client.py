@@ -6,19 +6,17 @@ https://docs.confluent.io/platform/current/schema-registry/develop/api.html
 import asyncio
 import ssl
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 from urllib.parse import quote
 
 import aiohttp
 import orjson
 from yarl import URL
 
+from worker.core.framing import MAX_ID
 from worker.errors import WrongSetting
 from worker.runtime.file_value import FileValue, present
 
-SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
-
-MAX_ID: Final = 2**31 - 1  # ids are signed integers of 32 bits
 MAX_ANSWER_BYTES: Final = 8 * 2**20
 MAX_REFERENCES: Final = 256  # of one schema, those of its references included
 MAX_MESSAGE_CHARS: Final = 300  # of what the registry says of an error
@@ -50,23 +48,22 @@ class RegisteredSchema(NamedTuple):
     """A schema as it is registered.
 
     ``references`` has the text of each schema that it refers to, directly or through others: those that are referred to
-    come before those that refer to them. ``names`` has, in the same order, the names by which they are referred to.
+    come before those that refer to them.
     """
 
     id: int
-    type: str  # one of SchemaType, or whatever else a registry has
+    type: str  # AVRO, JSON, PROTOBUF, or whatever else a registry has
     text: str
     references: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
 
 
 class SchemaRegistry:
     """Asks one registry. Use it from the event loop that it was first used in, and close it there.
 
     ``url`` is the address that the paths of the interface begin at, such as ``https://registry:8081``. Either ``user`` and
-    ``password`` log in, or ``token`` (OAuth's, or another bearer token); both are read again before each request where they
-    are in files. ``ca_file`` has the authorities that sign the registry's certificate (PEM; default: the
-    system's). ``timeout_s`` is the deadline of each request. The client neither retries nor caches nor logs.
+    ``password`` log in, or ``token`` (OAuth's, or another bearer token). ``ca_file`` has the authorities that sign the
+    registry's certificate (PEM; default: the system's). What is in files is read again before a request if it has changed.
+    ``timeout_s`` is the deadline of each request. The client neither retries nor caches nor logs.
 
     Raises WrongSetting where ``ca_file`` cannot be read.
     """
@@ -85,7 +82,7 @@ class SchemaRegistry:
         self._user = user
         self._password = password
         self._token = token
-        self._ssl = _ssl_context(ca_file) if ca_file else True
+        self._ssl = FileValue(lambda: _ssl_context(ca_file), [Path(ca_file)]) if ca_file else None
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -100,22 +97,22 @@ class SchemaRegistry:
         if not 0 <= schema_id <= MAX_ID:  # a registry would answer as if the path were none of its own
             raise SchemaUnknown(f"the schema registry has no schema with the id {schema_id}: ids end at {MAX_ID}")
         answer = await self._request("GET", f"/schemas/ids/{schema_id}")
-        names: dict[str, str] = {}
-        await self._resolve(answer, names, set())
+        references: list[str] = []
+        await self._resolve(answer, references, set())
         text, type = _field(answer, "schema", str), answer.get("schemaType") or "AVRO"
-        return RegisteredSchema(schema_id, type, text, tuple(names.values()), tuple(names))
+        return RegisteredSchema(schema_id, type, text, tuple(references))
 
-    async def register(self, subject: str, text: str, type: SchemaType = "AVRO") -> int:
-        """Registers a schema under a subject, and returns its id; the one that it has, if it is there already.
+    async def register(self, subject: str, text: str) -> int:
+        """Registers an Avro schema under a subject, and returns its id; the one that it has, if it is there already.
 
         Raises RegistryError.
         """
-        answer = await self._request("POST", f"/subjects/{_quoted(subject)}/versions", _body(text, type))
+        answer = await self._request("POST", f"/subjects/{_quoted(subject)}/versions", _body(text))
         return int(_field(answer, "id", int))
 
-    async def lookup(self, subject: str, text: str, type: SchemaType = "AVRO") -> int:
-        """The id that a schema has under a subject. Raises SchemaUnknown where it is not registered, and RegistryError."""
-        answer = await self._request("POST", f"/subjects/{_quoted(subject)}", _body(text, type))
+    async def lookup(self, subject: str, text: str) -> int:
+        """The id that an Avro schema has under a subject. Raises SchemaUnknown where it has none, and RegistryError."""
+        answer = await self._request("POST", f"/subjects/{_quoted(subject)}", _body(text))
         return int(_field(answer, "id", int))
 
     async def check(self) -> None:
@@ -128,8 +125,8 @@ class SchemaRegistry:
             await self._session.close()
             self._session = None
 
-    async def _resolve(self, answer: dict[str, Any], names: dict[str, str], seen: set[tuple[str, int]]) -> None:
-        """Adds to ``names`` the text of each schema that an answer's schema refers to, after those that it refers to."""
+    async def _resolve(self, answer: dict[str, Any], texts: list[str], seen: set[tuple[str, int]]) -> None:
+        """Adds to ``texts`` that of each schema that an answer's schema refers to, after those that it refers to."""
         for reference in answer.get("references") or ():
             place = (_field(reference, "subject", str), _field(reference, "version", int))
             if place in seen:
@@ -139,8 +136,8 @@ class SchemaRegistry:
                 raise SchemaUnknown(f"a schema has more than {MAX_REFERENCES} references, which are not all read")
             path = f"/subjects/{_quoted(place[0])}/versions/{place[1]}?deleted=true"
             referred = await self._request("GET", path)
-            await self._resolve(referred, names, seen)
-            names[_field(reference, "name", str)] = _field(referred, "schema", str)
+            await self._resolve(referred, texts, seen)
+            texts.append(_field(referred, "schema", str))
 
     async def _request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         headers = {"Accept": f"{CONTENT_TYPE}, application/json"}
@@ -159,13 +156,18 @@ class SchemaRegistry:
         url = URL(self.url + path, encoded=True)
         try:
             async with self._session.request(
-                method, url, data=body, headers=headers, ssl=self._ssl, allow_redirects=False
+                method,
+                url,
+                data=body,
+                headers=headers,
+                ssl=self._ssl.value if self._ssl else True,
+                allow_redirects=False,
             ) as response:
                 content = await _read(response)
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
             raise RegistryRefused(
-                f"the certificate of the schema registry at {self.url} is refused ({_cause(error)}); set "
-                "schema_registry_ca_file to the authorities that have signed it"
+                f"there is no TLS with the schema registry at {self.url} ({_cause(error)}); schema_registry_ca_file should "
+                "name the authorities that have signed its certificate, and an address without TLS begin with http://"
             ) from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise RegistryUnavailable(f"the schema registry at {self.url} does not answer ({_cause(error)})") from None
@@ -219,9 +221,9 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-def _body(text: str, type: SchemaType) -> bytes:
-    """A schema as the interface takes it. Avro is not named: registries before 5.5 know nothing else, and no types."""
-    return orjson.dumps({"schema": text} if type == "AVRO" else {"schema": text, "schemaType": type})
+def _body(text: str) -> bytes:
+    """A schema as the interface takes it, which is Avro where no type is named."""
+    return orjson.dumps({"schema": text})
 
 
 def _field(answer: Any, name: str, kind: type) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from worker.core.events import Record
+from worker.core.framing import FRAME_BYTES, frame
 from worker.registry.client import (
     RegistryError,
     RegistryUnavailable,
@@ -78,7 +79,7 @@ class SchemaFetcher:
             lacking = [id for id in sorted(ids) if self._is_due(id) and not await self._is_found(id)]
             new = {id for id in lacking if id not in self._unknown}
             if 0 < len(new) <= MAX_RETRIED:
-                found = new.difference(await self._still_lacking(sorted(new), self._patience_s(records)))
+                found = new.difference(await self._still_lacking(sorted(new), self._patience_s(new, records)))
                 lacking = [id for id in lacking if id not in found]
             for id in lacking:
                 self._remember(id)
@@ -128,16 +129,18 @@ class SchemaFetcher:
             self._in_vain_until = self._clock() + IN_VAIN_S
         return ids
 
-    def _patience_s(self, records: Sequence[Record]) -> float:
+    def _patience_s(self, ids: Collection[int], records: Sequence[Record]) -> float:
         """How long unknown ids are asked for again.
 
-        Where that was in vain lately, only until the youngest record is UNKNOWN_S old: else a producer that writes random
-        bytes now and then would hold up everything for UNKNOWN_S each time.
+        Where that was in vain lately, only until the youngest record that names one is UNKNOWN_S old: else a producer that
+        writes random bytes now and then would hold up everything for UNKNOWN_S each time. Timestamps are the producer's: one
+        that lies ahead by UNKNOWN_S gets no time either.
         """
         if self._clock() >= self._in_vain_until:
             return UNKNOWN_S
-        youngest_ms = max((record.timestamp or 0 for record in records), default=0)
-        return min(max(0.0, youngest_ms / 1000 + UNKNOWN_S - self._now()), UNKNOWN_S)
+        frames, now = set(map(frame, ids)), self._now()
+        named = [record.timestamp or 0 for record in records if (record.value or b"")[:FRAME_BYTES] in frames]
+        return max(0.0, UNKNOWN_S - min((abs(now - ms / 1000) for ms in named), default=UNKNOWN_S))
 
     async def _paused(self, pause_s: float, error: RegistryError) -> float:
         """Reports what the registry fails with, waits, and returns how long to wait next time."""

@@ -18,8 +18,8 @@ class FileValue(Generic[Value_co]):
     """``value`` is what ``make`` has made of ``files``; it is made anew where one of them has changed since.
 
     ``make`` reads the files, and raises a UserError where they cannot be used. The constructor raises it, too. Later each
-    reason is logged once, as for a file that is half written, or a key whose certificate is not there yet, and the value before
-    stays in use until the files can be used.
+    reason is logged once, as for a file that is half written, or a key whose certificate is not there yet, and the value
+    before stays in use until the files can be used.
 
     ``value`` asks for the files' times and sizes each time, which takes some microseconds, and reads them on the caller's
     thread. Only one thread may use it.

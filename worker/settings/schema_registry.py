@@ -57,6 +57,8 @@ class SchemaRegistrySettings(Settings):
                 if getattr(self, name):
                     raise ValueError(f"{name} goes with schema_registry_url; set it, too")
             return self
+        if ":" in (self.schema_registry_user or ""):
+            raise ValueError("schema_registry_user should have no colon, which stands between user and password")
         if (self.schema_registry_user is None) != (self.schema_registry_password is None):
             raise ValueError(
                 "schema_registry_user goes with schema_registry_password, from WORKER_SCHEMA_REGISTRY_PASSWORD or …_FILE: "
