@@ -28,6 +28,20 @@ WRONG = [
     WrongValue("chart", "back within its session", ("staticMembers=true", "settings.session_timeout_ms=30000")),
     WrongValue("chart", "needs service.enabled", ("ingress.enabled=true", 'ingress.hosts=["a.example"]')),
     WrongValue("chart", "does not open", ('settings.bootstrap_servers="kafka.kafka.svc:9099"',)),
+    WrongValue("chart", "egress does not open", ('settings.schema_registry_url="https://registry.example"',)),
+    WrongValue(
+        "chart",
+        "egress does not open",
+        (
+            'settings.oauth_token_url="https://login.example:8443/token"',
+            'networkPolicy.egress=[{"ports":[{"port":443}]}]',
+        ),
+    ),
+    WrongValue(
+        "chart",
+        "no such login",
+        ('settings.sasl_mechanism="AWS_MSK_IAM"', 'settings.security_protocol="SASL_SSL"', "keda.enabled=true"),
+    ),
     WrongValue(
         "chart", "needs ReadWriteMany", ("cache.claim.create=true", 'cache.claim.accessModes=["ReadWriteOnce"]')
     ),
