@@ -19,6 +19,9 @@ WRONG = [
     WrongValue("schema", "/files/http_token", ('files.http_token={"secret":"http"}',)),
     WrongValue("chart", "secrets under", ('env.HF_TOKEN="hf_secret"',)),
     WrongValue("schema", "/networkPolicy/brokers/ports", ('networkPolicy.brokers.ports=[{"port":70000}]',)),
+    WrongValue("schema", "/networkPolicy/brokers/to", ("networkPolicy.brokers.to=[]",)),  # empty would be anywhere
+    WrongValue("schema", "/podDisruptionBudget/maxUnavailable", ("podDisruptionBudget.maxUnavailable=0",)),
+    WrongValue("schema", "/podDisruptionBudget/maxUnavailable", ('podDisruptionBudget.maxUnavailable="0%"',)),
     WrongValue("schema", "/monitoring/podMonitor/interval", ('monitoring.podMonitor.interval="often"',)),
     WrongValue("chart", "does not go with staticMembers", ("keda.enabled=true", "staticMembers=true")),
     WrongValue("chart", "there are 4 partitions", ("replicas=5", "partitions=4")),
