@@ -106,18 +106,20 @@ sbom: image
 
 # helm alone, for the tests of the chart, where Go is and helm is not.
 CLUSTER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sentiment-worker/cluster
-BUILD := CGO_ENABLED=0 go build -o $(CLUSTER)/bin/ -ldflags "-s -w \
+BUILT := $(abspath $(CLUSTER))/bin
+BUILD := CGO_ENABLED=0 go build -o $(BUILT)/ -ldflags "-s -w \
   -X k8s.io/component-base/version.gitVersion=$(shell sed -n 's|^require k8s.io/kubernetes ||p' tests/cluster/go.mod)"
-helm: $(CLUSTER)/bin/helm
-$(CLUSTER)/bin/helm:
+helm: $(BUILT)/helm
+$(BUILT)/helm:
 	cd tests/cluster && $(BUILD) helm.sh/helm/v4/cmd/helm
 
 # The chart on a real Kubernetes API without a container runtime. Needs Go and Python, not the worker; CLUSTER keeps what is
 # built from Go's modules: 4 GiB of memory and minutes the first time, seconds after that.
-cluster-test: $(CLUSTER)/bin/kwok
-	$(PYTHON) -m tests.cluster $(CLUSTER)/bin
-$(CLUSTER)/bin/kwok: tests/cluster/go.sum
+cluster-test: $(BUILT)/.complete
+	$(PYTHON) -m tests.cluster $(BUILT)
+$(BUILT)/.complete: tests/cluster/go.sum
 	cd tests/cluster && $(BUILD) tool
+	touch $@
 
 # What is generated in deploy/: the dashboards, the alerts' links, the chart's values, and its copy of the rules.
 # RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none. Where

@@ -19,6 +19,9 @@ WRONG = [
     WrongValue("schema", "/files/http_token", ('files.http_token={"secret":"http"}',)),
     WrongValue("chart", "secrets under", ('env.HF_TOKEN="hf_secret"',)),
     WrongValue("schema", "/networkPolicy/brokers/ports", ('networkPolicy.brokers.ports=[{"port":70000}]',)),
+    WrongValue("schema", "/networkPolicy/brokers/to", ("networkPolicy.brokers.to=[]",)),  # empty would be anywhere
+    WrongValue("schema", "/podDisruptionBudget/maxUnavailable", ("podDisruptionBudget.maxUnavailable=0",)),
+    WrongValue("schema", "/podDisruptionBudget/maxUnavailable", ('podDisruptionBudget.maxUnavailable="0%"',)),
     WrongValue("schema", "/monitoring/podMonitor/interval", ('monitoring.podMonitor.interval="often"',)),
     WrongValue("chart", "does not go with staticMembers", ("keda.enabled=true", "staticMembers=true")),
     WrongValue("chart", "there are 4 partitions", ("replicas=5", "partitions=4")),
@@ -28,6 +31,20 @@ WRONG = [
     WrongValue("chart", "back within its session", ("staticMembers=true", "settings.session_timeout_ms=30000")),
     WrongValue("chart", "needs service.enabled", ("ingress.enabled=true", 'ingress.hosts=["a.example"]')),
     WrongValue("chart", "does not open", ('settings.bootstrap_servers="kafka.kafka.svc:9099"',)),
+    WrongValue("chart", "egress does not open", ('settings.schema_registry_url="https://registry.example"',)),
+    WrongValue(
+        "chart",
+        "egress does not open",
+        (
+            'settings.oauth_token_url="https://login.example:8443/token"',
+            'networkPolicy.egress=[{"ports":[{"port":443}]}]',
+        ),
+    ),
+    WrongValue(
+        "chart",
+        "no such login",
+        ('settings.sasl_mechanism="AWS_MSK_IAM"', 'settings.security_protocol="SASL_SSL"', "keda.enabled=true"),
+    ),
     WrongValue(
         "chart", "needs ReadWriteMany", ("cache.claim.create=true", 'cache.claim.accessModes=["ReadWriteOnce"]')
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.cluster.wrong_values import WRONG, WrongValue
 from tests.deploy.manifests import (
@@ -99,10 +100,22 @@ def test_the_values_are_what_the_schema_says() -> None:
     jsonschema.validate(read(CHART / "values.yaml"), SCHEMA)
 
 
-def test_the_chart_has_the_packages_version_and_names_no_latest() -> None:
+def test_package_image_and_chart_have_one_version() -> None:
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     chart = read(CHART / "Chart.yaml")
-    assert (chart["version"], chart["appVersion"]) == (project["version"], project["version"])
+    image = re.findall(r"^ARG VERSION=(.*)$", (DEPLOY.parent / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {chart["version"], chart["appVersion"], *image} == {project["version"]}
+
+
+def test_a_release_names_the_published_image_in_the_chart() -> None:
+    """release.yml replaces this line before it packages the chart."""
+    workflow = (DEPLOY.parent / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    (line,) = re.findall(r'sed -i "s\|\^(.*?)\$\|', workflow)
+    assert (CHART / "values.yaml").read_text(encoding="utf-8").split("\n").count(line.replace('\\"', '"')) == 1
+
+
+def test_the_image_has_the_packages_version_and_is_not_the_latest() -> None:
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert container(DEFAULT)["image"] == f"sentiment-worker:{project['version']}-cpu"
     assert container("volume")["image"].startswith("registry.example/sentiment-worker@sha256:")
 
@@ -172,6 +185,41 @@ def test_probes_and_metrics_ask_where_the_worker_answers(example: str) -> None:
     for monitor in all_of("PodMonitor", example):
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+
+
+def test_an_update_spreads_the_new_pods_as_if_the_old_ones_were_gone() -> None:
+    for example, labels in (("cpu", ["pod-template-hash"]), ("static", None)):
+        for spread in pod(example)["topologySpreadConstraints"]:
+            assert spread.get("matchLabelKeys") == labels
+
+
+def test_a_cluster_that_chooses_the_user_is_not_asked_for_one() -> None:
+    done = template('--set-json=podSecurityContext={"runAsUser":null,"runAsGroup":null,"fsGroup":null}')
+    (deployment,) = [item for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "Deployment"]
+    assert set(deployment["spec"]["template"]["spec"]["securityContext"]) == {
+        "runAsNonRoot", "fsGroupChangePolicy", "seccompProfile",
+    }  # fmt: skip
+
+
+def test_another_autoscaler_keeps_the_number_of_workers() -> None:
+    assert "replicas:" in template().stdout
+    assert "replicas:" not in template("--set=replicas=null").stdout
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ['settings.schema_registry_url="http://registry:8081"', 'networkPolicy.egress=[{"ports":[{"port":8081}]}]'],
+        ['settings.schema_registry_url="https://registry"', 'networkPolicy.egress=[{"to":[{"podSelector":{}}]}]'],
+        ['settings.schema_registry_url="http://r:8081"', 'networkPolicy.brokers.ports=[{"port":9092},{"port":8081}]'],
+        ['settings.schema_registry_url="http://registry:8081"', "networkPolicy.enabled=false"],
+        ['settings.oauth_token_url="https://login/token"', 'env.HTTPS_PROXY="http://proxy:3128"'],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_address_whose_port_is_open_is_taken(given: list[str]) -> None:
+    done = template(*(f"--set-json={value}" for value in given))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("example", [example for example in EXAMPLES if example != "static"])

@@ -41,6 +41,9 @@
 {{- if gt (int .Values.keda.fallback.replicas) (int .Values.keda.maxReplicas) }}
 {{- fail "keda.fallback.replicas is above keda.maxReplicas." }}
 {{- end }}
+{{- if eq (include "sentiment-worker.setting" (list . "sasl_mechanism" "")) "AWS_MSK_IAM" }}
+{{- fail "keda.enabled with settings.sasl_mechanism AWS_MSK_IAM: the chart writes no such login for KEDA. Leave keda.enabled off, set replicas to null, and write a ScaledObject of your own." }}
+{{- end }}
 {{- if and .Values.files.oauth_token_file (not .Values.keda.authenticationRef.name) }}
 {{- fail "keda.enabled with files.oauth_token_file: KEDA cannot read that file. Name a TriggerAuthentication of your own in keda.authenticationRef.name." }}
 {{- end }}
@@ -70,15 +73,35 @@
 {{- fail "rack.fromZone and settings.client_rack both set the rack: give one of them." }}
 {{- end }}
 {{- if .Values.networkPolicy.enabled }}
-{{- range splitList "," (toString (include "sentiment-worker.setting" (list . "bootstrap_servers" ""))) }}
+{{- range splitList "," (include "sentiment-worker.setting" (list . "bootstrap_servers" "")) }}
 {{- $port := regexFind "[0-9]+$" . | int }}
-{{- $open := false }}
-{{- range $.Values.networkPolicy.brokers.ports }}
-{{- if and (ge $port (int .port)) (le $port (int (.endPort | default .port))) }}{{ $open = true }}{{ end }}
-{{- end }}
-{{- if not $open }}
+{{- if not (include "sentiment-worker.opens" (list $ $port)) }}
 {{- fail (printf "settings.bootstrap_servers names port %d, which networkPolicy.brokers.ports does not open: the workers could not reach %s." $port .) }}
 {{- end }}
 {{- end }}
+{{- $proxied := or (hasKey .Values.env "HTTPS_PROXY") (hasKey .Values.env "HTTP_PROXY") }}
+{{- range $name := list "schema_registry_url" "oauth_token_url" }}
+{{- with include "sentiment-worker.setting" (list $ $name "") }}
+{{- $port := regexFind "[0-9]+$" (urlParse . | dig "host" "") | default (hasPrefix "https:" . | ternary "443" "80") | int }}
+{{- if not (or (include "sentiment-worker.opens" (list $ $port)) (and $proxied (eq $name "oauth_token_url"))) }}
+{{- fail (printf "settings.%s names port %d, which networkPolicy.egress does not open: the workers could not reach %s." $name $port .) }}
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* "yes" where the NetworkPolicy lets the workers out to a port, be it of one place alone; the list is the root and the port. */}}
+{{- define "sentiment-worker.opens" -}}
+{{- $port := index . 1 }}
+{{- $policy := (index . 0).Values.networkPolicy }}
+{{- $open := false }}
+{{- range prepend $policy.egress (dict "ports" $policy.brokers.ports) }}
+{{- range .ports | default (list dict) }}
+{{- if or (not (has (kindOf .port) (list "int" "int64" "float64"))) (and (ge $port (int .port)) (le $port (int (.endPort | default .port)))) }}
+{{- $open = true }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- $open | ternary "yes" "" }}
 {{- end }}
