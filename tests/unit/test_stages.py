@@ -11,13 +11,14 @@ import pytest
 from aiokafka import TopicPartition
 
 from tests.support.events import FakeRecord
+from tests.support.source import until
 from worker.core.dead_letter_limit import DeadLetterLimit
 from worker.core.decoder import Decoder
 from worker.core.encoder import Encoder
 from worker.core.events import Decoded, Event, Failure, Null, Outgoing, Stage, TooOld
 from worker.core.sentiment import CARD
 from worker.kafka import at_least_once
-from worker.kafka.assignment import Assignment
+from worker.kafka.assignment import Assignment, Assignments
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.delivery import Outcome
 from worker.kafka.producer_records import ProducerRecord
@@ -258,6 +259,28 @@ async def test_every_stage_asks_before_it_handles_records() -> None:
     budget.asked.clear()
     await delivered(FakeSource(), FakeSink(), part, budget=budget)
     assert budget.asked == [1_000, 1_000], "to publish, and to count"
+
+
+async def test_a_drain_finishes_nothing_behind_what_was_dropped() -> None:
+    """A revocation has begun, and the drain begins before it ends: an offset behind the dropped records would lose them."""
+    assignments = Assignments(Metrics("test"))
+    source, scored, queues = FakeSource(), [], Queues(tokenized=asyncio.Queue(), scored=asyncio.Queue())
+    source.drop = assignments.drop  # type: ignore[method-assign]
+    pipeline = pipeline_of(source)
+
+    async def forward(job: Any) -> None:
+        scored.append(job)
+
+    pipeline._inference.forward = forward  # type: ignore[method-assign, assignment]
+    going, jobs = Assignment(TopicPartition("t", 0), accepts=False), (object(), object())
+    running = asyncio.create_task(pipeline._forward(queues))
+    queues.tokenized.put_nowait(MicroBatch([part_of(going, 3)], jobs[0]))  # type: ignore[arg-type]
+    await until(lambda: going.under_way == -3)
+    pipeline.drain()
+    queues.tokenized.put_nowait(MicroBatch([part_of(going, 4)], jobs[1]))  # type: ignore[arg-type]
+    queues.tokenized.put_nowait(None)
+    await asyncio.wait_for(running, 5)
+    assert (scored, going.under_way) == ([], -7)
 
 
 async def test_large_values_in_avro_are_not_decoded_in_one_go() -> None:

@@ -39,6 +39,7 @@ class Assignment:
     is_lost: bool = (
         False  # it ended before the drain, or the group refuses its commits: others read what is dropped of it
     )
+    has_dropped: bool = False  # records of it were dropped: to commit what comes after them would lose them
     is_out_of_range: bool = False  # the offset to read next is gone
     single_record_reads: int = 0  # how many more reads take one record, to find the unreadable one
     silent_since: float = field(default_factory=time.monotonic)  # since when it has records and sends none
@@ -124,6 +125,7 @@ class Assignments(dict[TopicPartition, Assignment]):
 
     def drop(self, assignment: Assignment, records: int) -> None:
         """As of ``Owner.drop``."""
+        assignment.has_dropped = True
         assignment.under_way -= records
         if self.is_draining and not assignment.is_lost:
             self._not_committed_in_drain += records

@@ -23,25 +23,27 @@ class InputSchemas:
     async def fetched(self, chunks: list[Chunk], drop: Callable[[Assignment, int], None]) -> list[Chunk]:
         """The chunks whose schemas are known, or known to be unknown. Waits for the registry, in the order of the chunks.
 
-        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait.
+        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait. So are those behind
+        it, whose offsets would be committed past it.
         """
         kept = []
         for assignment, records in chunks:
             ids = self._decoder.missing_schemas(records)
-            if ids and not await self._is_fetched(ids, assignment, records):
-                drop(assignment, len(records))
-            else:
+            if ids:
+                await self._wait(ids, assignment, records)
+            if assignment.accepts:
                 kept.append((assignment, records))
+            else:
+                drop(assignment, len(records))
         return kept
 
-    async def _is_fetched(self, ids: set[int], assignment: Assignment, records: Sequence[FetchedRecord]) -> bool:
-        """Whether the registry has answered before the partition was revoked."""
+    async def _wait(self, ids: set[int], assignment: Assignment, records: Sequence[FetchedRecord]) -> None:
+        """Until the registry has answered, or the partition is revoked."""
         fetching = asyncio.create_task(self._fetcher.fetch(ids, records))
         try:
             while assignment.accepts and not fetching.done():
                 await asyncio.wait({fetching}, timeout=LOOK_S)
             if fetching.done():
                 fetching.result()
-            return fetching.done()
         finally:
             await cancel_all([fetching])

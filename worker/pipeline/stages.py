@@ -6,13 +6,13 @@ overtaken. A queue holds one micro-batch; a full one is backpressure all the way
 
 import asyncio
 import contextlib
-import operator
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from worker.core.dead_letter_limit import DeadLetterLimit
+from worker.kafka.assignment import Assignment
 from worker.kafka.delivery import Delivery
 from worker.kafka.source import Source
 from worker.pipeline.accounting import Accounting
@@ -186,9 +186,7 @@ class Pipeline:
     async def _forward(self, queues: Queues) -> None:
         while (batch := await queues.tokenized.get()) is not None:
             self._metrics.queue_depth["tokenized"].dec(len(batch))
-            # In a drain what was taken is finished also where its partition is about to go.
-            stays = operator.attrgetter("is_owned" if self._draining.is_set() else "accepts")
-            self._drop(batch, [part for part in batch.parts if not stays(part.assignment)])
+            self._drop(batch, [part for part in batch.parts if not self._stays(part.assignment)])
             if not batch.parts:
                 continue
             await self._inference.forward(batch.job)
@@ -213,6 +211,11 @@ class Pipeline:
             for assignment, outcomes in made:
                 await self._delivery.put(assignment, outcomes)
         self._delivery.finish()
+
+    def _stays(self, assignment: Assignment) -> bool:
+        """Whether records may enter the model. In a drain also where their partition is about to go, up to a drop."""
+        is_finished = self._draining.is_set() and assignment.is_owned and not assignment.has_dropped
+        return assignment.accepts or is_finished
 
     def _drop(self, batch: MicroBatch, parts: list[Part]) -> None:
         for part in parts:
