@@ -12,7 +12,7 @@ from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import wait_until_committed
 from tests.support.topics import Kafka, Record, Topics
 from tests.support.waiting import wait_for
-from worker.commands import check
+from worker.commands.check_kafka import kafka_findings
 from worker.commands.finding import Finding
 from worker.commands.kafka_connection import kafka_connection
 from worker.settings.run import RunSettings
@@ -44,7 +44,7 @@ def test_check_warns_of_results_that_would_be_older_than_their_topic_keeps_them(
         async def findings() -> list[Finding]:
             return [
                 finding
-                async for finding in check._kafka(settings, kafka_connection(settings))
+                async for finding in kafka_findings(settings, kafka_connection(settings))
                 if finding.subject == "retention"
             ]
 

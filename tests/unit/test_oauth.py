@@ -498,8 +498,8 @@ async def test_a_token_that_does_not_say_when_it_ends(
     file.unlink()
     assert [await given.after(1) for _ in range(3)] == ["opaque"] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"the token cannot be renewed: oauth_token_file {file} cannot be read (No such file or directory); waiting for a "
-        "token in it"
+        f"the OAuth token cannot be renewed: oauth_token_file {file} cannot be read (No such file or directory); "
+        "waiting for a token in it"
     ]
 
 
