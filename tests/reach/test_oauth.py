@@ -276,7 +276,7 @@ def test_a_file_that_something_else_renews(
         kafka.send(topics.input, map(numbered, range(99)))
         wait_until_committed(kafka, topics)
         renewer.client_id = ""
-        wait_for(lambda: "holds a token that ended" in worker.get("/readyz")[1], "a token that has ended", 60)
+        wait_for(lambda: "holds a token that expired" in worker.get("/readyz")[1], "a token that has expired", 60)
         renewer.client_id = STRANGER
         wait_for(lambda: "refuses the token" in worker.get("/readyz")[1], "the broker's refusal in /readyz", 90)
         kafka.send(topics.input, map(numbered, range(99, 198)))
