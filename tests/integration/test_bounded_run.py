@@ -190,6 +190,8 @@ def test_partitions_and_topics_that_come_during_the_run(
     for worker in workers_:
         worker.wait_until_ready()
     wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 0}, "the bound to be committed")
+    for worker in workers_:
+        worker.pause()  # or one may find what is added before its records are sent: it would have nothing to read
     if is_topic:
         kafka.create(added := f"{topics.input}-added", 1)
         kafka.send(added, [dated(1, END_MS - 1, 0), dated(2, END_MS, 0)])
@@ -197,6 +199,8 @@ def test_partitions_and_topics_that_come_during_the_run(
         kafka.admin.create_partitions([NewPartitions(topics.input, 2)])[topics.input].result(30)
         wait_for(lambda: len(kafka.partitions(topics.input)) == 2, "the partition")
         kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
+    for worker in workers_:
+        worker.resume()
     producer.commit_transaction()
     assert sum(finished(worker)["results"] for worker in workers_) == 2
     assert len(kafka.read(topics.output)) == 2
