@@ -30,6 +30,7 @@ from worker.registry.client import (
     SchemaUnknown,
 )
 from worker.registry.schema_fetcher import MAX_RETRIED, MAX_UNKNOWN, UNKNOWN_S, SchemaFetcher
+from worker.runtime.backoff import LONGEST_BACKOFF_S
 from worker.settings.run import RunSettings
 from worker.settings.sources import load
 from worker.telemetry.health import Health
@@ -325,7 +326,7 @@ async def test_a_registry_that_does_not_answer_is_waited_for(
     fetching.clock.events[1500.0] = lambda: reasons.append(fetching.health.why_not_ready())
     fetching.clock.events[1600.0] = lambda: setattr(fake, "refusal", None)
     assert await fetching.fetch(one + review(1, "да")) == ["да"]
-    assert fetching.clock.now < 1600 + 2 * schema_fetcher.LONGEST_PAUSE_S
+    assert fetching.clock.now < 1600 + 2 * LONGEST_BACKOFF_S
     (reason,) = reasons
     assert reason is not None
     assert reason.startswith("registry: ")
