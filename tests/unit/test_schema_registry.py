@@ -13,7 +13,8 @@ from tests.support.avro import REVIEW, record, review, string
 from tests.support.events import TEN, FakeRecord
 from tests.support.fake_registry import FakeRegistry, fake_registry
 from tests.support.secure import Authority
-from worker.commands.schema_registry import registry_state, schema_registry
+from worker.commands.finding import Finding
+from worker.commands.schema_registry import registry_findings, schema_registry
 from worker.core.decoder import Decoder
 from worker.core.events import Event
 from worker.core.framing import frame
@@ -188,15 +189,25 @@ async def test_its_certificate_is_checked_by_authorities_that_may_be_replaced(tm
             await registry.check()
 
 
-async def test_check_says_how_the_registry_is(fake: FakeRegistry) -> None:
-    settings = load(RunSettings, ["--schema-registry-url", fake.url], "run", {})
-    assert await registry_state(settings) == ("ok", f"{fake.url} answers", 0)
+async def test_check_says_how_the_registry_is(fake: FakeRegistry, tmp_path: Path) -> None:
+    async def findings(*flags: str) -> list[Finding]:
+        return [each async for each in registry_findings(load(RunSettings, flags, "run", {}))]
+
+    given = "--schema-registry-url", fake.url
+    assert await findings() == []
+    assert await findings(*given) == [Finding("registry", "ok", f"{fake.url} answers")]
+    _, schema = await findings(*given, "--output-format=avro")
+    assert (schema.subject, schema.verdict) == ("schema", "ok")
     fake.authorization = "Bearer x"
-    verdict, sentence, code = await registry_state(settings)
-    assert (verdict, code) == ("fail", 2)
-    assert "credentials" in sentence
-    away = load(RunSettings, ["--schema-registry-url", "http://127.0.0.1:1"], "run", {})
-    assert (await registry_state(away))[::2] == ("fail", 1)
+    (refused,) = await findings(*given, "--output-format=avro")
+    assert (refused.verdict, refused.exit_code) == ("fail", 2)
+    assert "credentials" in refused.sentence
+    (away,) = await findings("--schema-registry-url", "http://127.0.0.1:1")
+    assert (away.verdict, away.exit_code) == ("fail", 1)
+    path = tmp_path / "ca.pem"
+    path.write_text("no certificate")
+    (wrong,) = await findings("--schema-registry-url", "https://registry", "--schema-registry-ca-file", str(path))
+    assert (wrong.verdict, wrong.exit_code) == ("fail", 2)
 
 
 # --- Fetching, before records are decoded ---
