@@ -380,7 +380,7 @@ async def test_a_partition_that_is_revoked_while_the_registry_is_away_is_dropped
     owners = first, second, first
     chunks: Any = [(each, [FakeRecord(one + review(1, "да")) for _ in range(at)]) for at, each in enumerate(owners, 1)]
     dropped: list[tuple[Assignment, int]] = []
-    waiting = asyncio.create_task(schemas.fetched(chunks, lambda *drop: dropped.append(drop)))
+    waiting = asyncio.create_task(schemas.fetched(chunks, lambda *drop: dropped.append(drop), asyncio.Event()))
     await until(lambda: fake.requests)
     first.accepts = False
     await until(lambda: dropped)
@@ -388,3 +388,35 @@ async def test_a_partition_that_is_revoked_while_the_registry_is_away_is_dropped
     fake.answers.set()
     assert await waiting == chunks[1:2]
     assert dropped == [(first, 1), (first, 3)], "what lies behind it would be committed past it"
+
+
+@pytest.mark.parametrize("refusal", [(503, b""), None], ids=["away", "lags behind"])
+async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
+    refusal: tuple[int, bytes] | None, fake: FakeRegistry, registry: SchemaRegistry
+) -> None:
+    known, unknown = fake.add(1, REVIEW) + review(1, "да"), frame(2) + review(1, "да")
+    decoder, draining = Decoder(input_format="avro"), asyncio.Event()
+    fetcher = SchemaFetcher(registry, decoder.schemas.add, Health())
+    await fetcher.fetch({1}, [])
+    fake.refusal = refusal
+    first, second = (Assignment(("t", number), None) for number in (0, 1))  # type: ignore[arg-type]
+    chunks: Any = [(first, [FakeRecord(unknown)]), (second, [FakeRecord(known)] * 2), (first, [FakeRecord(known)] * 3)]
+    dropped: list[tuple[Assignment, int]] = []
+
+    def drop(assignment: Assignment, records: int) -> None:
+        assignment.has_dropped = True
+        dropped.append((assignment, records))
+
+    waiting = asyncio.create_task(InputSchemas(decoder, fetcher).fetched(chunks, drop, draining))
+    await until(lambda: fetcher.is_retrying)
+    draining.set()
+    assert await waiting == chunks[1:2]
+    assert dropped == [(first, 1), (first, 3)], "what lies behind it would be committed past it"
+
+
+async def test_a_drain_waits_for_a_registry_that_is_answering(fake: FakeRegistry, registry: SchemaRegistry) -> None:
+    decoder, draining = Decoder(input_format="avro"), asyncio.Event()
+    schemas = InputSchemas(decoder, SchemaFetcher(registry, decoder.schemas.add, Health()))
+    chunks: Any = [(Assignment(("t", 0), None), [FakeRecord(fake.add(1, REVIEW) + review(1, "да"))])]  # type: ignore[arg-type]
+    draining.set()
+    assert await schemas.fetched(chunks, lambda *_: None, draining) == chunks

@@ -34,6 +34,8 @@ Add = Callable[[int, str, str, Sequence[str]], None]
 class SchemaFetcher:
     """Asks the registry for schemas by their ids, one after the other, and gives those that it has to ``add``.
 
+    ``is_retrying`` says whether a request has failed, or an id is unknown, so that the registry is being asked again.
+
     The event loop uses it. ``clock`` counts s from anywhere, ``now`` from 1970, as the timestamps of records do.
     """
 
@@ -55,6 +57,7 @@ class SchemaFetcher:
         self._sleep = sleep
         self._unknown: OrderedDict[int, float] = OrderedDict()  # ids, and when to ask for them again
         self._in_vain_until = -math.inf
+        self.is_retrying = False
 
     async def check(self) -> None:
         """Waits until the registry answers. Raises RegistryRefused where it refuses the credentials."""
@@ -65,7 +68,7 @@ class SchemaFetcher:
             except RegistryUnavailable as error:
                 await self._wait(backoff, error)
             else:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 return
 
     async def fetch(self, ids: Collection[int], records: Sequence[Record]) -> None:
@@ -83,7 +86,7 @@ class SchemaFetcher:
             for id in lacking:
                 self._remember(id)
         finally:
-            self._health.working(HEALTH_PART)
+            self._answered()
 
     def _is_due(self, id: int) -> bool:
         return self._clock() >= self._unknown.get(id, -math.inf)
@@ -102,12 +105,12 @@ class SchemaFetcher:
             try:
                 schema = await self._registry.schema(id)
             except SchemaUnknown:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 return False
             except RegistryError as error:
                 await self._wait(backoff, error)
             else:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 self._unknown.pop(id, None)
                 self._add(id, schema.type, schema.text, schema.references)
                 return True
@@ -121,6 +124,7 @@ class SchemaFetcher:
                 extra={"ids": ids, "at_most_s": round(patience_s)},
             )
         while ids and (left_s := until - self._clock()) > 0:
+            self.is_retrying = True
             await backoff.wait(left_s)
             ids = [id for id in ids if not await self._is_found(id)]
         if ids and patience_s > 0:
@@ -140,7 +144,12 @@ class SchemaFetcher:
         named = [record.timestamp or 0 for record in records if (record.value or b"")[:FRAME_BYTES] in frames]
         return max(0.0, UNKNOWN_S - min((abs(now - ms / 1000) for ms in named), default=UNKNOWN_S))
 
+    def _answered(self) -> None:
+        self.is_retrying = False
+        self._health.working(HEALTH_PART)
+
     async def _wait(self, backoff: Backoff, error: RegistryError) -> None:
         """Reports what the registry fails with, and waits."""
+        self.is_retrying = True
         self._health.failing(HEALTH_PART, str(error))
         await backoff.wait()
