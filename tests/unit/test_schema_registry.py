@@ -399,8 +399,9 @@ async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
     fetcher = SchemaFetcher(registry, decoder.schemas.add, Health())
     await fetcher.fetch({1}, [])
     fake.refusal = refusal
-    first, second = (Assignment(("t", number), None) for number in (0, 1))  # type: ignore[arg-type]
-    chunks: Any = [(first, [FakeRecord(unknown)]), (second, [FakeRecord(known)] * 2), (first, [FakeRecord(known)] * 3)]
+    first, second, third = (Assignment(("t", number), None) for number in range(3))  # type: ignore[arg-type]
+    values = (first, unknown), (second, known), (first, known), (third, frame(3) + review(1, "да"))
+    chunks: Any = [(each, [FakeRecord(value)] * count) for count, (each, value) in enumerate(values, 1)]
     dropped: list[tuple[Assignment, int]] = []
 
     def drop(assignment: Assignment, records: int) -> None:
@@ -411,7 +412,8 @@ async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
     await until(lambda: fetcher.is_retrying)
     draining.set()
     assert await waiting == chunks[1:2]
-    assert dropped == [(first, 1), (first, 3)], "what lies behind it would be committed past it"
+    assert dropped == [(first, 1), (first, 3), (third, 4)], "what lies behind it would be committed past it"
+    assert not fake.requests["/schemas/ids/3"], "it is not asked anew for each partition"
 
 
 async def test_a_drain_waits_for_a_registry_that_is_answering(fake: FakeRegistry, registry: SchemaRegistry) -> None:

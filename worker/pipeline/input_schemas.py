@@ -29,10 +29,11 @@ class InputSchemas:
         set, also one for which the registry has to be asked again. So are those behind it in its partition, whose offsets
         would be committed past it.
         """
-        kept = []
+        kept, is_given_up = [], False
         for assignment, records in chunks:
             ids = self._decoder.missing_schemas(records)
-            is_known = not ids or await self._is_answered(ids, assignment, records, draining)
+            is_known = not ids or (not is_given_up and await self._is_answered(ids, assignment, records, draining))
+            is_given_up = is_given_up or (not is_known and draining.is_set())  # each partition's request may time out
             if is_known and assignment.accepts and not assignment.has_dropped:
                 kept.append((assignment, records))
             else:
