@@ -126,8 +126,8 @@ $(BUILT)/.complete: tests/cluster/go.sum
 # pyproject.toml names one, as Runbook in [project.urls], the console's banner links to it, too.
 RUNBOOK ?= $(or $(shell sed -n 's/^Runbook = "\(.*\)"/\1/p' pyproject.toml),https://git.example/sentiment-worker/blob/main/docs/operating.md)
 dashboard: $(INSTALLED)
-	$(BIN)/python deploy/grafana/dashboard.py
-	$(BIN)/python deploy/grafana/analysts.py
+	$(BIN)/python -m deploy.grafana.dashboard
+	$(BIN)/python -m deploy.grafana.analysts
 	sed -i.old 's|runbook_url: [^#]*#|runbook_url: $(RUNBOOK)#|' deploy/prometheus/rules.yaml && rm deploy/prometheus/rules.yaml.old
 	cp deploy/prometheus/rules.yaml deploy/helm/sentiment-worker/files/rules.yaml
 	$(BIN)/python deploy/helm/values.py

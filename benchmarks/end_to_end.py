@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,13 +237,18 @@ class PeerProcess:
 
 def compare(case: Case, broker: Broker, folder: Path, rounds: int) -> dict[str, Any]:
     """Speeds and CPU of each by round, and the worker's over each peer's."""
-    speeds: dict[str, list[Speed]] = {name: [] for name in case.contestants}
+    turns = {name: partial(measured, start, broker, folder, case.records) for name, start in case.contestants.items()}
+    return summary(take_turns(turns, rounds), len(case.records), rounds)
+
+
+def take_turns(turns: Mapping[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
+    """Calls each once a round, in another order each time."""
+    speeds: dict[str, list[Speed]] = {name: [] for name in turns}
     for turn in range(rounds):
-        order = random.Random(turn).sample(list(case.contestants), len(case.contestants))
-        for name in order:
-            speeds[name].append(measured(case.contestants[name], broker, folder, case.records))
-            print(case.name, turn + 1, name, *(round(value, 3) for value in speeds[name][-1]), flush=True)
-    return summary(speeds, len(case.records), rounds)
+        for name in random.Random(turn).sample(list(turns), len(turns)):
+            speeds[name].append(turns[name]())
+            print(turn + 1, name, *(round(value, 4) for value in speeds[name][-1]), flush=True)
+    return speeds
 
 
 def summary(speeds: dict[str, list[Speed]], events: int, rounds: int) -> dict[str, Any]:
@@ -250,10 +256,16 @@ def summary(speeds: dict[str, list[Speed]], events: int, rounds: int) -> dict[st
     return {
         "events": events,
         "rounds": rounds,
-        "events_per_s": {name: [round(turn.events_per_s, 1) for turn in turns] for name, turns in speeds.items()},
-        "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
+        **by_name(speeds),
         "speed, worker / peer": {peer: ratio(column(speeds[own], 0), column(speeds[peer], 0)) for peer in peers},
         "CPU, worker / peer": {peer: ratio(column(speeds[own], 1), column(speeds[peer], 1)) for peer in peers},
+    }
+
+
+def by_name(speeds: dict[str, list[Speed]]) -> dict[str, Any]:
+    return {
+        "events_per_s": {name: [round(turn.events_per_s, 1) for turn in turns] for name, turns in speeds.items()},
+        "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
     }
 
 
@@ -261,15 +273,23 @@ def column(turns: Sequence[Speed], which: int) -> list[float]:
     return [turn[which] for turn in turns]
 
 
-def measured(start: Start, broker: Broker, folder: Path, sent: Sequence[Record]) -> Speed:
-    """One turn on topics of its own; AssertionError if an event has no result under its key."""
+def id_in_json(value: bytes) -> str:
+    return str(json.loads(value)["id"])
+
+
+def measured(
+    start: Start, broker: Broker, folder: Path, sent: Sequence[Record], id_in: Callable[[bytes], str] = id_in_json
+) -> Speed:
+    """One turn on topics of its own; AssertionError if an event has no result under its key. `id_in` reads a result."""
     kafka, topics = Kafka(broker.bootstrap), Topics.unique()
     kafka.create_all(topics, PARTITIONS)
     kafka.send(topics.input, sent)
     with running(start(folder, broker.bootstrap, topics)) as process:
         speed = slope(process, Ends(kafka, topics.output), len(sent))
         process.terminate()
-    check(kafka.read(topics.output), sent)
+    found = {(record.key, id_in(record.value or b"")) for record in kafka.read(topics.output)}
+    expected = {(record.key, (record.key or b"").decode()) for record in sent}
+    assert found == expected, f"{len(expected - found)} results are missing, {len(found - expected)} are not due"
     for name in (topics.input, topics.output, topics.dead_letters):
         kafka.delete(name)
     return speed
@@ -326,12 +346,6 @@ def cpu_seconds(pid: int) -> float:
     """What all threads of a process have used so far, user and system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def check(results: Sequence[Record], sent: Sequence[Record]) -> None:
-    found = {(record.key, json.loads(record.value or b"")["id"]) for record in results}
-    expected = {(record.key, (record.key or b"").decode()) for record in sent}
-    assert found == expected, f"{len(expected - found)} results are missing, {len(found - expected)} are not due"
 
 
 # The rest.

@@ -9,22 +9,35 @@ import argparse
 import asyncio
 import io
 import json
-import random
 import statistics
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fastavro
 
 from benchmarks.common import machine, ratio, read_texts, write
-from benchmarks.end_to_end import PARTITIONS, PLUMBING_WINDOW, Ends, Speed, Start, records, running, slope, worker
-from tests.support.broker import Broker, start_broker
+from benchmarks.end_to_end import (
+    PLUMBING_WINDOW,
+    Speed,
+    Start,
+    by_name,
+    column,
+    id_in_json,
+    measured,
+    records,
+    shown,
+    take_turns,
+    worker,
+)
+from tests.support.broker import start_broker
 from tests.support.fake_registry import FakeRegistry, fake_registry
-from tests.support.topics import Kafka, Record, Topics
+from tests.support.topics import Record
+from worker.core.framing import FRAME_BYTES
 from worker.core.schemas import result_avro_schema
 
 EVENT = {
@@ -32,24 +45,31 @@ EVENT = {
     "name": "Event",
     "fields": [{"name": "id", "type": "long"}, {"name": "text", "type": "string"}],
 }
-FORMATS = ("json", "avro")
-FRAME_BYTES = 5
+RESULT = fastavro.parse_schema(result_avro_schema())
+
+
+def id_in_avro(value: bytes) -> str:
+    fields: Any = fastavro.schemaless_reader(io.BytesIO(value[FRAME_BYTES:]), RESULT, None)
+    return str(fields["id"])
+
+
+FORMATS = {"json": id_in_json, "avro": id_in_avro}
 
 
 def main() -> None:
     options = parsed_options()
     in_json = records(read_texts(options.texts), options.events)
-    speeds: dict[str, list[Speed]] = {}
     with tempfile.TemporaryDirectory() as name, closing(start_broker()) as broker, registry() as fake:
         sent = {"json": in_json, "avro": in_avro(in_json, fake.add(1_000, EVENT))}
-        cases = [(given, made) for given in options.inputs for made in FORMATS]
-        for turn in range(options.rounds):
-            for given, made in random.Random(turn).sample(cases, len(cases)):
-                start = contestant(given, made, fake.url)
-                speed = measured(start, broker, Path(name), sent[given], made)
-                speeds.setdefault(f"{given} to {made}", []).append(speed)
-                print(turn + 1, given, made, *(round(value, 4) for value in speed), flush=True)
-        figures = {"machine": machine(broker), "events": options.events, **summary(speeds)}
+        turns = {
+            f"{given} to {made}": partial(
+                measured, contestant(given, made, fake.url), broker, Path(name), sent[given], FORMATS[made]
+            )
+            for given in options.inputs
+            for made in FORMATS
+        }
+        speeds = take_turns(turns, options.rounds)
+        figures = {"machine": machine(broker), "events": options.events, "rounds": options.rounds, **summary(speeds)}
     write("formats", figures, table(figures))
 
 
@@ -100,42 +120,10 @@ def in_avro(events: Sequence[Record], frame: bytes) -> list[Record]:
     return written
 
 
-def measured(start: Start, broker: Broker, folder: Path, sent: Sequence[Record], made: str) -> Speed:
-    """One turn on topics of its own; AssertionError if an event has no result under its key."""
-    kafka, topics = Kafka(broker.bootstrap), Topics.unique()
-    kafka.create_all(topics, PARTITIONS)
-    kafka.send(topics.input, sent)
-    with running(start(folder, broker.bootstrap, topics)) as process:
-        speed = slope(process, Ends(kafka, topics.output), len(sent))
-        process.terminate()
-    ids = ids_in_avro if made == "avro" else ids_in_json
-    assert ids(kafka.read(topics.output)) == {(record.key, (record.key or b"").decode()) for record in sent}
-    for name in (topics.input, topics.output, topics.dead_letters):
-        kafka.delete(name)
-    return speed
-
-
-def ids_in_json(results: Sequence[Record]) -> set[tuple[bytes | None, str]]:
-    return {(record.key, json.loads(record.value or b"")["id"]) for record in results}
-
-
-def ids_in_avro(results: Sequence[Record]) -> set[tuple[bytes | None, str]]:
-    schema, ids = fastavro.parse_schema(result_avro_schema()), set()
-    for record in results:
-        fields: Any = fastavro.schemaless_reader(io.BytesIO((record.value or b"")[FRAME_BYTES:]), schema, None)
-        ids.add((record.key, fields["id"]))
-    return ids
-
-
 def summary(speeds: dict[str, list[Speed]]) -> dict[str, Any]:
-    base = next(iter(name for name in speeds if name == "json to json"), min(speeds))
-    per_s = {name: [turn.events_per_s for turn in turns] for name, turns in speeds.items()}
-    return {
-        "rounds": len(speeds[base]),
-        "events_per_s": {name: [round(value, 1) for value in values] for name, values in per_s.items()},
-        "cpu_s_per_1000": {name: [round(turn.cpu_s_per_1000, 4) for turn in turns] for name, turns in speeds.items()},
-        f"speed / {base}": {name: ratio(values, per_s[base]) for name, values in per_s.items() if name != base},
-    }
+    base = "json to json" if "json to json" in speeds else min(speeds)
+    ratios = {name: ratio(column(turns, 0), column(speeds[base], 0)) for name, turns in speeds.items() if name != base}
+    return {**by_name(speeds), f"speed / {base}": ratios}
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -150,9 +138,7 @@ def table(figures: dict[str, Any]) -> str:
     ]
     for name in sorted(figures["events_per_s"], reverse=True):
         speed, cpu = (statistics.median(figures[key][name]) for key in ("events_per_s", "cpu_s_per_1000"))
-        share = ratios.get(name)
-        shown = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if share else "–"
-        lines.append(f"| {name} | {speed:,.0f} | {cpu:.4f} | {shown} |")
+        lines.append(f"| {name} | {speed:,.0f} | {cpu:.4f} | {shown(ratios.get(name))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,33 +1,24 @@
 """Writes sentiment-analysts.json: what people say, by topic and key, from the results in PostgreSQL.
 
-`make dashboard`, or `python deploy/grafana/analysts.py`. Needs the extra `deploy`. The table and its indices are those of
+`make dashboard`, or `python -m deploy.grafana.analysts`. Needs the extra `deploy`. The table and its indices are those of
 deploy/recipes/postgresql/schema.sql.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self
 
-from grafana_foundation_sdk.builders import common, dashboard, stat, table, timeseries
+from grafana_foundation_sdk.builders import dashboard, stat, table, timeseries
 from grafana_foundation_sdk.cog.builder import Builder
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.variants import Dataquery
-from grafana_foundation_sdk.models.common import LegendDisplayMode, StackingMode, TooltipDisplayMode
-from grafana_foundation_sdk.models.dashboard import (
-    DashboardCursorSync,
-    DataSourceRef,
-    DynamicConfigValue,
-    VariableRefresh,
-)
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, DynamicConfigValue, VariableRefresh
+
+from deploy.grafana.layout import STAT_HEIGHT, WIDTH, board, in_json, lines, stacked_by_label
 
 FILE: Final = Path(__file__).with_name("sentiment-analysts.json")
 KIND: Final = "grafana-postgresql-datasource"
 SOURCE: Final = DataSourceRef(type_val=KIND, uid="$datasource")
-WIDTH: Final = 24
-STAT_HEIGHT: Final = 4
 CHART_HEIGHT: Final = 9
-COLOURS: Final = {"negative": "red", "neutral": "blue", "positive": "green"}
 MOST_SERIES: Final = 8
 MOST_ROWS: Final = 50
 
@@ -112,20 +103,8 @@ def number(title: str, unit: str, query: str, says: str) -> stat.Panel:
 
 def chart(title: str, unit: str, query: str, says: str, span: int = WIDTH // 2) -> timeseries.Panel:
     """A series for each value of the column `metric`, in slices of at least a minute."""
-    return (
-        timeseries.Panel()
-        .title(title)
-        .description(says)
-        .unit(unit)
-        .datasource(SOURCE)
-        .interval("1m")
-        .fill_opacity(10)
-        .height(CHART_HEIGHT)
-        .span(span)
-        .legend(common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).show_legend(True))
-        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
-        .with_target(Sql(query, "time_series"))
-    )
+    panel = lines(title, unit, says).datasource(SOURCE).interval("1m").height(CHART_HEIGHT).span(span)
+    return panel.with_target(Sql(query, "time_series"))
 
 
 def listing(title: str, query: str, says: str, shares: Sequence[str] = (), span: int = WIDTH) -> table.Panel:
@@ -181,12 +160,8 @@ def what_do_people_say() -> Sequence[Panel]:
         "Share of each label.",
         WIDTH,
     )
-    mix = mix.stacking(common.StackingConfig().mode(StackingMode.PERCENT)).fill_opacity(60)
-    for label, colour in COLOURS.items():
-        fixed = DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
-        mix = mix.override_by_name(label, [fixed])
     return (
-        mix,
+        stacked_by_label(mix),
         chart(
             "Mean score over time",
             "short",
@@ -247,26 +222,17 @@ def built() -> str:
         .include_all(True)
         .multi(True)
     )
-    board = (
-        dashboard.Dashboard("sentiment-analysts")
-        .uid("sentiment-analysts")
+    made = (
+        board("sentiment-analysts", KIND)
         .description("What do people say, by topic and key, and where does it change? From the results in PostgreSQL.")
         .tags(["sentiment-worker", "postgresql"])
         .refresh("1m")
         .time("now-24h", "now")
-        .timezone("browser")
-        .tooltip(DashboardCursorSync.CROSSHAIR)
-        .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type(KIND))
         .with_variable(topics)
         .with_variable(dashboard.TextBoxVariable("key").label("Key (empty: all)").default_value(""))
         .with_variable(dashboard.CustomVariable("by").label("By").values("key,topic"))
     )
-    ids = count(1)
-    for title, panels in ROWS.items():
-        board = board.with_row(dashboard.Row(title).id(next(ids)))
-        for panel in panels():
-            board = board.with_panel(panel.id(next(ids)))
-    return JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False).encode(board.build()) + "\n"
+    return in_json(made, ROWS)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,21 @@
 """Writes sentiment-worker.json, Grafana's dashboard: rows in the order in which an operator asks.
 
-`make dashboard`, or `python deploy/grafana/dashboard.py`. Needs the extra `deploy`.
+`make dashboard`, or `python -m deploy.grafana.dashboard`. Needs the extra `deploy`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Final
 
-from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import LegendDisplayMode, StackingMode, TooltipDisplayMode
-from grafana_foundation_sdk.models.dashboard import (
-    DashboardCursorSync,
-    DataSourceRef,
-    DynamicConfigValue,
-    Threshold,
-    ThresholdsMode,
-    VariableRefresh,
-)
+from grafana_foundation_sdk.builders import dashboard, heatmap, prometheus, stat, timeseries
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, Threshold, ThresholdsMode, VariableRefresh
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+from deploy.grafana.layout import STAT_HEIGHT, WIDTH, board, in_json, lines, stacked_by_label
 
 FILE: Final = Path(__file__).with_name("sentiment-worker.json")
 SOURCE: Final = DataSourceRef(type_val="prometheus", uid="$datasource")
-WIDTH: Final = 24
-COLOURS: Final = {"negative": "red", "neutral": "blue", "positive": "green"}
 CHART_HEIGHT: Final = 8
-STAT_HEIGHT: Final = 4
 
 Queries = Mapping[str, str]  # legend → expression
 Panel = stat.Panel | timeseries.Panel | heatmap.Panel
@@ -91,19 +80,8 @@ def number(
 
 
 def chart(title: str, unit: str, queries: Queries, says: str, *, third: bool = False) -> timeseries.Panel:
-    panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(says)
-        .unit(unit)
-        .datasource(SOURCE)
-        .min(0)
-        .fill_opacity(10)
-        .height(CHART_HEIGHT)
-        .span(WIDTH // 3 if third else WIDTH // 2)
-        .legend(common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).show_legend(True))
-        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
-    )
+    span = WIDTH // 3 if third else WIDTH // 2
+    panel = lines(title, unit, says).datasource(SOURCE).min(0).height(CHART_HEIGHT).span(span)
     for legend, expression in queries.items():
         panel = panel.with_target(target(legend, expression))
     return panel
@@ -288,9 +266,6 @@ def what_do_people_say() -> Sequence[Panel]:
         "Share of each label.",
         third=True,
     )
-    mix = mix.stacking(common.StackingConfig().mode(StackingMode.PERCENT)).fill_opacity(60).max(1)
-    for label, colour in COLOURS.items():
-        mix = mix.override_by_name(label, [fixed(colour)])
     score = chart(
         "Mean score",
         "short",
@@ -307,11 +282,7 @@ def what_do_people_say() -> Sequence[Panel]:
         .span(WIDTH // 3)
         .with_target(target("{{le}}", total(rate("score_bucket"), "le")).format(PromQueryFormat.HEATMAP))
     )
-    return mix, score.min(-1).max(1).decimals(2), spread
-
-
-def fixed(colour: str) -> DynamicConfigValue:
-    return DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": colour})
+    return stacked_by_label(mix).max(1), score.min(-1).max(1).decimals(2), spread
 
 
 def what_goes_wrong() -> Sequence[timeseries.Panel]:
@@ -451,25 +422,16 @@ def choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
 
 def built() -> str:
     """The dashboard as JSON."""
-    board = (
-        dashboard.Dashboard("sentiment-worker")
-        .uid("sentiment-worker")
+    made = (
+        board("sentiment-worker", "prometheus")
         .description("Kafka → sentiment → Kafka: is it working, does it keep up, what do people say.")
         .tags(["sentiment-worker", "kafka"])
         .refresh("10s")
         .time("now-1h", "now")
-        .timezone("browser")
-        .tooltip(DashboardCursorSync.CROSSHAIR)
-        .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(choice("job", "Job", "label_values(sentiment_worker_ready, job)"))
         .with_variable(choice("instance", "Worker", 'label_values(sentiment_worker_ready{job=~"$job"}, instance)'))
     )
-    ids = count(1)
-    for title, panels in ROWS.items():
-        board = board.with_row(dashboard.Row(title).id(next(ids)))
-        for panel in panels():
-            board = board.with_panel(panel.id(next(ids)))
-    return JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False).encode(board.build()) + "\n"
+    return in_json(made, ROWS)
 
 
 if __name__ == "__main__":

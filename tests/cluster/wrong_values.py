@@ -48,6 +48,7 @@ WRONG = [
     WrongValue(
         "chart", "needs ReadWriteMany", ("cache.claim.create=true", 'cache.claim.accessModes=["ReadWriteOnce"]')
     ),
+    WrongValue("chart", "give one of them", ("cache.claim.create=true", 'cache.existingClaim="hub"')),
     WrongValue("server", "quantit", ('resources.limits.memory="2GB of it"',)),
     WrongValue("server", "must be less than or equal to memory limit", ('resources.requests.memory="4Gi"',)),
     WrongValue("server", "may not be 0 when", ('updateStrategy={"rollingUpdate":{"maxSurge":0,"maxUnavailable":0}}',)),

@@ -35,9 +35,9 @@ def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("generator", ["dashboard.py", "analysts.py"])
+@pytest.mark.parametrize("generator", ["dashboard", "analysts"])
 def test_a_dashboard_is_what_its_generator_writes(generator: str) -> None:
-    made = runpy.run_path(str(DEPLOY / "grafana" / generator))
+    made = runpy.run_module(f"deploy.grafana.{generator}")
     assert made["FILE"].read_text(encoding="utf-8") == made["built"](), "`make dashboard` writes it anew"
 
 

@@ -1,6 +1,6 @@
 """The recipe deploy/recipes/postgresql: results through a real Kafka Connect into a real PostgreSQL."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,9 @@ def reviews(count: int, start: int = START) -> list[Record]:
     ]
 
 
-def score(kafka: Kafka, workers: Workers, topics: Topics) -> None:
-    """Lets one worker of the topics' group do all that is there."""
+def score(kafka: Kafka, workers: Workers, topics: Topics, records: Sequence[Record] = ()) -> None:
+    """Sends these records, and lets one worker of the topics' group do all that is there."""
+    kafka.send(topics.input, records)
     worker = workers.start(topics).wait_until_ready()
     wait_until_committed(kafka, topics)
     assert worker.terminate() == 0
@@ -139,9 +140,8 @@ def test_each_result_is_a_row_and_a_repeat_finds_its_own(
     kafka.create(topics.output, 3)
     kafka.create(topics.dead_letters)
     others = [Record(value=None, key=b"anna"), Record(value=b"no JSON", key=b"anna")]
-    kafka.send(topics.input, [*reviews(60), *others])
     publish_and_abort(kafka, topics.output)
-    score(kafka, workers, topics)
+    score(kafka, workers, topics, [*reviews(60), *others])
     connect = begin(topics)
     wait_until_written(kafka, connect, topics)
     published = results(kafka, topics)
@@ -174,8 +174,7 @@ def test_the_view_has_the_numbers_of_the_results(
     kafka: Kafka, workers: Workers, topics: Topics, database: PostgreSQL, begin: Begin
 ) -> None:
     kafka.create_all(topics)
-    kafka.send(topics.input, reviews(100))
-    score(kafka, workers, topics)
+    score(kafka, workers, topics, reviews(100))
     wait_until_written(kafka, begin(topics), topics)
     groups: dict[tuple[datetime, str | None], list[Row]] = {}
     for key, result in results(kafka, topics):
@@ -198,13 +197,11 @@ def test_after_an_outage_of_the_database_a_restart_of_the_task_goes_on_where_it_
     kafka: Kafka, workers: Workers, topics: Topics, database: PostgreSQL, begin: Begin
 ) -> None:
     kafka.create_all(topics)
-    kafka.send(topics.input, reviews(20))
-    score(kafka, workers, topics)
+    score(kafka, workers, topics, reviews(20))
     connect = begin(topics)
     wait_until_written(kafka, connect, topics)
     database.stop()
-    kafka.send(topics.input, reviews(20, START + 3_600_000))
-    score(kafka, workers, topics)
+    score(kafka, workers, topics, reviews(20, START + 3_600_000))
     connect.wait_until_failed()
     database.start()
     connect.restart()
@@ -215,10 +212,9 @@ def test_after_an_outage_of_the_database_a_restart_of_the_task_goes_on_where_it_
 def test_a_result_that_the_database_refuses_stops_the_task_until_it_is_passed_over(
     kafka: Kafka, workers: Workers, topics: Topics, database: PostgreSQL, begin: Begin
 ) -> None:
-    for name in (topics.input, topics.output, topics.dead_letters):
-        kafka.create(name)
-    kafka.send(topics.input, [*reviews(3), Record(value=b'{"id": "a\\u0000b", "text": "ok"}'), *reviews(3)])
-    score(kafka, workers, topics)
+    kafka.create_all(topics, 1)
+    refused = Record(value=b'{"id": "a\\u0000b", "text": "ok"}')
+    score(kafka, workers, topics, [*reviews(3), refused, *reviews(3)])
     connect = begin(topics)
     connect.wait_until_failed()
     connect.ask("PATCH", "/config", {"consumer.override.max.poll.records": "1"})

@@ -22,7 +22,7 @@ from worker.core.events import Outgoing
 from worker.kafka import exactly_once as module
 from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.assignment import Assignment
-from worker.kafka.connection import Backoff, Connection
+from worker.kafka.connection import Connection
 from worker.kafka.exactly_once import ExactlyOnce
 from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
@@ -35,6 +35,7 @@ from worker.kafka.transactional_sink import (
     TransactionLost,
     new_transactional_id,
 )
+from worker.runtime.backoff import Backoff
 from worker.runtime.loop_budget import RECORDS, TurnBudget
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -13,7 +13,8 @@ from tests.support.avro import REVIEW, record, review, string
 from tests.support.events import TEN, FakeRecord
 from tests.support.fake_registry import FakeRegistry, fake_registry
 from tests.support.secure import Authority
-from worker.commands.schema_registry import registry_state, schema_registry
+from worker.commands.finding import Finding
+from worker.commands.schema_registry import registry_findings, schema_registry
 from worker.core.decoder import Decoder
 from worker.core.events import Event
 from worker.core.framing import frame
@@ -30,6 +31,7 @@ from worker.registry.client import (
     SchemaUnknown,
 )
 from worker.registry.schema_fetcher import MAX_RETRIED, MAX_UNKNOWN, UNKNOWN_S, SchemaFetcher
+from worker.runtime.backoff import LONGEST_BACKOFF_S
 from worker.settings.run import RunSettings
 from worker.settings.sources import load
 from worker.telemetry.health import Health
@@ -187,15 +189,25 @@ async def test_its_certificate_is_checked_by_authorities_that_may_be_replaced(tm
             await registry.check()
 
 
-async def test_check_says_how_the_registry_is(fake: FakeRegistry) -> None:
-    settings = load(RunSettings, ["--schema-registry-url", fake.url], "run", {})
-    assert await registry_state(settings) == ("ok", f"{fake.url} answers", 0)
+async def test_check_says_how_the_registry_is(fake: FakeRegistry, tmp_path: Path) -> None:
+    async def findings(*flags: str) -> list[Finding]:
+        return [each async for each in registry_findings(load(RunSettings, flags, "run", {}))]
+
+    given = "--schema-registry-url", fake.url
+    assert await findings() == []
+    assert await findings(*given) == [Finding("registry", "ok", f"{fake.url} answers")]
+    _, schema = await findings(*given, "--output-format=avro")
+    assert (schema.subject, schema.verdict) == ("schema", "ok")
     fake.authorization = "Bearer x"
-    verdict, sentence, code = await registry_state(settings)
-    assert (verdict, code) == ("fail", 2)
-    assert "credentials" in sentence
-    away = load(RunSettings, ["--schema-registry-url", "http://127.0.0.1:1"], "run", {})
-    assert (await registry_state(away))[::2] == ("fail", 1)
+    (refused,) = await findings(*given, "--output-format=avro")
+    assert (refused.verdict, refused.exit_code) == ("fail", 2)
+    assert "credentials" in refused.sentence
+    (away,) = await findings("--schema-registry-url", "http://127.0.0.1:1")
+    assert (away.verdict, away.exit_code) == ("fail", 1)
+    path = tmp_path / "ca.pem"
+    path.write_text("no certificate")
+    (wrong,) = await findings("--schema-registry-url", "https://registry", "--schema-registry-ca-file", str(path))
+    assert (wrong.verdict, wrong.exit_code) == ("fail", 2)
 
 
 # --- Fetching, before records are decoded ---
@@ -325,7 +337,7 @@ async def test_a_registry_that_does_not_answer_is_waited_for(
     fetching.clock.events[1500.0] = lambda: reasons.append(fetching.health.why_not_ready())
     fetching.clock.events[1600.0] = lambda: setattr(fake, "refusal", None)
     assert await fetching.fetch(one + review(1, "да")) == ["да"]
-    assert fetching.clock.now < 1600 + 2 * schema_fetcher.LONGEST_PAUSE_S
+    assert fetching.clock.now < 1600 + 2 * LONGEST_BACKOFF_S
     (reason,) = reasons
     assert reason is not None
     assert reason.startswith("registry: ")
@@ -368,7 +380,7 @@ async def test_a_partition_that_is_revoked_while_the_registry_is_away_is_dropped
     owners = first, second, first
     chunks: Any = [(each, [FakeRecord(one + review(1, "да")) for _ in range(at)]) for at, each in enumerate(owners, 1)]
     dropped: list[tuple[Assignment, int]] = []
-    waiting = asyncio.create_task(schemas.fetched(chunks, lambda *drop: dropped.append(drop)))
+    waiting = asyncio.create_task(schemas.fetched(chunks, lambda *drop: dropped.append(drop), asyncio.Event()))
     await until(lambda: fake.requests)
     first.accepts = False
     await until(lambda: dropped)
@@ -376,3 +388,37 @@ async def test_a_partition_that_is_revoked_while_the_registry_is_away_is_dropped
     fake.answers.set()
     assert await waiting == chunks[1:2]
     assert dropped == [(first, 1), (first, 3)], "what lies behind it would be committed past it"
+
+
+@pytest.mark.parametrize("refusal", [(503, b""), None], ids=["away", "lags behind"])
+async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
+    refusal: tuple[int, bytes] | None, fake: FakeRegistry, registry: SchemaRegistry
+) -> None:
+    known, unknown = fake.add(1, REVIEW) + review(1, "да"), frame(2) + review(1, "да")
+    decoder, draining = Decoder(input_format="avro"), asyncio.Event()
+    fetcher = SchemaFetcher(registry, decoder.schemas.add, Health())
+    await fetcher.fetch({1}, [])
+    fake.refusal = refusal
+    first, second, third = (Assignment(("t", number), None) for number in range(3))  # type: ignore[arg-type]
+    values = (first, unknown), (second, known), (first, known), (third, frame(3) + review(1, "да"))
+    chunks: Any = [(each, [FakeRecord(value)] * count) for count, (each, value) in enumerate(values, 1)]
+    dropped: list[tuple[Assignment, int]] = []
+
+    def drop(assignment: Assignment, records: int) -> None:
+        assignment.has_dropped = True
+        dropped.append((assignment, records))
+
+    waiting = asyncio.create_task(InputSchemas(decoder, fetcher).fetched(chunks, drop, draining))
+    await until(lambda: fetcher.is_retrying)
+    draining.set()
+    assert await waiting == chunks[1:2]
+    assert dropped == [(first, 1), (first, 3), (third, 4)], "what lies behind it would be committed past it"
+    assert not fake.requests["/schemas/ids/3"], "it is not asked anew for each partition"
+
+
+async def test_a_drain_waits_for_a_registry_that_is_answering(fake: FakeRegistry, registry: SchemaRegistry) -> None:
+    decoder, draining = Decoder(input_format="avro"), asyncio.Event()
+    schemas = InputSchemas(decoder, SchemaFetcher(registry, decoder.schemas.add, Health()))
+    chunks: Any = [(Assignment(("t", 0), None), [FakeRecord(fake.add(1, REVIEW) + review(1, "да"))])]  # type: ignore[arg-type]
+    draining.set()
+    assert await schemas.fetched(chunks, lambda *_: None, draining) == chunks

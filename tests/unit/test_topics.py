@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from worker.kafka import topics as module
-from worker.kafka.connection import Backoff, Connection
+from worker.kafka.connection import Connection
 from worker.kafka.topics import NO_LIMIT, TopicsMissing, _parsed_limits, wait_until_usable
+from worker.runtime.backoff import Backoff
 from worker.telemetry.health import Health
 
 

@@ -15,8 +15,7 @@ from typing import Final
 from worker.commands.check_kafka import kafka_findings
 from worker.commands.finding import Finding, wrong_setting
 from worker.commands.kafka_connection import kafka_connection
-from worker.commands.result_schema import state_of_schema
-from worker.commands.schema_registry import registry_state, schema_registry
+from worker.commands.schema_registry import registry_findings
 from worker.core.sentiment import CARD
 from worker.errors import UserError, WrongSetting
 from worker.http.server import SERVER
@@ -71,16 +70,8 @@ async def _findings(settings: RunSettings) -> AsyncIterator[Finding]:
     yield _disk(settings.model)
     yield await asyncio.to_thread(_port, settings.http_host, settings.http_port)
     yield await asyncio.to_thread(_model, settings)
-    if settings.schema_registry_url:
-        answer = await registry_state(settings)
-        yield Finding("registry", *answer)
-        registry = schema_registry(settings) if answer[0] == "ok" and settings.output_format == "avro" else None
-        if registry:
-            async with registry:
-                told = await state_of_schema(
-                    registry, settings.output_topic, auto_register=settings.schema_auto_register
-                )
-            yield Finding("schema", *told)
+    async for finding in registry_findings(settings):
+        yield finding
     if connection:
         async for finding in kafka_findings(settings, connection):
             yield finding

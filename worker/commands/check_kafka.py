@@ -68,7 +68,6 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
             advice = "create one, or look for its Describe ACL"
             yield Finding("topics", "fail", f"{no_match(settings.input_pattern)}; {advice}")
             return
-    outputs = (settings.output_topic, settings.dead_letter_topic)
     missing = await inspector.missing(
         {
             "input_topics": inputs,
@@ -79,6 +78,15 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
     if missing:
         yield Finding("topics", "fail", f"{missing}; create it, or name another")
         return
+    async for finding in _existing_topics(settings, connection, inspector, inputs):
+        yield finding
+
+
+async def _existing_topics(
+    settings: RunSettings, connection: Connection, inspector: Inspector, inputs: Sequence[str]
+) -> AsyncIterator[Finding]:
+    """What is to be said of topics that are all there, and of the group that reads them."""
+    outputs = (settings.output_topic, settings.dead_letter_topic)
     topics = await inspector.topics((*inputs, *outputs))
     yield Finding("topics", "ok", ", ".join(f"{topic.name} ({len(topic.partitions)})" for topic in topics))
     for topic in topics:

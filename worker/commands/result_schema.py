@@ -7,7 +7,6 @@ import orjson
 
 from worker.core.schemas import result_avro_schema
 from worker.errors import WrongSetting
-from worker.kafka.connection import Backoff
 from worker.registry.client import (
     RegistryError,
     RegistryRefused,
@@ -16,6 +15,7 @@ from worker.registry.client import (
     SchemaRegistry,
     SchemaUnknown,
 )
+from worker.runtime.backoff import Backoff
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,13 @@
 """How commands reach the schema registry, by the settings that they share."""
 
-from typing import Literal
+from collections.abc import AsyncIterator
 
+from worker.commands.finding import Finding, wrong_setting
+from worker.commands.result_schema import state_of_schema
 from worker.commands.secret_values import secret_value
-from worker.errors import UserError
+from worker.errors import WrongSetting
 from worker.registry.client import RegistryError, RegistryRefused, SchemaRegistry
+from worker.settings.run import RunSettings
 from worker.settings.schema_registry import SchemaRegistrySettings
 
 
@@ -24,15 +27,22 @@ def schema_registry(settings: SchemaRegistrySettings) -> SchemaRegistry | None:
     )
 
 
-async def registry_state(settings: SchemaRegistrySettings) -> tuple[Literal["ok", "fail"], str, int]:
-    """How the registry is, for ``check``: a verdict, a sentence, and the exit code where it fails."""
+async def registry_findings(settings: RunSettings) -> AsyncIterator[Finding]:
+    """How the registry is, and whether it has the schema of results where those are Avro; nothing where none is named."""
     try:
         registry = schema_registry(settings)
-        assert registry
-        async with registry:
+    except WrongSetting as error:
+        yield wrong_setting("registry", error)
+        return
+    if registry is None:
+        return
+    async with registry:
+        try:
             await registry.check()
-    except UserError as error:
-        return "fail", str(error), error.exit_code
-    except RegistryError as error:
-        return "fail", str(error), 2 if isinstance(error, RegistryRefused) else 1
-    return "ok", f"{registry.url} answers", 0
+        except RegistryError as error:
+            yield Finding("registry", "fail", str(error), 2 if isinstance(error, RegistryRefused) else 1)
+            return
+        yield Finding("registry", "ok", f"{registry.url} answers")
+        if settings.output_format == "avro":
+            told = await state_of_schema(registry, settings.output_topic, auto_register=settings.schema_auto_register)
+            yield Finding("schema", *told)

@@ -19,10 +19,11 @@ from worker.kafka.aiokafka_compat.metadata import partitions_of, refresh_metadat
 from worker.kafka.aiokafka_compat.offsets import READ_UNCOMMITTED
 from worker.kafka.assignment import Assignments
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.group_consumer import GroupConsumer
 from worker.kafka.subscription import Subscription
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import within
 from worker.telemetry.health import Health
 

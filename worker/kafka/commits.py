@@ -5,9 +5,9 @@ import contextlib
 import time
 
 from worker.kafka.assignment import Assignments
-from worker.kafka.connection import Backoff
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import within
 
 

@@ -1,4 +1,4 @@
-"""How clients connect to the brokers, wait between tries, and say that no broker can be used."""
+"""How clients connect to the brokers, and say that no broker can be used."""
 
 import asyncio
 import contextlib
@@ -17,8 +17,6 @@ from worker.runtime.file_value import FileValue
 if TYPE_CHECKING:
     from worker.kafka.oauth import TokenProvider
 
-FIRST_BACKOFF_S: Final = 0.25
-LONGEST_BACKOFF_S: Final = 5.0
 UNREACHABLE: Final = (KafkaError, OSError, asyncio.TimeoutError)
 
 
@@ -60,17 +58,6 @@ class Connection:
                 "sasl_oauth_token_provider": self.token_provider,
             }
         return options
-
-
-class Backoff:
-    """Waits between tries, from FIRST_BACKOFF_S on twice as long each time, at most LONGEST_BACKOFF_S."""
-
-    def __init__(self) -> None:
-        self._next_s = FIRST_BACKOFF_S
-
-    async def wait(self) -> None:
-        await asyncio.sleep(self._next_s)
-        self._next_s = min(self._next_s * 2, LONGEST_BACKOFF_S)
 
 
 def tls_context(

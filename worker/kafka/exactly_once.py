@@ -24,7 +24,7 @@ from aiokafka.errors import (
 
 from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.assignment import Assignment
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, unreachable
 from worker.kafka.delivery import Count, Outcome, Owner, Publish
 from worker.kafka.permissions import add_the_acl
 from worker.kafka.sink import RECORDS_PER_PUBLISH
@@ -36,6 +36,7 @@ from worker.kafka.transactional_sink import (
     TransactionInDoubt,
     TransactionLost,
 )
+from worker.runtime.backoff import Backoff
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health

@@ -12,11 +12,12 @@ from aiokafka.errors import IllegalStateError
 from worker.kafka.aiokafka_compat.group import StaticMember, leave_group
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.decompression import Budget
 from worker.kafka.reader import Reader
 from worker.kafka.subscription import Subscription
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

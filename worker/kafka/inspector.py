@@ -15,10 +15,11 @@ from worker.kafka.aiokafka_compat.metadata import broker_racks, inner_client, kn
 from worker.kafka.aiokafka_compat.transactions import open_transactions
 from worker.kafka.backlog import offsets_since, valid_offsets
 from worker.kafka.clients import admin_client, stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection
+from worker.kafka.connection import UNREACHABLE, Connection
 from worker.kafka.consumer import Consumer
 from worker.kafka.topics import TopicLimits, matching_topics, missing_topics, topic_limits
 from worker.kafka.transactional_sink import refuse_old_brokers
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import within
 
 CLOSE_S: Final = 5.0

@@ -12,8 +12,8 @@ import orjson
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.errors import KafkaError
 
-from worker.kafka.connection import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from worker.printable import printable
+from worker.runtime.backoff import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from worker.kafka.assignment import Assignment, Assignments
 from worker.kafka.backlog import offsets_since
 from worker.kafka.bounded_run import BoundedRun
 from worker.kafka.committed_offsets import CommittedOffsets
-from worker.kafka.connection import UNREACHABLE, Backoff
+from worker.kafka.connection import UNREACHABLE
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, Rejoin
 from worker.kafka.read_ahead import MAX_READ_RECORDS, ReadAhead
@@ -31,6 +31,7 @@ from worker.kafka.read_errors import ReadErrors
 from worker.kafka.reader import FetchedRecord
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.topic_identity import TopicIdentity
+from worker.runtime.backoff import Backoff
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.metrics import Metrics

@@ -18,7 +18,8 @@ from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import AddPartitionsToTxnRequest
 
-from worker.kafka.connection import Backoff, Connection
+from worker.kafka.connection import Connection
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import within
 
 NOT_AVAILABLE_YET: Final = 15  # of https://kafka.apache.org/protocol#protocol_error_codes

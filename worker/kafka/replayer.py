@@ -26,7 +26,7 @@ from worker.errors import UserError
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
 from worker.kafka.aiokafka_compat.metadata import partitions_of, use_topics
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
@@ -36,6 +36,7 @@ from worker.kafka.producer_records import ProducerRecord
 from worker.kafka.sink import Sink
 from worker.kafka.topic_identity import TOPIC_IDS_DOUBT_S
 from worker.kafka.topics import wait_until_usable
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 

@@ -16,7 +16,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from worker.kafka.aiokafka_compat.metadata import use_topics
 from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_written, reuse_sequence_numbers
 from worker.kafka.clients import stop_client
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreachable
 from worker.kafka.output_limits import OutputLimits
 from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import (
@@ -31,6 +31,7 @@ from worker.kafka.producer_records import (
 from worker.kafka.refusals import LIMITS_MAY_HAVE_CHANGED, REFUSALS
 from worker.kafka.topics import TopicLimits
 from worker.reasons import Reason
+from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics

@@ -19,7 +19,7 @@ from worker.kafka.assignment import Assignment, Assignments, Chunk
 from worker.kafka.bounded_run import BoundedRun, Until
 from worker.kafka.commits import Commits
 from worker.kafka.committed_offsets import CommittedOffsets
-from worker.kafka.connection import Backoff, Connection
+from worker.kafka.connection import Connection
 from worker.kafka.delivery import Delivery
 from worker.kafka.group_consumer import GroupConsumer, GroupTimeouts, Rejoin
 from worker.kafka.group_health import GroupHealth
@@ -32,6 +32,7 @@ from worker.kafka.rebalance import RebalanceHandler
 from worker.kafka.standstill import StandstillDetector
 from worker.kafka.subscription import RebalanceListener, Subscription
 from worker.kafka.topic_identity import TopicIdentity
+from worker.runtime.backoff import Backoff
 from worker.runtime.loop_budget import TurnBudget
 from worker.runtime.tasks import cancel_all
 from worker.telemetry.health import Health
@@ -109,7 +110,6 @@ class Source:
         self._commits = Commits(self._consumer, delivery, self._assignments, connection.request_timeout_s)
         self._outages = KnownOutages()
         self._errors = ReadErrors(
-            connection,
             self._outages,
             group_id=group_id,
             group_instance_id=group_instance_id,

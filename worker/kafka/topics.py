@@ -14,8 +14,9 @@ from aiokafka.errors import KafkaError
 from worker.errors import UserError, WrongSetting
 from worker.kafka.aiokafka_compat.metadata import topic_names
 from worker.kafka.clients import admin_client, close_admin
-from worker.kafka.connection import UNREACHABLE, Backoff, Connection, error_name, unreachable
+from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreachable
 from worker.kafka.diagnosis import why_unreachable
+from worker.runtime.backoff import Backoff
 from worker.settings.values import whole_name
 from worker.telemetry.health import Health
 

@@ -20,30 +20,36 @@ class InputSchemas:
         self._decoder = decoder
         self._fetcher = fetcher
 
-    async def fetched(self, chunks: list[Chunk], drop: Callable[[Assignment, int], None]) -> list[Chunk]:
+    async def fetched(
+        self, chunks: list[Chunk], drop: Callable[[Assignment, int], None], draining: asyncio.Event
+    ) -> list[Chunk]:
         """The chunks whose schemas are known, or known to be unknown. Waits for the registry, in the order of the chunks.
 
-        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait. So are those behind
-        it, whose offsets would be committed past it.
+        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait; while ``draining`` is
+        set, also one for which the registry has to be asked again. So are those behind it in its partition, whose offsets
+        would be committed past it.
         """
-        kept = []
+        kept, is_given_up = [], False
         for assignment, records in chunks:
             ids = self._decoder.missing_schemas(records)
-            if ids:
-                await self._wait(ids, assignment, records)
-            if assignment.accepts:
+            is_known = not ids or (not is_given_up and await self._is_answered(ids, assignment, records, draining))
+            is_given_up = is_given_up or (not is_known and draining.is_set())  # each partition's request may time out
+            if is_known and assignment.accepts and not assignment.has_dropped:
                 kept.append((assignment, records))
             else:
                 drop(assignment, len(records))
         return kept
 
-    async def _wait(self, ids: set[int], assignment: Assignment, records: Sequence[FetchedRecord]) -> None:
-        """Until the registry has answered, or the partition is revoked."""
+    async def _is_answered(
+        self, ids: set[int], assignment: Assignment, records: Sequence[FetchedRecord], draining: asyncio.Event
+    ) -> bool:
+        """Waits until the registry has answered. False where that is given up: at a revocation, or in a drain."""
         fetching = asyncio.create_task(self._fetcher.fetch(ids, records))
         try:
-            while assignment.accepts and not fetching.done():
+            while assignment.accepts and not fetching.done() and not (draining.is_set() and self._fetcher.is_retrying):
                 await asyncio.wait({fetching}, timeout=LOOK_S)
             if fetching.done():
                 fetching.result()
+            return fetching.done()
         finally:
             await cancel_all([fetching])

@@ -175,7 +175,7 @@ class Pipeline:
             if self._tracing:
                 trace = self._tracing.received((record for _, records in chunks for record in records), asked_at)
             if self._schemas:
-                chunks = await self._schemas.fetched(chunks, self._source.drop)
+                chunks = await self._schemas.fetched(chunks, self._source.drop, self._draining)
             parts, texts = await self._outcomes.decoded(chunks)
             batch = MicroBatch(parts, await self._inference.tokenize(texts), trace)
             self._metrics.queue_depth["tokenized"].inc(len(batch))

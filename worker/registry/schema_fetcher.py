@@ -16,13 +16,12 @@ from worker.registry.client import (
     SchemaRegistry,
     SchemaUnknown,
 )
+from worker.runtime.backoff import Backoff
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)
 
 HEALTH_PART: Final = "registry"
-FIRST_PAUSE_S: Final = 0.25  # between tries; twice as long each time
-LONGEST_PAUSE_S: Final = 5.0
 UNKNOWN_S: Final = 30.0  # so long an unknown id is asked for again: registries lag behind producers
 IN_VAIN_S: Final = 600.0  # after a wait in vain; until then only young records are waited for
 MAX_RETRIED: Final = 16  # ids of one partition's records; where there are more, the ids are random bytes
@@ -34,6 +33,8 @@ Add = Callable[[int, str, str, Sequence[str]], None]
 
 class SchemaFetcher:
     """Asks the registry for schemas by their ids, one after the other, and gives those that it has to ``add``.
+
+    ``is_retrying`` says whether a request has failed, or an id is unknown, so that the registry is being asked again.
 
     The event loop uses it. ``clock`` counts s from anywhere, ``now`` from 1970, as the timestamps of records do.
     """
@@ -56,17 +57,18 @@ class SchemaFetcher:
         self._sleep = sleep
         self._unknown: OrderedDict[int, float] = OrderedDict()  # ids, and when to ask for them again
         self._in_vain_until = -math.inf
+        self.is_retrying = False
 
     async def check(self) -> None:
         """Waits until the registry answers. Raises RegistryRefused where it refuses the credentials."""
-        pause_s = FIRST_PAUSE_S
+        backoff = Backoff(self._sleep)
         while True:
             try:
                 await self._registry.check()
             except RegistryUnavailable as error:
-                pause_s = await self._paused(pause_s, error)
+                await self._wait(backoff, error)
             else:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 return
 
     async def fetch(self, ids: Collection[int], records: Sequence[Record]) -> None:
@@ -84,7 +86,7 @@ class SchemaFetcher:
             for id in lacking:
                 self._remember(id)
         finally:
-            self._health.working(HEALTH_PART)
+            self._answered()
 
     def _is_due(self, id: int) -> bool:
         return self._clock() >= self._unknown.get(id, -math.inf)
@@ -98,32 +100,32 @@ class SchemaFetcher:
 
     async def _is_found(self, id: int) -> bool:
         """Whether the registry has the schema, which is then added. Waits until it has answered."""
-        pause_s = FIRST_PAUSE_S
+        backoff = Backoff(self._sleep)
         while True:
             try:
                 schema = await self._registry.schema(id)
             except SchemaUnknown:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 return False
             except RegistryError as error:
-                pause_s = await self._paused(pause_s, error)
+                await self._wait(backoff, error)
             else:
-                self._health.working(HEALTH_PART)
+                self._answered()
                 self._unknown.pop(id, None)
                 self._add(id, schema.type, schema.text, schema.references)
                 return True
 
     async def _still_lacking(self, ids: list[int], patience_s: float) -> list[int]:
         """Asks for unknown ids again for so long; returns those that stay unknown."""
-        until, pause_s = self._clock() + patience_s, FIRST_PAUSE_S
+        until, backoff = self._clock() + patience_s, Backoff(self._sleep)
         if patience_s > 0:
             log.warning(
                 "the schema registry does not know the schemas of records; it is asked again, as it may lag behind",
                 extra={"ids": ids, "at_most_s": round(patience_s)},
             )
         while ids and (left_s := until - self._clock()) > 0:
-            await self._sleep(min(pause_s, left_s))
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            self.is_retrying = True
+            await backoff.wait(left_s)
             ids = [id for id in ids if not await self._is_found(id)]
         if ids and patience_s > 0:
             self._in_vain_until = self._clock() + IN_VAIN_S
@@ -142,8 +144,12 @@ class SchemaFetcher:
         named = [record.timestamp or 0 for record in records if (record.value or b"")[:FRAME_BYTES] in frames]
         return max(0.0, UNKNOWN_S - min((abs(now - ms / 1000) for ms in named), default=UNKNOWN_S))
 
-    async def _paused(self, pause_s: float, error: RegistryError) -> float:
-        """Reports what the registry fails with, waits, and returns how long to wait next time."""
+    def _answered(self) -> None:
+        self.is_retrying = False
+        self._health.working(HEALTH_PART)
+
+    async def _wait(self, backoff: Backoff, error: RegistryError) -> None:
+        """Reports what the registry fails with, and waits."""
+        self.is_retrying = True
         self._health.failing(HEALTH_PART, str(error))
-        await self._sleep(pause_s)
-        return min(2 * pause_s, LONGEST_PAUSE_S)
+        await backoff.wait()

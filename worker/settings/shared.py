@@ -1,6 +1,5 @@
 """Options that several commands share: logs, the model, how to reach the brokers, what is known of events."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
@@ -16,7 +15,9 @@ from worker.settings.types import (
     LabelScores,
     LogLevel,
     ModelLabels,
+    PemFile,
     Servers,
+    TokenFile,
     Topic,
 )
 from worker.settings.values import DEFAULT_INPUT_FORMAT, revision_fault
@@ -131,11 +132,11 @@ class ConnectionSettings(LogSettings):
         description="who logs in; the password is in WORKER_SASL_PASSWORD or the file WORKER_SASL_PASSWORD_FILE names",
     )
     sasl_password: CliSuppress[SecretStr | None] = None
-    ssl_cafile: Path | None = Field(
+    ssl_cafile: PemFile | None = Field(
         None, description="authorities that sign the brokers' certificates, PEM; default: the system's"
     )
-    ssl_certfile: Path | None = Field(None, description="this client's certificate, PEM")
-    ssl_keyfile: Path | None = Field(
+    ssl_certfile: PemFile | None = Field(None, description="this client's certificate, PEM")
+    ssl_keyfile: PemFile | None = Field(
         None,
         description="this client's key, PEM; its password, if it has one, is in WORKER_SSL_KEY_PASSWORD or the file "
         "WORKER_SSL_KEY_PASSWORD_FILE names",
@@ -155,10 +156,10 @@ class ConnectionSettings(LogSettings):
         None,
         description="audience to ask for, where the provider takes it as a parameter; others put it in by themselves",
     )
-    oauth_ca_file: Path | None = Field(
+    oauth_ca_file: PemFile | None = Field(
         None, description="authorities that sign the certificate of oauth_token_url, PEM; default: the system's"
     )
-    oauth_token_file: Path | None = Field(
+    oauth_token_file: TokenFile | None = Field(
         None, description="file with a token, which something else renews; it is read for each new connection"
     )
     oauth_extensions: Extensions | None = Field(
@@ -188,10 +189,6 @@ class ConnectionSettings(LogSettings):
                 )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile needs ssl_certfile")
-        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-            path: Path | None = getattr(self, name)
-            if path and not path.is_file():
-                raise ValueError(f"{name} should be a PEM file, and {path} is none")
         return self
 
 

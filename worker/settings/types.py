@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -220,3 +221,7 @@ FieldPath = Annotated[str, AfterValidator(_path_in_object)]
 Width = Annotated[int, AfterValidator(_width)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+# Of files, as of secrets' files: to wait for one whose name is misspelled would never end.
+PemFile = Annotated[Path, AfterValidator(_should("be a PEM file that is there at the start", Path.is_file))]
+TokenFile = Annotated[Path, AfterValidator(_should("be a file with a token that is there at the start", Path.is_file))]

@@ -17,9 +17,9 @@ from tests.support.source import (
     until,
 )
 from worker.kafka import lag
-from worker.kafka.connection import Backoff
 from worker.kafka.group_consumer import Rejoin
 from worker.kafka.standstill import Standstill
+from worker.runtime.backoff import Backoff
 
 
 class Rejoined(FakeConsumer):

@@ -66,7 +66,10 @@
 {{- if and (or .Values.model.volume .Values.model.init.image) .Values.settings.model (not (regexMatch "^/model(/|$)" (toString .Values.settings.model))) }}
 {{- fail (printf "settings.model is %s, but a volume or an init container brings the model to /model: leave settings.model out, or name a folder below /model." .Values.settings.model) }}
 {{- end }}
-{{- if and .Values.cache.claim.create (not .Values.cache.existingClaim) (not .Values.staticMembers) (not (has "ReadWriteMany" .Values.cache.claim.accessModes)) }}
+{{- if and .Values.cache.existingClaim .Values.cache.claim.create }}
+{{- fail "cache.existingClaim and cache.claim.create both give the cache a claim, and pods would share the first: give one of them." }}
+{{- end }}
+{{- if and .Values.cache.claim.create (not .Values.staticMembers) (not (has "ReadWriteMany" .Values.cache.claim.accessModes)) }}
 {{- fail "cache.claim.accessModes needs ReadWriteMany: all pods of a Deployment share the claim, and an update begins with one more. With staticMembers each pod has a claim of its own." }}
 {{- end }}
 {{- if and .Values.rack.fromZone .Values.settings.client_rack }}
