@@ -85,7 +85,7 @@ def machine(broker: Broker | None) -> dict[str, Any]:
 def code() -> str:
     """A digest of the worker's own code: figures of the same one belong together."""
     digest = hashlib.sha256()
-    for path in sorted(WORKER.glob("*.py")):
+    for path in sorted(WORKER.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

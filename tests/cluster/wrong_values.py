@@ -45,9 +45,6 @@ WRONG = [
         "no such login",
         ('settings.sasl_mechanism="AWS_MSK_IAM"', 'settings.security_protocol="SASL_SSL"', "keda.enabled=true"),
     ),
-    WrongValue(
-        "chart", "needs ReadWriteMany", ("cache.claim.create=true", 'cache.claim.accessModes=["ReadWriteOnce"]')
-    ),
     WrongValue("chart", "give one of them", ("cache.claim.create=true", 'cache.existingClaim="hub"')),
     WrongValue("server", "quantit", ('resources.limits.memory="2GB of it"',)),
     WrongValue("server", "must be less than or equal to memory limit", ('resources.requests.memory="4Gi"',)),

@@ -318,6 +318,8 @@ def test_the_cache_is_where_the_image_writes() -> None:
         if "hub" in mounts:
             assert f"HF_HOME={mounts['hub']} " in dockerfile
     assert the("PersistentVolumeClaim", "scram")["spec"]["accessModes"] == ["ReadWriteMany"]
+    (own,) = the("StatefulSet", "static")["spec"]["volumeClaimTemplates"]
+    assert own["spec"]["accessModes"] == ["ReadWriteOnce"]
 
 
 def test_the_model_is_mounted_where_the_worker_loads_it() -> None:

@@ -69,9 +69,6 @@
 {{- if and .Values.cache.existingClaim .Values.cache.claim.create }}
 {{- fail "cache.existingClaim and cache.claim.create both give the cache a claim, and pods would share the first: give one of them." }}
 {{- end }}
-{{- if and .Values.cache.claim.create (not .Values.staticMembers) (not (has "ReadWriteMany" .Values.cache.claim.accessModes)) }}
-{{- fail "cache.claim.accessModes needs ReadWriteMany: all pods of a Deployment share the claim, and an update begins with one more. With staticMembers each pod has a claim of its own." }}
-{{- end }}
 {{- if and .Values.rack.fromZone .Values.settings.client_rack }}
 {{- fail "rack.fromZone and settings.client_rack both set the rack: give one of them." }}
 {{- end }}
