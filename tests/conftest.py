@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.broker import Broker, Extras, NotOursError, start_broker
 from tests.support.checkpoint import Oracle, make_checkpoint
@@ -38,6 +39,10 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
 )
 REACH = Path(__file__).parent / "reach"
 used_brokers = pytest.StashKey[list[str]]()
+
+# A busy machine fails no test: neither an example nor drawing it has to be quick.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:
