@@ -1,5 +1,6 @@
 """Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
 
+import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tests.support.component import UnavailableError, skip_or_fail
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
-LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, the longest first
+LONGEST = (  # of `make test`, each more than twenty seconds, the longest first; then those of `make unit`
     "test_run.py",
     "test_outages.py",
     "test_topics.py",
@@ -36,6 +37,10 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
+    "test_train.py",
+    "test_unpadded.py",
+    "test_tokenizer_files.py",
+    "test_settings.py",
 )
 REACH = Path(__file__).parent / "reach"
 used_brokers = pytest.StashKey[list[str]]()
@@ -80,6 +85,7 @@ def pytest_collection_finish() -> None:
     """Beside other processes torch's threads wait for each other, far longer than they compute."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # collections during the tests need not look through what was imported: half a million objects
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
