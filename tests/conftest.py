@@ -81,11 +81,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_collectstart() -> None:
+    """Importing the tests makes half a million objects, which collections would look through for a second in vain."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Beside other processes torch's threads wait for each other, far longer than they compute."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    gc.freeze()  # collections during the tests need not look through what was imported: half a million objects
+    gc.freeze()  # nor do collections during the tests look through them
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
