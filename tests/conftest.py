@@ -1,5 +1,6 @@
 """Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
 
+import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.broker import Broker, Extras, NotOursError, start_broker
 from tests.support.checkpoint import Oracle, make_checkpoint
@@ -14,7 +16,7 @@ from tests.support.component import UnavailableError, skip_or_fail
 from tests.support.process import Workers, workers_in
 from tests.support.topics import Kafka, Topics
 
-LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, the longest first
+LONGEST = (  # of `make test`, each more than twenty seconds, the longest first; then those of `make unit`
     "test_run.py",
     "test_outages.py",
     "test_topics.py",
@@ -35,9 +37,17 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
+    "test_train.py",
+    "test_unpadded.py",
+    "test_tokenizer_files.py",
+    "test_settings.py",
 )
 REACH = Path(__file__).parent / "reach"
 used_brokers = pytest.StashKey[list[str]]()
+
+# A busy machine fails no test: neither an example nor drawing it has to be quick.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,10 +81,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_collectstart() -> None:
+    """Importing the tests makes half a million objects, which collections would look through for a second in vain."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Beside other processes torch's threads wait for each other, far longer than they compute."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # nor do collections during the tests look through them
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

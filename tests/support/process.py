@@ -252,18 +252,22 @@ def workers_in(
 
 def forked(
     *arguments: object,
+    module: str = "worker",
     stdin: bytes = b"",
     folder: Path | None = None,
     open_files: tuple[int, int] | None = None,
     **variables: str,
 ) -> "subprocess.CompletedProcess[str]":
-    """What `python -m worker` with these arguments answers, without the seconds in which it imports a model's libraries."""
-    server = WITH_TORCH if arguments[0] == "bench" else FORK_SERVER
+    """What `python -m worker` with these arguments answers, without the seconds in which it imports a model's libraries.
+
+    ``folder`` is where it runs; ``module`` may be another one, and one that lies there.
+    """
+    server = WITH_TORCH if arguments[:1] == ("bench",) else FORK_SERVER
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         given.write(stdin)
         given.seek(0)
         process = server.start(
-            "worker",
+            module,
             [str(argument) for argument in arguments],
             env=environment() | variables,
             cwd=folder or Path.cwd(),
@@ -279,6 +283,12 @@ def forked(
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(arguments, code, output.read().decode(), errors.read().decode())
+
+
+def forked_program(code: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -c` with this code and these arguments answers, where the worker is imported already."""
+    (folder / "program.py").write_text(code)
+    return forked(*arguments, module="program", folder=folder)
 
 
 def environment() -> dict[str, str]:

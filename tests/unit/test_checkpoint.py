@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from tests.support.checkpoint import LABELS, PANICKING, TOKENIZER, Oracle, with_pattern
-from tests.support.process import environment
+from tests.support.process import forked
 from worker.model import tokenizer as tokenizing
 from worker.model.checkpoint import BUILTIN, WEIGHTS, Checkpoint, ModelError, find_in, folder_of
 from worker.model.library_errors import as_model_error
@@ -122,11 +121,8 @@ def test_a_checkpoint_of_the_hub_s_cache_is_read_through_its_links(folder: Path,
     for file in folder.iterdir():
         shutil.move(file, repository / "blobs" / file.name)
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
-    known = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "worker", "classify", "--model", "org/name", "--max-batch-tokens", "512", "да"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**environment(), **known}, check=False, timeout=120
-    )
+    cache = str(tmp_path / "hub")
+    done = forked("classify", "--model", "org/name", "--max-batch-tokens", "512", "да", HF_HUB_CACHE=cache)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == f"org/name@{commit}"
 

@@ -211,7 +211,7 @@ def attacked(checkpoint: Path, folder: Path, attack: Attack, trace: Path) -> Pat
 def test_a_checkpoint_that_means_harm_is_refused(checkpoint: Path, tmp_path: Path, trace: Path, name: str) -> None:
     folder = attacked(checkpoint, tmp_path / "evil", REFUSED[name], trace)
     with pytest.raises(ModelError) as refusal:
-        SentimentModel.load(str(folder), backend="torch", cpu_threads=1)
+        SentimentModel.load(str(folder), backend="torch", cpu_threads=1, max_batch_tokens=512)
     assert not trace.exists()
     sentence = str(refusal.value)
     assert str(folder) in sentence or "this checkpoint" in sentence
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_means_harm_is_refused(checkpoint: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", UNTOUCHED)
 def test_what_lies_beside_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path, trace: Path, name: str) -> None:
     folder = attacked(checkpoint, tmp_path / "evil", UNTOUCHED[name], trace)
-    model = SentimentModel.load(str(folder), backend="torch", cpu_threads=1)
+    model = SentimentModel.load(str(folder), backend="torch", cpu_threads=1, max_batch_tokens=512)
     assert model.get_sentiment("да") in ("negative", "neutral", "positive")
     assert not trace.exists()
 

@@ -64,9 +64,12 @@ def products_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def choice(network: Any, examples: Any) -> Choice:
-    return choose_cuda_forward(network, dtype="auto", columns=[0, 1, 2], examples=examples)
+    """Nothing changes it, and making it takes a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+        return choose_cuda_forward(network, dtype="auto", columns=[0, 1, 2], examples=examples)
 
 
 def options(examples: Any, cuda_pass: Any = "unpadded", max_batch_tokens: Any = 2_048) -> RunnerOptions:

@@ -1,17 +1,18 @@
 """The process, apart from what it does."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from tests.support.broker import free_port
+from tests.support.process import FORK_SERVER, environment, forked_program
+from tests.support.waiting import wait_for
 from worker.commands.run import _reloader, runbook
 from worker.commands.run_parts import in_force, tuned_model
 from worker.settings.run import RunSettings
@@ -42,33 +43,30 @@ main()
 """
 
 
-def test_the_process_ends_though_a_task_of_it_does_not() -> None:
-    command = [sys.executable, "-c", STUBBORN, "run", "--http-port", "0"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+def test_the_process_ends_though_a_task_of_it_does_not(tmp_path: Path) -> None:
+    done = forked_program(STUBBORN, tmp_path, "run", "--http-port", "0")
     assert done.returncode == 0, done.stderr
     assert "a task does not end although it is cancelled" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
-def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str) -> None:
+def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str, tmp_path: Path) -> None:
     server = f"--bootstrap-servers=127.0.0.1:{free_port()}"
     login = ["--security-protocol=SASL_PLAINTEXT", "--sasl-mechanism=PLAIN", "--sasl-username=worker"]
     waiting = ["--http-host=0.0.0.0", "--http-port=0", "--request-timeout-ms=1000", "--fetch-max-wait-ms=500"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "worker", command, "--model=builtin", server, *login, *waiting],
-        env={**os.environ, "WORKER_SASL_PASSWORD": "hunter2"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    said, deadline = "", threading.Timer(60, started.kill)
-    deadline.start()
-    assert started.stdout
-    for line in started.stdout:
-        said += line
-        if "http_token_for=all" in line:
-            break
-    deadline.cancel()
-    started.kill()
-    started.communicate(timeout=60)
+    arguments = [command, "--model=builtin", server, *login, *waiting]
+    password = {"WORKER_SASL_PASSWORD": "hunter2"}
+    printed = tmp_path / "printed"
+    with printed.open("wb") as output:
+        started = FORK_SERVER.start(
+            "worker", arguments, env=environment() | password, cwd=tmp_path, stdout=output, stderr=output
+        )
+    try:
+        wait_for(lambda: "http_token_for=all" in printed.read_text(errors="replace"), "the last warning")
+    finally:
+        started.kill()
+        started.wait(60)
+    said = printed.read_text()
     assert "whoever is on the way to the brokers reads the password and every record; use SASL_SSL" in said
     assert "http_host 0.0.0.0 answers other machines without a token" in said
     assert "hunter2" not in said
@@ -90,7 +88,7 @@ main()
 def test_a_process_with_closed_streams_ends_well() -> None:
     """The event loop would take their numbers, and libuv aborts where it is to close one of those."""
     command = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", PLAIN, "run", "--http-port", "0"]
-    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert subprocess.run(command, check=False).returncode == 0
 
 
 FAILING = """
@@ -111,9 +109,8 @@ main()
 
 
 @pytest.mark.parametrize(("error", "code"), [("Standstill", 1), ("WrongSetting", 2)])
-def test_the_line_that_says_why_it_ends_has_the_exit_code(error: str, code: int) -> None:
-    command = [sys.executable, "-c", FAILING, "run", "--http-port", "0", "--log-format", "json", error]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+def test_the_line_that_says_why_it_ends_has_the_exit_code(error: str, code: int, tmp_path: Path) -> None:
+    done = forked_program(FAILING, tmp_path, "run", "--http-port", "0", "--log-format", "json", error)
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]
     assert (done.returncode, last["level"], last["message"]) == (code, "ERROR", "it is so")
     assert last["exit_code"] == code
@@ -137,10 +134,9 @@ main()
 
 
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_hang_up_that_is_ignored_stays_ignored(before: signal.Handlers) -> None:
+def test_a_hang_up_that_is_ignored_stays_ignored(before: signal.Handlers, tmp_path: Path) -> None:
     """As under nohup; otherwise it asks for a reload, which there is no model for here."""
-    command = [sys.executable, "-c", HANGING_UP, "run", "--http-port", "0", before.name]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    done = forked_program(HANGING_UP, tmp_path, "run", "--http-port", "0", before.name)
     assert done.returncode == 0, done.stderr
     assert ("no reload" in done.stderr) is (before is signal.SIG_DFL)
 

@@ -36,8 +36,14 @@ CARD_SCORE = -0.5894946
 Edit = Callable[..., Path]
 
 
+def load(folder: Path, **options: Any) -> SentimentModel:
+    """Loads a checkpoint without measuring this machine first."""
+    return SentimentModel.load(str(folder), cpu_threads=1, max_batch_tokens=512, **options)
+
+
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> SentimentModel:
+    """The checkpoint as it is loaded by default, with what is measured on this machine."""
     return SentimentModel.load(str(checkpoint))
 
 
@@ -198,7 +204,7 @@ def test_what_fills_no_maximum_is_not_cut_before_its_bound(model: SentimentModel
 
 def test_labels_are_matched_by_name_without_regard_to_case(edited: Edit, model: SentimentModel) -> None:
     folder = edited(id2label={"0": "POSITIVE", "1": "Negative", "2": "neutral"})
-    permuted = SentimentModel.load(str(folder)).get_sentiment("да", "proba")
+    permuted = load(folder).get_sentiment("да", "proba")
     negative, neutral, positive = model.get_sentiment("да", "proba")
     assert permuted == pytest.approx([neutral, positive, negative], abs=1e-6)
 
@@ -209,8 +215,8 @@ def softmax(logits: Any) -> Any:
 
 
 def test_labels_without_names_have_those_that_transformers_gives_them(edited: Edit, oracle: Oracle) -> None:
-    folder = str(edited(id2label=None, num_labels=3))
-    plain = SentimentModel.load(folder)
+    folder = edited(id2label=None, num_labels=3)
+    plain = load(folder)
     assert plain.labels == LabelSet(("LABEL_0", "LABEL_1", "LABEL_2"), "softmax", None)
     assert plain.get_sentiment("да", "proba") == pytest.approx(softmax(oracle.logits("да")), abs=1e-5)
     with pytest.raises(ValueError, match="no score; load it with label_scores"):
@@ -220,22 +226,28 @@ def test_labels_without_names_have_those_that_transformers_gives_them(edited: Ed
     assert scored[0].score is None
 
     names = dict(zip(plain.labels.names, LABELS, strict=True))
-    model = pickle.loads(pickle.dumps(SentimentModel.load(folder, model_labels=names)))
+    model = pickle.loads(pickle.dumps(load(folder, model_labels=names)))
     assert model.get_sentiment("да") == Oracle.label(oracle.logits("да"))
     assert model.get_sentiment("да", "score") == pytest.approx(Oracle.score(softmax(oracle.logits("да"))), abs=1e-5)
     assert model.name.endswith("+model_labels=LABEL_0=negative,LABEL_1=neutral,LABEL_2=positive")
     assert model.revision == model.name.removeprefix(f"{folder}@")
 
 
+@pytest.fixture(scope="module", params=[1, 2, 5, 40])
+def of_classes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A checkpoint of so many labels, and their names."""
+    names = [f"класс {number}" for number in range(request.param)]
+    folder = tmp_path_factory.mktemp("classes")
+    return make_checkpoint(folder, labels=names, problem_type="multi_label_classification"), names
+
+
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
-@pytest.mark.parametrize("count", [1, 2, 5, 40])
-def test_any_number_of_labels_is_computed(tmp_path: Path, backend: str, count: int) -> None:
-    names = [f"класс {number}" for number in range(count)]
-    make_checkpoint(tmp_path, labels=names, problem_type="multi_label_classification")
-    model = SentimentModel.load(str(tmp_path), backend=backend, cpu_threads=1, max_batch_tokens=512, threshold=0.5)
+def test_any_number_of_labels_is_computed(of_classes: tuple[Path, list[str]], backend: str) -> None:
+    folder, names = of_classes
+    model, oracle = load(folder, backend=backend, threshold=0.5), Oracle(folder)
     assert model.labels == LabelSet(tuple(names), "sigmoid", None, 0.5)
     texts = ["да", "Какая гадость эта ваша заливная рыба!"]
-    wanted = [Oracle(tmp_path).probabilities(text) for text in texts]
+    wanted = [oracle.probabilities(text) for text in texts]
     np.testing.assert_allclose(model.get_sentiment(texts, "proba"), wanted, atol=1e-5)
     assert model.get_sentiment(texts) == [names[int(np.argmax(row))] for row in wanted]
 
@@ -244,7 +256,7 @@ def test_a_checkpoint_without_a_trained_head_is_refused(checkpoint: Path, tmp_pa
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     BertForMaskedLM(own_network(checkpoint).config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no finished classifier"):
-        SentimentModel.load(str(tmp_path))
+        load(tmp_path)
 
 
 def as_bin(checkpoint: Path, folder: Path, content: Any) -> Path:
@@ -262,7 +274,7 @@ def test_a_bin_is_read_without_running_code_and_that_is_said(
 ) -> None:
     folder = as_bin(checkpoint, tmp_path, own_network(checkpoint).state_dict())
     with caplog.at_level(logging.WARNING):
-        loaded = SentimentModel.load(str(folder))
+        loaded = load(folder)
     assert loaded.get_sentiment("да", "score") == model.get_sentiment("да", "score")
     assert [record.message for record in caplog.records if "runs no code" in record.message]
     assert len(loaded.name.rpartition("@")[2]) == 12
@@ -282,7 +294,7 @@ def test_a_bin_that_would_run_code_is_refused(checkpoint: Path, tmp_path: Path, 
     evil = {"bert.embeddings.word_embeddings.weight": Malicious(trace)}
     folder = as_bin(checkpoint, tmp_path / "evil", evil if form == "torch" else pickle.dumps(evil))
     with pytest.raises(ModelError, match="cannot be loaded"):
-        SentimentModel.load(str(folder))
+        load(folder)
     assert not trace.exists()
 
 
@@ -294,7 +306,7 @@ def test_code_in_a_checkpoint_is_never_run(edited: Edit, tmp_path: Path) -> None
     trace = tmp_path / "it-ran"
     (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(trace)!r}).touch()\n")
     with pytest.raises(ModelError, match="never run"):
-        SentimentModel.load(str(folder))
+        load(folder)
     assert not trace.exists()
 
 
@@ -304,20 +316,20 @@ def test_half_precision_weights_are_computed_in_float32(
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     own_network(checkpoint).half().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
-    loaded = SentimentModel.load(str(tmp_path))
+    loaded = load(tmp_path)
     assert loaded.dtype == "float32"
     assert loaded.get_sentiment("да", "proba") == pytest.approx(model.get_sentiment("да", "proba"), abs=0.05)
 
 
 def test_the_revision_of_a_folder_follows_its_weights(checkpoint: Path, model: SentimentModel, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    again = SentimentModel.load(str(tmp_path))
+    again = load(tmp_path)
     assert again.name.rpartition("@")[2] == model.name.rpartition("@")[2]
     network = own_network(checkpoint)
     with torch.no_grad():
         network.classifier.bias += 1
     network.save_pretrained(tmp_path)
-    assert SentimentModel.load(str(tmp_path)).name.rpartition("@")[2] != model.name.rpartition("@")[2]
+    assert load(tmp_path).name.rpartition("@")[2] != model.name.rpartition("@")[2]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +374,7 @@ def make_albert(folder: Path) -> Path:
 
 
 def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
-    model = SentimentModel.load(str(make_albert(tmp_path)))
+    model = load(make_albert(tmp_path))
     tokens = model.tokenize(["хорошо и плохо", "плохо " * 100])
     assert tokens.truncated == [False, True]
     assert len(tokens.ids[1]) == 64

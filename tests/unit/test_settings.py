@@ -144,9 +144,15 @@ def refusal(*argv: str) -> str:
 # --- Defaults ---
 
 
+@pytest.fixture(scope="module")
+def unset() -> RunSettings:
+    """The settings where none is given."""
+    return load(RunSettings, [], "sentiment-worker run", {})
+
+
 @pytest.mark.parametrize(("name", "default"), TABLE.items())
-def test_defaults_are_those_of_the_contract(name: str, default: object) -> None:
-    assert getattr(run_settings(), name) == default
+def test_defaults_are_those_of_the_contract(unset: RunSettings, name: str, default: object) -> None:
+    assert getattr(unset, name) == default
 
 
 def test_there_is_no_setting_beside_the_contract() -> None:

@@ -2,20 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.support.process import environment
+from tests.support.process import environment, forked_program
 from worker.errors import WrongSetting
 from worker.telemetry.tracing import Tracing, trace_context
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-def python(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment(), check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -43,19 +38,21 @@ def test_no_context() -> None:
 
 
 def test_what_is_switched_off_is_not_imported() -> None:
-    done = python(
-        "import sys, worker.commands.run; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    code = "import sys, worker.commands.run; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment(), check=False
     )
     assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
 @pytest.mark.parametrize("missing", ["opentelemetry", "opentelemetry.exporter"])
-def test_without_the_extra_it_says_what_to_install(command: str, missing: str) -> None:
-    done = python(
+def test_without_the_extra_it_says_what_to_install(command: str, missing: str, tmp_path: Path) -> None:
+    done = forked_program(
         f"import sys; sys.modules['{missing}'] = None\n"
         "from worker.commands import check; check._model = lambda _: check.Finding('model', 'ok', 'not loaded')\n"
-        f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0', '--log-format=console'])"
+        f"from worker.cli import main; main(['{command}', '--tracing', 'otel', '--http-port', '0', '--log-format=console'])",
+        tmp_path,
     )
     assert done.returncode == 2
     said = (done.stdout if command == "check" else done.stderr).strip()
@@ -81,12 +78,13 @@ def test_a_header_that_cannot_be_read_is_refused_without_its_words(name: str, he
     assert "secret-token" not in str(refusal.value)
 
 
-def test_opentelemetry_prints_no_header_at_any_level() -> None:
+def test_opentelemetry_prints_no_header_at_any_level(tmp_path: Path) -> None:
     """Its own check is stricter than ours, and it quotes what it refuses."""
-    done = python(
+    done = forked_program(
         "from worker.telemetry import logs; logs.configure('debug', 'json')\n"
         "from opentelemetry.util.re import parse_env_headers\n"
-        "assert not parse_env_headers('a b=secret-token', liberal=True)"
+        "assert not parse_env_headers('a b=secret-token', liberal=True)",
+        tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "secret-token" not in done.stdout + done.stderr

@@ -551,7 +551,7 @@ def test_an_average_is_the_mean_of_fine_tunings_from_one_start(
 def test_an_average_repeats_itself(tmp_path: Path) -> None:
     source = obvious(tmp_path / "obvious.csv")
     for name in ("one", "two"):
-        train(*tiny(tmp_path / name, source, epochs=2, fine_tunings=2, patience=1), quiet)
+        train(*tiny(tmp_path / name, source, **QUICK | {"epochs": 2, "fine_tunings": 2, "patience": 1}), quiet)
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
