@@ -28,7 +28,7 @@ from confluent_kafka.admin import AdminClient
 
 from tests.support import maven
 from tests.support.component import UnavailableError
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_until_frozen
 
 POM = Path(__file__).parents[1] / "kafka" / "pom.xml"
 VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
@@ -321,7 +321,7 @@ class JavaBroker(Broker):
         self._is_paused = False
 
     def pause(self) -> None:
-        self._send(signal.SIGSTOP)
+        wait_until_frozen(self._send(signal.SIGSTOP).pid)
         self._is_paused = True
 
     def resume(self) -> None:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.broker import free_port
 from tests.support.fork_server import ForkedProcess, ForkServer
 from tests.support.topics import Topics
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_until_frozen
 
 PREFIX = "sentiment_worker_"
 COSTLESS = "tests.support.costless_model"
@@ -188,8 +188,10 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGHUP)
 
     def pause(self) -> None:
+        """Freezes the process; blocks until it stands still."""
         self.is_paused = True
         self._process.send_signal(signal.SIGSTOP)
+        wait_until_frozen(self.pid)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)

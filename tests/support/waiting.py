@@ -1,7 +1,9 @@
 """Waiting for something to become true, with a deadline."""
 
+import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,6 +24,19 @@ def wait_for(
             return value
         assert time.monotonic() < deadline, f"after {seconds:g} s still waiting for {what} {describe()}"
         time.sleep(every)
+
+
+def wait_until_frozen(pid: int) -> None:
+    """Waits until no thread of a process that was sent SIGSTOP runs any more; on a busy machine others go on for a while."""
+
+    def is_frozen() -> bool:
+        for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                if thread.read_text().rpartition(") ")[2][0] not in "TZX":
+                    return False
+        return True
+
+    wait_for(is_frozen, "a process to stand still", every=0.002)
 
 
 def holds_for(condition: Callable[[], object], what: str, seconds: float, every: float = 0.2) -> None:
