@@ -1,6 +1,7 @@
 """Topics on the test broker, made, filled and read with librdkafka: a client that the worker does not use."""
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
@@ -38,6 +39,7 @@ from tests.support.waiting import wait_for
 
 Headers = Sequence[tuple[str, bytes | None]]
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
+CHANGES = itertools.count()  # of topics' configurations
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,22 @@ class Kafka:
         return [TopicPartition(topic, partition.id) for partition in description.partitions]
 
     def set_config(self, topic: str, name: str, value: object) -> None:
-        """Blocks until the broker says that it has the value: the controller answers a moment before."""
-        entry = ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET)
+        """Blocks until the topic's partitions have the value.
+
+        The controller answers a moment before the broker has it, and the broker says so a moment before its partitions
+        have it: that is certain once the broker says that it has the next change.
+        """
+        for each, wanted in ((name, str(value)), ("file.delete.delay.ms", str(60_000 + next(CHANGES)))):
+            self._set_config(topic, each, wanted)
+
+    def _set_config(self, topic: str, name: str, value: str) -> None:
+        entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
         self.admin.incremental_alter_configs([resource])[resource].result(30)
 
         def has_it() -> bool:
             asked = ConfigResource(ResourceType.TOPIC, topic)
-            return bool(self.admin.describe_configs([asked])[asked].result(30)[name].value == str(value))
+            return bool(self.admin.describe_configs([asked])[asked].result(30)[name].value == value)
 
         wait_for(has_it, f"the broker to have {name} = {value}")
 
@@ -208,8 +218,9 @@ class Kafka:
         return int(described.coordinator.id)
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
-        """Moves a group that has no members, once its coordinator has loaded."""
+        """Moves a group once its members have left it, and its coordinator has loaded."""
         self.committed(group, topic)
+        wait_for(lambda: not self.members(group), "the group's members to be gone")
         wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition, offset)])
         self.admin.alter_consumer_group_offsets([wanted])[group].result(30)
 
@@ -221,6 +232,13 @@ class Kafka:
             send_one(producer, topic, record, number, sent)
         assert producer.flush(60) == 0, "the records of the test could not be published"
         return [sent[number] for number in sorted(sent)]
+
+    def begin_transaction(self, transactional_id: str) -> Producer:
+        """A producer in a transaction that brokers leave open however long a test takes; by default it is a minute."""
+        producer = Producer(self._config(**{"transactional.id": transactional_id, "transaction.timeout.ms": 600_000}))
+        producer.init_transactions(60)
+        producer.begin_transaction()
+        return producer
 
     def read(self, topic: str, committed_only: bool = True) -> list[Record]:
         """Every record of a topic up to its present end, partition after partition.
