@@ -64,7 +64,7 @@ def test_a_worker_says_that_the_brokers_own_address_is_wrong(
 ) -> None:
     worker = lost_workers.start(topics, bootstrap_servers=outside, request_timeout_ms=3_000)
     wait_for(lambda: worker.warnings(ADVERTISED), "the sentence")
-    assert ADVERTISED in worker.get("/readyz")[1]
+    wait_for(lambda: ADVERTISED in worker.get("/readyz")[1], "the sentence at /readyz")
     assert worker.status("/livez") == 200
 
 
@@ -86,7 +86,7 @@ def test_while_running_it_is_said_why_brokers_are_away(
     lost_broker.kill()
     words = f"{lost_broker.bootstrap} refuses connections: nothing listens there (bootstrap_servers names it)"
     wait_for(lambda: worker.warnings(words), "the sentence")
-    assert words in worker.get("/readyz")[1]
+    wait_for(lambda: words in worker.get("/readyz")[1], "the sentence at /readyz")
     assert len(worker.warnings(words)) == 1
     lost_broker.restore()
     worker.wait_until_ready()
