@@ -45,13 +45,13 @@ def names_of(topics: Topics) -> list[str]:
 
 
 def replayed(topics: Topics, bootstrap: str) -> "subprocess.CompletedProcess[str]":
-    flags = ["--bootstrap-servers", bootstrap, "--request-timeout-ms", "3000"]
+    flags = ["--bootstrap-servers", bootstrap, "--request-timeout-ms", "6000"]
     names = ["--dead-letter-topic", topics.dead_letters, "--group-id", topics.group]
     return forked("replay", *flags, *names)
 
 
 def test_check_says_that_the_brokers_own_address_is_wrong(topics: Topics, outside: str) -> None:
-    flags = ["--bootstrap-servers", outside, "--model", "builtin", "--http-port", "0", "--request-timeout-ms", "3000"]
+    flags = ["--bootstrap-servers", outside, "--model", "builtin", "--http-port", "0", "--request-timeout-ms", "6000"]
     done = forked("check", *flags, *names_of(topics))
     (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["fail", "brokers"]]
     assert ADVERTISED in line
@@ -74,7 +74,7 @@ def test_a_replay_ends_where_no_broker_can_be_used(topics: Topics, outside: str,
     done = replayed(topics, refused if kind == "refused" else outside)
     assert done.returncode == 1
     last = orjson.loads(done.stderr.splitlines()[-1])
-    assert last["message"].startswith("no broker could be used for 6 s: ")
+    assert last["message"].startswith("no broker could be used for 12 s: ")
     assert (f"{refused} refuses connections" if kind == "refused" else ADVERTISED) in done.stderr.splitlines()[-1]
 
 

@@ -194,7 +194,7 @@ def producer_records(topic: str, *numbers: int) -> list[ProducerRecord]:
 
 async def until(condition: Callable[[], object], what: str) -> None:
     """As wait_for, beside the event loop's other work."""
-    await asyncio.to_thread(wait_for, condition, what, 60)
+    await asyncio.to_thread(wait_for, condition, what)
 
 
 async def test_a_batch_whose_leader_goes_is_written_once(topics: Topics) -> None:
@@ -282,7 +282,7 @@ async def test_a_stop_that_is_cut_short_leaves_no_task_and_no_socket(
     fragile_broker: Broker, topics: Topics, opened: Opened
 ) -> None:
     Kafka(fragile_broker.bootstrap).create(topics.output, 1)
-    connection = Connection((fragile_broker.bootstrap,), request_timeout_ms=3_000)
+    connection = Connection((fragile_broker.bootstrap,), request_timeout_ms=10_000)
     tasks, open_sockets = asyncio.all_tasks(), sockets()
     close = await opened(connection, topics.output)
     assert sockets() - open_sockets

@@ -42,6 +42,7 @@ def test_a_killed_worker_loses_nothing(kafka: Kafka, topics: Topics, workers: Wo
     settings = {"module": "tests.support.slow_model", "max_batch_texts": 64, "cache_size": 0, "model": checkpoint}
     first = workers.start(topics, {"TOKEN_SECONDS": "0.0002"}, **settings)  # half a minute or more in all
     wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results", every=0.02)
+    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()), "a commit")
     first.kill()
     committed = sum(kafka.committed(topics.group, topics.input).values())
     assert 0 < committed < 20_000, "killed half-way"

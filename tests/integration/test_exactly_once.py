@@ -28,6 +28,8 @@ def worker_module() -> str:
 
 
 EXACTLY: dict[str, object] = {"delivery": "exactly-once", "cache_size": 0}
+# For transactions that do not fail: on a busy machine brokers may take longer than a worker waits for them.
+PATIENT = {"INTERVALS": '{"TRANSACTION_TIMEOUT_S": 120, "DEADLINE_S": 100}'}
 
 
 @pytest.fixture
@@ -176,11 +178,11 @@ def test_a_rebalance_ends_the_open_transaction_before_the_partitions_go(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """It is committed at once, however long it might have lasted: nothing is aborted, read or scored again."""
-    first = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
+    first = workers.start(topics, PATIENT, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
     load.start()
     wait_for(lambda: first.metrics.outcomes >= 1_000, "1,000 results")
     wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
-    second = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
+    second = workers.start(topics, PATIENT, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
     first.wait_until_assigned(2)
     wait_for(lambda: second.metrics.outcomes >= 500, "500 results of the other one")
     sent = load.stop()
@@ -322,7 +324,7 @@ def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
 ) -> None:
     """It cannot be foreseen how large a compressed batch is: what is refused is found within the transaction."""
     kafka.create_all(topics, 1)
-    worker = workers.start(topics, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
+    worker = workers.start(topics, PATIENT, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
     kafka.set_config(topics.output, "max.message.bytes", 20_000)
     kafka.set_config(topics.output, "message.timestamp.after.max.ms", 60_000)
     records = [numbered(number) for number in range(400)]
@@ -348,7 +350,7 @@ def test_sigterm_under_load_loses_and_repeats_nothing(
 ) -> None:
     """What is under way is committed before it ends."""
     settings = {"transaction_ms": 2_000, "session_timeout_ms": 60_000, **EXACTLY}
-    worker = workers.start(topics, **settings).wait_until_assigned(4)
+    worker = workers.start(topics, PATIENT, **settings).wait_until_assigned(4)
     load.start()
     wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results")
     assert worker.terminate() == 0, "drained within drain_timeout_s"
@@ -378,7 +380,7 @@ def test_a_drain_whose_last_transaction_is_lost_is_no_clean_end(kafka: Kafka, to
     worker.resume()
     assert worker.wait() == 1
     assert worker.warnings("records could not be committed, and will be read again")
-    next_one = workers.start(topics, **EXACTLY)
+    next_one = workers.start(topics, **settings)
     wait_until_committed(kafka, topics)
     assert next_one.terminate() == 0
     assert_once(kafka, topics, sent)

@@ -175,7 +175,7 @@ class WorkerProcess:
         assert self.is_running, f"the worker ended with {self._process.returncode}:\n{self.output[-3000:]}"
         return True
 
-    def terminate(self, seconds: float = 40) -> int:
+    def terminate(self, seconds: float = 60) -> int:
         """SIGTERM, and the exit code."""
         self._process.send_signal(signal.SIGTERM)
         return self.wait(seconds)
@@ -201,7 +201,7 @@ class WorkerProcess:
         """Sends a signal that a module for tests answers."""
         self._process.send_signal(number)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """The exit code, once it ends by itself."""
         return self._process.wait(seconds)
 
