@@ -1,6 +1,5 @@
 """Waiting for something to become true, with a deadline."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +29,11 @@ def wait_until_frozen(pid: int) -> None:
     """Waits until no thread of a process that was sent SIGSTOP runs any more; on a busy machine others go on for a while."""
 
     def is_frozen() -> bool:
-        for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
-                if thread.read_text().rpartition(") ")[2][0] not in "TZX":
-                    return False
-        return True
+        threads = Path(f"/proc/{pid}/task")
+        try:
+            return all(thread.read_text().rpartition(") ")[2][0] in "TZX" for thread in threads.glob("*/stat"))
+        except (FileNotFoundError, ProcessLookupError):  # one has just ended
+            return False
 
     wait_for(is_frozen, "a process to stand still", every=0.002)
 
