@@ -154,7 +154,8 @@ class WorkerProcess:
 
     @property
     def metrics(self) -> Metrics:
-        status, text = self.get("/metrics")
+        """Asks again where no answer comes, as on a busy machine."""
+        status, text = wait_for(lambda: self._alive() and (found := self.get("/metrics"))[0] and found, "/metrics", 60)
         assert status == 200, f"/metrics answers {status}"
         return Metrics(text)
 
