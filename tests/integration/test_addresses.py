@@ -45,13 +45,13 @@ def names_of(topics: Topics) -> list[str]:
 
 
 def replayed(topics: Topics, bootstrap: str) -> "subprocess.CompletedProcess[str]":
-    flags = ["--bootstrap-servers", bootstrap, "--request-timeout-ms", "3000"]
+    flags = ["--bootstrap-servers", bootstrap, "--request-timeout-ms", "6000"]
     names = ["--dead-letter-topic", topics.dead_letters, "--group-id", topics.group]
     return forked("replay", *flags, *names)
 
 
 def test_check_says_that_the_brokers_own_address_is_wrong(topics: Topics, outside: str) -> None:
-    flags = ["--bootstrap-servers", outside, "--model", "builtin", "--http-port", "0", "--request-timeout-ms", "3000"]
+    flags = ["--bootstrap-servers", outside, "--model", "builtin", "--http-port", "0", "--request-timeout-ms", "6000"]
     done = forked("check", *flags, *names_of(topics))
     (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["fail", "brokers"]]
     assert ADVERTISED in line
@@ -64,7 +64,7 @@ def test_a_worker_says_that_the_brokers_own_address_is_wrong(
 ) -> None:
     worker = lost_workers.start(topics, bootstrap_servers=outside, request_timeout_ms=3_000)
     wait_for(lambda: worker.warnings(ADVERTISED), "the sentence")
-    assert ADVERTISED in worker.get("/readyz")[1]
+    wait_for(lambda: ADVERTISED in worker.get("/readyz")[1], "the sentence at /readyz")
     assert worker.status("/livez") == 200
 
 
@@ -74,7 +74,7 @@ def test_a_replay_ends_where_no_broker_can_be_used(topics: Topics, outside: str,
     done = replayed(topics, refused if kind == "refused" else outside)
     assert done.returncode == 1
     last = orjson.loads(done.stderr.splitlines()[-1])
-    assert last["message"].startswith("no broker could be used for 6 s: ")
+    assert last["message"].startswith("no broker could be used for 12 s: ")
     assert (f"{refused} refuses connections" if kind == "refused" else ADVERTISED) in done.stderr.splitlines()[-1]
 
 
@@ -86,7 +86,7 @@ def test_while_running_it_is_said_why_brokers_are_away(
     lost_broker.kill()
     words = f"{lost_broker.bootstrap} refuses connections: nothing listens there (bootstrap_servers names it)"
     wait_for(lambda: worker.warnings(words), "the sentence")
-    assert words in worker.get("/readyz")[1]
+    wait_for(lambda: words in worker.get("/readyz")[1], "the sentence at /readyz")
     assert len(worker.warnings(words)) == 1
     lost_broker.restore()
     worker.wait_until_ready()

@@ -5,11 +5,11 @@ import re
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import orjson
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
-from confluent_kafka import Producer
 from confluent_kafka.admin import NewPartitions
 
 from tests.support.broker import Broker
@@ -71,7 +71,7 @@ def commits(kafka: Kafka, topics: Topics) -> dict[int, str]:
 def settled_offset(kafka: Kafka, topics: Topics) -> int:
     """The committed offset of the only partition, whose records all have results, once it is that of the last of these."""
     done = len(places(kafka.read(topics.output)))
-    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: done}, "the last transaction's offset", 30)
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: done}, "the last transaction's offset")
     return done
 
 
@@ -84,11 +84,11 @@ def test_three_workers_a_kill_and_a_rebalance(
     before, _ = send_around_the_end(kafka, topics.input, 12_000, 3_000)
     settings = {"until": until, "delivery": delivery, "max_batch_texts": 100, "cache_size": 0}
     members = [workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings) for _ in range(3)]
-    wait_for(lambda: len(kafka.committed(topics.group, topics.input)) == 6, "every partition to have a bound", 60)
+    wait_for(lambda: len(kafka.committed(topics.group, topics.input)) == 6, "every partition to have a bound")
     if until == "now":
         before = before + [record for record in kafka.read(topics.input) if record.timestamp >= END_MS]
         kafka.send(topics.input, [dated(number, int(time.time() * 1000)) for number in range(3_000)])
-    wait_for(lambda: len(kafka.read(topics.output)) > 1_000, "some results", 60)
+    wait_for(lambda: len(kafka.read(topics.output)) > 1_000, "some results")
     members[0].kill()
     late = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings)
     sums = [finished(worker) for worker in (*members[1:], late)]
@@ -102,7 +102,7 @@ def test_three_workers_a_kill_and_a_rebalance(
         assert set(found.values()) == {1}
     assert sum(each["consumed"] for each in sums) <= found.total()
     ends = Counter(record.partition for record in before)
-    wait_for(lambda: kafka.committed(topics.group, topics.input) == ends, "the last transaction's offsets", 30)
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == ends, "the last transaction's offsets")
     bounds = {partition: re.fullmatch(r"until=(\d+);end=(\d+);topic_id=\S{22}", text) for partition, text in
               commits(kafka, topics).items()}  # fmt: skip
     assert {partition: int(bound[2]) for partition, bound in bounds.items() if bound} == ends
@@ -118,15 +118,14 @@ def test_ends_that_no_record_is_at(kafka: Kafka, topics: Topics, workers: Worker
     """An empty partition; markers and aborted records at the end; a begin that retention has taken; a gap before the end."""
     kafka.create_all(topics, 5)
     old = END_MS - HOUR_MS
-    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
-    producer.init_transactions()
+    producer = kafka.begin_transaction(topics.group)
     for partitions, ends in (((1, 2, 4), producer.commit_transaction), ((2, 4), producer.abort_transaction)):
-        producer.begin_transaction()
         for partition in partitions:
             for number in range(10):
                 producer.produce(topics.input, numbered(number).value, partition=partition, timestamp=old + number)
         producer.flush()
         ends()
+        producer.begin_transaction()
     kafka.send(topics.input, [dated(number, old, 3) for number in range(20)])
     kafka.delete_before(topics.input, 3, 5)
     (late,) = kafka.send(topics.input, [dated(0, END_MS, 4)])  # behind aborted records, and perhaps behind their marker
@@ -134,7 +133,7 @@ def test_ends_that_no_record_is_at(kafka: Kafka, topics: Topics, workers: Worker
     assert finished(worker)["results"] == 10 + 10 + 15 + 10
     assert Counter(place[1] for place in places(kafka.read(topics.output)) if place) == {1: 10, 2: 10, 3: 15, 4: 10}
     done = {0: 0, 1: 11, 2: 22, 3: 20, 4: late.offset}
-    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets", 30)
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets")
 
 
 @DELIVERIES
@@ -142,9 +141,7 @@ def test_an_open_transaction_before_the_end_is_waited_for(
     kafka: Kafka, topics: Topics, workers: Workers, delivery: str
 ) -> None:
     kafka.create_all(topics, 1)
-    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
-    producer.init_transactions()
-    producer.begin_transaction()
+    producer = kafka.begin_transaction(topics.group)
     producer.produce(topics.input, numbered(0).value, timestamp=END_MS - 1)
     producer.flush()
     kafka.send(topics.input, [dated(1, END_MS - 1), dated(2, END_MS)])
@@ -167,7 +164,7 @@ def test_partitions_that_are_added(kafka: Kafka, topics: Topics, workers: Worker
     added = kafka.send(topics.input, [dated(1, END_MS - 1, 1), dated(2, END_MS, 1)])
     assert finished(workers.start(topics, until=END, delivery=delivery))["results"] == 1
     assert places(kafka.read(topics.output)) == Counter([first[0].place, added[0].place])
-    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}, "the last transaction's offsets", 30)
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 1, 1: 1}, "the last transaction's offsets")
 
 
 @DELIVERIES
@@ -177,12 +174,10 @@ def test_partitions_and_topics_that_come_during_the_run(
 ) -> None:
     """The worker's metadata are minutes old; what it did not know of is read before it ends."""
     kafka.create_all(topics, 1)
-    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
-    producer.init_transactions()
-    producer.begin_transaction()
+    producer = kafka.begin_transaction(topics.group)
     producer.produce(topics.input, numbered(0).value, timestamp=END_MS - 1)
     producer.flush()
-    settings: dict[str, object] = {"until": END, "delivery": delivery}
+    settings: dict[str, object] = {"until": END, "delivery": delivery, "session_timeout_ms": 60_000}
     if is_topic:
         settings |= {"input_topics": None, "input_pattern": f"{topics.input}.*"}
     often = {"INTERVALS": '{"TOPICS_INTERVAL_S": 2}'}
@@ -208,12 +203,13 @@ def test_partitions_and_topics_that_come_during_the_run(
 
 @DELIVERIES
 def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
-    kafka: Kafka, topics: Topics, workers: Workers, delivery: str
+    kafka: Kafka, topics: Topics, workers: Workers, delivery: str, tmp_path: Path
 ) -> None:
     kafka.create_all(topics, 1)
-    before, _ = send_around_the_end(kafka, topics.input, 2_000, 10)
+    before, _ = send_around_the_end(kafka, topics.input, 10_000, 10)
     settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
-    pair = [workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings) for _ in range(2)]
+    slow = {"PASS_SECONDS": "0.3", "FAST_FILE": str(tmp_path / "fast")}  # a minute, until one of them is killed
+    pair = [workers.start(topics, slow, **settings) for _ in range(2)]
     for worker in pair:
         worker.wait_until_ready()
 
@@ -223,6 +219,7 @@ def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
     wait_for(lambda: sum(assigned()) == 1, "one of them to have the partition")
     holder, other = pair if assigned()[0] else reversed(pair)
     holder.kill()
+    (tmp_path / "fast").touch()
     assert 0 < finished(other)["consumed"] <= len(before)
     wait_for(
         lambda: not kafka.has_open_transaction(topics.output), "brokers to abort what the killed one has left open"
@@ -232,9 +229,9 @@ def test_a_worker_that_has_no_partition_takes_over_from_one_that_is_killed(
 
 def test_a_drain_before_the_end_is_no_success(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 1)
-    before, _ = send_around_the_end(kafka, topics.input, 2_000, 10)
+    before, _ = send_around_the_end(kafka, topics.input, 10_000, 10)
     settings = {"until": END, "max_batch_texts": 50, "cache_size": 0}
-    worker = workers.start(topics, {"PASS_SECONDS": "0.2"}, **settings).wait_until_assigned(1)
+    worker = workers.start(topics, {"PASS_SECONDS": "0.3"}, **settings).wait_until_assigned(1)  # a minute of work
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     assert worker.terminate() == 1
     assert worker.lines("drained before the end of the run")
@@ -245,7 +242,7 @@ def test_a_drain_before_the_end_is_no_success(kafka: Kafka, topics: Topics, work
 def test_a_group_of_others_is_refused(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 1)
     kafka.send(topics.input, [dated(number, END_MS - 1) for number in range(10)])
-    plain = workers.start(topics).wait_until_assigned(1)
+    plain = workers.start(topics, session_timeout_ms=60_000).wait_until_assigned(1)
     wait_for(lambda: kafka.committed(topics.group, topics.input) == {0: 10}, "a commit")
     refused = workers.start(topics, until=END)
     assert refused.wait() == 2
@@ -305,7 +302,7 @@ def test_times_that_brokers_give_and_dead_letters_at_the_end(
     assert places(results) == Counter(record.place for record in before)
     assert len(kafka.read(topics.dead_letters)) == 1
     done = {0: len(before) + len(bad)}
-    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets", 30)
+    wait_for(lambda: kafka.committed(topics.group, topics.input) == done, "the last transaction's offsets")
     assert after
 
 
@@ -338,12 +335,13 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
         "until": "now", "since": "2025-12-31", "delivery": delivery, "max_batch_texts": 50, "cache_size": 0,
         "group_instance_id": "member", "session_timeout_ms": 45_000,
     }  # fmt: skip
-    first = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    slow = {"PASS_SECONDS": "0.4"}  # half a minute in all
+    first = workers.start(topics, slow, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     first.kill()
     (metadata,) = commits(kafka, topics).values()
     late = kafka.send(topics.input, [dated(number, END_MS) for number in range(100)])
-    second = workers.start(topics, {"PASS_SECONDS": "0.1"}, **settings).wait_until_assigned(1)
+    second = workers.start(topics, slow, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 600, "more results")
     assert second.terminate() == 1
     committed = settled_offset(kafka, topics)
@@ -367,7 +365,7 @@ def test_retention_that_takes_the_end_too_hangs_nobody(
     kafka.create_all(topics, 1)
     send_around_the_end(kafka, topics.input, 2_000, 500)
     settings = {"until": END, "delivery": delivery, "max_batch_texts": 50, "cache_size": 0}
-    first = workers.start(topics, {"PASS_SECONDS": "0.4"}, **settings).wait_until_assigned(1)
+    first = workers.start(topics, {"PASS_SECONDS": "0.8"}, **settings).wait_until_assigned(1)  # half a minute in all
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     assert first.terminate() == 1
     done = len(kafka.read(topics.output))

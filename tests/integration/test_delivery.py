@@ -39,8 +39,10 @@ def assert_none_missing(kafka: Kafka, topics: Topics, sent: list[Record]) -> lis
 def test_a_killed_worker_loses_nothing(kafka: Kafka, topics: Topics, workers: Workers, checkpoint: Path) -> None:
     kafka.create_all(topics, 4)
     sent = kafka.send(topics.input, map(numbered, range(20_000)))
-    first = workers.start(topics, max_batch_texts=64, cache_size=0, module="worker", model=checkpoint)
-    wait_for(lambda: kafka.count(topics.output) >= 8_000, "8,000 results", every=0.02)
+    settings = {"module": "tests.support.slow_model", "max_batch_texts": 64, "cache_size": 0, "model": checkpoint}
+    first = workers.start(topics, {"TOKEN_SECONDS": "0.0002"}, **settings)  # half a minute or more in all
+    wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results", every=0.02)
+    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()), "a commit")
     first.kill()
     committed = sum(kafka.committed(topics.group, topics.input).values())
     assert 0 < committed < 20_000, "killed half-way"
@@ -75,13 +77,11 @@ def test_workers_that_join_and_leave_lose_nothing(kafka: Kafka, topics: Topics, 
 
 
 def test_a_terminated_worker_repeats_nothing(kafka: Kafka, topics: Topics, workers: Workers, load: Load) -> None:
-    first = workers.start(topics).wait_until_ready()
+    first = workers.start(topics, session_timeout_ms=60_000).wait_until_ready()
     load.start()
     wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results")
-    began = time.monotonic()
-    assert first.terminate() == 0
-    assert time.monotonic() - began < 20, "drained within drain_timeout_s"
-    assert not kafka.members(topics.group), "it left the group"
+    assert first.terminate() == 0, "drained within drain_timeout_s"
+    wait_for(lambda: not kafka.members(topics.group), "the group to have been left, before the session's end", 30)
     published = places(kafka.read(topics.output))
     committed = kafka.committed(topics.group, topics.input)
     assert sum(committed.values()) == len(published) == published.total()
@@ -174,7 +174,7 @@ def test_offsets_that_are_gone_are_counted(kafka: Kafka, topics: Topics, workers
 def test_a_running_consumer_whose_offset_is_gone(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     """The records are deleted under a worker that stands still: it finds out while it runs."""
     kafka.create_all(topics, 1)
-    worker = workers.start(topics).wait_until_assigned(1)
+    worker = workers.start(topics, session_timeout_ms=60_000).wait_until_assigned(1)  # it stays a member meanwhile
     worker.pause()
     kafka.send(topics.input, map(numbered, range(100)))
     kafka.delete_before(topics.input, 0, 60)

@@ -28,6 +28,8 @@ def worker_module() -> str:
 
 
 EXACTLY: dict[str, object] = {"delivery": "exactly-once", "cache_size": 0}
+# For transactions that do not fail: on a busy machine brokers may take longer than a worker waits for them.
+PATIENT = {"INTERVALS": '{"TRANSACTION_TIMEOUT_S": 120, "DEADLINE_S": 100}'}
 
 
 @pytest.fixture
@@ -73,10 +75,15 @@ def assert_all_counted(workers: list[WorkerProcess], sent: list[Record]) -> None
 
 
 def freeze_in_a_transaction(worker: WorkerProcess, kafka: Kafka, topics: Topics) -> bool:
-    """Stops the worker where its transaction is open and nothing of it on its way; else lets it go on."""
+    """Stops the worker where its transaction is open and its end not on its way; else lets it go on.
+
+    An end that was asked for is there within milliseconds, and half a second later at the latest.
+    """
     worker.pause()
-    if all(kafka.has_open_transaction(topics.output) for _ in range(3)):
-        return True
+    ends_at = time.monotonic() + 0.5
+    while kafka.has_open_transaction(topics.output):
+        if time.monotonic() > ends_at:
+            return True
     worker.resume()
     return False
 
@@ -92,10 +99,10 @@ def test_killed_workers_lose_and_repeat_nothing(
     kafka: Kafka, topics: Topics, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results, dead letters and tombstones, with workers killed again and again in the middle of transactions."""
-    monkeypatch.setenv("PASS_SECONDS", "0.03")  # of 64 texts each: some are left when the last one is killed
+    monkeypatch.setenv("PASS_SECONDS", "0.1")  # of 64 texts each: most are left when the last one is killed
     kafka.create_all(topics, 4)
     sent = kafka.send(topics.input, map(mixed, range(20_000)))
-    for goal in (4_000, 9_000, 14_000):
+    for goal in (1_000, 3_000, 5_000):
         worker = workers.start(topics, max_batch_texts=64, **EXACTLY)
         wait_for(lambda goal=goal: kafka.count(topics.output) >= goal, f"{goal} results", every=0.01)  # type: ignore[misc]
         wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be killed in", every=0.01)  # noqa: B023
@@ -142,14 +149,15 @@ def test_another_process_with_the_same_transactional_id_fences_the_worker(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """It fences the worker, which is still the owner by the group: it takes the id back, says why, and goes on."""
-    worker = workers.start(topics, group_instance_id="member", **EXACTLY).wait_until_assigned(4)
+    settings = {"group_instance_id": "member", "session_timeout_ms": 60_000, **EXACTLY}
+    worker = workers.start(topics, **settings).wait_until_assigned(4)
     load.start()
     for _ in range(3):
         before = kafka.count(topics.output)
         wait_for(lambda before=before: kafka.count(topics.output) > before + 500, "500 results more")  # type: ignore[misc]
         errors = worker.metrics.get("kafka_errors_total", operation="transaction")
         stranger = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/member"}
-        Producer(stranger).init_transactions(30)
+        Producer(stranger).init_transactions(60)
         wait_for(
             lambda errors=errors: worker.metrics.get("kafka_errors_total", operation="transaction") > errors,  # type: ignore[misc]
             "the worker to notice",
@@ -170,11 +178,11 @@ def test_a_rebalance_ends_the_open_transaction_before_the_partitions_go(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """It is committed at once, however long it might have lasted: nothing is aborted, read or scored again."""
-    first = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
+    first = workers.start(topics, PATIENT, transaction_ms=3_000, **EXACTLY).wait_until_assigned(4)
     load.start()
     wait_for(lambda: first.metrics.outcomes >= 1_000, "1,000 results")
     wait_for(lambda: kafka.has_open_transaction(topics.output), "an open transaction", every=0.02)
-    second = workers.start(topics, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
+    second = workers.start(topics, PATIENT, transaction_ms=3_000, **EXACTLY).wait_until_assigned(2)
     first.wait_until_assigned(2)
     wait_for(lambda: second.metrics.outcomes >= 500, "500 results of the other one")
     sent = load.stop()
@@ -189,21 +197,19 @@ def test_a_rebalance_ends_the_open_transaction_before_the_partitions_go(
 
 
 def test_a_restarted_static_member_ends_the_transaction_of_the_process_before(
-    kafka: Kafka, topics: Topics, workers: Workers
+    kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """It waits neither for the session nor for the transaction's timeout, and nor does a reader."""
-    kafka.create_all(topics, 4)
-    patient = {"INTERVALS": '{"TRANSACTION_TIMEOUT_S": 120}'}
-    settings = {"group_instance_id": "member", "session_timeout_ms": 120_000, "transaction_ms": 3_000, **EXACTLY}
+    patient = {"INTERVALS": '{"TRANSACTION_TIMEOUT_S": 600}'}
+    settings = {"group_instance_id": "member", "session_timeout_ms": 600_000, "transaction_ms": 3_000, **EXACTLY}
     worker = workers.start(topics, patient, **settings).wait_until_assigned(4)
-    sent = kafka.send(topics.input, map(numbered, range(4_000)))
+    load.start()
     wait_for(lambda: freeze_in_a_transaction(worker, kafka, topics), "a transaction to be killed in", every=0.01)
     worker.kill()
     assert kafka.has_open_transaction(topics.output), "this has shown nothing"
-    began = time.monotonic()
     worker = workers.start(topics, **settings)
-    wait_until_committed(kafka, topics)
-    assert time.monotonic() - began < 60, "half of the session and of the transaction's timeout"
+    sent = load.stop()
+    wait_until_committed(kafka, topics, 200)  # a third of the session and of the transaction's timeout
     assert worker.terminate() == 0
     assert_once(kafka, topics, sent)
 
@@ -256,6 +262,7 @@ def test_a_deleted_topic_holds_up_the_others_for_one_transaction(
     deleted = f"{topics.input}.deleted"
     kafka.create(deleted)
     settings = {"input_topics": f"{topics.input},{deleted}", "transaction_ms": 2_000, **EXACTLY}
+    settings |= {"session_timeout_ms": 60_000}  # who is frozen stays a member
     leader = workers.start(topics, group_instance_id="b", **settings).wait_until_assigned(5)
     worker = workers.start(topics, group_instance_id="a", **settings).wait_until_assigned(3)
     load = Load(kafka, deleted, 300)
@@ -292,7 +299,7 @@ async def test_a_partition_whose_offset_another_process_has_in_a_transaction_wai
     def while_it_is_open() -> WorkerProcess:
         records = [Record(numbered(number).value, partition=number % 2) for number in range(200)]
         kafka.send(topics.input, records)
-        worker = workers.start(topics, **EXACTLY)
+        worker = workers.start(topics, session_timeout_ms=60_000, **EXACTLY)
         wait_for(lambda: worker.get("/readyz") == (503, f"takeover: {reason}\n"), "the reason")
         wait_for(lambda: kafka.committed(topics.group, topics.input) == {1: 100}, "the other partition to be done")
         assert worker.warnings(reason) == [reason]
@@ -317,7 +324,7 @@ def test_records_that_the_broker_refuses_within_a_transaction_are_dead_letters(
 ) -> None:
     """It cannot be foreseen how large a compressed batch is: what is refused is found within the transaction."""
     kafka.create_all(topics, 1)
-    worker = workers.start(topics, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
+    worker = workers.start(topics, PATIENT, compression_type="gzip", **EXACTLY).wait_until_assigned(1)
     kafka.set_config(topics.output, "max.message.bytes", 20_000)
     kafka.set_config(topics.output, "message.timestamp.after.max.ms", 60_000)
     records = [numbered(number) for number in range(400)]
@@ -342,17 +349,16 @@ def test_sigterm_under_load_loses_and_repeats_nothing(
     kafka: Kafka, topics: Topics, workers: Workers, load: Load
 ) -> None:
     """What is under way is committed before it ends."""
-    worker = workers.start(topics, transaction_ms=2_000, **EXACTLY).wait_until_assigned(4)
+    settings = {"transaction_ms": 2_000, "session_timeout_ms": 60_000, **EXACTLY}
+    worker = workers.start(topics, PATIENT, **settings).wait_until_assigned(4)
     load.start()
     wait_for(lambda: kafka.count(topics.output) >= 2_000, "2,000 results")
-    began = time.monotonic()
-    assert worker.terminate() == 0
-    assert time.monotonic() - began < 20, "drained within drain_timeout_s"
-    assert not kafka.members(topics.group), "it left the group"
+    assert worker.terminate() == 0, "drained within drain_timeout_s"
+    wait_for(lambda: not kafka.members(topics.group), "the group to have been left, before the session's end", 30)
     results = kafka.read(topics.output)
     assert len(results) == len(kafka.read(topics.output, committed_only=False)), "nothing was aborted"
     done = len(results)
-    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == done, "the last one's offsets", 30)
+    wait_for(lambda: sum(kafka.committed(topics.group, topics.input).values()) == done, "the last one's offsets")
     workers.start(topics, **EXACTLY)
     sent = load.stop()
     wait_until_committed(kafka, topics)
@@ -361,19 +367,20 @@ def test_sigterm_under_load_loses_and_repeats_nothing(
 
 def test_a_drain_whose_last_transaction_is_lost_is_no_clean_end(kafka: Kafka, topics: Topics, workers: Workers) -> None:
     kafka.create_all(topics, 1)
-    slow = {"PASS_SECONDS": "4"}  # two passes, in which another process has its time to take the transactional id
-    worker = workers.start(topics, slow, max_batch_texts=50, group_instance_id="member", **EXACTLY).wait_until_assigned(
-        1
-    )
+    slow = {"PASS_SECONDS": "4"}  # two passes, in which it is told to drain, and is frozen
+    settings = {"max_batch_texts": 50, "group_instance_id": "member", "session_timeout_ms": 60_000, **EXACTLY}
+    worker = workers.start(topics, slow, drain_timeout_s=120, **settings).wait_until_assigned(1)
     sent = kafka.send(topics.input, map(numbered, range(100)))
     wait_for(lambda: worker.metrics.get("queue_depth", stage="tokenized") > 0, "the model to have work", every=0.02)
     os.kill(worker.pid, signal.SIGTERM)
     wait_for(lambda: worker.lines("draining"), "the drain", every=0.02)
+    worker.pause()
     names = {"bootstrap.servers": kafka.bootstrap, "transactional.id": f"{topics.group}/member"}
-    Producer(names).init_transactions(30)
+    Producer(names).init_transactions(60)
+    worker.resume()
     assert worker.wait() == 1
     assert worker.warnings("records could not be committed, and will be read again")
-    next_one = workers.start(topics, **EXACTLY)
+    next_one = workers.start(topics, **settings)
     wait_until_committed(kafka, topics)
     assert next_one.terminate() == 0
     assert_once(kafka, topics, sent)
@@ -391,7 +398,7 @@ def test_a_broker_that_goes_away_under_load_loses_and_repeats_nothing(
         wait_for(lambda: kafka.count(topics.output) >= 1_000, "1,000 results")
         fragile_broker.stop()
         holds_for(lambda: worker.is_running and worker.status("/livez") == 200, "the worker is alive", 10)
-        assert worker.status("/readyz") == 503
+        worker.wait_for_status("/readyz", 503)
         fragile_broker.start()
         worker.wait_until_ready()
         before = kafka.count(topics.output)

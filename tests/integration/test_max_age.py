@@ -4,7 +4,6 @@ import time
 
 import orjson
 import pytest
-from confluent_kafka import Producer
 
 from tests.support.process import COSTLESS, Workers
 from tests.support.scenario import places, wait_until_committed
@@ -84,9 +83,7 @@ def test_a_transaction_that_was_open_for_longer_ends_nobody(
     """Its records were fresh when they were written, and are too old once they can be read."""
     kafka.create_all(topics, 1)
     worker = workers.start(topics, delivery=delivery, max_age_s=2, dead_letter_window=100).wait_until_assigned(1)
-    producer = Producer(kafka._config(**{"transactional.id": topics.group}))
-    producer.init_transactions()
-    producer.begin_transaction()
+    producer = kafka.begin_transaction(topics.group)
     for number in range(300):
         producer.produce(topics.input, numbered(number).value)
     producer.flush()

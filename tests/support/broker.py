@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ from confluent_kafka.admin import AdminClient
 
 from tests.support import maven
 from tests.support.component import UnavailableError
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_until_frozen
 
 POM = Path(__file__).parents[1] / "kafka" / "pom.xml"
 VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
@@ -321,7 +321,7 @@ class JavaBroker(Broker):
         self._is_paused = False
 
     def pause(self) -> None:
-        self._send(signal.SIGSTOP)
+        wait_until_frozen(self._send(signal.SIGSTOP).pid)
         self._is_paused = True
 
     def resume(self) -> None:
@@ -350,7 +350,7 @@ def start_broker(*, controllable: bool = False, extras: Extras | None = None) ->
     reasons = []
     for kind in allowed_kinds(controllable):
         try:
-            broker = KINDS[kind](extras)
+            broker = KINDS[kind](extras if controllable or kind == "external" else steady(extras))
             started(broker)
         except NotOursError:
             raise
@@ -359,6 +359,12 @@ def start_broker(*, controllable: bool = False, extras: Extras | None = None) ->
         else:
             return broker
     raise UnavailableError("; ".join(reasons))
+
+
+def steady(extras: Extras | None) -> Extras:
+    """For a broker that nobody kills: its own controller does not take it for dead, however busy the machine is."""
+    extras = extras or Extras()
+    return replace(extras, properties={"broker.session.timeout.ms": "60000", **extras.properties})
 
 
 def allowed_kinds(controllable: bool) -> list[str]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,15 @@ FIRST_VARIABLES = tuple(os.environ)
 
 
 class ForkedProcess:
-    """A program that the server has begun; in use as `subprocess.Popen` is."""
+    """A program that the server has begun; in use as `subprocess.Popen` is, also by several threads."""
 
     def __init__(self, status: int) -> None:
-        self._status = open(status, "rb", buffering=0)  # noqa: SIM115 - open as long as the process is known
+        self._status = status
+        weakref.finalize(self, os.close, status)  # not before: another thread may wait for it
+        self._reading = threading.Lock()
         self.returncode: int | None = None
-        self.pid = self._number(START_SECONDS)
+        self._wait_until_told(START_SECONDS)
+        self.pid = self._number()
 
     def poll(self) -> int | None:
         try:
@@ -47,8 +51,9 @@ class ForkedProcess:
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, or the negative number of the signal that ended it. Raises subprocess.TimeoutExpired."""
         if self.returncode is None:
-            self.returncode = self._number(timeout)
-            self._status.close()
+            self._wait_until_told(timeout)
+            with self._reading:
+                self.returncode = self._number() if self.returncode is None else self.returncode
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -58,12 +63,14 @@ class ForkedProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def _number(self, timeout: float | None) -> int:
+    def _wait_until_told(self, timeout: float | None) -> None:
         with selectors.PollSelector() as selector:
             selector.register(self._status, selectors.EVENT_READ)
             if not selector.select(timeout):
                 raise subprocess.TimeoutExpired("a forked program", timeout or 0)
-        written = self._status.read(NUMBER_BYTES)
+
+    def _number(self) -> int:
+        written = os.read(self._status, NUMBER_BYTES)
         assert written, "the fork server has ended"
         return int(written)
 

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.broker import free_port
 from tests.support.fork_server import ForkedProcess, ForkServer
 from tests.support.topics import Topics
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_until_frozen
 
 PREFIX = "sentiment_worker_"
 COSTLESS = "tests.support.costless_model"
@@ -154,7 +154,8 @@ class WorkerProcess:
 
     @property
     def metrics(self) -> Metrics:
-        status, text = self.get("/metrics")
+        """Asks again where no answer comes, as on a busy machine."""
+        status, text = wait_for(lambda: self._alive() and (found := self.get("/metrics"))[0] and found, "/metrics", 60)
         assert status == 200, f"/metrics answers {status}"
         return Metrics(text)
 
@@ -175,7 +176,7 @@ class WorkerProcess:
         assert self.is_running, f"the worker ended with {self._process.returncode}:\n{self.output[-3000:]}"
         return True
 
-    def terminate(self, seconds: float = 40) -> int:
+    def terminate(self, seconds: float = 60) -> int:
         """SIGTERM, and the exit code."""
         self._process.send_signal(signal.SIGTERM)
         return self.wait(seconds)
@@ -188,8 +189,10 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGHUP)
 
     def pause(self) -> None:
+        """Freezes the process; blocks until it stands still."""
         self.is_paused = True
         self._process.send_signal(signal.SIGSTOP)
+        wait_until_frozen(self.pid)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
@@ -199,7 +202,7 @@ class WorkerProcess:
         """Sends a signal that a module for tests answers."""
         self._process.send_signal(number)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """The exit code, once it ends by itself."""
         return self._process.wait(seconds)
 

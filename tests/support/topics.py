@@ -1,13 +1,14 @@
 """Topics on the test broker, made, filled and read with librdkafka: a client that the worker does not use."""
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.record.default_records import (
@@ -38,6 +39,7 @@ from tests.support.waiting import wait_for
 
 Headers = Sequence[tuple[str, bytes | None]]
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
+CHANGES = itertools.count()  # of topics' configurations
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ class Topics:
         return cls(f"{name}.in", f"{name}.out", f"{name}.dead", f"{name}.group")
 
 
+T = TypeVar("T")
+NO_LEADER = (
+    KafkaError._NOENT,
+    KafkaError._TRANSPORT,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+)
 COORDINATOR_NOT_YET = (
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
@@ -122,26 +131,52 @@ class Kafka:
         return [TopicPartition(topic, partition.id) for partition in description.partitions]
 
     def set_config(self, topic: str, name: str, value: object) -> None:
-        """Blocks until the broker says that it has the value: the controller answers a moment before."""
-        entry = ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET)
+        """Blocks until the topic's partitions have the value.
+
+        The controller answers a moment before the broker has it, and the broker says so a moment before its partitions
+        have it: that is certain once the broker says that it has the next change.
+        """
+        for each, wanted in ((name, str(value)), ("file.delete.delay.ms", str(60_000 + next(CHANGES)))):
+            self._set_config(topic, each, wanted)
+
+    def _set_config(self, topic: str, name: str, value: str) -> None:
+        entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
         self.admin.incremental_alter_configs([resource])[resource].result(30)
 
         def has_it() -> bool:
             asked = ConfigResource(ResourceType.TOPIC, topic)
-            return bool(self.admin.describe_configs([asked])[asked].result(30)[name].value == str(value))
+            return bool(self.admin.describe_configs([asked])[asked].result(30)[name].value == value)
 
         wait_for(has_it, f"the broker to have {name} = {value}")
 
     def delete_before(self, topic: str, partition: int, offset: int) -> None:
         place = TopicPartition(topic, partition, offset)
-        self.admin.delete_records([place])[place].result(30)
+        self._of_leaders(lambda: self.admin.delete_records([place])[place].result(30))
 
     def ends(self, topic: str, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED) -> dict[int, int]:
         """The offset after the last record of each partition, or the one before its oldest open transaction."""
         asked = {place: OffsetSpec.latest() for place in self.partitions(topic)}
-        answers = self.admin.list_offsets(asked, isolation_level=isolation)
-        return {place.partition: answer.result(30).offset for place, answer in answers.items()}
+
+        def ask() -> dict[int, int]:
+            answers = self.admin.list_offsets(asked, isolation_level=isolation)
+            return {place.partition: answer.result(30).offset for place, answer in answers.items()}
+
+        return self._of_leaders(ask)
+
+    @staticmethod
+    def _of_leaders(ask: Callable[[], T]) -> T:
+        """What partitions' leaders answer, once there are some: a controller on a busy machine takes a broker for dead."""
+
+        def answered() -> list[T]:
+            try:
+                return [ask()]
+            except KafkaException as error:
+                if error.args[0].code() not in NO_LEADER:
+                    raise
+            return []
+
+        return wait_for(answered, "partitions to have leaders", 60)[0]
 
     def count(self, *topics: str) -> int:
         """Records ever published to these topics (as long as there are no transactions in them)."""
@@ -208,8 +243,9 @@ class Kafka:
         return int(described.coordinator.id)
 
     def seek(self, group: str, topic: str, partition: int, offset: int) -> None:
-        """Moves a group that has no members, once its coordinator has loaded."""
+        """Moves a group once its members have left it, and its coordinator has loaded."""
         self.committed(group, topic)
+        wait_for(lambda: not self.members(group), "the group's members to be gone")
         wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition, offset)])
         self.admin.alter_consumer_group_offsets([wanted])[group].result(30)
 
@@ -221,6 +257,13 @@ class Kafka:
             send_one(producer, topic, record, number, sent)
         assert producer.flush(60) == 0, "the records of the test could not be published"
         return [sent[number] for number in sorted(sent)]
+
+    def begin_transaction(self, transactional_id: str) -> Producer:
+        """A producer in a transaction that brokers leave open however long a test takes; by default it is a minute."""
+        producer = Producer(self._config(**{"transactional.id": transactional_id, "transaction.timeout.ms": 600_000}))
+        producer.init_transactions(60)
+        producer.begin_transaction()
+        return producer
 
     def read(self, topic: str, committed_only: bool = True) -> list[Record]:
         """Every record of a topic up to its present end, partition after partition.
@@ -337,7 +380,7 @@ def read_to_ends(consumer: Consumer, topic: str, ends: dict[int, int]) -> list[R
     """Every record before these offsets, and perhaps some after them."""
     consumer.assign([TopicPartition(topic, partition, 0) for partition in ends])
     left = {partition for partition, end in ends.items() if end}
-    records, deadline = [], time.monotonic() + 60
+    records, deadline = [], time.monotonic() + 120
     while left:
         for message in consumer.consume(10_000, timeout=0.1):
             if message.error() is None:
