@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.broker_log import TopicLog, Wait, percentiles, waits
 from benchmarks.common import event
-from benchmarks.testbed import SMALL_INDEXES, Testbed, new_testbed, now_ms
+from benchmarks.testbed import Testbed, new_testbed, now_ms
 from tests.support.broker import start_broker
 from tests.support.topics import Record
 from tests.support.waiting import wait_for
@@ -49,7 +49,7 @@ def fresh(partitions: int, delivery: str) -> Iterator[Testbed]:
     """With a broker of its own. What workers print is left out; that of one that fails is in the error."""
     settings = {"delivery": delivery, "session_timeout_ms": SESSION_MS, "log_level": "warning"}
     with (
-        closing(start_broker(controllable=True, extras=SMALL_INDEXES)) as broker,
+        closing(start_broker(controllable=True)) as broker,
         redirect_stdout(io.StringIO()),
         new_testbed(broker, partitions, **settings) as bed,
     ):

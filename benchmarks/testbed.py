@@ -10,15 +10,10 @@ from typing import Any
 
 from benchmarks.broker_log import APPEND_TIME, OFFSETS_TOPIC, TopicLog, Wait, commit_times, read_topic, waits
 from benchmarks.load_generator import OpenLoop, numbered, publish
-from tests.support.broker import Broker, Extras
+from tests.support.broker import Broker
 from tests.support.process import COSTLESS, Metrics, WorkerProcess, Workers, workers_in
 from tests.support.topics import Kafka, Record, Topics
 from tests.support.waiting import wait_for
-
-# Kafka maps 10 MiB for each index of a partition, and first writes to it at the partition's second batch. A disk that reads
-# 8 MiB ahead then fills as much with zeros, for both indexes. In a backlog of 200 events for each of 1,000 new partitions
-# the second batch is the commit marker of exactly-once, and at least once has none: that would compare disks.
-SMALL_INDEXES = Extras(properties={"log.index.size.max.bytes": str(2**18)})
 
 
 @dataclass

@@ -427,6 +427,9 @@ def server_properties(
         "broker.heartbeat.interval.ms": "1000",
         "group.initial.rebalance.delay.ms": "0",
         "group.min.session.timeout.ms": "1000",
+        # By default Kafka maps 10 MiB for each of a partition's two indexes, and first writes to them at its second batch. A
+        # disk that reads 8 MiB ahead then fills as much with zeros: some milliseconds for each new partition.
+        "log.index.size.max.bytes": str(2**18),
         **extras.properties,
     }
 
