@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stage.feed.start()
         fed = time.monotonic()
         leaks: list[str] = []
-        wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results", 60)
+        wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results")
         stage.note_what_is_held()
         try:
             for number, name in enumerate(names):
