@@ -72,6 +72,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         leaks: list[str] = []
         wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results")
         stage.note_what_is_held()
+        stage.fleet.resident.clear()  # what workers held while they were starting, which takes long on a busy machine
         try:
             for number, name in enumerate(names):
                 half = share * number + share // 2

@@ -58,7 +58,7 @@ def test_a_command_ends_with_2_and_one_sentence(command: str) -> None:
         "from aiokafka.client import AIOKafkaClient; del AIOKafkaClient._get_conn; "
         f"from worker.cli import main; main([{command!r}])"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=150, check=False)
     assert ended.returncode == 2
     (line,) = (ended.stdout + ended.stderr).splitlines()
     assert "aiokafka.client.AIOKafkaClient._get_conn" in line

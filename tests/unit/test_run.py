@@ -44,7 +44,7 @@ main()
 
 def test_the_process_ends_though_a_task_of_it_does_not() -> None:
     command = [sys.executable, "-c", STUBBORN, "run", "--http-port", "0"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    done = subprocess.run(command, capture_output=True, timeout=150, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert "a task does not end although it is cancelled" in done.stderr
 
@@ -59,7 +59,7 @@ def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str)
         env={**os.environ, "WORKER_SASL_PASSWORD": "hunter2"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    said, deadline = "", threading.Timer(60, started.kill)
+    said, deadline = "", threading.Timer(150, started.kill)
     deadline.start()
     assert started.stdout
     for line in started.stdout:
@@ -68,7 +68,7 @@ def test_an_open_address_and_a_password_in_the_clear_are_warned_of(command: str)
             break
     deadline.cancel()
     started.kill()
-    started.communicate(timeout=60)
+    started.communicate(timeout=150)
     assert "whoever is on the way to the brokers reads the password and every record; use SASL_SSL" in said
     assert "http_host 0.0.0.0 answers other machines without a token" in said
     assert "hunter2" not in said
@@ -90,7 +90,7 @@ main()
 def test_a_process_with_closed_streams_ends_well() -> None:
     """The event loop would take their numbers, and libuv aborts where it is to close one of those."""
     command = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", PLAIN, "run", "--http-port", "0"]
-    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert subprocess.run(command, timeout=150, check=False).returncode == 0
 
 
 FAILING = """
@@ -113,7 +113,7 @@ main()
 @pytest.mark.parametrize(("error", "code"), [("Standstill", 1), ("WrongSetting", 2)])
 def test_the_line_that_says_why_it_ends_has_the_exit_code(error: str, code: int) -> None:
     command = [sys.executable, "-c", FAILING, "run", "--http-port", "0", "--log-format", "json", error]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    done = subprocess.run(command, capture_output=True, timeout=150, check=False, text=True)
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]
     assert (done.returncode, last["level"], last["message"]) == (code, "ERROR", "it is so")
     assert last["exit_code"] == code
@@ -140,7 +140,7 @@ main()
 def test_a_hang_up_that_is_ignored_stays_ignored(before: signal.Handlers) -> None:
     """As under nohup; otherwise it asks for a reload, which there is no model for here."""
     command = [sys.executable, "-c", HANGING_UP, "run", "--http-port", "0", before.name]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    done = subprocess.run(command, capture_output=True, timeout=150, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert ("no reload" in done.stderr) is (before is signal.SIG_DFL)
 
