@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.broker import Broker, Extras, NotOursError, start_broker
 from tests.support.checkpoint import Oracle, make_checkpoint
@@ -37,6 +38,9 @@ LONGEST = (  # of `make test` and `make unit`, each more than twenty seconds, th
     "test_demo_command.py",
 )
 REACH = Path(__file__).parent / "reach"
+# The same examples every time, and as much time for each as a busy machine takes.
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 used_brokers = pytest.StashKey[list[str]]()
 
 
