@@ -73,6 +73,7 @@ async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeCo
     consumer = Rejoined(records_per_read=0)
     stage = await staged(consumer)
     errors = stage.metrics.kafka_errors.labels("consume")._value
+    await until(lambda: TP in consumer.positions)
     while errors.get() < 6:
         consumer.positions[TP] += 1
         seen = errors.get()
