@@ -42,6 +42,7 @@ class FakeConsumer:
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     commit_metadata: set[str] = field(default_factory=set)
     commits_begun: int = 0
+    reads_begun: int = 0
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -147,6 +148,7 @@ class FakeConsumer:
     async def getmany(
         self, tp: TopicPartition, timeout_ms: int, max_records: int = 0
     ) -> dict[TopicPartition, list[Any]]:
+        self.reads_begun += 1
         try:
             await self.reading.wait()
         except asyncio.CancelledError:

@@ -22,7 +22,7 @@ async def test_a_fault_during_a_revocation_keeps_its_name(consumer: FakeConsumer
     await stage.assign(TP)
     chunks = await stage.take()
     revoking = asyncio.create_task(stage.revoke(TP))
-    await asyncio.sleep(0.01)
+    await until(lambda: not chunks[0][0].accepts)
     stage.source._fail(WrongSetting("no"))
     await asyncio.sleep(0.01)
     stage.acknowledge(chunks)
@@ -176,7 +176,7 @@ async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> N
     consumer.reading.clear()
     await stage.assign(TP)
     reader = stage.source._rebalances._readers[stage.source._assignments[TP]]
-    await asyncio.sleep(0.01)
+    await until(lambda: consumer.reads_begun)
     consumer.swallows_cancel = True
     stage.source.stop_taking()
     consumer.reading.set()
@@ -192,7 +192,7 @@ async def test_records_that_come_when_none_are_accepted_are_not_committed(consum
     await stage.assign(TP)
     assignment = stage.source._assignments[TP]
     reader = stage.source._rebalances._readers[assignment]
-    await asyncio.sleep(0.01)
+    await until(lambda: consumer.reads_begun)
     consumer.swallows_cancel = True
     if end == "drain":
         stage.source.stop_taking()
