@@ -1,6 +1,7 @@
 """Fixtures: a real Kafka, a tiny checkpoint, and workers that end with their test."""
 
 import gc
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,9 +45,10 @@ LONGEST = (  # of `make test`, each more than twenty seconds, the longest first;
 )
 REACH = Path(__file__).parent / "reach"
 used_brokers = pytest.StashKey[list[str]]()
-
-# A busy machine fails no test: neither an example nor drawing it has to be quick.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine fails no test: neither an example nor drawing it has to be quick. CI has the same examples every time.
+settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("patient")
 
 

@@ -70,8 +70,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stage.feed.start()
         fed = time.monotonic()
         leaks: list[str] = []
-        wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results", 60)
+        wait_for(lambda: stage.results() > FIRST_RESULTS, "the first results")
         stage.note_what_is_held()
+        stage.fleet.resident.clear()  # what workers held while they were starting, which takes long on a busy machine
         try:
             for number, name in enumerate(names):
                 half = share * number + share // 2

@@ -280,7 +280,7 @@ def lost_model(scene: Scene, slot: Slot, fault: str) -> str:
         wait_for(is_gone, f"{slot.name} to end over its model ({fault})", 90)
     finally:
         slot.fault.unlink()
-    wait_for(lambda: slot.worker is not None, f"{slot.name} to start again", 30)
+    wait_for(lambda: slot.worker is not None, f"{slot.name} to start again")
     slot.may_fail = False
     return f"the model of {slot.name} is lost ({fault})"
 

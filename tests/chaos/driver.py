@@ -358,7 +358,7 @@ class Scene:
             before, self.before = self.before, self.census()
             return [census.clients for census in before] == [census.clients for census in self.before]
 
-        wait_for(is_settled, "workers that have all their clients", 60, every=WATCH_S + 1)
+        wait_for(is_settled, "workers that have all their clients", every=WATCH_S + 1)
 
     def _leaks(self) -> list[str]:
         found: list[str] = []

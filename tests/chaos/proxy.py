@@ -88,7 +88,7 @@ class Proxy:
         self._loop.close()
 
     def _call(self, function: Callable[[], Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(function(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(function(), self._loop).result(60)
 
     async def _listen(self) -> asyncio.Server:
         return await asyncio.start_server(self._serve, "127.0.0.1", self.port)

@@ -6,7 +6,7 @@ from confluent_kafka import Producer
 from tests.chaos.driver import read
 from tests.support.topics import Kafka, Topics
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.kafka
 
 
 def test_the_audit_waits_until_a_transaction_of_a_killed_worker_is_aborted(kafka: Kafka, topics: Topics) -> None:

@@ -13,7 +13,7 @@ from tests.chaos.cluster import Node, begin_all
 from tests.chaos.conftest import IS_LONG
 from tests.chaos.proxy import Proxy
 from tests.support.broker import Extras, UnavailableError, free_port
-from tests.support.process import COSTLESS, WorkerProcess, Workers, forked, workers_in
+from tests.support.process import COSTLESS, LONG_SESSION, WorkerProcess, Workers, forked, workers_in
 from tests.support.reassignment import reassign
 from tests.support.scenario import places, wait_until_committed
 from tests.support.topics import Kafka, Load, Record, Topics, numbered
@@ -230,19 +230,20 @@ def test_the_replica_is_killed_mid_stream_and_comes_back(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load, delivery: str
 ) -> None:
     wait_until_near(kafka, near_topics)
-    worker = rack_workers.start(near_topics, client_rack="b", delivery=delivery).wait_until_assigned(2)
+    settings = {"client_rack": "b", "delivery": delivery, **LONG_SESSION}
+    worker = rack_workers.start(near_topics, **settings).wait_until_assigned(2)
     load.start()
     wait_for(grows(racks, NEAR), "records from the near broker")
     far = racks.bytes_from(1, 2)
     wait_for(grows(racks, NEAR), "more of them")
 
     racks.near.kill()
-    wait_for(scores(worker, 1_000), "the leaders to send them", 60)
+    wait_for(scores(worker, 1_000), "the leaders to send them")
     assert racks.bytes_from(1, 2) > far
 
     racks.near.start()
     wait_until_near(kafka, near_topics)
-    wait_for(grows(racks, NEAR), "records from the near broker again", 60)
+    wait_for(grows(racks, NEAR), "records from the near broker again")
     records = load.stop()
     wait_until_committed(kafka, near_topics)
     assert worker.metrics.get("offset_resets_total") == 0
@@ -255,21 +256,21 @@ def test_the_replica_moves_away_comes_back_and_becomes_the_leader(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers, load: Load
 ) -> None:
     wait_until_near(kafka, near_topics)
-    worker = rack_workers.start(near_topics, client_rack="b").wait_until_assigned(2)
+    worker = rack_workers.start(near_topics, client_rack="b", **LONG_SESSION).wait_until_assigned(2)
     load.start()
     wait_for(grows(racks, NEAR), "records from the near broker")
 
     move(kafka, near_topics, FAR)
-    wait_for(grows(racks, 1, 2), "records from the leaders", 60)
+    wait_for(grows(racks, 1, 2), "records from the leaders")
 
     move(kafka, near_topics, FAR_AND_NEAR)
-    wait_for(grows(racks, NEAR), "records from the near broker again", 60)
+    wait_for(grows(racks, NEAR), "records from the near broker again")
 
     move(kafka, near_topics, [[NEAR, 1, 2], [NEAR, 2, 1]])
     moved = [TopicPartition(near_topics.input, number) for number in (0, 1)]
     kafka.admin.elect_leaders(ElectionType.PREFERRED, moved).result(30)
     wait_for(lambda: {each.leader for each in partitions_of(kafka, near_topics.input)} == {NEAR}, "it to lead")
-    wait_for(grows(racks, NEAR), "records from the near broker as the leader", 60)
+    wait_for(grows(racks, NEAR), "records from the near broker as the leader")
 
     records = load.stop()
     wait_until_committed(kafka, near_topics)
@@ -338,7 +339,7 @@ def test_a_replica_sends_records_up_to_its_last_stable_offset(
     racks: Racks, kafka: Kafka, near_topics: Topics, rack_workers: Workers
 ) -> None:
     wait_until_near(kafka, near_topics)
-    worker = rack_workers.start(near_topics, client_rack="b").wait_until_assigned(2)
+    worker = rack_workers.start(near_topics, client_rack="b", **LONG_SESSION).wait_until_assigned(2)
     config = {"bootstrap.servers": racks.bootstrap, "transactional.id": near_topics.group, "log_level": 0}
     producer = Producer(config)
     wait_for(lambda: is_initialised(producer), "the coordinator of transactions")

@@ -25,7 +25,8 @@ def busy(kafka: Kafka, topics: Topics, workers: Workers, delivery: str) -> Worke
     """A worker with a backlog of old events, which has committed some."""
     kafka.create_all(topics, 1)
     kafka.send(topics.input, events("old", OLD))
-    worker = workers.start(topics, {"PASS_SECONDS": "0.5"}, delivery=delivery, max_batch_texts=256)
+    slow = {"PASS_SECONDS": "0.5"}  # with these micro-batches the backlog lasts for two minutes
+    worker = workers.start(topics, slow, delivery=delivery, max_batch_texts=32)
     worker.wait_until_assigned(1)
     wait_for(lambda: kafka.committed(topics.group, topics.input), "a first commit")
     return worker

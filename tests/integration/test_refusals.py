@@ -5,7 +5,7 @@ import time
 import orjson
 import pytest
 
-from tests.support.process import COSTLESS, Metrics, Workers
+from tests.support.process import COSTLESS, LONG_SESSION, Metrics, Workers
 from tests.support.scenario import (
     TOMBSTONE,
     Case,
@@ -162,7 +162,7 @@ def play_with_lowered_limits(
 ) -> tuple[list[Record], list[Record], list[Record], Metrics]:
     """200 records, of which 60 and 140 are refused: what was sent, the results, the dead letters, the metrics."""
     topics = make_topics(kafka, TopicSizes((1, 1, 1)))
-    worker = workers.start(topics).wait_until_assigned(1)
+    worker = workers.start(topics, **LONG_SESSION).wait_until_assigned(1)
     kafka.set_config(topics.output, "max.message.bytes", 20_000)
     kafka.set_config(topics.output, "message.timestamp.after.max.ms", 60_000)
     records = [small(number).record for number in range(200)]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.broker import Broker
 from tests.support.checkpoint import make_checkpoint
-from tests.support.process import WorkerProcess, Workers, workers_in
+from tests.support.process import LONG_SESSION, WorkerProcess, Workers, workers_in
 from tests.support.topics import Kafka, Load, Topics, numbered
 from tests.support.waiting import wait_for
 
@@ -75,7 +75,7 @@ def ask(worker: WorkerProcess, token: str | None) -> tuple[int, str]:
 def test_a_signal_takes_the_new_checkpoint_and_loses_nothing(
     kafka: Kafka, topics: Topics, workers: Workers, folder: Path, load: Load
 ) -> None:
-    worker = workers.start(topics).wait_until_assigned(2)
+    worker = workers.start(topics, **LONG_SESSION).wait_until_assigned(2)
     (before,) = model_in_use(worker)
     load.start()
     wait_for(lambda: kafka.count(topics.output) > 200, "results of the old model")

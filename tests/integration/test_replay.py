@@ -151,12 +151,13 @@ def test_an_interrupted_replay_goes_on_where_it_was(kafka: Kafka, topics: Topics
     )
     wait_for(lambda: kafka.count(topics.input) > 500, "some to be replayed", every=0.01)
     going.send_signal(signal.SIGINT)
-    stdout, stderr = going.communicate(timeout=60)
-    assert going.returncode in (0, 1), stderr
-    if going.returncode:
+    stdout, stderr = going.communicate(timeout=120)
+    assert going.returncode in (0, 1, 130), stderr  # 130: it came when all was done, and the process about to end
+    if going.returncode == 1:
         assert "the next replay goes on there" in stdout
         assert "stopping" in stderr
     done = kafka.count(topics.input)
+    assert done == 20_000 or going.returncode == 1
     assert counted(replay(kafka, topics))["all"] == [20_000 - done, 0, 0, 0]
     assert not repeated(map(trace, kafka.read(topics.input)))
     assert kafka.count(topics.input) == 20_000

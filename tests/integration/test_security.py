@@ -549,7 +549,7 @@ def test_a_command_with_secrets_prints_none(tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=150,
             check=False,
         )
         assert done.returncode == (0 if arguments == ["--help"] else 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.support.process import COSTLESS, Workers, forked
+from tests.support.process import COSTLESS, LONG_SESSION, Workers, forked
 from tests.support.scenario import letter_place, places, result_place, worked
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
@@ -56,12 +56,8 @@ def test_a_topic_that_comes_later_is_read_and_nothing_is_repeated(
     kafka.create(names[0], 4)
     kafka.create(f"another.{names[0]}")
     pattern = rf"{topics.input}\.\d"
-    pair = [
-        workers.start(
-            topics, slow, input_topics=None, input_pattern=pattern, delivery=delivery, max_batch_texts=64, **NO_CACHE
-        )
-        for _ in range(2)
-    ]
+    settings = {"input_topics": None, "input_pattern": pattern, "delivery": delivery, "max_batch_texts": 64}
+    pair = [workers.start(topics, slow, **settings, **NO_CACHE, **LONG_SESSION) for _ in range(2)]
     for worker in pair:
         worker.wait_until_assigned(2)
     sent = kafka.send(names[0], map(numbered, range(24_000)))

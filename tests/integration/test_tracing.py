@@ -6,14 +6,14 @@ import pytest
 
 from tests.support.broker import free_port
 from tests.support.collector import Collector, Span, running_collector
-from tests.support.process import COSTLESS, Workers
+from tests.support.process import COSTLESS, LONG_SESSION, Workers
 from tests.support.scenario import places
 from tests.support.topics import Kafka, Record, Topics, numbered
 from tests.support.waiting import wait_for
 from worker.telemetry.tracing import LINKS
 
 pytestmark = pytest.mark.kafka
-NO_CACHE = {"cache_size": 0}
+ONCE = {"cache_size": 0, **LONG_SESSION}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_trace_goes_through_whether_spans_are_sent_or_not(kafka: Kafka, topics
     kafka.create_all(topics, 1)
     context = traced(0).headers
     sent = kafka.send(topics.input, [traced(0), Record(b"{", headers=context), Record(None, b"k", context)])
-    worker = workers.start(topics, **NO_CACHE).wait_until_ready()
+    worker = workers.start(topics, **ONCE).wait_until_ready()
     wait_for(lambda: worker.metrics.outcomes == len(sent), "the outcomes")
     assert worker.terminate() == 0
     published = kafka.read(topics.output) + kafka.read(topics.dead_letters)
@@ -66,7 +66,7 @@ def test_spans_are_of_micro_batches_and_link_to_their_events(
             delivery=delivery,
             max_batch_texts=200,
             client_id="me",
-            **NO_CACHE,
+            **ONCE,
         ).wait_until_ready()
         wait_for(lambda: worker.metrics.outcomes == count, "the outcomes")
         # At its end it sends the last ones within two seconds or not at all; those of a poll come before those of sending.
@@ -122,7 +122,10 @@ def test_no_record_waits_for_a_collector(kafka: Kafka, topics: Topics, workers: 
     with running_collector(is_slow=trouble == "slow") as collector:
         if trouble == "gone":
             collector.url = f"http://127.0.0.1:{free_port()}"
-        worker = workers.start(topics, variables(collector), tracing="otel", max_batch_texts=50, **NO_CACHE)
+        patient = (
+            {"OTEL_EXPORTER_OTLP_TIMEOUT": "600"} if trouble == "slow" else {}
+        )  # it waits for an answer to the end
+        worker = workers.start(topics, variables(collector) | patient, tracing="otel", max_batch_texts=50, **ONCE)
         worker.wait_until_ready()
         wait_for(lambda: worker.metrics.outcomes == len(sent), "every record")
         assert worker.status("/livez") == 200

@@ -93,7 +93,7 @@ def test_what_is_in_force_is_told_when_it_is_ready(kafka: Kafka, topics: Topics,
     assert {name: line.get(name) for name in said} == said
     labels = {"model": "costless", "revision": "0", **in_force}
     assert worker.metrics.get("model_info", **labels) == 1
-    with urllib.request.urlopen(worker.url + "/events", timeout=10) as stream:
+    with urllib.request.urlopen(worker.url + "/events", timeout=60) as stream:
         shown = next(line for line in stream if line.startswith(b"data: "))
     assert json.loads(shown.removeprefix(b"data: "))["model"] == labels
     assert worker.terminate() == 0
@@ -114,6 +114,9 @@ async def test_a_group_whose_members_share_out_otherwise_is_named(
     )
     await other.start()
     try:
+        async with asyncio.timeout(60):
+            while not other.assignment():  # noqa: ASYNC110 - aiokafka has no event for it
+                await asyncio.sleep(0.02)
         worker = workers.start(topics)
         what = f"group {topics.group} has members that share out partitions in another way"
         await asyncio.to_thread(wait_for, lambda: worker.warnings(what), "a line about the group")

@@ -33,7 +33,7 @@ from tests.support.waiting import wait_for, wait_until_frozen
 POM = Path(__file__).parents[1] / "kafka" / "pom.xml"
 VERSION = os.environ.get("TEST_KAFKA_VERSION") or POM.read_text().partition("<kafka.version>")[2].partition("<")[0]
 HEAP = "-Xms128m -Xmx512m -XX:TieredStopAtLevel=1"
-START_SECONDS = 90
+START_SECONDS = 180
 
 
 class NotOursError(UnavailableError):

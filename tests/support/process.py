@@ -24,6 +24,9 @@ from tests.support.waiting import wait_for, wait_until_frozen
 PREFIX = "sentiment_worker_"
 COSTLESS = "tests.support.costless_model"
 READY_SECONDS = 180
+LONG_SESSION = {
+    "session_timeout_ms": 60_000
+}  # for tests in which nobody may leave the group, however busy the machine is
 
 FORK_SERVER = ForkServer(
     "worker.commands.run",

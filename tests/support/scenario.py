@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from tests.support.process import Metrics, Workers
+from tests.support.process import LONG_SESSION, Metrics, Workers
 from tests.support.topics import Kafka, Record, Topics
 from tests.support.waiting import wait_for
 
@@ -68,7 +68,7 @@ def play(kafka: Kafka, workers: Workers, cases: Mapping[str, Case], *, settings:
     """Publishes the cases, lets one worker do them all, and ends it. `topic` as of `make_topics`."""
     topics = make_topics(kafka, **topic)
     sent = send_cases(kafka, topics.input, cases)
-    worker = workers.start(topics, **settings).wait_until_ready()
+    worker = workers.start(topics, **LONG_SESSION | settings).wait_until_ready()
     ends = kafka.ends(topics.input)
     wait_until_committed(kafka, topics)
     no_lag = dict.fromkeys(map(str, ends), 0.0)

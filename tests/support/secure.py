@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from cryptography.x509.oid import NameOID
 
 from tests.support.broker import Broker, Extras, free_port
+from tests.support.waiting import wait_for
 
 HOST: Final = "127.0.0.1"
 USER: Final = "worker-of-tests"
@@ -166,7 +168,10 @@ def _tls(authority: Authority, listener: str, issued: tuple[str, str]) -> dict[s
 
 
 class SecureKafka:
-    """The running broker: where its listeners are, and who may do what."""
+    """The running broker: where its listeners are, and who may do what.
+
+    What is changed holds when a method returns: the controller answers a moment before the broker knows of it.
+    """
 
     def __init__(self, broker: Broker, security: Security) -> None:
         self.bootstrap = broker.bootstrap
@@ -181,6 +186,17 @@ class SecureKafka:
         for mechanism in SCRAM.values():
             secret = UserScramCredentialUpsertion(USER, ScramCredentialInfo(mechanism, 4096), password.encode())
             self._admin.alter_user_scram_credentials([secret])[USER].result(30)
+        for mechanism in SCRAM:
+            wait_for(lambda mechanism=mechanism: self._lets_in(mechanism, password), f"the password by {mechanism}")  # type: ignore[misc]
+
+    def _lets_in(self, mechanism: str, password: str) -> bool:
+        login = {"sasl.mechanism": mechanism, "sasl.username": USER, "sasl.password": password}
+        address = {"bootstrap.servers": self.address("OPENLOGIN"), "security.protocol": "SASL_PLAINTEXT"}
+        try:
+            AdminClient({**address, **login, "log_level": 0}).list_topics(timeout=5)
+        except KafkaException:
+            return False
+        return True
 
     def address(self, listener: str) -> str:
         """Of a listener by its name; of the plain one without."""
@@ -192,20 +208,22 @@ class SecureKafka:
         bindings = [self._binding(user, kind, name, operation) for operation in operations]
         for done in self._admin.create_acls(bindings).values():
             done.result(30)
+        wait_for(lambda: set(bindings) <= set(self._permissions(user)), f"what {user} may do now")
 
     def forbid_all(self, user: str) -> None:
         """Takes every permission away again."""
-        everything = AclBindingFilter(
-            ResourceType.ANY,
-            None,
-            ResourcePatternType.ANY,
-            f"User:{user}",
-            None,
-            AclOperation.ANY,
-            AclPermissionType.ANY,
-        )
-        for done in self._admin.delete_acls([everything]).values():
+        for done in self._admin.delete_acls([self._everything(user)]).values():
             done.result(30)
+        wait_for(lambda: not self._permissions(user), f"{user} to have no permission")
+
+    def _permissions(self, user: str) -> list[AclBinding]:
+        found: list[AclBinding] = self._admin.describe_acls(self._everything(user)).result(30)
+        return found
+
+    @staticmethod
+    def _everything(user: str) -> AclBindingFilter:
+        kinds = ResourceType.ANY, None, ResourcePatternType.ANY
+        return AclBindingFilter(*kinds, f"User:{user}", None, AclOperation.ANY, AclPermissionType.ANY)
 
     @staticmethod
     def _binding(user: str, kind: ResourceType, name: str, operation: AclOperation) -> AclBinding:

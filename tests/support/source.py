@@ -42,6 +42,7 @@ class FakeConsumer:
     commits: list[dict[TopicPartition, int]] = field(default_factory=list)
     commit_metadata: set[str] = field(default_factory=set)
     commits_begun: int = 0
+    reads_begun: int = 0
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     knows_committed: asyncio.Event = field(default_factory=asyncio.Event)
     commit_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,6 +61,7 @@ class FakeConsumer:
         default_factory=list
     )  # partitions that are no longer to be fetched from a follower
     fetching: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    listener: Any = None  # of rebalances, once it has subscribed
     _coordinator: Any = None
     _client: Any = None
 
@@ -150,6 +152,7 @@ class FakeConsumer:
     async def getmany(
         self, tp: TopicPartition, timeout_ms: int, max_records: int = 0
     ) -> dict[TopicPartition, list[Any]]:
+        self.reads_begun += 1
         try:
             await self.reading.wait()
         except asyncio.CancelledError:
@@ -189,12 +192,14 @@ class Stage:
 
     async def assign(self, *tps: TopicPartition) -> None:
         await self.consumer.listener.on_partitions_assigned(set(tps))
+        for assignment in self.source._assignments.values():  # which takes real time where nothing is known yet
+            assignment.silent_since = assignment.end_known_at = self.source._clock()
 
     async def revoke(self, *tps: TopicPartition) -> None:
         await self.consumer.listener.on_partitions_revoked(set(tps))
 
     async def take(self) -> list[Any]:
-        chunks = await asyncio.wait_for(self.source.next_batch(), 5)
+        chunks = await asyncio.wait_for(self.source.next_batch(), 30)
         assert chunks
         return chunks
 
@@ -220,7 +225,9 @@ def served(delivery: Any, connection: Connection | None = None, **settings: Any)
 
 
 async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) -> Stage:
+    """A source that has joined. Its micro-batches do not linger, for a test's clock may stand still."""
     metrics, health = Metrics("test"), Health()
+    settings = {"linger_s": 0.0} | settings
     source = served(delivery or at_least_once(metrics, health), metrics=metrics, health=health, **settings)
 
     async def started() -> FakeConsumer:
@@ -228,7 +235,7 @@ async def staged(consumer: FakeConsumer, delivery: Any = None, **settings: Any) 
 
     source._consumer._started = started  # type: ignore[method-assign, assignment]
     run = asyncio.create_task(source.run())
-    await asyncio.sleep(0.01)
+    await until(lambda: consumer.listener or run.done())
     return Stage(source, consumer, metrics, health, run)
 
 
@@ -264,9 +271,12 @@ class FakeDelivery:
 
 
 class Clock:
-    """Real time, and what the test puts before it."""
+    """Time that passes only where the test says so: a busy machine makes nothing late."""
 
     ahead = 0.0
 
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
     def __call__(self) -> float:
-        return time.monotonic() + self.ahead
+        return self._began + self.ahead

@@ -413,7 +413,6 @@ async def test_a_body_behind_a_get_is_not_waited_for(server: ServerUnderTest) ->
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "IDLE_S", 0.5)
-    monkeypatch.setattr(server_module, "BODY_S", 0.5)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -437,8 +436,8 @@ async def test_who_says_nothing_is_sent_away(server: ServerUnderTest) -> None:
     assert await (await server.connect()).is_closed()
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_body_that_does_not_come_ends(with_token: ServerUnderTest) -> None:
+async def test_a_body_that_does_not_come_ends(with_token: ServerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "BODY_S", 0.5)
     client = await with_token.connect()
     head = f"POST /change HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n"
     await client.send(head.encode() + b"x")

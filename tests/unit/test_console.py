@@ -234,5 +234,5 @@ async def test_the_end_of_the_worker_ends_the_stream(client: aiohttp.ClientSessi
     async with client.get(server.url + "/events") as answer:
         await message(answer)
         await server.http.stop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await answer.content.read()

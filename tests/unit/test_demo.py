@@ -277,10 +277,10 @@ def test_the_broker_has_its_topics_and_ends_with_whoever_started_it():
         [sys.executable, "-m", "worker.commands.demo.broker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         address = process.stdout.readline().strip()
-        topics = kafka.Consumer({"bootstrap.servers": address, "group.id": "test"}).list_topics(timeout=10).topics
+        topics = kafka.Consumer({"bootstrap.servers": address, "group.id": "test"}).list_topics(timeout=60).topics
         assert set(broker.TOPICS) <= set(topics)
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_broker_that_does_not_start_is_an_error(tmp_path, monkeypatch):
@@ -327,5 +327,5 @@ def test_the_worker_gets_none_of_the_user_s_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKER_SECURITY_PROTOCOL", "SSL")
     code = "import os; print([name for name in os.environ if name.startswith('WORKER_')])"
     with processes.worker_process([sys.executable, "-c", code], tmp_path / "log") as worker:
-        assert worker.wait(30) == 0
+        assert worker.wait(60) == 0
     assert (tmp_path / "log").read_text() == "[]\n"

@@ -92,7 +92,7 @@ async def fetcher(brokers: Brokers) -> AsyncIterator[NearestReplicaFetcher]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for is aiokafka's, and has no event
             await asyncio.sleep(0.001)
 

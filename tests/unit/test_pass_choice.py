@@ -254,7 +254,7 @@ def test_a_failure_is_computed_again_padded_and_once_said(caplog: pytest.LogCapt
 
 
 def test_threads_that_fail_at_once_lose_nothing_and_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
 
     class Both(Failing):
         def __call__(self, ids: Sequence[TokenIds]) -> NDArray[np.float32]:

@@ -158,7 +158,7 @@ def test_progress_bars_stay_as_they_were(has_bars: bool) -> None:
 
 
 def in_a_child(work: Callable[[], bool]) -> bool:
-    """Whether ``work`` answers True in a process that is forked from this one, within half a minute."""
+    """Whether ``work`` answers True in a process that is forked from this one, within two minutes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks beside threads from 3.12 on
         child = os.fork()
@@ -177,7 +177,7 @@ def in_a_child(work: Callable[[], bool]) -> bool:
         return bool(ended)
 
     try:
-        wait_for(has_ended, "the child", seconds=30)
+        wait_for(has_ended, "the child")
     finally:
         if not ended:
             os.kill(child, signal.SIGKILL)

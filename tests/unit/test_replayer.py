@@ -50,10 +50,10 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
     monkeypatch.setattr("worker.kafka.replayer.wait_until_usable", for_ever)
     replay = replayer()
     sending = asyncio.create_task(replay._send([LETTER]))
-    await asyncio.wait_for(waiting.wait(), 5)
+    await asyncio.wait_for(waiting.wait(), 30)
     replay._stop.set()
     with pytest.raises(ReplayFailed, match="before gone could be used"):
-        await asyncio.wait_for(sending, 5)
+        await asyncio.wait_for(sending, 30)
 
 
 async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes_back(
@@ -84,7 +84,7 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
     assert not going.done()
     assigned.add(tp)
     await replay.on_partitions_assigned(assigned)
-    await asyncio.wait_for(going, 5)
+    await asyncio.wait_for(going, 30)
     assert sought == [3]
 
 

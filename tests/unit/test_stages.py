@@ -174,7 +174,7 @@ async def delivered(
         for begin in range(0, len(outcomes), slice_of):
             await delivery.put(part.assignment, outcomes[begin : begin + slice_of])
     delivery.finish()
-    await asyncio.wait_for(delivery.run(), 5)
+    await asyncio.wait_for(delivery.run(), 30)
 
 
 async def test_what_is_published_is_acknowledged() -> None:
@@ -225,7 +225,7 @@ async def test_who_puts_waits_while_too_much_is_waiting() -> None:
     await asyncio.sleep(0.01)
     assert not putting.done()
     running = asyncio.create_task(delivery.run())
-    await asyncio.wait_for(putting, 5)
+    await asyncio.wait_for(putting, 30)
     await cancel_all([running])
 
 
@@ -245,7 +245,7 @@ async def test_what_was_taken_is_finished_in_a_drain_even_where_its_partition_is
     queues.tokenized.put_nowait(None)
     if is_draining:
         pipeline.drain()
-    await asyncio.wait_for(pipeline._forward(queues), 5)
+    await asyncio.wait_for(pipeline._forward(queues), 30)
     assert source.dropped == ([gone] if is_draining else [going, gone])
     assert scored == ([job] if is_draining else [])
 
@@ -279,7 +279,7 @@ async def test_a_drain_finishes_nothing_behind_what_was_dropped() -> None:
     pipeline.drain()
     queues.tokenized.put_nowait(MicroBatch([part_of(going, 4)], jobs[1]))  # type: ignore[arg-type]
     queues.tokenized.put_nowait(None)
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 30)
     assert (scored, going.under_way) == ([], -7)
 
 
@@ -348,7 +348,7 @@ async def test_records_that_are_read_again_count_once_towards_the_limit() -> Non
     for offsets in (range(10), range(3, 14), range(4, 9)):
         queues.scored.put_nowait(scored(offsets))
         queues.scored.put_nowait(None)
-        await asyncio.wait_for(pipeline._encode(queues), 5)
+        await asyncio.wait_for(pipeline._encode(queues), 30)
     assert limit.looked_at == [(10, dict.fromkeys(BOTH, 5)), (4, dict.fromkeys(BOTH, 2)), (0, {})]
 
 
@@ -426,7 +426,7 @@ async def test_garbage_is_looked_for_where_few_records_are_held_and_as_long_as_i
             is_left = True
 
     monkeypatch.setattr(module.garbage_collection, "collect", collect)
-    await asyncio.wait_for(pipeline.run(), 5)
+    await asyncio.wait_for(pipeline.run(), 30)
     assert quiet == [True, True, False]
     assert is_left
 
@@ -463,11 +463,11 @@ async def test_what_was_handed_over_before_a_stage_broke_is_delivered(is_later: 
     }
     tasks = {name: asyncio.create_task(work()) for name, work in works.items()}
     await asyncio.sleep(0.01)
-    await asyncio.wait_for(pipeline._finish_scored(tasks, queues, time.monotonic() + 60), 5)
+    await asyncio.wait_for(pipeline._finish_scored(tasks, queues, time.monotonic() + 60), 30)
     assert delivery.finished.is_set()
     for task in tasks.values():
         with contextlib.suppress(RuntimeError, asyncio.CancelledError):
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 30)
 
 
 async def test_a_delivery_that_is_cancelled_does_not_end_the_pipeline_before_its_time() -> None:

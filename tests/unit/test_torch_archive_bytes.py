@@ -51,7 +51,7 @@ def outcome(read: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
         return {}, str(error)
 
 
-anywhere = settings(max_examples=150, deadline=5_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+anywhere = settings(max_examples=150, deadline=60_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 mutations = st.lists(
     st.tuples(st.sampled_from(["set", "insert", "delete"]), st.integers(0, 2**16), st.binary(min_size=1, max_size=8)),
     min_size=1,

@@ -165,7 +165,7 @@ async def test_a_member_of_another_run_that_came_meanwhile_is_no_success(
     stage = await staged(consumer, until=run)
     await stage.assign(TP)
     with pytest.raises(WrongSetting, match=says):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert not run.finished.is_set()
 
 
@@ -173,7 +173,7 @@ async def test_a_partition_that_another_worker_has_read_is_refused(consumer: Fak
     stage = await staged(consumer, until=Until("g", END))
     await stage.assign(TP)
     with pytest.raises(WrongSetting, match="no other worker uses"):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert consumer.commits == []
 
 

@@ -2,23 +2,30 @@
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    KafkaConnectionError,
+    KafkaError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from tests.support.source import until
 from worker.errors import WrongSetting
 from worker.kafka import committed_offsets as module
-from worker.kafka.aiokafka_compat.offsets import StableOffsetFetchRequest
+from worker.kafka.aiokafka_compat.offsets import StableOffsetFetchRequest, committed_offsets
 from worker.kafka.aiokafka_compat.transactions import (
     Membership,
     MemberTxnOffsetCommitRequest,
     TxnOffsetCommitRequest_v0,
 )
 from worker.kafka.committed_offsets import CommittedOffsets
+from worker.kafka.permissions import missing_permission
 from worker.runtime.tasks import cancel_all
 from worker.telemetry.health import Health
 
@@ -137,3 +144,28 @@ async def test_brokers_that_cannot_tell_are_refused_with_a_sentence(world: World
     world.consumer.error = NotImplementedError()
     with pytest.raises(WrongSetting, match=r"exactly-once needs brokers of Kafka 2\.5 or later"):
         await world.offsets.of(TP)
+
+
+@pytest.mark.parametrize(
+    ("of_all", "of_one", "error", "lacking"),
+    [
+        (GroupAuthorizationFailedError.errno, 0, GroupAuthorizationFailedError, "READ on group g"),
+        (0, GroupAuthorizationFailedError.errno, GroupAuthorizationFailedError, "READ on group g"),
+        (0, TopicAuthorizationFailedError.errno, TopicAuthorizationFailedError, "READ on topic t"),
+    ],
+)
+async def test_a_refusal_names_what_may_not_be_read(
+    of_all: int, of_one: int, error: type[KafkaError], lacking: str
+) -> None:
+    response = SimpleNamespace(API_VERSION=3, error_code=of_all, topics=[("t", [(0, -1, "", of_one)])])
+
+    async def nothing() -> None: ...
+
+    async def answer(_: Any) -> Any:
+        return response
+
+    coordinator = SimpleNamespace(group_id="g", coordinator_id=1, ensure_coordinator_known=nothing, _send_req=answer)
+    consumer: Any = SimpleNamespace(_coordinator=coordinator)
+    with pytest.raises(error) as refusal:
+        await committed_offsets(consumer, [TP], require_stable=False)
+    assert missing_permission(refusal.value, "READ") == f"missing {lacking}; add the ACL"

@@ -87,7 +87,7 @@ async def test_a_partition_whose_end_is_not_known_is_named_and_the_others_are_wa
     assert lags(stage) == {"0"}
     consumer.ends_at = 15
     await until(lambda: stage.metrics.lag_records.labels("t", 0)._value.get() == 5)
-    clock.ahead += 57
+    clock.ahead += 61
     await until(lambda: "joining the group again: t-0 has 5 records" in (stage.health.why_not_ready() or ""))
 
 

@@ -53,7 +53,7 @@ async def test_a_record_that_cannot_be_read_is_never_behind_the_position(
     stage = await staged(consumer)
     await stage.assign(TP)
     with pytest.raises(UnreadableRecord, match="offset 0"):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert (calls, consumer.positions[TP]) == (2, 0)
 
 
@@ -67,7 +67,7 @@ async def test_an_error_of_a_readers_start_is_no_unreadable_record(
     stage = await staged(consumer)
     await stage.assign(TP)
     with pytest.raises(KeyError):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
 
 
 async def test_what_cannot_be_read_of_a_partition_that_has_gone_is_its_next_owners(

@@ -65,7 +65,7 @@ async def test_partitions_take_turns(consumer: FakeConsumer, monkeypatch: pytest
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(*(TopicPartition("t", number) for number in range(16)))
     taken = stage.source._consumer.reader.taken
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while taken.total() < 2 * FETCHED:
             await stage.source.next_batch()
     shares = [taken[number] for number in range(16)]
@@ -93,7 +93,7 @@ async def test_a_backlog_is_read_however_many_partitions_have_nothing(
     stage = await staged(consumer, max_batch_texts=512)
     await stage.assign(TP, *(TopicPartition("t", number) for number in range(100, 300)))
     working = asyncio.create_task(work())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while stage.source._consumer.reader.taken[TP.partition] < 2 * FETCHED:
             await stage.source.next_batch()
     working.cancel()

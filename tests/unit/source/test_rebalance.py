@@ -56,9 +56,11 @@ async def test_a_reader_that_does_not_end_ends_the_session(
     consumer: FakeConsumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would take records of the next assignment."""
-    is_over = asyncio.Event()
+    is_over, reads = asyncio.Event(), 0
 
     async def endless(*_: object, **__: object) -> Any:
+        nonlocal reads
+        reads += 1
         while not is_over.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await is_over.wait()
@@ -68,7 +70,7 @@ async def test_a_reader_that_does_not_end_ends_the_session(
     monkeypatch.setattr(consumer, "getmany", endless)
     stage = await staged(consumer)
     await stage.assign(TP)
-    await asyncio.sleep(0.01)
+    await until(lambda: reads)
     await stage.revoke(TP)
     await until(lambda: "a reader does not end" in (stage.health.why_not_ready() or ""))
     is_over.set()

@@ -22,11 +22,11 @@ async def test_a_fault_during_a_revocation_keeps_its_name(consumer: FakeConsumer
     await stage.assign(TP)
     chunks = await stage.take()
     revoking = asyncio.create_task(stage.revoke(TP))
-    await asyncio.sleep(0.01)
+    await until(lambda: not chunks[0][0].accepts)
     stage.source._fail(WrongSetting("no"))
     await asyncio.sleep(0.01)
     stage.acknowledge(chunks)
-    await asyncio.wait({revoking, stage.run}, timeout=5)
+    await asyncio.wait({revoking, stage.run}, timeout=30)
     with pytest.raises(WrongSetting, match="no"):
         stage.run.result()
     assert consumer.commits == [{TP: chunks[0][1][-1].offset + 1}]
@@ -44,7 +44,7 @@ async def test_an_error_in_a_rebalance_ends_the_session(
 
     monkeypatch.setattr(stage.metrics, "forget_partition", fail)
     await stage.revoke(TP)
-    await asyncio.wait({stage.run}, timeout=5)
+    await asyncio.wait({stage.run}, timeout=30)
     assert isinstance(stage.run.exception(), LookupError)
 
 
@@ -56,7 +56,7 @@ async def test_commits_that_fail_do_not_keep_a_session_from_ending(consumer: Fak
         stage.acknowledge(await stage.take())
         await asyncio.sleep(0)
     stage.source._fail(WrongSetting("twin"))
-    await asyncio.wait({stage.run}, timeout=5)
+    await asyncio.wait({stage.run}, timeout=30)
     assert isinstance(stage.run.exception(), WrongSetting)
 
 
@@ -80,7 +80,7 @@ async def test_a_stop_that_is_cancelled_inside_of_the_client_is_a_stop(consumer:
     stage = await staged(consumer)
     await stage.assign(TP)
     await stage.source.close(1)
-    await asyncio.wait({stage.run}, timeout=5)
+    await asyncio.wait({stage.run}, timeout=30)
     assert stage.run.exception() is None
 
 
@@ -176,7 +176,7 @@ async def test_no_reader_outlives_the_end_of_taking(consumer: FakeConsumer) -> N
     consumer.reading.clear()
     await stage.assign(TP)
     reader = stage.source._rebalances._readers[stage.source._assignments[TP]]
-    await asyncio.sleep(0.01)
+    await until(lambda: consumer.reads_begun)
     consumer.swallows_cancel = True
     stage.source.stop_taking()
     consumer.reading.set()
@@ -192,7 +192,7 @@ async def test_records_that_come_when_none_are_accepted_are_not_committed(consum
     await stage.assign(TP)
     assignment = stage.source._assignments[TP]
     reader = stage.source._rebalances._readers[assignment]
-    await asyncio.sleep(0.01)
+    await until(lambda: consumer.reads_begun)
     consumer.swallows_cancel = True
     if end == "drain":
         stage.source.stop_taking()

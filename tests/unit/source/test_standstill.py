@@ -45,7 +45,7 @@ async def test_joining_again_and_again_ends_where_no_position_moves(consumer: Fa
     with pytest.raises(
         Standstill, match=r"nothing of t-0 is read any more, .* joined again 3 times: t-0 has 1,000,000"
     ):
-        await asyncio.wait_for(stage.run, 10)
+        await asyncio.wait_for(stage.run, 30)
     assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
 
 
@@ -64,7 +64,7 @@ async def test_one_partition_that_stands_still_is_no_better_because_others_move(
 
     stage = await staged(Both(records_per_read=0))
     with pytest.raises(Standstill, match="nothing of t-0 is read any more"):
-        await asyncio.wait_for(stage.run, 10)
+        await asyncio.wait_for(stage.run, 30)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -73,6 +73,7 @@ async def test_joining_again_goes_on_where_a_position_has_moved(consumer: FakeCo
     consumer = Rejoined(records_per_read=0)
     stage = await staged(consumer)
     errors = stage.metrics.kafka_errors.labels("consume")._value
+    await until(lambda: TP in consumer.positions)
     while errors.get() < 6:
         consumer.positions[TP] += 1
         seen = errors.get()
@@ -91,7 +92,7 @@ async def test_joining_again_and_again_ends_where_it_never_comes_to_a_place_to_r
     consumer.fetching.set_exception(KafkaError("broken"))
     stage = await staged(consumer)
     with pytest.raises(Standstill, match=r"nothing is read, .* joined again 3 times: the consumer's fetch task"):
-        await asyncio.wait_for(stage.run, 10)
+        await asyncio.wait_for(stage.run, 30)
     assert stage.metrics.kafka_errors.labels("consume")._value.get() == 3
 
 

@@ -79,7 +79,7 @@ async def test_a_broker_that_is_behind_the_others_makes_no_offset_count_as_none(
     assert (consumer.positions, consumer.commits) == ({}, [])
     consumer.agreed, consumer.topic_id = [], OTHER_ID  # it is no longer behind
     with pytest.raises(TopicRecreated):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert (consumer.positions, consumer.commits) == ({}, [])
     assert "counts as none" not in caplog.text
 
@@ -151,7 +151,7 @@ async def test_a_topic_that_is_made_anew_while_it_is_read_ends_the_session(
     await asyncio.sleep(0.05)
     stage.acknowledge(chunks)
     with pytest.raises(TopicRecreated, match=f"the input topic t was deleted and created again.*{ID}.*{OTHER_ID}"):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert consumer.commit_metadata == {with_topic_id(ID)}, "what is committed of the old one never names the new one"
 
 
@@ -163,7 +163,7 @@ async def test_a_topic_that_was_made_anew_before_a_rebalance_is_not_read_at_all(
     consumer.topic_id, consumer.positions = OTHER_ID, {}
     await stage.assign(TP)
     with pytest.raises(TopicRecreated):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert consumer.positions == {}
 
 
@@ -200,5 +200,5 @@ async def test_an_offset_that_is_gone_is_no_gap_where_the_topic_is_another(consu
     consumer.topic_id = OTHER_ID
     stage.source._assignments[TP].is_out_of_range = True
     with pytest.raises(TopicRecreated):
-        await asyncio.wait_for(stage.run, 5)
+        await asyncio.wait_for(stage.run, 30)
     assert stage.metrics.offset_resets._value.get() == 0

@@ -7,12 +7,14 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
+    GroupAuthorizationFailedError,
     GroupCoordinatorNotAvailableError,
     KafkaConnectionError,
     KafkaError,
     LeaderNotAvailableError,
     NoError,
     NotCoordinatorForGroupError,
+    TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
     for_code,
 )
@@ -162,7 +164,7 @@ async def committed_offsets(
         await coordinator.ensure_coordinator_known()
         asked = coordinator.coordinator_id
         try:
-            return _committed_offsets(await coordinator._send_req(request), partitions)
+            return _committed_offsets(await coordinator._send_req(request), coordinator.group_id, partitions)
         except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
             if coordinator.coordinator_id == asked:
                 coordinator.coordinator_dead()  # aiokafka looks it up anew
@@ -180,10 +182,13 @@ def _numbers_by_topic(partitions: Iterable[TopicPartition]) -> list[tuple[str, l
 
 
 def _committed_offsets(
-    response: Any, partitions: Collection[TopicPartition]
+    response: Any, group_id: str, partitions: Collection[TopicPartition]
 ) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it leaves one out."""
-    _raise_for(getattr(response, "error_code", 0))
+    """Raises the KafkaError of the response or of a partition; GroupCoordinatorNotAvailableError if it leaves one out.
+
+    The error of a missing permission has the name of the group, or of the topic, as aiokafka's own have.
+    """
+    _raise_for(getattr(response, "error_code", 0), group_id)
     committed, unstable = {}, set()
     for topic, answers, *_ in response.topics:
         for partition, offset, *rest in answers:
@@ -192,14 +197,18 @@ def _committed_offsets(
             if code == UNSTABLE_OFFSET_COMMIT:
                 unstable.add(tp)
                 continue
-            _raise_for(code)
+            _raise_for(code, group_id, topic)
             committed[tp] = OffsetAndMetadata(offset, metadata or "")
     if not committed.keys() | unstable >= set(partitions):
         raise GroupCoordinatorNotAvailableError
     return committed
 
 
-def _raise_for(code: int) -> None:
+def _raise_for(code: int, group_id: str, topic: str = "") -> None:
     error = for_code(code)
+    if error is GroupAuthorizationFailedError:
+        raise error(group_id)
+    if error is TopicAuthorizationFailedError:
+        raise error(topic)
     if error is not NoError:
         raise error
