@@ -2,6 +2,7 @@
 #   docker build --target cpu  --tag sentiment-worker:cpu .
 #   docker build --target cuda --tag sentiment-worker:cuda .
 # `cpu` has no torch. --build-arg EXTRAS=torch adds it, for checkpoints that need it; `cuda` always has it.
+# EXTRAS=aws adds to either what logins to Amazon MSK need, EXTRAS=aws,torch both.
 # BASE is any image with a shell, Python 3.11 or newer with its venv module, and CA certificates. A tag is whatever it is today:
 # pin it by --build-arg BASE=python:3.11-slim-bookworm@sha256:…, with the digest that your registry gives.
 # Docker's classic builder makes every stage above the target, hence the small one first.
@@ -15,12 +16,17 @@ ENV PATH=/opt/tools/bin:$PATH UV_PYTHON=/opt/worker/bin/python UV_LINK_MODE=copy
 RUN python3 -m venv --without-pip /opt/worker
 WORKDIR /src
 
-# The package alone, in an environment at the same place: a small layer over the big one of its dependencies.
+# The package and, if asked for, the extra `aws`, in an environment at the same place: a small layer over the big one of the
+# other dependencies.
 FROM tools AS worker
 COPY requirements/build.txt requirements/
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY worker worker
 RUN uv build --wheel --require-hashes --build-constraints requirements/build.txt && uv pip install --no-deps dist/*.whl
+ARG EXTRAS=
+COPY requirements/aws.txt requirements/
+RUN case "$EXTRAS" in ""|torch) ;; aws|aws,torch|torch,aws) uv pip install --require-hashes -r requirements/aws.txt ;; \
+      *) echo "EXTRAS=$EXTRAS: torch, aws or aws,torch can be added" >&2; exit 1 ;; esac
 
 # What both images are, but for what is in /opt/worker.
 FROM ${BASE} AS common
@@ -56,7 +62,7 @@ RUN uv pip install --require-hashes -r requirements/runtime.txt && \
 ARG EXTRAS=
 ARG TORCH=cpu
 COPY requirements/runtime-torch.txt requirements/torch.txt requirements/
-RUN case "$EXTRAS" in torch) ;; "") exit ;; *) echo "EXTRAS=$EXTRAS: only torch can be added" >&2; exit 1 ;; esac; \
+RUN case "$EXTRAS" in torch|aws,torch|torch,aws) ;; *) exit ;; esac; \
     uv pip install --require-hashes -r requirements/runtime-torch.txt && echo triton >unused && \
     version=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt) && \
     { { [ "$TORCH" = cpu ] && uv pip install --torch-backend=cpu --constraint requirements/torch.txt "torch==$version"; } || \

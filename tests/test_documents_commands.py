@@ -29,7 +29,7 @@ OURS = ("sentiment-worker", "make", "python")
 KAFKAS = tuple(
     f"kafka-{name}.sh" for name in ("topics", "consumer-groups", "acls", "console-producer", "console-consumer")
 )
-OTHERS = (*KAFKAS, "kubectl", "helm", "docker", "curl", "pip", "echo")
+OTHERS = (*KAFKAS, "kubectl", "helm", "docker", "go", "base.sh", "cp", "chmod", "curl", "pip", "echo")
 OTHERS_FLAGS = {"--help", "--version", "--execute", "--read-only", "--gpus"}
 OTHERS_SETTINGS = ("acks",)
 SHELL = ("for", "do", "done", "if", "then", "fi")

@@ -69,7 +69,7 @@ def pins(lock: str) -> set[tuple[str, str]]:
     return set(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("lock", ["demo", "runtime", "runtime-torch", "build"])
+@pytest.mark.parametrize("lock", ["demo", "runtime", "runtime-torch", "aws", "build"])
 def test_a_smaller_set_has_the_versions_of_the_full_one(lock: str) -> None:
     assert pins(lock)
     assert pins(lock) <= pins("dev") | pins("torch")

@@ -160,6 +160,16 @@ def test_the_image_for_a_cpu_has_no_torch_and_is_small() -> None:
     assert int(kibibytes) < 280 * 1024, "with a base of 170 MB it should stay under 450 MB"
 
 
+@pytest.mark.skipif("-aws:" not in IMAGE, reason="is about an image like sentiment-worker-aws:cpu, with EXTRAS=aws")
+def test_the_image_with_the_extra_aws_has_what_amazon_msk_needs() -> None:
+    broker = "b-1.name.abc123.c2.kafka.eu-west-1.amazonaws.com:9098"
+    flags = ("--bootstrap-servers", broker, "--security-protocol", "SASL_SSL", "--sasl-mechanism", "AWS_MSK_IAM")
+    said = docker(
+        "run", "--rm", "--read-only", "--network", "none", IMAGE, "check", "--model", "builtin", *flags, check=False
+    )
+    assert "ok    settings" in said
+
+
 def test_the_image_has_a_numeric_user_labels_and_no_compiler() -> None:
     config = json.loads(docker("image", "inspect", "--format", "{{json .Config}}", IMAGE))
     assert config["User"] == "65532:65532"

@@ -1,5 +1,6 @@
 """Every setting that deploy/ gives to a worker is one, and has a value that the worker takes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,22 @@ def test_compose_sets_what_the_worker_takes() -> None:
 def test_compose_lets_no_service_take_the_machine() -> None:
     for name, service in read(DEPLOY / "compose.yaml")["services"].items():
         assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}, name
+
+
+def test_compose_publishes_each_service_at_an_address_of_its_own() -> None:
+    """Of a range of ports Docker takes the next one at each start, until it meets another service's."""
+    services = read(DEPLOY / "compose.yaml")["services"].values()
+    published = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", port) for service in services for port in service.get("ports", ())]
+    hosts = [port.rpartition(":")[0] for port in published]
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+", host) for host in hosts), hosts
+    assert len(set(hosts)) == len(hosts) > 0
+
+
+def test_compose_keeps_the_log_as_long_as_what_is_made_of_it() -> None:
+    """Rows carry offsets: a database that outlives its topics would mix the rows of two logs."""
+    services = read(DEPLOY / "compose.yaml")["services"]
+    assert f"kafka:{services['kafka']['environment']['KAFKA_LOG_DIRS']}" in services["kafka"]["volumes"]
+    assert "postgresql:/var/lib/postgresql/data" in services["postgresql"]["volumes"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
