@@ -354,13 +354,17 @@ async def test_at_the_start_it_is_waited_for_and_a_refusal_is_raised(fake: FakeR
 # --- Beside revocations ---
 
 
-async def test_who_no_longer_waits_for_the_registry_is_ready(fake: FakeRegistry, fetching: Fetching) -> None:
+async def test_who_no_longer_waits_for_the_registry_is_ready_and_says_of_no_recovery(
+    fake: FakeRegistry, fetching: Fetching, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     fake.refusal = (503, b"")
     waiting = asyncio.create_task(fetching.fetch(frame(1) + b"x"))
     await until(lambda: not fetching.health.is_working("registry"))
     waiting.cancel()
     await asyncio.wait({waiting})
     assert fetching.health.why_not_ready() is None
+    assert "recovered" not in caplog.text, "it is still away"
 
 
 async def until(condition: Callable[[], object]) -> None:
