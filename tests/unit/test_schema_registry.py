@@ -420,22 +420,21 @@ async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
     assert not fake.requests["/schemas/ids/3"], "it is not asked anew for each partition"
 
 
-async def test_a_revocation_in_a_drain_gives_up_its_own_partition_alone(
-    fake: FakeRegistry, registry: SchemaRegistry
-) -> None:
+async def test_a_revocation_in_a_drain_gives_up_its_own_partition_alone(fake: FakeRegistry) -> None:
     decoder, draining = Decoder(input_format="avro"), asyncio.Event()
-    schemas = InputSchemas(decoder, SchemaFetcher(registry, decoder.schemas.add, Health()))
     record = FakeRecord(fake.add(1, REVIEW) + review(1, "да"))
     chunks: Any = [(Assignment(("t", number), None), [record]) for number in range(2)]  # type: ignore[arg-type]
     fake.answers.clear()
     draining.set()
     dropped: list[Assignment] = []
-    waiting = asyncio.create_task(schemas.fetched(chunks, lambda each, _: dropped.append(each), draining))
-    await until(lambda: fake.requests)
-    chunks[0][0].accepts = False
-    await until(lambda: dropped)
-    fake.answers.set()
-    assert await waiting == chunks[1:]
+    async with SchemaRegistry(fake.url, timeout_s=300) as registry:
+        schemas = InputSchemas(decoder, SchemaFetcher(registry, decoder.schemas.add, Health()))
+        waiting = asyncio.create_task(schemas.fetched(chunks, lambda each, _: dropped.append(each), draining))
+        await until(lambda: fake.requests)
+        chunks[0][0].accepts = False
+        await until(lambda: dropped)
+        fake.answers.set()
+        assert await waiting == chunks[1:]
 
 
 async def test_a_drain_waits_for_a_registry_that_is_answering(fake: FakeRegistry, registry: SchemaRegistry) -> None:

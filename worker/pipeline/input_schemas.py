@@ -25,9 +25,9 @@ class InputSchemas:
     ) -> list[Chunk]:
         """The chunks whose schemas are known, or known to be unknown. Waits for the registry, in the order of the chunks.
 
-        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait. Once ``draining`` is set,
-        the registry is not asked again where it fails or lacks a schema: chunks that need one are dropped. Whatever is behind
-        a dropped chunk in its partition is dropped, too, or its offsets would be committed past that chunk.
+        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait. Once ``draining`` is
+        set, the registry is not asked again where it fails or lacks a schema: chunks that need one are dropped. Whatever is
+        behind a dropped chunk in its partition is dropped, too, or its offsets would be committed past that chunk.
         """
         kept, is_given_up = [], False
         for assignment, records in chunks:
