@@ -49,6 +49,16 @@ def test_a_failure_is_logged_once_and_its_end_once(
     assert vars(caplog.records[1])["after_s"] == 10.0
 
 
+def test_what_is_not_needed_any_more_keeps_nobody_from_being_ready_and_has_not_recovered(
+    health: Health, caplog: pytest.LogCaptureFixture
+) -> None:
+    health.failing("registry", "no answer")
+    for _ in range(2):
+        health.not_needed("registry")
+    assert health.why_not_ready() is None
+    assert logged(caplog) == [("WARNING", "no answer")]
+
+
 def test_each_reason_of_a_failure_is_logged_once_while_it_lasts(
     health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,8 +118,8 @@ def test_it_is_said_once_that_nothing_keeps_the_worker_from_being_ready() -> Non
     health.not_ready("model", "loading")
     health.not_ready("group", "not joined yet")
     health.failing("kafka", "away")
-    for part in ("model", "kafka"):
-        health.working(part)
+    health.working("model")
+    health.not_needed("kafka")
     assert not logged
     for _ in range(2):
         health.working("group")

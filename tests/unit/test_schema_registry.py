@@ -354,13 +354,17 @@ async def test_at_the_start_it_is_waited_for_and_a_refusal_is_raised(fake: FakeR
 # --- Beside revocations ---
 
 
-async def test_who_no_longer_waits_for_the_registry_is_ready(fake: FakeRegistry, fetching: Fetching) -> None:
+async def test_who_no_longer_waits_for_the_registry_is_ready_and_says_of_no_recovery(
+    fake: FakeRegistry, fetching: Fetching, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     fake.refusal = (503, b"")
     waiting = asyncio.create_task(fetching.fetch(frame(1) + b"x"))
     await until(lambda: not fetching.health.is_working("registry"))
     waiting.cancel()
     await asyncio.wait({waiting})
     assert fetching.health.why_not_ready() is None
+    assert "recovered" not in caplog.text, "it is still away"
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -414,6 +418,23 @@ async def test_a_drain_does_not_wait_until_a_registry_has_what_it_lacks(
     assert await waiting == chunks[1:2]
     assert dropped == [(first, 1), (first, 3), (third, 4)], "what lies behind it would be committed past it"
     assert not fake.requests["/schemas/ids/3"], "it is not asked anew for each partition"
+
+
+async def test_a_revocation_in_a_drain_gives_up_its_own_partition_alone(fake: FakeRegistry) -> None:
+    decoder, draining = Decoder(input_format="avro"), asyncio.Event()
+    record = FakeRecord(fake.add(1, REVIEW) + review(1, "да"))
+    chunks: Any = [(Assignment(("t", number), None), [record]) for number in range(2)]  # type: ignore[arg-type]
+    fake.answers.clear()
+    draining.set()
+    dropped: list[Assignment] = []
+    async with SchemaRegistry(fake.url, timeout_s=300) as registry:
+        schemas = InputSchemas(decoder, SchemaFetcher(registry, decoder.schemas.add, Health()))
+        waiting = asyncio.create_task(schemas.fetched(chunks, lambda each, _: dropped.append(each), draining))
+        await until(lambda: fake.requests)
+        chunks[0][0].accepts = False
+        await until(lambda: dropped)
+        fake.answers.set()
+        assert await waiting == chunks[1:]
 
 
 async def test_a_drain_waits_for_a_registry_that_is_answering(fake: FakeRegistry, registry: SchemaRegistry) -> None:

@@ -892,6 +892,14 @@ def test_every_file_has_to_be_there_at_the_start(name: str, tmp_path: Path, monk
         assert "that is there at the start" in sentence
 
 
+@pytest.mark.parametrize("name", ["ssl_cafile", "oauth_token_file"])
+def test_a_file_that_cannot_be_looked_for_is_refused_by_its_settings_name(name: str) -> None:
+    """As in a folder that this user may not enter; root may enter all, so here it is a name that no file can have."""
+    sentence = refusal(f"--{name.replace('_', '-')}={'a' * 5_000}")
+    assert sentence.startswith(f"{name} = ")
+    assert "that is there at the start" in sentence
+
+
 def test_a_secret_given_twice_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_SASL_PASSWORD_FILE", str(tmp_path / "nowhere"))
     monkeypatch.setenv("WORKER_SASL_PASSWORD", SECRET)

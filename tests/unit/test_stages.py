@@ -283,6 +283,32 @@ async def test_a_drain_finishes_nothing_behind_what_was_dropped() -> None:
     assert (scored, going.under_way) == ([], -7)
 
 
+async def test_who_waits_for_schemas_learns_of_the_drain_and_what_it_gives_up_goes_no_further() -> None:
+    source, queues, batches = FakeSource(), Queues(), [[(Assignment(TopicPartition("t", 0)), [])], None]
+    pipeline, waits = pipeline_of(source), asyncio.Event()
+
+    async def next_batch() -> Any:
+        return batches.pop(0)
+
+    async def fetched(chunks: list[Any], drop: Any, draining: asyncio.Event) -> list[Any]:
+        waits.set()
+        await draining.wait()
+        drop(chunks[0][0], 0)
+        return []
+
+    async def tokenize(texts: Sequence[str]) -> Any:
+        return SimpleNamespace(texts=texts)
+
+    source.next_batch = next_batch  # type: ignore[attr-defined]
+    pipeline._schemas = SimpleNamespace(fetched=fetched)  # type: ignore[assignment]
+    pipeline._inference.tokenize = tokenize  # type: ignore[method-assign, assignment]
+    working = asyncio.gather(pipeline._tokenize(queues), pipeline._forward(queues))
+    await asyncio.wait_for(waits.wait(), 30)
+    pipeline.drain()
+    await asyncio.wait_for(working, 30)
+    assert (len(source.dropped), queues.scored.get_nowait(), queues.scored.empty()) == (1, None, True)
+
+
 async def test_large_values_in_avro_are_not_decoded_in_one_go() -> None:
     """Each byte may be a field, and 512 records may have 100 kB each."""
     turns: list[int] = []

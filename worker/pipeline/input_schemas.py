@@ -25,15 +25,16 @@ class InputSchemas:
     ) -> list[Chunk]:
         """The chunks whose schemas are known, or known to be unknown. Waits for the registry, in the order of the chunks.
 
-        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait; while ``draining`` is
-        set, also one for which the registry has to be asked again. So are those behind it in its partition, whose offsets
-        would be committed past it.
+        A chunk whose partition is revoked meanwhile is dropped, so that the revocation need not wait. Once ``draining`` is
+        set, the registry is not asked again where it fails or lacks a schema: chunks that need one are dropped. Whatever is
+        behind a dropped chunk in its partition is dropped, too, or its offsets would be committed past that chunk.
         """
         kept, is_given_up = [], False
         for assignment, records in chunks:
             ids = self._decoder.missing_schemas(records)
             is_known = not ids or (not is_given_up and await self._is_answered(ids, assignment, records, draining))
-            is_given_up = is_given_up or (not is_known and draining.is_set())  # each partition's request may time out
+            # In a drain: the next partition's request might take until its timeout, too.
+            is_given_up = is_given_up or (not is_known and assignment.accepts)
             if is_known and assignment.accepts and not assignment.has_dropped:
                 kept.append((assignment, records))
             else:

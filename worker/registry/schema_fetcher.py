@@ -85,8 +85,9 @@ class SchemaFetcher:
                 lacking = [id for id in lacking if id not in found]
             for id in lacking:
                 self._remember(id)
-        finally:
-            self._answered()
+        finally:  # where this is cancelled, the registry may still be away
+            self.is_retrying = False
+            self._health.not_needed(HEALTH_PART)
 
     def _is_due(self, id: int) -> bool:
         return self._clock() >= self._unknown.get(id, -math.inf)

@@ -17,7 +17,7 @@ from worker.settings.types import (
     ModelLabels,
     PemFile,
     Servers,
-    TokenFile,
+    TokenPath,
     Topic,
 )
 from worker.settings.values import DEFAULT_INPUT_FORMAT, revision_fault
@@ -159,7 +159,7 @@ class ConnectionSettings(LogSettings):
     oauth_ca_file: PemFile | None = Field(
         None, description="authorities that sign the certificate of oauth_token_url, PEM; default: the system's"
     )
-    oauth_token_file: TokenFile | None = Field(
+    oauth_token_file: TokenPath | None = Field(
         None, description="file with a token, which something else renews; it is read for each new connection"
     )
     oauth_extensions: Extensions | None = Field(

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -222,6 +223,7 @@ Width = Annotated[int, AfterValidator(_width)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-# Of files, as of secrets' files: to wait for one whose name is misspelled would never end.
-PemFile = Annotated[Path, AfterValidator(_should("be a PEM file that is there at the start", Path.is_file))]
-TokenFile = Annotated[Path, AfterValidator(_should("be a file with a token that is there at the start", Path.is_file))]
+# A file that is missing is refused, for a misspelled name would be waited for without end. `isfile` also says no, and raises
+# nothing, where a folder on the way may not be entered.
+PemFile = Annotated[Path, AfterValidator(_should("be a PEM file that is there at the start", isfile))]
+TokenPath = Annotated[Path, AfterValidator(_should("be a file with a token that is there at the start", isfile))]

@@ -71,6 +71,14 @@ class Health:
         if state.logged:
             seconds = round(self._clock() - state.since, 1)
             log.info("%s: recovered after %g s", part, seconds, extra={"part": part, "after_s": seconds})
+        self._tell_when_ready()
+
+    def not_needed(self, part: str) -> None:
+        """Nobody needs a part for now, so it keeps nobody from being ready. Nothing is logged, for it may fail on."""
+        if self._parts.pop(part, None):
+            self._tell_when_ready()
+
+    def _tell_when_ready(self) -> None:
         if not self._parts and self._when_ready:
             self._when_ready()
             self._when_ready = None
