@@ -47,7 +47,7 @@ class GroupHealth:
             if answers.has_answered and now - answers.at <= self._patience_s:
                 self._outages.is_coordinator_away = False
                 self._health.working("coordinator")
-            elif self._is_coordinator_alone_away(answers, now):
+            elif not answers.is_joining and now - max(answers.at, self._outages.brokers_away_at) > self._patience_s:
                 self._outages.is_coordinator_away = True
                 self._health.failing(
                     "coordinator",
@@ -66,9 +66,3 @@ class GroupHealth:
                 self._health.failing(
                     "group", f"rejoining for more than {MAX_REBALANCE_S:g} s: a member is gone or busy"
                 )
-
-    def _is_coordinator_alone_away(self, answers: CoordinatorAnswers, now: float) -> bool:
-        """Whether it has been silent for too long, while other brokers answer and no join is under way."""
-        if answers.is_joining or self._outages.are_brokers_away:
-            return False
-        return now - max(answers.at, self._outages.brokers_away_at) > self._patience_s
