@@ -77,12 +77,13 @@ class LagWatcher:
             await asyncio.sleep(LAG_INTERVAL_S)
             if not self._consumer.is_live:
                 continue
-            consumer = self._consumer.live  # which may end before it has answered
             partitions = list(self._assignments) or [TopicPartition(self._existing_topic(), 0)]
-            ends = await consumer.ends(partitions, LAG_TIMEOUT_S)
+            ends = await self._consumer.live.ends(partitions, LAG_TIMEOUT_S)
             errors = {tp: end for tp, end in ends.items() if isinstance(end, Exception)}
             is_answered = not errors or not all(isinstance(end, UNANSWERED) for end in ends.values())
-            self._report_ends(errors, is_answered=is_answered or await consumer.does_a_broker_answer(LAG_TIMEOUT_S))
+            self._report_ends(
+                errors, is_answered=is_answered or await self._consumer.live.does_a_broker_answer(LAG_TIMEOUT_S)
+            )
             if all(assignment.is_finished() for assignment in self._assignments.values()):
                 await self._check_membership()
             for tp, end in ends.items():
