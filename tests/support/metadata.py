@@ -81,7 +81,7 @@ class Client:
         self.asked: list[Any] = []
 
     async def send(self, node: int, request: TopicsRequest, **connection: Any) -> Any:
-        self.asked.append((node, getattr(request, "topics", None), connection))
+        self.asked.append((node, request.topics, connection))
         found = self._answers.pop(0)
         if isinstance(found, BaseException):
             raise found

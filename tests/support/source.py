@@ -49,7 +49,6 @@ class FakeConsumer:
     stop_error: BaseException | None = None
     ends_at: int | None = None  # if not at last_offset
     unknown: dict[TopicPartition, Exception] = field(default_factory=dict)  # why an end cannot be had
-    other_brokers: bool = False  # answer where none of the leaders does
     unplaceable: Exception | None = None  # why the committed offset cannot be had
     first_of_time: int | None = None  # the offset that a search for a time finds
     paused: set[TopicPartition] = field(default_factory=set)
@@ -140,9 +139,6 @@ class FakeConsumer:
     ) -> dict[TopicPartition, int | Exception]:
         end = self.last_offset if self.ends_at is None else self.ends_at
         return {tp: self.unknown.get(tp, end) for tp in tps}
-
-    async def does_a_broker_answer(self, timeout_s: float) -> bool:
-        return self.other_brokers
 
     async def position(self, tp: TopicPartition) -> int:
         if tp not in self.positions:

@@ -1,6 +1,5 @@
 """Topics' ids and names by a request of our own: its bytes, and what is read from answers."""
 
-import asyncio
 import struct
 from typing import Any
 
@@ -14,7 +13,6 @@ from worker.kafka.aiokafka_compat.metadata import (
     Topic,
     TopicsRequest,
     agreed_topic_id,
-    does_a_broker_answer,
     parsed_topics,
     topic_ids,
     topic_names,
@@ -65,18 +63,6 @@ async def test_ids_are_those_of_the_topics_that_are_there() -> None:
     client = Client(1, answer(topic("a"), topic("b", topic_id=bytes(16)), topic("c", code=3, topic_id=bytes(16))))
     assert await topic_ids(client, ["a", "b", "c"]) == {"a": READABLE_ID, "b": ""}
     assert client.asked == [(0, ["a", "b", "c"], {"group": module.METADATA_CONNECTION})], "on a connection of its own"
-
-
-async def test_one_broker_that_answers_is_enough() -> None:
-    assert await does_a_broker_answer(Client(3, KafkaConnectionError(), TimeoutError(), answer(topic("a"))), 60)
-    assert not await does_a_broker_answer(Client(2, KafkaConnectionError(), TimeoutError()), 60)
-    assert not await does_a_broker_answer(Client(0), 60)
-
-
-async def test_brokers_that_stay_silent_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Client(2)
-    monkeypatch.setattr(client, "send", lambda *_, **__: asyncio.sleep(3_600))
-    assert not await does_a_broker_answer(client, 0.01)
 
 
 async def test_another_broker_is_asked_where_one_does_not_answer() -> None:

@@ -13,7 +13,6 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
     agreed_topic_id = metadata.agreed_topic_id
     topic_names = metadata.topic_names
     brokers = metadata.known_brokers
-    does_a_broker_answer = metadata.does_a_broker_answer
     ends = offsets.end_offsets
     committed_offsets = offsets.committed_offsets
     leave_replica = nearest_replica.leave_replica

@@ -72,7 +72,6 @@ class LagWatcher:
 
     async def run(self) -> None:
         """Measures every second until it is cancelled. Raises Rejoin and WrongSetting."""
-        self._answered_at = self._clock()
         while True:
             await asyncio.sleep(LAG_INTERVAL_S)
             if not self._consumer.is_live:
@@ -80,10 +79,7 @@ class LagWatcher:
             partitions = list(self._assignments) or [TopicPartition(self._existing_topic(), 0)]
             ends = await self._consumer.live.ends(partitions, LAG_TIMEOUT_S)
             errors = {tp: end for tp, end in ends.items() if isinstance(end, Exception)}
-            is_answered = not errors or not all(isinstance(end, UNANSWERED) for end in ends.values())
-            self._report_ends(
-                errors, is_answered=is_answered or await self._consumer.live.does_a_broker_answer(LAG_TIMEOUT_S)
-            )
+            self._report_ends(errors, is_answered=len(errors) < len(ends))
             if all(assignment.is_finished() for assignment in self._assignments.values()):
                 await self._check_membership()
             for tp, end in ends.items():
@@ -101,14 +97,12 @@ class LagWatcher:
         for tp in overdue:
             self._metrics.forget_partition(tp.topic, tp.partition)
             self._assignments[tp].silent_since = now  # its silence counts from when its end is known again
-        if not is_answered:
+        if not is_answered and all(isinstance(error, UNANSWERED) for error in errors.values()):
             self._outages.brokers_away_at = now
             if now - self._answered_at > LAG_TIMEOUT_S:
-                self._outages.are_brokers_away = True
                 self._health.failing("kafka", unreachable(self._connection, next(iter(errors.values()))), "lag")
             return  # all brokers are away: naming partitions adds nothing
         self._answered_at = now
-        self._outages.are_brokers_away = False
         self._health.working("kafka", "lag")
         if errors and now - self._outages.brokers_away_at <= LAG_TIMEOUT_S:
             return  # the brokers are just back, and their leaders may not be

@@ -15,7 +15,7 @@ from aiokafka.errors import (
 
 from worker.errors import WrongSetting
 from worker.kafka.aiokafka_compat.group import NOT_THE_COORDINATOR, InstanceIdTaken
-from worker.kafka.connection import error_name
+from worker.kafka.connection import Connection, unreachable
 from worker.kafka.group_consumer import Rejoin
 from worker.kafka.permissions import missing_permission
 from worker.telemetry.health import Health
@@ -28,13 +28,12 @@ class KnownOutages:
     """What LagWatcher and GroupHealth know to be unavailable. They tell health about it themselves."""
 
     brokers_away_at: float = -math.inf  # when no broker answered the last time
-    are_brokers_away: bool = False  # it has lasted long enough to be told
     is_coordinator_away: bool = False
     partitions: Mapping[TopicPartition, Exception] = field(default_factory=dict)  # whose end is not known, and why
 
     def explain(self, who: Hashable) -> bool:
         """Whether these outages are why a call for ``who``, a partition or MEMBERSHIP, fails."""
-        return self.are_brokers_away or self.is_coordinator_away or who in self.partitions
+        return self.is_coordinator_away or who in self.partitions
 
 
 class ReadErrors:
@@ -42,6 +41,7 @@ class ReadErrors:
 
     def __init__(
         self,
+        connection: Connection,
         outages: KnownOutages,
         *,
         group_id: str,
@@ -49,6 +49,7 @@ class ReadErrors:
         session_timeout_ms: int,
         health: Health,
     ) -> None:
+        self._connection = connection
         self._outages = outages
         self._group_id = group_id
         self._group_instance_id = group_instance_id
@@ -85,7 +86,7 @@ class ReadErrors:
         elif isinstance(error, KafkaError) and not isinstance(error, KafkaTimeoutError) and not error.retriable:
             raise Rejoin(_one_line(error)) from error  # the coordination has ended
         elif not (isinstance(error, NOT_THE_COORDINATOR) or self._outages.explain(who)):
-            self._health.failing("kafka", f"a request fails ({error_name(error)}), and is sent again", who)
+            self._health.failing("kafka", unreachable(self._connection, error), who)
 
 
 def _one_line(error: BaseException) -> str:

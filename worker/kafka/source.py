@@ -110,6 +110,7 @@ class Source:
         self._commits = Commits(self._consumer, delivery, self._assignments, connection.request_timeout_s)
         self._outages = KnownOutages()
         self._errors = ReadErrors(
+            connection,
             self._outages,
             group_id=group_id,
             group_instance_id=group_instance_id,

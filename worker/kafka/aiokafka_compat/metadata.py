@@ -19,7 +19,7 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.types import Boolean, CompactArray, CompactString, Schema, TaggedFields
 
-from worker.runtime.tasks import cancel_all, within
+from worker.runtime.tasks import within
 
 METADATA_TIMEOUT_S: Final = 3.0  # of one broker; then the next one is asked
 LARGE_ANSWER_BYTES: Final = 100_000  # takes some milliseconds to parse
@@ -111,29 +111,6 @@ def use_topics(client: Any, topics: Iterable[str]) -> None:
 def known_brokers(client: Any) -> int:
     """How many brokers a started client knows. aiokafka's ``describe_cluster`` would ask for all partitions."""
     return len(inner_client(client).cluster.brokers())
-
-
-async def does_a_broker_answer(client: Any, timeout_s: float) -> bool:
-    """Whether any broker that a started client knows answers within ``timeout_s``. All are asked at once. Raises nothing."""
-    asking = inner_client(client)
-    asked = [asyncio.create_task(_does_answer(asking, broker.nodeId)) for broker in asking.cluster.brokers()]
-    try:
-        for answer in asyncio.as_completed(asked, timeout=timeout_s):
-            if await answer:
-                return True
-    except TimeoutError:
-        pass
-    finally:
-        await cancel_all(asked)
-    return False
-
-
-async def _does_answer(client: AIOKafkaClient, node: int) -> bool:
-    try:
-        await client.send(node, creating_no_topic([]), group=METADATA_CONNECTION)
-    except (KafkaError, OSError):
-        return False
-    return True
 
 
 def broker_racks(client: Any) -> dict[int, str | None]:
