@@ -105,6 +105,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several processes that share the tests tells the first one which brokers it used."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["used_brokers"] = session.config.stash[used_brokers]
+    gc.unfreeze()  # or libraries report as leaked what is still there when Python ends
 
 
 @pytest.hookimpl(optionalhook=True)
