@@ -84,7 +84,8 @@ def test_a_field_that_the_api_does_not_know_is_found(kind: str) -> None:
 def described(properties: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for name, value in properties.items():
         yield f"{path}{name}", value
-        yield from described(value.get("properties", {}), f"{path}{name}.")
+        if name != "settings":  # docs/settings.md describes them
+            yield from described(value.get("properties", {}), f"{path}{name}.")
 
 
 @pytest.mark.parametrize(("name", "value"), list(described(SCHEMA["properties"])))
@@ -95,9 +96,25 @@ def test_each_value_has_a_sentence_and_no_unknown_value_beside_it(name: str, val
 
 
 def test_the_values_are_what_the_schema_says() -> None:
-    built = runpy.run_path(str(DEPLOY / "helm" / "values.py"))["built"]
-    assert (CHART / "values.yaml").read_text(encoding="utf-8") == built(), "`make dashboard` writes it anew"
+    made = runpy.run_path(str(DEPLOY / "helm" / "values.py"))
+    assert (CHART / "values.schema.json").read_text(encoding="utf-8") == made["schema"](), (
+        "`make dashboard` writes it anew"
+    )
+    assert (CHART / "values.yaml").read_text(encoding="utf-8") == made["built"](), "`make dashboard` writes it anew"
     jsonschema.validate(read(CHART / "values.yaml"), SCHEMA)
+
+
+def test_a_setting_may_be_written_as_a_number_a_boolean_or_text_as_in_a_variable() -> None:
+    given = (
+        'linger_ms="25"', "max_age_s=1.5", 'max_batch_tokens="auto"', 'max_windows="8"', 'console_texts="yes"',
+        "schema_auto_register=false", "group_id=42", 'http_names=["a.example","b.example"]', "tracing=null",
+    )  # fmt: skip
+    done = template(*(f"--set-json=settings.{value}" for value in given))
+    (data,) = [item["data"] for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "ConfigMap"]
+    used = load(RunSettings, (), "run", data)
+    assert (used.linger_ms, used.max_age_s, used.max_batch_tokens, used.max_windows) == (25, 1.5, "auto", 8)
+    assert (used.console_texts, used.schema_auto_register, used.group_id) == (True, False, "42")
+    assert used.http_names == "a.example,b.example"
 
 
 def test_package_image_and_chart_have_one_version() -> None:
