@@ -48,6 +48,11 @@ WRONG = [
         "no such login",
         ('settings.sasl_mechanism="AWS_MSK_IAM"', 'settings.security_protocol="SASL_SSL"', "keda.enabled=true"),
     ),
+    WrongValue(
+        "chart",
+        "would get no credentials",
+        ('settings.sasl_mechanism="AWS_MSK_IAM"', 'networkPolicy.egress=[{"ports":[{"port":8081}]}]'),
+    ),
     WrongValue("chart", "give one of them", ("cache.claim.create=true", 'cache.existingClaim="hub"')),
     WrongValue("server", "quantit", ('resources.limits.memory="2GB of it"',)),
     WrongValue("server", "must be less than or equal to memory limit", ('resources.requests.memory="4Gi"',)),

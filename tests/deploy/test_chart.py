@@ -231,6 +231,8 @@ def test_another_autoscaler_keeps_the_number_of_workers() -> None:
         ['settings.schema_registry_url="http://r:8081"', 'networkPolicy.brokers.ports=[{"port":9092},{"port":8081}]'],
         ['settings.schema_registry_url="http://registry:8081"', "networkPolicy.enabled=false"],
         ['settings.oauth_token_url="https://login/token"', 'env.HTTPS_PROXY="http://proxy:3128"'],
+        ['settings.sasl_mechanism="AWS_MSK_IAM"', 'networkPolicy.egress=[{"ports":[{"port":80}]}]'],
+        ['settings.sasl_mechanism="AWS_MSK_IAM"', 'env.HTTPS_PROXY="http://proxy:3128"'],
     ],
     ids=str,
 )  # fmt: skip
