@@ -20,6 +20,7 @@ from tests.deploy.manifests import (
     DEPLOY,
     EXAMPLES,
     RULES,
+    alerts,
     all_of,
     container,
     helm,
@@ -412,3 +413,16 @@ def test_the_charts_rules_are_prometheus_rules() -> None:
     assert (CHART / "files" / "rules.yaml").read_text() == RULES.read_text(), "`make dashboard` writes it anew"
     assert the("PrometheusRule", "cpu")["spec"] == read(RULES)
     assert the("PrometheusRule", "cpu")["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_alerts_lead_to_the_runbook_that_is_given() -> None:
+    runbook = "https://wiki.example/operating"
+    done = template("--set=monitoring.rules.enabled=true", f"--set=monitoring.rules.runbook={runbook}")
+    (made,) = [item for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "PrometheusRule"]
+    links = [
+        rule["annotations"]["runbook_url"]
+        for group in made["spec"]["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    assert links == [f"{runbook}#{alert['alert'].lower()}" for alert in alerts()]
