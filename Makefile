@@ -121,7 +121,7 @@ $(BUILT)/.complete: tests/cluster/go.sum
 	cd tests/cluster && $(BUILD) tool
 	touch $@
 
-# What is generated in deploy/: the dashboards, the alerts' links, the chart's values, and its copy of the rules.
+# What is generated in deploy/: dashboards, the alerts' links, the chart's values and settings, and its copy of the rules.
 # RUNBOOK is where docs/operating.md is read by those who get the alerts: an address of yours, for the project has none. Where
 # pyproject.toml names one, as Runbook in [project.urls], the console's banner links to it, too.
 RUNBOOK ?= $(or $(shell sed -n 's/^Runbook = "\(.*\)"/\1/p' pyproject.toml),https://git.example/sentiment-worker/blob/main/docs/operating.md)

@@ -18,6 +18,7 @@ from tests.cluster.wrong_values import WRONG, WrongValue
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "sentiment-worker"
 ZONES = ("west", "east", "north")
 NAME = "app.kubernetes.io/name=sentiment-worker"
+PAUSED = "autoscaling.keda.sh/paused-replicas"
 SMALL = ["--set=resources.requests.cpu=100m"]
 
 
@@ -98,6 +99,22 @@ class Trial:
             raise SystemExit(f"linger_ms is {data['WORKER_LINGER_MS']}")
         return "upgrade --wait with linger_ms=25: the rollout completes with new pods, one in each zone again"
 
+    def another_delivery(self) -> str:
+        """As docs/operating.md says under "Stop every worker first"."""
+        again = ["helm", "upgrade", "worker", CHART, "--reuse-values", "--wait", "--timeout=2m"]
+        self.cluster.run(*again, "--set=replicas=0")
+        self.cluster.kubectl(
+            "wait", "pod", "--for=delete", "--timeout=2m",
+            f"--selector={NAME},app.kubernetes.io/instance=worker",
+        )  # fmt: skip
+        left = self._pods()
+        self.cluster.run(*again, "--set=settings.delivery=exactly-once", "--set=replicas=3")
+        self._running(3)
+        data = self.cluster.get("configmap", "worker-sentiment-worker")["data"]
+        if left or data["WORKER_DELIVERY"] != "exactly-once":
+            raise SystemExit(f"pods {left}, data {data}")
+        return "replicas=0 and kubectl wait leave no pod; the upgrade after that starts 3 with delivery=exactly-once"
+
     def roll_back(self) -> str:
         self.cluster.run("helm", "rollback", "worker", "1", "--wait", "--timeout=2m")
         data = self.cluster.get("configmap", "worker-sentiment-worker")["data"]
@@ -135,13 +152,17 @@ class Trial:
 
     def with_keda(self) -> str:
         self._helm("install", "cpu", *SMALL)
-        scaled = self.cluster.get("scaledobject", "worker-sentiment-worker")["spec"]
+        self.cluster.kubectl("annotate", "scaledobject/worker-sentiment-worker", f"{PAUSED}=0")
         self.cluster.kubectl("scale", "deployment/worker-sentiment-worker", "--replicas=2")
         self._running(2)
         self._helm("upgrade", "cpu", "--set=settings.linger_ms=25", *SMALL)
         self._running(2)
+        scaled = self.cluster.get("scaledobject", "worker-sentiment-worker")
+        if scaled["metadata"]["annotations"].get(PAUSED) != "0":
+            raise SystemExit(f"an upgrade took the annotation away: {scaled['metadata']}")
         self.uninstall()
-        return f"with KEDA (up to {scaled['maxReplicaCount']}): an upgrade leaves the number of workers as it was set"
+        most = scaled["spec"]["maxReplicaCount"]
+        return f"with KEDA (up to {most}): an upgrade leaves the number of workers as it was set, and KEDA paused"
 
     def static_members(self) -> str:
         self._helm("install", "static", *SMALL)
@@ -272,9 +293,9 @@ def main(folder: Path) -> None:
     with control_plane(folder) as cluster:
         trial = Trial(cluster)
         steps: list[Callable[[], str]] = [
-            trial.prepare, trial.every_example_is_taken, trial.install, trial.upgrade, trial.roll_back,
-            trial.one_eviction_at_a_time, trial.the_check_runs, trial.uninstall, trial.with_keda, trial.static_members,
-            trial.a_gpu, trial.a_pod_that_may_too_much_is_kept_out, trial.wrong_values_are_refused,
+            trial.prepare, trial.every_example_is_taken, trial.install, trial.upgrade, trial.another_delivery,
+            trial.roll_back, trial.one_eviction_at_a_time, trial.the_check_runs, trial.uninstall, trial.with_keda,
+            trial.static_members, trial.a_gpu, trial.a_pod_that_may_too_much_is_kept_out, trial.wrong_values_are_refused,
         ]  # fmt: skip
         for step in steps:
             print(f"{time.monotonic() - begun:6.1f} s  {step()}", flush=True)

@@ -20,6 +20,7 @@ from tests.deploy.manifests import (
     DEPLOY,
     EXAMPLES,
     RULES,
+    alerts,
     all_of,
     container,
     helm,
@@ -84,7 +85,8 @@ def test_a_field_that_the_api_does_not_know_is_found(kind: str) -> None:
 def described(properties: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for name, value in properties.items():
         yield f"{path}{name}", value
-        yield from described(value.get("properties", {}), f"{path}{name}.")
+        if name != "settings":  # docs/settings.md describes them
+            yield from described(value.get("properties", {}), f"{path}{name}.")
 
 
 @pytest.mark.parametrize(("name", "value"), list(described(SCHEMA["properties"])))
@@ -95,9 +97,25 @@ def test_each_value_has_a_sentence_and_no_unknown_value_beside_it(name: str, val
 
 
 def test_the_values_are_what_the_schema_says() -> None:
-    built = runpy.run_path(str(DEPLOY / "helm" / "values.py"))["built"]
-    assert (CHART / "values.yaml").read_text(encoding="utf-8") == built(), "`make dashboard` writes it anew"
+    made = runpy.run_path(str(DEPLOY / "helm" / "values.py"))
+    assert (CHART / "values.schema.json").read_text(encoding="utf-8") == made["schema"](), (
+        "`make dashboard` writes it anew"
+    )
+    assert (CHART / "values.yaml").read_text(encoding="utf-8") == made["built"](), "`make dashboard` writes it anew"
     jsonschema.validate(read(CHART / "values.yaml"), SCHEMA)
+
+
+def test_a_setting_may_be_written_as_a_number_a_boolean_or_text_as_in_a_variable() -> None:
+    given = (
+        'linger_ms="25"', "max_age_s=1.5", 'max_batch_tokens="auto"', 'max_windows="8"', 'console_texts="yes"',
+        "schema_auto_register=false", "group_id=42", 'http_names=["a.example","b.example"]', "tracing=null",
+    )  # fmt: skip
+    done = template(*(f"--set-json=settings.{value}" for value in given))
+    (data,) = [item["data"] for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "ConfigMap"]
+    used = load(RunSettings, (), "run", data)
+    assert (used.linger_ms, used.max_age_s, used.max_batch_tokens, used.max_windows) == (25, 1.5, "auto", 8)
+    assert (used.console_texts, used.schema_auto_register, used.group_id) == (True, False, "42")
+    assert used.http_names == "a.example,b.example"
 
 
 def test_package_image_and_chart_have_one_version() -> None:
@@ -214,6 +232,8 @@ def test_another_autoscaler_keeps_the_number_of_workers() -> None:
         ['settings.schema_registry_url="http://r:8081"', 'networkPolicy.brokers.ports=[{"port":9092},{"port":8081}]'],
         ['settings.schema_registry_url="http://registry:8081"', "networkPolicy.enabled=false"],
         ['settings.oauth_token_url="https://login/token"', 'env.HTTPS_PROXY="http://proxy:3128"'],
+        ['settings.sasl_mechanism="AWS_MSK_IAM"', 'networkPolicy.egress=[{"ports":[{"port":80}]}]'],
+        ['settings.sasl_mechanism="AWS_MSK_IAM"', 'env.HTTPS_PROXY="http://proxy:3128"'],
     ],
     ids=str,
 )  # fmt: skip
@@ -393,3 +413,16 @@ def test_the_charts_rules_are_prometheus_rules() -> None:
     assert (CHART / "files" / "rules.yaml").read_text() == RULES.read_text(), "`make dashboard` writes it anew"
     assert the("PrometheusRule", "cpu")["spec"] == read(RULES)
     assert the("PrometheusRule", "cpu")["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_alerts_lead_to_the_runbook_that_is_given() -> None:
+    runbook = "https://wiki.example/operating"
+    done = template("--set=monitoring.rules.enabled=true", f"--set=monitoring.rules.runbook={runbook}")
+    (made,) = [item for item in yaml.safe_load_all(done.stdout) if item and item["kind"] == "PrometheusRule"]
+    links = [
+        rule["annotations"]["runbook_url"]
+        for group in made["spec"]["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    assert links == [f"{runbook}#{alert['alert'].lower()}" for alert in alerts()]

@@ -80,6 +80,10 @@
 {{- end }}
 {{- end }}
 {{- $proxied := or (hasKey .Values.env "HTTPS_PROXY") (hasKey .Values.env "HTTP_PROXY") }}
+{{- $iam := eq (include "sentiment-worker.setting" (list . "sasl_mechanism" "")) "AWS_MSK_IAM" }}
+{{- if and $iam (not (or $proxied (include "sentiment-worker.opens" (list . 443)) (include "sentiment-worker.opens" (list . 80)))) }}
+{{- fail "settings.sasl_mechanism is AWS_MSK_IAM, but networkPolicy.egress opens neither port 443, for the STS of AWS, nor port 80, for 169.254.170.23 (EKS Pod Identity) or 169.254.169.254 (a node's role): the workers would get no credentials." }}
+{{- end }}
 {{- range $name := list "schema_registry_url" "oauth_token_url" }}
 {{- with include "sentiment-worker.setting" (list $ $name "") }}
 {{- $port := regexFind "[0-9]+$" (urlParse . | dig "host" "") | default (hasPrefix "https:" . | ternary "443" "80") | int }}
