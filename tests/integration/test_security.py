@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
 from tests.integration.test_exactly_once import freeze_in_a_transaction
-from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, forked, workers_in
+from tests.integration.test_replay import dead_letter
+from tests.support.process import COSTLESS, FORK_SERVER, WorkerProcess, Workers, environment, forked, workers_in
 from tests.support.scenario import wait_until_committed
 from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -452,6 +454,57 @@ def test_check_tells_which_permission_is_missing(
     assert f"fail  permissions  missing {lacking} {getattr(topics, role)}; add the ACL\n" in done.stdout
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def replay_words(entrance: Entrance, topics: Topics) -> list[str]:
+    settings = {**entrance.settings, "dead_letter_topic": topics.dead_letters, "group_id": topics.group}
+    return [
+        "replay",
+        *(str(word) for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)),
+    ]
+
+
+@pytest.mark.parametrize("writes_elsewhere", [True, False])
+def test_a_replay_that_may_not_write_ends_at_a_signal_and_goes_on_once_it_may(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path, writes_elsewhere: bool
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    secure.forbid_all(USER)
+    if writes_elsewhere:  # without that brokers refuse the producer, and not what it sends
+        secure.allow(USER, TOPIC, topics.output, WRITE)
+    secure.allow(USER, TOPIC, topics.dead_letters, READ)
+    secure.allow(USER, GROUP, f"{topics.group}.replay", READ)
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(9)])
+    words, variables, errors = replay_words(entrance, topics), entrance.variables(tmp_path), tmp_path / "errors"
+    with errors.open("wb") as stderr, (tmp_path / "output").open("wb") as stdout:
+        going = FORK_SERVER.start(
+            "worker",
+            [*words, "--request-timeout-ms", "300000"],
+            env=environment() | variables,
+            cwd=tmp_path,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        where = f" to topic {topics.input}" if writes_elsewhere else ""
+        lacking = f"cannot publish{where}: missing WRITE on topic {topics.input}; add the ACL"
+        wait_for(
+            lambda: lacking in errors.read_text(), "the missing permission to be told", 60, describe=errors.read_text
+        )
+        going.send_signal(signal.SIGTERM)
+        assert going.wait(120) == 1
+    finally:
+        going.kill()
+    told = errors.read_text()
+    assert f"{'publish' if writes_elsewhere else 'producer'}: {lacking}; the next replay goes on there" in told
+    assert "Traceback" not in told
+    assert kafka.committed(f"{topics.group}.replay", topics.dead_letters) == {}
+    secure.allow(USER, TOPIC, topics.input, WRITE)
+    again = forked(*words, **variables)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert kafka.count(topics.input) == 9
 
 
 # --- Secrets ---
