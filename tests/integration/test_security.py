@@ -507,6 +507,25 @@ def test_a_replay_that_may_not_write_ends_at_a_signal_and_goes_on_once_it_may(
     assert kafka.count(topics.input) == 9
 
 
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+@pytest.mark.parametrize("role", ["group", "dead_letters"])
+def test_a_replay_that_may_not_read_names_the_permission(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path, role: str, arguments: tuple[str, ...]
+) -> None:
+    entrance, group = by_login(secure, "SCRAM-SHA-256"), f"{topics.group}.replay"
+    kafka.create_all(topics, 1)
+    kafka.send(topics.dead_letters, [dead_letter(1, topics)])
+    secure.allow(USER, TOPIC, topics.dead_letters, DESCRIBE if role == "dead_letters" else READ)
+    if role == "dead_letters":
+        secure.allow(USER, GROUP, group, READ)
+    done = forked(*replay_words(entrance, topics), *arguments, **entrance.variables(tmp_path))
+    lacking = f"group {group}" if role == "group" else f"topic {topics.dead_letters}"
+    assert f"missing READ on {lacking}; add the ACL" in done.stderr
+    assert "waiting for Kafka" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
 # --- Secrets ---
 
 TOKEN = "token-0123456789abcdef"

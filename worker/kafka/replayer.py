@@ -28,6 +28,7 @@ from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreach
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
+from worker.kafka.lag import NO_PARTITION
 from worker.kafka.partition_reader import UNREADABLE
 from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import ProducerRecord
@@ -116,8 +117,10 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             for tp, partition in self._partitions.items():
                 await self._replay_partition(tp, partition)
         except UNREACHABLE as error:
-            where = unreachable(self._connection, error, await why_unreachable(self._connection))
-            raise ReplayFailed(f"{where}; the next replay goes on where this one was") from error
+            why = missing_permission(error, "READ") or unreachable(
+                self._connection, error, await why_unreachable(self._connection)
+            )
+            raise ReplayFailed(f"{why}; the next replay goes on where this one was") from error
         finally:
             await stop_client(self._consumer, "consumer", 10)
         self._counts.left = self._left()
@@ -145,9 +148,14 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _join(self, tps: Collection[TopicPartition]) -> None:
         """All partitions have to be this process's: with fewer, another replay has the rest."""
         self._consumer.subscribe([self._topic], listener=self)
-        await within(self._connection.request_timeout_s, self._assigned.wait())
+        await within(self._connection.request_timeout_s, self._until_assigned())
         if self._owned != set(tps):
             raise ReplayFailed(f"another replay is running in the group {self._group_id}; wait for it to end")
+
+    async def _until_assigned(self) -> None:
+        """Raises the group's error, such as a missing permission: aiokafka raises it only to those who read."""
+        await self._consumer.getmany(TopicPartition(self._topic, NO_PARTITION))
+        await self._assigned.wait()
 
     async def _plan(self, tps: list[TopicPartition]) -> dict[TopicPartition, PartitionReplay]:
         begins, ends = await self._consumer.beginning_offsets(tps), await self._consumer.end_offsets(tps)
@@ -202,7 +210,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         heard_at = time.monotonic()
         while partition.next < partition.end and not self._stop.is_set():
             if tp not in self._owned and not self._is_dry:
-                await _unless_stopped(self._stop, within(SILENCE_S, self._assigned.wait()))
+                await _unless_stopped(self._stop, within(SILENCE_S, self._until_assigned()))
             records, reached = await self._read(tp, partition)
             if reached > partition.next:
                 heard_at = time.monotonic()
