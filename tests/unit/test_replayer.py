@@ -56,6 +56,27 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
         await asyncio.wait_for(sending, 30)
 
 
+async def test_a_signal_ends_the_wait_for_the_group(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replay, waiting = replayer(), asyncio.Event()
+
+    async def nothing(*_: Any) -> None: ...
+
+    async def for_ever() -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(replay, "_wait_until_usable", nothing)
+    monkeypatch.setattr(replay, "_start", for_ever)
+    running = asyncio.create_task(replay.run())
+    await asyncio.wait_for(waiting.wait(), 30)
+    replay._stop.set()
+    with pytest.raises(ReplayFailed, match="stopped before it had begun"):
+        await asyncio.wait_for(running, 30)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("is_stopped", [True, False])
 @pytest.mark.parametrize("what", ["publish", "commit"])
 async def test_what_brokers_refuse_ends_the_replay_at_a_signal_and_after_a_time(

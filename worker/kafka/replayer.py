@@ -2,7 +2,7 @@
 
 One member of a consumer group of its own reads them to the ends that it saw at its start. What has been published is
 committed before more is read, so that a replay may be interrupted and repeated at any moment; only the records that were
-being published when the process was killed may come twice.
+being published when the process was killed, or that brokers refused for too long, may come twice.
 """
 
 import asyncio
@@ -117,9 +117,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             for tp, partition in self._partitions.items():
                 await self._replay_partition(tp, partition)
         except UNREACHABLE as error:
-            why = missing_permission(error, "READ") or unreachable(
-                self._connection, error, await why_unreachable(self._connection)
-            )
+            why = missing_permission(error, "READ")
+            why = why or unreachable(self._connection, error, await why_unreachable(self._connection))
             raise ReplayFailed(f"{why}; the next replay goes on where this one was") from error
         finally:
             await stop_client(self._consumer, "consumer", 10)
@@ -247,8 +246,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._counts.sent.update(record.reason for record in due)
         else:
             metadata = self._metadata(partition.done)  # before anything is sent, for it may not fit into a commit
-            if due:
-                await self._send(due)
+            await self._send(due)
             await self._unless_failing(self._commit({tp: (partition.done.offset, metadata)}))
         partition.next = reached
         self._tell(self._total - self._left(), self._total)
@@ -289,8 +287,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             ProducerRecord(record.topic, record_to_replay(record, self._decoder.id_of(record)), record.partition)
             for record in due
         ]
-        refusals = await self._unless_failing(self._sink.publish(producer_records))
-        for record, refusal in zip(due, refusals, strict=True):
+        for record, refusal in zip(due, await self._unless_failing(self._sink.publish(producer_records)), strict=True):
             (self._counts.refused if refusal else self._counts.sent)[record.reason] += 1
 
     def _metadata(self, done: ReplayProgress) -> str:
