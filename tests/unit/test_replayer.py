@@ -56,9 +56,7 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
         await asyncio.wait_for(sending, 30)
 
 
-async def test_a_signal_ends_the_wait_for_the_group(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_signal_ends_the_wait_for_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     replay, waiting = replayer(), asyncio.Event()
 
     async def nothing(*_: Any) -> None: ...
@@ -74,7 +72,6 @@ async def test_a_signal_ends_the_wait_for_the_group(
     replay._stop.set()
     with pytest.raises(ReplayFailed, match="stopped before it had begun"):
         await asyncio.wait_for(running, 30)
-    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])
