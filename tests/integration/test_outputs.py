@@ -38,7 +38,7 @@ def test_an_output_that_is_deleted_is_named_and_filled_once_it_is_there_again(
     send_more(kafka, topics, range(1_000))
     kafka.delete(topics.output)
     sent = kafka.send(topics.input, map(numbered, range(1_000, 2_000)))
-    sentence = f"output_topic: topic {topics.output} does not exist; waiting for it"
+    sentence = f"output_topic: topic {topics.output} does not exist; create it, or name another; waiting for it"
     wait_for(lambda: sentence in worker.get("/readyz")[1], "/readyz to name the topic")
     assert len(worker.warnings(sentence)) == 1, "said once"
     lines_before, began = len(worker.output.splitlines()), time.monotonic()

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from confluent_kafka.admin import AclOperation, ResourceType
 
 from tests.conftest import broker_or_reason
 from tests.integration.test_exactly_once import freeze_in_a_transaction
-from tests.support.process import COSTLESS, WorkerProcess, Workers, environment, forked, workers_in
+from tests.integration.test_replay import dead_letter
+from tests.support.process import COSTLESS, FORK_SERVER, WorkerProcess, Workers, environment, forked, workers_in
 from tests.support.scenario import wait_until_committed
 from tests.support.secure import CERTIFIED, PASSWORD, SCRAM, USER, Authority, SecureKafka, Security
 from tests.support.topics import Kafka, Record, Topics, numbered
@@ -316,9 +318,9 @@ def test_a_worker_that_is_refused_ends_with_a_sentence(
 
 
 MISSING = {  # a role without its permission, and what is said of it
-    "input": "input_topics: topic {} may not be read about (ACL)",
-    "output": "output_topic: topic {} may not be read about (ACL)",
-    "dead_letters": "dead_letter_topic: topic {} may not be read about (ACL)",
+    "input": "input_topics: topic {} cannot be seen without DESCRIBE",
+    "output": "output_topic: topic {} cannot be seen without DESCRIBE",
+    "dead_letters": "dead_letter_topic: topic {} cannot be seen without DESCRIBE",
     "group": "cannot read: missing READ on group {}; add the ACL",
 }
 
@@ -444,14 +446,101 @@ def test_check_tells_which_permission_is_missing(
     allow(secure, USER, topics, *(set(NEEDED) - {role}))
     for name in (topics.input, topics.output):
         secure.allow(USER, TOPIC, name, DESCRIBE)
-    names = {"input_topics": topics.input, "output_topic": topics.output, "dead_letter_topic": topics.dead_letters}
-    settings = {**entrance.settings, **names, "group_id": topics.group, "model": "builtin", "http_port": 0}
-    words = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
-    done = forked("check", *words, **entrance.variables(tmp_path))
+    done = forked("check", *check_words(entrance, topics), **entrance.variables(tmp_path))
     lacking = f"{'WRITE' if role == 'output' else 'READ'} on {'group' if role == 'group' else 'topic'}"
     assert f"fail  permissions  missing {lacking} {getattr(topics, role)}; add the ACL\n" in done.stdout
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_check_says_of_a_topic_that_it_may_not_see_that_it_may_exist(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    allow(secure, USER, topics, "output", "group", "dead_letters")
+    done = forked("check", *check_words(entrance, topics), **entrance.variables(tmp_path))
+    words = "cannot be seen without DESCRIBE, whether it exists or not; add the ACL (READ or WRITE brings it)"
+    assert f"input_topics: topic {topics.input} {words}\n" in done.stdout
+    assert "create it" not in done.stdout
+    assert done.returncode == 1
+
+
+def check_words(entrance: Entrance, topics: Topics) -> list[str]:
+    names = {"input_topics": topics.input, "output_topic": topics.output, "dead_letter_topic": topics.dead_letters}
+    settings = {**entrance.settings, **names, "group_id": topics.group, "model": "builtin", "http_port": 0}
+    return words_of(settings)
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    return [str(word) for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
+
+
+def replay_words(entrance: Entrance, topics: Topics) -> list[str]:
+    settings = {**entrance.settings, "dead_letter_topic": topics.dead_letters, "group_id": topics.group}
+    return ["replay", *words_of(settings)]
+
+
+@pytest.mark.parametrize("writes_elsewhere", [True, False])
+def test_a_replay_that_may_not_write_ends_at_a_signal_and_goes_on_once_it_may(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path, writes_elsewhere: bool
+) -> None:
+    entrance = by_login(secure, "SCRAM-SHA-256")
+    kafka.create_all(topics, 1)
+    secure.forbid_all(USER)
+    if writes_elsewhere:  # without that brokers refuse the producer, and not what it sends
+        secure.allow(USER, TOPIC, topics.output, WRITE)
+    secure.allow(USER, TOPIC, topics.dead_letters, READ)
+    secure.allow(USER, GROUP, f"{topics.group}.replay", READ)
+    secure.allow(USER, TOPIC, topics.input, DESCRIBE)
+    kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(9)])
+    words, variables, errors = replay_words(entrance, topics), entrance.variables(tmp_path), tmp_path / "errors"
+    with errors.open("wb") as stderr, (tmp_path / "output").open("wb") as stdout:
+        going = FORK_SERVER.start(
+            "worker",
+            [*words, "--request-timeout-ms", "300000"],
+            env=environment() | variables,
+            cwd=tmp_path,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        where = f" to topic {topics.input}" if writes_elsewhere else ""
+        lacking = f"cannot publish{where}: missing WRITE on topic {topics.input}; add the ACL"
+        wait_for(
+            lambda: lacking in errors.read_text(), "the missing permission to be told", 60, describe=errors.read_text
+        )
+        going.send_signal(signal.SIGTERM)
+        assert going.wait(120) == 1
+    finally:
+        going.kill()
+    told = errors.read_text()
+    assert f"{'publish' if writes_elsewhere else 'producer'}: {lacking}; the next replay goes on there" in told
+    assert "Traceback" not in told
+    assert kafka.committed(f"{topics.group}.replay", topics.dead_letters) == {}
+    secure.allow(USER, TOPIC, topics.input, WRITE)
+    again = forked(*words, **variables)
+    assert again.returncode == 0, again.stderr
+    assert kafka.count(topics.input) == 9
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+@pytest.mark.parametrize("role", ["group", "dead_letters"])
+def test_a_replay_that_may_not_read_names_the_permission(
+    secure: SecureKafka, kafka: Kafka, topics: Topics, tmp_path: Path, role: str, arguments: tuple[str, ...]
+) -> None:
+    entrance, group = by_login(secure, "SCRAM-SHA-256"), f"{topics.group}.replay"
+    kafka.create_all(topics, 1)
+    kafka.send(topics.dead_letters, [dead_letter(1, topics)])
+    secure.allow(USER, TOPIC, topics.dead_letters, DESCRIBE if role == "dead_letters" else READ)
+    if role == "dead_letters":
+        secure.allow(USER, GROUP, group, READ)
+    done = forked(*replay_words(entrance, topics), *arguments, **entrance.variables(tmp_path))
+    lacking = f"group {group}" if role == "group" else f"topic {topics.dead_letters}"
+    assert f"missing READ on {lacking}; add the ACL" in done.stderr
+    assert "waiting for Kafka" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
 
 
 # --- Secrets ---

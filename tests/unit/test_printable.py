@@ -10,8 +10,8 @@ from rich.console import Console
 from worker.commands.bench import FLOAT32, BenchReport, EngineSpeed, _print
 from worker.commands.finding import Finding
 from worker.commands.replay import table
+from worker.core.replay_progress import ReplayCounts
 from worker.errors import UserError
-from worker.kafka.replayer import ReplayCounts
 from worker.printable import counted, printable
 from worker.training.dataset import Example
 from worker.training.evaluation_report import EvaluationReport, Predictions

@@ -10,11 +10,11 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.dead_letters import OriginalRecord
 from worker.core.decoder import Decoder
-from worker.core.replay_progress import ReplayProgress
+from worker.core.replay_progress import PartitionReplay, ReplayProgress
 from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
 from worker.kafka.connection import Connection
-from worker.kafka.replayer import SILENCE_S, PartitionReplay, Replayer, ReplayFailed
+from worker.kafka.replayer import SILENCE_S, Replayer, ReplayFailed
 from worker.kafka.sink import Sink
 from worker.telemetry.health import Health
 from worker.telemetry.metrics import Metrics
@@ -56,6 +56,76 @@ async def test_a_signal_ends_the_wait_for_a_topic_that_is_gone(monkeypatch: pyte
         await asyncio.wait_for(sending, 30)
 
 
+async def test_a_signal_ends_the_wait_for_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, waiting = replayer(), asyncio.Event()
+
+    async def nothing(*_: Any) -> None: ...
+
+    async def for_ever() -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(replay, "_wait_until_usable", nothing)
+    monkeypatch.setattr(replay, "_start", for_ever)
+    running = asyncio.create_task(replay.run())
+    await asyncio.wait_for(waiting.wait(), 30)
+    replay._stop.set()
+    with pytest.raises(ReplayFailed, match="stopped before it had begun"):
+        await asyncio.wait_for(running, 30)
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+@pytest.mark.parametrize("what", ["publish", "commit"])
+async def test_what_brokers_refuse_ends_the_replay_at_a_signal_and_after_a_time(
+    monkeypatch: pytest.MonkeyPatch, what: str, is_stopped: bool
+) -> None:
+    replay = replayer()
+    monkeypatch.setattr("worker.kafka.replayer.LOOK_S", 0.001)
+    if is_stopped:
+        monkeypatch.setattr("worker.kafka.replayer.STOP_S", 0.05)
+        replay._stop.set()
+    else:
+        replay._patience_s = 0.05
+    sent: list[Any] = []
+
+    async def refused(_: Any) -> Any:
+        replay._health.failing(what, f"cannot {what}: missing WRITE on topic gone; add the ACL")
+        await asyncio.Event().wait()
+
+    async def published(records: list[Any]) -> list[None]:
+        sent.extend(records)
+        return [None for _ in records]
+
+    monkeypatch.setattr(replay, "_select", lambda *_: ([LETTER], []))
+    monkeypatch.setattr(replay._sink, "publish", refused if what == "publish" else published)
+    monkeypatch.setattr(replay._consumer, "commit", refused)
+    replay._usable_topics.add(LETTER.topic)
+    partition = PartitionReplay(ReplayProgress(3), 3, 5)
+    with pytest.raises(
+        ReplayFailed, match=f"^{what}: cannot {what}: missing WRITE on topic gone; add the ACL; the next"
+    ):
+        await asyncio.wait_for(replay._finish(TopicPartition("dead", 0), partition, [], 5), 30)
+    assert partition.next == 3, "none of it counts as replayed"
+    assert len(sent) == (what == "commit")
+
+
+async def test_records_that_are_being_published_are_waited_for_at_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.kafka.replayer.LOOK_S", 0.001)
+    monkeypatch.setattr("worker.kafka.replayer.STOP_S", 0)
+    replay, acknowledged = replayer(), asyncio.Event()
+    replay._stop.set()
+    looks = 0
+
+    def why_not_ready() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            acknowledged.set()
+
+    monkeypatch.setattr(replay._health, "why_not_ready", why_not_ready)
+    assert await asyncio.wait_for(replay._unless_failing(acknowledged.wait()), 30)
+
+
 async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,6 +146,9 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
     async def finish(*_: Any) -> None:
         partition.next = 5
 
+    async def group_error(*_: Any) -> None: ...
+
+    monkeypatch.setattr(replay._consumer, "getmany", group_error)
     monkeypatch.setattr(replay._consumer, "seek", seek)
     monkeypatch.setattr(replay, "_read", read)
     monkeypatch.setattr(replay, "_finish", finish)

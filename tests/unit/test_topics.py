@@ -47,7 +47,9 @@ async def test_a_topic_that_is_missing_is_waited_for_as_long_as_patience_lasts(m
     monkeypatch.setattr(module, "admin_client", lambda *_: NoTopics())
     monkeypatch.setattr(Backoff, "wait", lambda _: asyncio.sleep(0))
     health = Health()
-    sentence = "role: topic gone does not exist, and did not come in 0.05 s; create it, or look for its ACL"
+    sentence = "role: topic gone does not exist; create it, or name another; waited 0.05 s for it"
     with pytest.raises(TopicsMissing, match=f"^{sentence}$"):
         await wait_until_usable(Connection(("x:1",)), {"role": ["gone"]}, health, patience_s=0.05)
-    assert health.why_not_ready() == "topics: role: topic gone does not exist; waiting for it"
+    assert (
+        health.why_not_ready() == "topics: role: topic gone does not exist; create it, or name another; waiting for it"
+    )

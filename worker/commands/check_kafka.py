@@ -76,7 +76,7 @@ async def _topics(settings: RunSettings, connection: Connection, inspector: Insp
         }
     )
     if missing:
-        yield Finding("topics", "fail", f"{missing}; create it, or name another")
+        yield Finding("topics", "fail", missing)
         return
     async for finding in _existing_topics(settings, connection, inspector, inputs):
         yield finding

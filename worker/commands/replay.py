@@ -13,7 +13,8 @@ from rich.table import Table
 
 from worker.commands.kafka_connection import kafka_connection
 from worker.core.decoder import Decoder
-from worker.kafka.replayer import ReplayCounts, Replayer
+from worker.core.replay_progress import ReplayCounts
+from worker.kafka.replayer import Replayer
 from worker.kafka.sink import Sink
 from worker.printable import counted, printable
 from worker.settings.commands import ReplaySettings

@@ -5,7 +5,9 @@ what has been done; what has been done beyond it is kept as ranges of offsets in
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -101,3 +103,33 @@ def merge(ranges: Iterable[OffsetRange]) -> list[OffsetRange]:
         else:
             merged.append((begin, end))
     return merged
+
+
+@dataclass(slots=True)
+class ReplayCounts:
+    """How many dead letters of each reason were (or, by a dry run, would be) sent, could not be, or had been before.
+
+    What is not recognised as a dead letter is kept back: each replay meets it again. ``first_kept_back`` says where the
+    first is. ``left`` is an upper bound, for the ends of transactions take up offsets and hold no record.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    not_kept: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    kept_back: Counter[str] = field(default_factory=Counter)
+    first_kept_back: str = ""
+    done_before: int = 0
+    left: int = 0
+
+
+@dataclass(slots=True)
+class PartitionReplay:
+    """One partition of dead letters: what of it has been replayed, and the offsets that this replay goes on from and to."""
+
+    done: ReplayProgress
+    next: int
+    end: int
+
+    @property
+    def left(self) -> int:
+        return self.end - self.next

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from aiokafka import TopicPartition
-from aiokafka.errors import GroupAuthorizationFailedError, IllegalStateError
+from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.bounds import Bound, bound_in, ends_in
@@ -22,6 +22,7 @@ from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Connection, unreachable
 from worker.kafka.consumer import Consumer
 from worker.kafka.group_consumer import GroupConsumer
+from worker.kafka.permissions import missing_permission
 from worker.kafka.subscription import Subscription
 from worker.runtime.backoff import Backoff
 from worker.runtime.tasks import within
@@ -76,10 +77,8 @@ async def check_group(connection: Connection, topics: Collection[str], until: Un
             async with asyncio.timeout(connection.request_timeout_s):
                 await consumer.start()
                 commits = await consumer.committed_offsets(await _partitions(consumer, topics))
-        except GroupAuthorizationFailedError:
-            health.failing("kafka", f"no permission to read as group {until.group_id} (ACL)", "until")
         except UNREACHABLE as error:
-            health.failing("kafka", unreachable(connection, error), "until")
+            health.failing("kafka", missing_permission(error, "READ") or unreachable(connection, error), "until")
         else:
             health.working("kafka", "until")
             until.check(commits.values())

@@ -2,17 +2,15 @@
 
 One member of a consumer group of its own reads them to the ends that it saw at its start. What has been published is
 committed before more is read, so that a replay may be interrupted and repeated at any moment; only the records that were
-being published when the process was killed may come twice.
+being published when the process was killed, or that brokers refused for too long, may come twice.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
@@ -20,7 +18,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.core.dead_letters import OriginalRecord, read_dead_letter, record_to_replay
 from worker.core.decoder import Decoder
-from worker.core.replay_progress import ProgressTooLarge, ReplayProgress
+from worker.core.replay_progress import PartitionReplay, ProgressTooLarge, ReplayCounts, ReplayProgress
 from worker.core.topic_ids import is_of, with_topic_id, without_topic_id
 from worker.errors import UserError
 from worker.kafka.aiokafka_compat.connections import SILENT_BROKERS_S
@@ -30,6 +28,7 @@ from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreach
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
+from worker.kafka.lag import NO_PARTITION
 from worker.kafka.partition_reader import UNREADABLE
 from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import ProducerRecord
@@ -41,11 +40,14 @@ from worker.runtime.tasks import cancel_all, within
 from worker.telemetry.health import Health
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 RECORDS_AT_ONCE: Final = 500  # dead letters published and committed together
 READ_TIMEOUT_MS: Final = 1_000
 SILENCE_S: Final = 3 * SILENT_BROKERS_S  # so long may it take to find brokers that have come back elsewhere
 REQUESTS: Final = 2  # that may time out one after the other before brokers count as away
+STOP_S: Final = 5.0  # so long may brokers refuse what is under way once the replay is to stop
+LOOK_S: Final = 0.5  # how often it looks whether they do
 NO_REASON: Final = "(no dead letter)"  # as this version knows them
 
 
@@ -53,36 +55,6 @@ class ReplayFailed(UserError):
     """The replay cannot go on; what it has done is committed."""
 
     exit_code = 1
-
-
-@dataclass(slots=True)
-class ReplayCounts:
-    """How many dead letters of each reason were (or, by a dry run, would be) sent, could not be, or had been before.
-
-    What is not recognised as a dead letter is kept back: each replay meets it again. ``first_kept_back`` says where the
-    first is. ``left`` is an upper bound, for the ends of transactions take up offsets and hold no record.
-    """
-
-    sent: Counter[str] = field(default_factory=Counter)
-    not_kept: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    kept_back: Counter[str] = field(default_factory=Counter)
-    first_kept_back: str = ""
-    done_before: int = 0
-    left: int = 0
-
-
-@dataclass(slots=True)
-class PartitionReplay:
-    """One partition of dead letters: what of it has been replayed, and the offsets that this replay goes on from and to."""
-
-    done: ReplayProgress
-    next: int
-    end: int
-
-    @property
-    def left(self) -> int:
-        return self.end - self.next
 
 
 class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -138,15 +110,16 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         Raises ReplayFailed, WrongSetting, BrokersAway and TopicsMissing.
         """
         await self._wait_until_usable("dead_letter_topic", [self._topic])
-        if self._stop.is_set():
-            raise ReplayFailed("the replay was stopped before it had begun")
         try:
-            await self._start()
+            await _unless_stopped(self._stop, self._start())
+            if self._stop.is_set():
+                raise ReplayFailed("the replay was stopped before it had begun")
             for tp, partition in self._partitions.items():
                 await self._replay_partition(tp, partition)
         except UNREACHABLE as error:
-            where = unreachable(self._connection, error, await why_unreachable(self._connection))
-            raise ReplayFailed(f"{where}; the next replay goes on where this one was") from error
+            why = missing_permission(error, "READ")
+            why = why or unreachable(self._connection, error, await why_unreachable(self._connection))
+            raise ReplayFailed(f"{why}; the next replay goes on where this one was") from error
         finally:
             await stop_client(self._consumer, "consumer", 10)
         self._counts.left = self._left()
@@ -174,9 +147,14 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _join(self, tps: Collection[TopicPartition]) -> None:
         """All partitions have to be this process's: with fewer, another replay has the rest."""
         self._consumer.subscribe([self._topic], listener=self)
-        await within(self._connection.request_timeout_s, self._assigned.wait())
+        await within(self._connection.request_timeout_s, self._until_assigned())
         if self._owned != set(tps):
             raise ReplayFailed(f"another replay is running in the group {self._group_id}; wait for it to end")
+
+    async def _until_assigned(self) -> None:
+        """Raises the group's error, such as a missing permission: aiokafka raises it only to those who read."""
+        await self._consumer.getmany(TopicPartition(self._topic, NO_PARTITION))
+        await self._assigned.wait()
 
     async def _plan(self, tps: list[TopicPartition]) -> dict[TopicPartition, PartitionReplay]:
         begins, ends = await self._consumer.beginning_offsets(tps), await self._consumer.end_offsets(tps)
@@ -231,7 +209,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
         heard_at = time.monotonic()
         while partition.next < partition.end and not self._stop.is_set():
             if tp not in self._owned and not self._is_dry:
-                await self._unless_stopped(within(SILENCE_S, self._assigned.wait()))
+                await _unless_stopped(self._stop, within(SILENCE_S, self._until_assigned()))
             records, reached = await self._read(tp, partition)
             if reached > partition.next:
                 heard_at = time.monotonic()
@@ -268,9 +246,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._counts.sent.update(record.reason for record in due)
         else:
             metadata = self._metadata(partition.done)  # before anything is sent, for it may not fit into a commit
-            if due:
-                await self._send(due)
-            await self._commit({tp: (partition.done.offset, metadata)})
+            await self._send(due)
+            await self._unless_failing(self._commit({tp: (partition.done.offset, metadata)}))
         partition.next = reached
         self._tell(self._total - self._left(), self._total)
 
@@ -310,7 +287,7 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             ProducerRecord(record.topic, record_to_replay(record, self._decoder.id_of(record)), record.partition)
             for record in due
         ]
-        for record, refusal in zip(due, await self._sink.publish(producer_records), strict=True):
+        for record, refusal in zip(due, await self._unless_failing(self._sink.publish(producer_records)), strict=True):
             (self._counts.refused if refusal else self._counts.sent)[record.reason] += 1
 
     def _metadata(self, done: ReplayProgress) -> str:
@@ -357,19 +334,40 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _wait_until_usable(self, role: str, topics: list[str]) -> None:
         """Waits for topics, or for ``stop``; as long as for brokers, for a name may be wrong."""
-        await self._unless_stopped(
-            wait_until_usable(self._connection, {role: topics}, self._health, patience_s=self._patience_s)
+        await _unless_stopped(
+            self._stop, wait_until_usable(self._connection, {role: topics}, self._health, patience_s=self._patience_s)
         )
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, object]) -> None:
-        """Waits for ``work``, which is cancelled when ``stop`` is set first."""
-        waiting = [asyncio.create_task(work), asyncio.create_task(self._stop.wait())]
+    async def _unless_failing(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What ``work`` returns, which tells health while it fails, and would try again without end.
+
+        Raises ReplayFailed where it fails for as long as brokers may be away, or for STOP_S once ``stop`` is set.
+        """
+        working = asyncio.create_task(work)
+        healthy_at = time.monotonic()
         try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if waiting[0].done():
-                waiting[0].result()
+            while not (await asyncio.wait({working}, timeout=LOOK_S))[0]:
+                why = self._health.why_not_ready()
+                if why is None:
+                    healthy_at = time.monotonic()
+                elif time.monotonic() - healthy_at > (STOP_S if self._stop.is_set() else self._patience_s):
+                    raise ReplayFailed(
+                        f"{why}; the next replay goes on there, and may send up to {RECORDS_AT_ONCE} dead letters again"
+                    )
+            return working.result()
         finally:
-            await cancel_all(waiting)
+            await cancel_all([working])
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
+    """Waits for ``work``, which is cancelled when ``stop`` is set first."""
+    waiting = [asyncio.create_task(work), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if waiting[0].done():
+            waiting[0].result()
+    finally:
+        await cancel_all(waiting)
 
 
 def _consumer(connection: Connection, topic: str, group_id: str) -> Consumer:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
     KafkaTimeoutError,
     UnknownError,
     UnknownTopicOrPartitionError,
@@ -18,7 +19,7 @@ from worker.kafka.aiokafka_compat.producer import give_up, is_gone, may_be_writt
 from worker.kafka.clients import stop_client
 from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreachable
 from worker.kafka.output_limits import OutputLimits
-from worker.kafka.permissions import missing_permission
+from worker.kafka.permissions import add_the_acl, missing_permission
 from worker.kafka.producer_records import (
     Columns,
     Indexes,
@@ -285,6 +286,10 @@ class Sink:
         while True:
             try:
                 producer = await self._new_producer()
+            except ClusterAuthorizationFailedError:  # so brokers refuse a producer that may write to no topic at all
+                lacking = f"WRITE on topic {', '.join(sorted(self._topics))}"
+                self._health.failing("producer", f"cannot publish: {add_the_acl(lacking)}")
+                await backoff.wait()
             except UNREACHABLE as error:
                 self._health.failing("producer", unreachable(self._connection, error))
                 await backoff.wait()

@@ -25,9 +25,9 @@ Answer = TypeVar("Answer")
 NO_LIMIT: Final = 2**63 - 1
 WATCH_S: Final = 3.0
 _TOPIC_TROUBLES: Final = {
-    3: "does not exist",
-    17: "has a name that Kafka does not allow",
-    29: "may not be read about (ACL)",
+    3: "does not exist; create it, or name another",
+    17: "has a name that Kafka does not allow; name another",
+    29: "cannot be seen without DESCRIBE, whether it exists or not; add the ACL (READ or WRITE brings it)",
 }
 
 
@@ -124,7 +124,7 @@ async def _until_nothing_is_missing(
                     return answer
             health.failing("topics", f"{missing}; waiting for it")
             if answered - began > patience_s:
-                raise TopicsMissing(f"{missing}, and did not come in {patience_s:g} s; create it, or look for its ACL")
+                raise TopicsMissing(f"{missing}; waited {patience_s:g} s for it")
         except UNREACHABLE as error:
             why = await why_unreachable(connection)
             health.failing("kafka", unreachable(connection, error, why))
