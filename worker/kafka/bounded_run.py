@@ -138,7 +138,7 @@ class BoundedRun:
             if not all(assignment.is_finished() for assignment in self._assignments.values()):
                 continue
             with contextlib.suppress(*UNREACHABLE, IllegalStateError):  # the lag watcher reports it
-                if await within(self._request_timeout_s, self._has_finished()) and not await self._has_more():
+                if await self._is_done():
                     self._until.finished.set()
 
     async def _time_ms(self, tp: TopicPartition) -> int:
@@ -155,8 +155,16 @@ class BoundedRun:
     async def _ask(self, partitions: list[TopicPartition]) -> None:
         self._until.check((await self._commits(partitions)).values())
 
-    async def _has_finished(self) -> bool:
+    async def _is_done(self) -> bool:
+        """Whether all partitions are committed up to their bounds, and none has come since these were looked at."""
         partitions = await self._all_partitions()
+        return (
+            await within(self._request_timeout_s, self._are_finished(partitions))
+            and not await self._new_topics()
+            and await self._all_partitions() == partitions  # also of topics that were subscribed to meanwhile
+        )
+
+    async def _are_finished(self, partitions: list[TopicPartition]) -> bool:
         ids = await self._consumer.live.topic_ids({tp.topic for tp in partitions})
         commits = await self._commits(partitions)
         self._until.check(commits.values())
@@ -167,13 +175,11 @@ class BoundedRun:
             for tp, commit in commits.items()
         )
 
-    async def _has_more(self) -> bool:
-        """Whether there are partitions or topics that this member does not know yet. It asks: else it knows in minutes."""
-        known = await self._all_partitions()
+    async def _new_topics(self) -> list[str]:
+        """Topics that are not subscribed to yet. It asks for all metadata anew: else this member knows in minutes."""
         async with asyncio.timeout(self._request_timeout_s):
             await refresh_metadata(self._consumer.live)
-            new_topics = await self._subscription.new_topics(self._consumer.live)
-        return bool(new_topics) or await self._all_partitions() != known
+            return await self._subscription.new_topics(self._consumer.live)
 
     async def _all_partitions(self) -> list[TopicPartition]:
         topics = self._subscription.topics

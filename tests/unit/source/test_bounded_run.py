@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from tests.support.source import ID, OTHER, TP, FakeConsumer, staged, until
 from worker.core.topic_ids import with_topic_id
@@ -206,6 +206,35 @@ async def test_it_is_not_done_while_a_new_topic_matches(consumer: FakeConsumer) 
     await asyncio.sleep(0.05)
     assert not run.finished.is_set()
     consumer.names = ["t", "other"]
+    await until(run.finished.is_set)
+
+
+async def test_it_is_not_done_where_a_topic_was_subscribed_to_while_it_asked_for_commits(
+    consumer: FakeConsumer,
+) -> None:
+    """The new topic's commits are then not among those that it asked for."""
+    consumer.committed_at, consumer.committed_metadata = 510, metadata(510)
+    consumer.names = ["t", "t2"]
+    run = Until("g", END)
+    stage = await staged(consumer, until=run, pattern="t.*")
+    new = TopicPartition("t2", 0)
+    others = {new: OffsetAndMetadata(-1, "")}
+    answers = consumer.committed_offsets
+    rounds = 0
+
+    async def committed(tps: Any, **options: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        answered = await answers(tps, **options) | {tp: others[tp] for tp in tps if tp in others}
+        stage.source._subscription.topics = ("t", "t2")
+        return answered
+
+    await stage.assign(TP)
+    await until(lambda: stage.source._assignments[TP].is_finished())
+    consumer.committed_offsets = committed  # type: ignore[method-assign]
+    await until(lambda: rounds >= 5)
+    assert not run.finished.is_set()
+    others[new] = OffsetAndMetadata(510, metadata(510))
     await until(run.finished.is_set)
 
 
