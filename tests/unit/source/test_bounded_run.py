@@ -230,7 +230,7 @@ async def test_it_is_not_done_where_a_topic_was_subscribed_to_while_it_asked_for
         return answered
 
     await stage.assign(TP)
-    await until(lambda: stage.source._assignments[TP].is_finished())
+    await until(stage.source._assignments[TP].is_finished)
     consumer.committed_offsets = committed  # type: ignore[method-assign]
     await until(lambda: rounds >= 5)
     assert not run.finished.is_set()
