@@ -1,6 +1,5 @@
 """`run --until`: every record before the end, none after it, whoever reads it; and `--since`, where a group begins."""
 
-import asyncio
 import re
 import time
 from collections import Counter
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import orjson
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka.admin import NewPartitions
 
 from tests.support.broker import Broker
@@ -53,21 +51,6 @@ def finished(worker: WorkerProcess) -> dict[str, int]:
     return sum_
 
 
-def commits(kafka: Kafka, topics: Topics) -> dict[int, str]:
-    """The metadata of the group's commits, by partition."""
-
-    async def asked() -> dict[int, str]:
-        client = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)  # librdkafka's metadata have no certain end
-        await client.start()
-        try:
-            found = await client.list_consumer_group_offsets(topics.group)
-        finally:
-            await client.close()
-        return {tp.partition: commit.metadata for tp, commit in found.items()}
-
-    return asyncio.run(asked())
-
-
 def settled_offset(kafka: Kafka, topics: Topics) -> int:
     """The committed offset of the only partition, whose records all have results, once it is that of the last of these."""
     done = len(places(kafka.read(topics.output)))
@@ -103,8 +86,10 @@ def test_three_workers_a_kill_and_a_rebalance(
     assert sum(each["consumed"] for each in sums) <= found.total()
     ends = Counter(record.partition for record in before)
     wait_for(lambda: kafka.committed(topics.group, topics.input) == ends, "the last transaction's offsets")
-    bounds = {partition: re.fullmatch(r"until=(\d+);end=(\d+);topic_id=\S{22}", text) for partition, text in
-              commits(kafka, topics).items()}  # fmt: skip
+    bounds = {
+        partition: re.fullmatch(r"until=(\d+);end=(\d+);topic_id=\S{22}", commit.metadata)
+        for partition, commit in kafka.commits(topics.group).items()
+    }
     assert {partition: int(bound[2]) for partition, bound in bounds.items() if bound} == ends
     assert len({bound[1] for bound in bounds.values() if bound}) == 1, "all members agree on the time"
 
@@ -339,7 +324,7 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
     first = workers.start(topics, slow, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 100, "some results")
     first.kill()
-    (metadata,) = commits(kafka, topics).values()
+    (commit,) = kafka.commits(topics.group).values()
     late = kafka.send(topics.input, [dated(number, END_MS) for number in range(100)])
     second = workers.start(topics, slow, **settings).wait_until_assigned(1)
     wait_for(lambda: kafka.count(topics.output) > 600, "more results")
@@ -353,7 +338,7 @@ def test_a_static_member_is_killed_and_told_to_drain_and_retention_takes_the_beg
     gone = set(range(committed, committed + 300))
     assert expected | gone == set(range(4_500)), "nothing but what retention has taken"
     assert late[0].offset == 4_500
-    assert list(commits(kafka, topics).values()) == [metadata], "the end is the one that was committed first"
+    assert kafka.commits(topics.group)[0].metadata == commit.metadata, "the end is the one that was committed first"
     if delivery == "exactly-once":
         assert set(places(kafka.read(topics.output)).values()) == {1}
 

@@ -12,9 +12,8 @@ from typing import get_args
 
 import orjson
 import pytest
-from aiokafka import AIOKafkaConsumer
-from aiokafka import TopicPartition as PartitionToCommit
-from confluent_kafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
 from tests.support.process import COSTLESS, Workers, environment, forked
 from tests.support.scenario import wait_until_committed
@@ -221,14 +220,13 @@ def test_by_time_by_size_and_by_what_is_no_dead_letter(kafka: Kafka, topics: Top
     assert json.loads((kafka.read(topics.input)[0]).value or b"") == {"id": 5, "text": 1}
 
 
-async def commit(kafka: Kafka, group: str, offset: TopicPartition) -> None:
+async def commit(kafka: Kafka, group: str, place: TopicPartition, offset: OffsetAndMetadata) -> None:
     """With its metadata, to which librdkafka's clients would add a zero byte."""
     consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, group_id=group, enable_auto_commit=False)
     await consumer.start()
     try:
-        place = PartitionToCommit(offset.topic, offset.partition)
         consumer.assign([place])
-        await consumer.commit({place: (offset.offset, offset.metadata or "")})
+        await consumer.commit({place: offset})
     finally:
         await consumer.stop()
 
@@ -240,14 +238,14 @@ def test_what_was_replayed_of_a_topic_that_is_made_anew_is_not_taken_for_what_is
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(100)])
     assert counted(replay(kafka, topics))["all"] == [100, 0, 0, 0]
     group = f"{topics.group}.replay"
-    [old] = kafka.committed_places(group, kafka.partitions(topics.dead_letters))
+    old = kafka.commits(group)[0]
 
     kafka.delete(topics.dead_letters)
     kafka.create(topics.dead_letters)
-    asyncio.run(commit(kafka, group, old))  # as one that comes late
+    asyncio.run(commit(kafka, group, TopicPartition(topics.dead_letters, 0), old))  # as one that comes late
     kafka.send(topics.dead_letters, [dead_letter(number, topics) for number in range(1_000, 1_200)])
     again = replay(kafka, topics)
-    assert counted(again)["all"] == [200, 0, 0, 0]
+    assert counted(again)["all"] == [200, 0, 0, 0], again.stderr
     assert "was deleted and created again" in again.stderr
     assert counted(replay(kafka, topics))["all"] == [0, 0, 0, 0]
 

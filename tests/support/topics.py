@@ -1,5 +1,6 @@
 """Topics on the test broker, made, filled and read with librdkafka: a client that the worker does not use."""
 
+import asyncio
 import contextlib
 import itertools
 import threading
@@ -11,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.record.default_records import (
     _DefaultRecordBatchBuilderPy,  # the only builder that lets a header's key be no UTF-8
 )
+from aiokafka.structs import OffsetAndMetadata
 from confluent_kafka import (
     Consumer,
     ConsumerGroupTopicPartitions,
@@ -208,18 +211,14 @@ class Kafka:
         return answers[0]
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
-        """A group's committed offsets; a partition without one is left out."""
-        places = self.committed_places(group, self.partitions(topic))
-        return {place.partition: place.offset for place in places if place.offset >= 0}
-
-    def committed_places(self, group: str, partitions: list[TopicPartition]) -> list[TopicPartition]:
-        """The same with metadata.
+        """A group's committed offsets; a partition without one is left out.
 
         A consumer asks, without joining: where the coordinator has not loaded yet, librdkafka's AdminClient would end the
         process (https://github.com/confluentinc/librdkafka/issues/5315).
         """
         config = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
         consumer = Consumer(self._config(**config))
+        partitions = self.partitions(topic)
         found: list[TopicPartition] = []
 
         def answered() -> bool:
@@ -231,7 +230,21 @@ class Kafka:
             wait_for(answered, "the group's coordinator", 60)
         finally:
             consumer.close()
-        return found
+        return {place.partition: place.offset for place in found if place.offset >= 0}
+
+    def commits(self, group: str) -> dict[int, OffsetAndMetadata]:
+        """The commits of a group of one topic, by partition. aiokafka asks: librdkafka's metadata have no certain end."""
+
+        async def asked() -> dict[int, OffsetAndMetadata]:
+            client = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+            await client.start()
+            try:
+                found = await client.list_consumer_group_offsets(group)
+            finally:
+                await client.close()
+            return {tp.partition: commit for tp, commit in found.items()}
+
+        return asyncio.run(asked())
 
     def members(self, group: str) -> set[str]:
         described = self.of_the_group(lambda admin: admin.describe_consumer_groups([group])[group])
