@@ -16,6 +16,7 @@ from worker.core.topic_ids import with_topic_id
 from worker.kafka.aiokafka_compat.transactions import Membership
 from worker.kafka.at_least_once import AtLeastOnce
 from worker.kafka.connection import Connection
+from worker.kafka.consumer import Consumer
 from worker.kafka.source import Source
 from worker.runtime.loop_budget import TurnBudget
 from worker.telemetry.health import Health
@@ -144,6 +145,8 @@ class FakeConsumer:
         if tp not in self.positions:
             raise IllegalStateError("it would wait")
         return self.positions[tp]
+
+    raise_group_error = Consumer.raise_group_error
 
     async def getmany(
         self, tp: TopicPartition, timeout_ms: int, max_records: int = 0

@@ -148,7 +148,7 @@ async def test_a_partition_that_is_revoked_as_it_is_begun_is_begun_when_it_comes
 
     async def group_error(*_: Any) -> None: ...
 
-    monkeypatch.setattr(replay._consumer, "getmany", group_error)
+    monkeypatch.setattr(replay._consumer, "raise_group_error", group_error)
     monkeypatch.setattr(replay._consumer, "seek", seek)
     monkeypatch.setattr(replay, "_read", read)
     monkeypatch.setattr(replay, "_finish", finish)

@@ -1,9 +1,13 @@
 """The consumer that this worker uses: aiokafka's, with what that lacks."""
 
+from typing import Final
+
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
 
 from worker.kafka.aiokafka_compat import group, metadata, nearest_replica, offsets, transactions
+
+NO_PARTITION: Final = 2**31 - 1  # the number of a partition that no topic has
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
@@ -24,6 +28,14 @@ class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
         if partition not in self.assignment():
             return 0
         return self.highwater(partition) or 0
+
+    async def raise_group_error(self, topic: str) -> None:
+        """Raises the group's KafkaError, such as a missing permission: aiokafka raises it only to those who read.
+
+        ``topic`` is any that is subscribed to; no record of it is read. Waits while the group rebalances, so the caller sets
+        a deadline.
+        """
+        await self.getmany(TopicPartition(topic, NO_PARTITION), timeout_ms=0)
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Raises IllegalStateError where the partition is not assigned; between two assignments aiokafka asserts instead."""

@@ -35,7 +35,6 @@ REPLICA_SILENCE_S: Final = 15.0  # a follower that has records and sends none fo
 SILENCE_S: Final = 60.0  # a partition that has records and sends none for so long: the consumer is replaced
 MAX_NAMED: Final = 5  # partitions that a message names
 UNANSWERED: Final = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError, asyncio.TimeoutError)
-NO_PARTITION: Final = 2**31 - 1  # the number of a partition that no topic has
 
 
 class LagWatcher:
@@ -119,10 +118,9 @@ class LagWatcher:
         return next((name for name in topics if knows_topic(consumer, name)), topics[0])
 
     async def _check_membership(self) -> None:
-        """Asks for group errors, which aiokafka raises only to those who read: with nothing left to read nobody does."""
-        nowhere = TopicPartition(self._subscription.topics[0], NO_PARTITION)
+        """Asks for the group's error, which nobody else meets where nothing is left to read."""
         try:
-            await within(LAG_TIMEOUT_S, self._consumer.live.getmany(nowhere, timeout_ms=0))
+            await within(LAG_TIMEOUT_S, self._consumer.live.raise_group_error(self._subscription.topics[0]))
         except (TimeoutError, IllegalStateError):
             return  # a rebalance is going on
         except KafkaError as error:

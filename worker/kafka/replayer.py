@@ -28,7 +28,6 @@ from worker.kafka.connection import UNREACHABLE, Connection, error_name, unreach
 from worker.kafka.consumer import Consumer
 from worker.kafka.diagnosis import why_unreachable
 from worker.kafka.group_consumer import LONGEST_POLL_INTERVAL_MS
-from worker.kafka.lag import NO_PARTITION
 from worker.kafka.partition_reader import UNREADABLE
 from worker.kafka.permissions import missing_permission
 from worker.kafka.producer_records import ProducerRecord
@@ -152,8 +151,8 @@ class Replayer(ConsumerRebalanceListener):  # type: ignore[misc]
             raise ReplayFailed(f"another replay is running in the group {self._group_id}; wait for it to end")
 
     async def _until_assigned(self) -> None:
-        """Raises the group's error, such as a missing permission: aiokafka raises it only to those who read."""
-        await self._consumer.getmany(TopicPartition(self._topic, NO_PARTITION))
+        """Waits for the group's partitions, so the caller sets a deadline. Raises the group's KafkaError."""
+        await self._consumer.raise_group_error(self._topic)
         await self._assigned.wait()
 
     async def _plan(self, tps: list[TopicPartition]) -> dict[TopicPartition, PartitionReplay]:

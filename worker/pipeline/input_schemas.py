@@ -33,7 +33,7 @@ class InputSchemas:
         for assignment, records in chunks:
             ids = self._decoder.missing_schemas(records)
             is_known = not ids or (not is_given_up and await self._is_answered(ids, assignment, records, draining))
-            # In a drain: the next partition's request might take until its timeout, too.
+            # Only a drain gives up on a partition that is still read; the next request might wait for its timeout, too.
             is_given_up = is_given_up or (not is_known and assignment.accepts)
             if is_known and assignment.accepts and not assignment.has_dropped:
                 kept.append((assignment, records))

@@ -74,7 +74,7 @@ class Health:
         self._tell_when_ready()
 
     def not_needed(self, part: str) -> None:
-        """Nobody needs a part for now, so it keeps nobody from being ready. Nothing is logged, for it may fail on."""
+        """Says that nobody needs a part for now, so that the worker may be ready. Logs nothing: it may still fail."""
         if self._parts.pop(part, None):
             self._tell_when_ready()
 
