@@ -78,6 +78,7 @@ class Topics:
 
 
 T = TypeVar("T")
+ANSWER_S = 10
 NO_LEADER = (
     KafkaError._NOENT,
     KafkaError._TRANSPORT,
@@ -130,7 +131,8 @@ class Kafka:
         return set(self.admin.list_topics(timeout=30).topics)
 
     def partitions(self, topic: str) -> list[TopicPartition]:
-        description = self.admin.describe_topics(TopicCollection([topic]))[topic].result(30)
+        asked = TopicCollection([topic])
+        description = self._answer(lambda admin: admin.describe_topics(asked)[topic].result(ANSWER_S), (), "a broker")
         return [TopicPartition(topic, partition.id) for partition in description.partitions]
 
     def set_config(self, topic: str, name: str, value: object) -> None:
@@ -155,31 +157,42 @@ class Kafka:
 
     def delete_before(self, topic: str, partition: int, offset: int) -> None:
         place = TopicPartition(topic, partition, offset)
-        self._of_leaders(lambda: self.admin.delete_records([place])[place].result(30))
+        self._of_leaders(lambda admin: admin.delete_records([place])[place].result(ANSWER_S))
 
     def ends(self, topic: str, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED) -> dict[int, int]:
         """The offset after the last record of each partition, or the one before its oldest open transaction."""
         asked = {place: OffsetSpec.latest() for place in self.partitions(topic)}
 
-        def ask() -> dict[int, int]:
-            answers = self.admin.list_offsets(asked, isolation_level=isolation)
-            return {place.partition: answer.result(30).offset for place, answer in answers.items()}
+        def ask(admin: AdminClient) -> dict[int, int]:
+            answers = admin.list_offsets(asked, isolation_level=isolation)
+            return {place.partition: answer.result(ANSWER_S).offset for place, answer in answers.items()}
 
         return self._of_leaders(ask)
 
-    @staticmethod
-    def _of_leaders(ask: Callable[[], T]) -> T:
+    def _of_leaders(self, ask: Callable[[AdminClient], T]) -> T:
         """What partitions' leaders answer, once there are some: a controller on a busy machine takes a broker for dead."""
+        return self._answer(ask, NO_LEADER, "partitions to have leaders")
 
-        def answered() -> list[T]:
+    def _answer(self, ask: Callable[[AdminClient], T], not_yet: Sequence[int], what: str) -> T:
+        """What brokers answer, asked again where they fail with one of the codes `not_yet`.
+
+        A client that knew a broker before its restart may wait for it for ever: another takes its place then.
+        """
+        answers: list[T] = []
+
+        def answered() -> bool:
             try:
-                return [ask()]
+                answers.append(ask(self.admin))
             except KafkaException as error:
-                if error.args[0].code() not in NO_LEADER:
+                if error.args[0].code() not in not_yet:
                     raise
-            return []
+            except TimeoutError:
+                self._replaced.append(self.admin)  # not destroyed beside what it still waits for
+                self.admin = AdminClient(self._config())
+            return bool(answers)
 
-        return wait_for(answered, "partitions to have leaders", 60)[0]
+        wait_for(answered, what, 60)
+        return answers[0]
 
     def count(self, *topics: str) -> int:
         """Records ever published to these topics (as long as there are no transactions in them)."""
@@ -190,25 +203,8 @@ class Kafka:
         return self.ends(topic, IsolationLevel.READ_COMMITTED) != self.ends(topic)
 
     def of_the_group(self, ask: Callable[[AdminClient], Any]) -> Any:
-        """What the group's coordinator answers, once it has loaded.
-
-        A client that knew a coordinator before its restart may wait for it for ever: another takes its place then.
-        """
-        answers: list[Any] = []
-
-        def answered() -> bool:
-            try:
-                answers.append(ask(self.admin).result(10))
-            except KafkaException as error:
-                if error.args[0].code() not in COORDINATOR_NOT_YET:
-                    raise
-            except TimeoutError:
-                self._replaced.append(self.admin)  # not destroyed beside what it still waits for
-                self.admin = AdminClient(self._config())
-            return bool(answers)
-
-        wait_for(answered, "the group's coordinator", 60)
-        return answers[0]
+        """What the group's coordinator answers, once it has loaded; `ask` returns a future."""
+        return self._answer(lambda admin: ask(admin).result(ANSWER_S), COORDINATOR_NOT_YET, "the group's coordinator")
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """A group's committed offsets; a partition without one is left out.

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -177,8 +178,10 @@ async def end_remains(client: Any) -> None:
 
 
 def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
-    frame = getattr(task.get_coro(), "cr_frame", None)
-    return frame is not None and any(frame.f_locals.get("self") is part for part in parts)
+    coroutine: Any = task.get_coro()
+    own = [part for part in parts if hasattr(part, coroutine.__name__)]
+    # Not by f_locals: until 3.13 Python keeps what that returned, and all that it holds, for as long as the frame lives.
+    return any(held is part for held in gc.get_referents(coroutine) for part in own)
 
 
 def _disconnect(connections: Iterable[Any]) -> None:
