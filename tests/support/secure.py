@@ -95,7 +95,13 @@ class Authority:
             .not_valid_before(min(now, end) - datetime.timedelta(days=1))
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+            # From 3.13 on Python takes no certificate without this, nor an authority without the next two.
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
+        if is_authority:
+            signing = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+            identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+            builder = builder.add_extension(signing, critical=True).add_extension(identifier, critical=False)
         names = [_general_name(host) for host in hosts]
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
