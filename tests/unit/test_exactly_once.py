@@ -688,6 +688,25 @@ async def test_a_process_that_was_frozen_for_too_long_blames_no_broker(
     assert health.is_working("publish") is overdue
 
 
+async def test_who_is_fenced_while_it_commits_is_told_by_whom() -> None:
+    """The commit is in doubt all the same: it may have been fenced after it."""
+    sink = TransactionalSink(
+        Connection(("nowhere:1",)), limits={}, metrics=Metrics("test"), health=Health(), transactional_id="g/1"
+    )
+
+    class Fenced:
+        async def add_offsets(self, *_: object) -> None:
+            pass
+
+        async def commit_transaction(self) -> None:
+            raise ProducerFenced
+
+    sink._producer = Fenced()  # type: ignore[assignment]
+    sink._began_at = time.monotonic()
+    with pytest.raises(TransactionInDoubt, match="another process uses the transactional id g/1"):
+        await sink.commit({TP: (1, "")}, Membership("g", 1, "m"))
+
+
 async def test_the_look_at_the_limits_is_part_of_a_transactions_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that does not answer would keep it open until the brokers abort it, and the work would be done twice."""
     monkeypatch.setattr("worker.kafka.transactional_sink.DEADLINE_S", 0.05)

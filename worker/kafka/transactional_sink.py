@@ -164,8 +164,9 @@ class TransactionalSink(Sink):
         if isinstance(error, tuple(REFUSALS.values())):
             return TransactionFenced(f"the group has gone on without this member ({type(error).__name__})")
         overdue = f"it was open for more than {TRANSACTION_TIMEOUT_S:g} s" if self._is_overdue() else ""
-        if isinstance(error, ProducerFenced) and kind is not TransactionInDoubt:
-            return TransactionFenced(overdue or f"another process uses the transactional id {self.transactional_id}")
+        if isinstance(error, ProducerFenced):
+            fenced = overdue or f"another process uses the transactional id {self.transactional_id}"
+            return TransactionInDoubt(fenced) if kind is TransactionInDoubt else TransactionFenced(fenced)
         if isinstance(error, TimeoutError):
             return kind(overdue or f"brokers have not answered within {DEADLINE_S:g} s of its begin")
         return kind(missing_permission(error, operation) or overdue or error_name(error))
