@@ -27,7 +27,7 @@ demo: $(DEMO_INSTALLED)
 
 # Without a broker: what one module does.
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(TESTS),tests/unit)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(or $(TESTS),tests/unit)
 
 # Most tests wait for a broker more than they compute; each of JOBS processes has a broker of its own.
 test: $(INSTALLED)

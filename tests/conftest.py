@@ -38,8 +38,9 @@ LONGEST = (  # of `make test`, each more than twenty seconds, the longest first;
     "test_waiting.py",
     "test_prometheus.py",
     "test_demo_command.py",
-    "test_train.py",
+    "test_bert.py",
     "test_unpadded.py",
+    "test_train.py",
     "test_tokenizer_files.py",
     "test_settings.py",
 )
