@@ -95,7 +95,7 @@ class Authority:
             .not_valid_before(min(now, end) - datetime.timedelta(days=1))
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-            # From 3.13 on Python takes no certificate without this, nor an authority without the next two.
+            # From 3.13 on Python takes no issued certificate without this, nor an authority without the next two.
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         if is_authority:

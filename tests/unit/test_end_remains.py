@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import weakref
+from collections.abc import AsyncIterator
 from typing import Any
 
 from worker.kafka.aiokafka_compat.connections import end_remains
@@ -21,6 +22,11 @@ class Client:
         self._client = Inner()
 
 
+async def generated() -> AsyncIterator[None]:
+    await asyncio.Event().wait()
+    yield
+
+
 class Records:
     """Something to hold."""
 
@@ -28,7 +34,11 @@ class Records:
 async def test_methods_of_the_client_end_and_those_of_others_go_on() -> None:
     stopped, other = Client(), Client()
     ending = asyncio.create_task(stopped._client.synchronize())
-    staying = [asyncio.create_task(other._client.synchronize()), asyncio.create_task(asks(stopped._client))]
+    staying = [
+        asyncio.create_task(other._client.synchronize()),
+        asyncio.create_task(asks(stopped._client)),
+        asyncio.create_task(anext(generated())),  # has no name
+    ]
     await asyncio.sleep(0)
     await end_remains(stopped)
     assert ending.cancelled()

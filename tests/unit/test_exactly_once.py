@@ -689,7 +689,7 @@ async def test_a_process_that_was_frozen_for_too_long_blames_no_broker(
 
 
 async def test_who_is_fenced_while_it_commits_is_told_by_whom() -> None:
-    """The commit is in doubt all the same: it may have been fenced after it."""
+    """The commit is in doubt all the same: it may be complete, and only its answer lost."""
     sink = TransactionalSink(
         Connection(("nowhere:1",)), limits={}, metrics=Metrics("test"), health=Health(), transactional_id="g/1"
     )

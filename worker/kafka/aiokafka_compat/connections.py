@@ -178,9 +178,13 @@ async def end_remains(client: Any) -> None:
 
 
 def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
-    coroutine: Any = task.get_coro()
-    own = [part for part in parts if hasattr(part, coroutine.__name__)]
-    # Not by f_locals: until 3.13 Python keeps what that returned, and all that it holds, for as long as the frame lives.
+    """By the name of the task's function, and by what it holds as `self`.
+
+    Not by its frame's `f_locals`: before 3.13 that stores a copy of the locals on the frame, so that a batch stays in memory
+    until the task ends.
+    """
+    coroutine = task.get_coro()
+    own = [part for part in parts if hasattr(part, getattr(coroutine, "__name__", ""))]
     return any(held is part for held in gc.get_referents(coroutine) for part in own)
 
 
