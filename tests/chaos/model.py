@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
 from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
-from worker.kafka import sink, source
+from worker.kafka import group_consumer, lag, sink
 from worker.kafka.consumer import Consumer
 from worker.kafka.reader import FetchedRuns
 from worker.settings.run import RunSettings
@@ -72,9 +73,15 @@ def load(_: RunSettings) -> Any:
     return FaultyModel(Path(fault) if fault else None)
 
 
+def replace(module: ModuleType, name: str, value: Any) -> None:
+    """What a module uses under this name; AttributeError where it uses nothing under it any more."""
+    getattr(module, name)
+    setattr(module, name, value)
+
+
 def lower_limits() -> None:
     if "SILENCE_S" in os.environ:
-        source.SILENCE_S = float(os.environ["SILENCE_S"])  # type: ignore[misc]
+        replace(lag, "SILENCE_S", float(os.environ["SILENCE_S"]))
     if "RECORDS_PER_PRODUCER" in os.environ:
         sink.Sink.__init__.__kwdefaults__["records_per_producer"] = int(os.environ["RECORDS_PER_PRODUCER"])
 
@@ -98,7 +105,7 @@ def mute_first_consumer(file: Path) -> None:
                 self.seek(place, runs[0][0].offset)
             return {}
 
-    source.Consumer = Mute  # type: ignore[misc]
+    replace(group_consumer, "Consumer", Mute)
 
 
 def fail_fetches(times: int) -> None:
