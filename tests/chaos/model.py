@@ -5,15 +5,14 @@ logits follow from the number in it, so that a result shows whose it is; on text
 
 In so many fetches as `FETCH_FAULTS` says an exception ends aiokafka's fetch task.
 
-`MUTE_FILE`: while it is there, the process's first consumer is given no record. `SILENCE_S` and `RECORDS_PER_PRODUCER`
-lower the limits of those names.
+`MUTE_FILE`: while it is there, the process's first consumer is given no record. `RECORDS_PER_PRODUCER` lowers the limit of
+that name.
 """
 
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from tests.chaos.census import answer_with_census
 from tests.chaos.events import POISON, logit_of
 from tests.support.command_line import main_with
 from tests.support.costless_model import CostlessModel
-from worker.kafka import group_consumer, lag, sink
+from worker.kafka import group_consumer, sink
 from worker.kafka.consumer import Consumer
 from worker.kafka.reader import FetchedRuns
 from worker.settings.run import RunSettings
@@ -73,15 +72,7 @@ def load(_: RunSettings) -> Any:
     return FaultyModel(Path(fault) if fault else None)
 
 
-def replace(module: ModuleType, name: str, value: Any) -> None:
-    """What a module uses under this name; AttributeError where it uses nothing under it any more."""
-    getattr(module, name)
-    setattr(module, name, value)
-
-
 def lower_limits() -> None:
-    if "SILENCE_S" in os.environ:
-        replace(lag, "SILENCE_S", float(os.environ["SILENCE_S"]))
     if "RECORDS_PER_PRODUCER" in os.environ:
         sink.Sink.__init__.__kwdefaults__["records_per_producer"] = int(os.environ["RECORDS_PER_PRODUCER"])
 
@@ -105,7 +96,8 @@ def mute_first_consumer(file: Path) -> None:
                 self.seek(place, runs[0][0].offset)
             return {}
 
-    replace(group_consumer, "Consumer", Mute)
+    assert group_consumer.Consumer is Consumer, "the worker makes its consumer elsewhere"
+    group_consumer.Consumer = Mute  # type: ignore[misc]
 
 
 def fail_fetches(times: int) -> None:

@@ -89,7 +89,8 @@ def test_a_consumer_that_falls_silent(kafka: Kafka, topics: Topics, light: Worke
     """Its heart beats, records are there, and it is given none: it is made anew."""
     mute = tmp_path / "mute"
     kafka.create_all(topics, 2)
-    worker = light.start(topics, {"MUTE_FILE": str(mute), "SILENCE_S": "3"}, module=MODEL).wait_until_assigned(2)
+    variables = {"MUTE_FILE": str(mute), "INTERVALS": '{"SILENCE_S": 3}'}
+    worker = light.start(topics, variables, module=MODEL).wait_until_assigned(2)
     mute.touch()
     kafka.send(topics.input, map(numbered, range(100)))
     wait_until_committed(kafka, topics, 300)
@@ -104,7 +105,7 @@ def test_a_transaction_that_stays_open_upstream(kafka: Kafka, topics: Topics, li
     """What is in it cannot be read yet. It is no lag, and no silence either."""
     kafka.create_all(topics, 1)
     kafka.send(topics.input, map(numbered, range(100)))
-    worker = light.start(topics, {"SILENCE_S": "3"}, module=MODEL).wait_until_assigned(1)
+    worker = light.start(topics, {"INTERVALS": '{"SILENCE_S": 3}'}, module=MODEL).wait_until_assigned(1)
     wait_until_committed(kafka, topics, 300)
     upstream = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topics.input, "log_level": 0})
     upstream.init_transactions(30)

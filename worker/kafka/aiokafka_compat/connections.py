@@ -178,10 +178,10 @@ async def end_remains(client: Any) -> None:
 
 
 def _runs_a_method_of(parts: list[Any], task: asyncio.Task[Any]) -> bool:
-    """By the name of the task's function, and by what it holds as `self`.
+    """Whether the task's function has the name of a part's method, and refers to that part, as to its ``self``.
 
-    Not by its frame's `f_locals`: before 3.13 that stores a copy of the locals on the frame, so that a batch stays in memory
-    until the task ends.
+    Not by its frame's ``f_locals``: before 3.13 that stores a copy of the locals on the frame, so that a batch stays in
+    memory until the task ends.
     """
     coroutine = task.get_coro()
     own = [part for part in parts if hasattr(part, getattr(coroutine, "__name__", ""))]
